@@ -1,0 +1,1 @@
+"""k-MTR: learning to read the heart straight from undersampled MRI k-space."""

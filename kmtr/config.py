@@ -1,0 +1,340 @@
+"""Frozen, validated configuration and its one way in: ``RECIPE key=value ...`` with dotted keys.
+
+A ``RunConfig`` is what a person, a job and a Tune trial all change in the same way (`override`), what is printed, saved
+beside the weights (`to_json`, `from_json`) and logged to MLflow (`flatten`). Whatever can't work dies here, before a
+worker starts, on one line that says what to change.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from kmtr.types import VIEWS, InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Data(Section):
+    root: str = Field("runs/data", description="dataset folder (manifest.json and Parquet shards): local path or URI")
+    views: tuple[Literal["sax", "lax_2ch", "lax_3ch", "lax_4ch"], ...] = Field(VIEWS, description="view groups read")
+    sax_slices: int = Field(6, gt=0, description="short-axis slices per subject, evenly chosen; fewer are padded")
+    frames: int = Field(25, gt=0, description="cardiac frames per subject, evenly chosen; fewer are padded")
+    matrix: tuple[int, int] = Field((128, 128), description="lines and readout samples (ny, nx); images are cropped")
+    crop: bool = Field(False, description="allow cropping or padding sources of another matrix (image domain)")
+    global_batch: int = Field(64, gt=0, description="subjects per optimizer step, over all workers")
+    loader: Literal["ray", "threads"] = Field("ray", description="what executes the plan: identical batches")
+    prefetch: int = Field(2, ge=1, description="batches read ahead per worker")
+
+    @property
+    def slices(self) -> int:
+        """Slices per subject over all views: `sax_slices` and one per long-axis view."""
+        return sum(self.sax_slices if view == "sax" else 1 for view in self.views)
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Data:
+        if not self.views or len(set(self.views)) < len(self.views):
+            raise ValueError(f"data.views: expected one or more different views, got {','.join(self.views) or 'none'}")
+        if min(self.matrix) < 8 or any(n % 2 for n in self.matrix):
+            raise ValueError(f"data.matrix: expected even sizes of at least 8, got {self.matrix}")
+        return self
+
+
+class Sampling(Section):
+    family: Literal["gaussian"] = Field("gaussian", description="k-t pattern family (METHOD: Gaussian density + floor)")
+    accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R drawn per subject during training")
+    acs_lines: int = Field(4, ge=0, description="central lines sampled in every frame, counted in the budget")
+
+    @pydantic.field_validator("accelerations")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 1:
+            raise ValueError(f"expected one or more integers from 1, got {value or 'none'}")
+        return value
+
+
+class Model(Section):
+    width: int = Field(512, gt=0, description="channels of a token")
+    depth: int = Field(12, gt=0, description="transformer blocks of an encoder")
+    head_width: int = Field(64, gt=0, description="channels of an attention head")
+    mlp_ratio: int = Field(4, gt=0, description="hidden width of the MLP over width")
+    decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
+    decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
+    patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    readout_fraction: float = Field(1.0, gt=0, le=1, description="central share of kx that enters a line token")
+    line_parts: Literal["static+dynamic", "whole"] = Field(
+        "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
+    )
+    normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    projection: int = Field(128, gt=0, description="width of the alignment space")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Model:
+        for name in ("width", "decoder_width"):
+            if getattr(self, name) % self.head_width:
+                raise ValueError(f"model.{name}: expected a multiple of model.head_width={self.head_width}")
+        return self
+
+
+class Reconstruct(Section):
+    steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
+    mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
+    image_mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of image patches hidden from the encoder")
+    kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
+    image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+
+
+class Align(Section):
+    steps: int = Field(5_000, ge=0, description="optimizer steps of alignment (stage c)")
+    temperature: float = Field(0.1, gt=0, description="contrastive temperature of InfoNCE")
+    static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
+    dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
+    reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
+    train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+
+
+class Optimizer(Section):
+    weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices (not of biases, norms, tables)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+
+
+class Train(Section):
+    workers: int = Field(1, gt=0, description="training processes; on GPU nodes one per GPU")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
+    cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
+    accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
+    log_every: int = Field(10, gt=0, description="steps between lines and logged metrics")
+    checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
+    eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
+    eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
+    max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
+
+
+class Run(Section):
+    name: str = Field("", description="run name; empty: recipe and hash of the configuration")
+    fresh: bool = Field(False, description="start anew even though this run exists")
+
+
+class Storage(Section):
+    root: str = Field("runs", description="checkpoints, encoders, reports: local path or URI that all nodes reach")
+
+
+class Tracking(Section):
+    uri: str = Field("", description="MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in storage.root")
+    experiment: str = Field("kmtr", description="MLflow experiment")
+
+
+class Simulate(Section):
+    subjects: int = Field(2000, gt=0, description="simulated subjects, over all splits")
+    snr_db: float = Field(30.0, description="power of the signal over that of the complex noise in k-space, dB")
+    fp32: bool = Field(False, description="store float32 instead of float16 with a scale per subject")
+    seed: int = Field(0, ge=0, description="a subject is a pure function of (seed, index)")
+
+
+class Evaluate(Section):
+    encoder: str = Field("", description="exported encoder; empty: the one of the run with this configuration")
+    accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
+    labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
+    subjects: int = Field(1000, gt=0, description="held-out subjects at most")
+    bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
+
+
+class Search(Section):
+    trials: int = Field(8, gt=0, description="configurations tried")
+    concurrent: int = Field(1, gt=0, description="trials at the same time")
+    grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial")
+    temperature: tuple[float, float] = Field((0.03, 0.3), description="log-uniform range of align.temperature")
+    mask_ratio: tuple[float, float] = Field((0.5, 0.9), description="uniform range of reconstruct.mask_ratio")
+    accelerations: tuple[int, ...] = Field((4, 8, 12), description="choices for sampling.accelerations")
+
+
+class RunConfig(Section):
+    """Everything that a command does follows from one of these."""
+
+    recipe: str = Field("", description="the recipe it came from")
+    stage: Literal["both", "reconstruct", "align"] = Field("both", description="pretraining stages, one after the other")
+    seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    model: Model = Model()
+    reconstruct: Reconstruct = Reconstruct()
+    align: Align = Align()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    run: Run = Run()
+    storage: Storage = Storage()
+    tracking: Tracking = Tracking()
+    simulate: Simulate = Simulate()
+    evaluate: Evaluate = Evaluate()
+    search: Search = Search()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        d, t = self.data, self.train
+        share = t.workers * t.accumulation
+        if d.global_batch % share:
+            raise ValueError(
+                f"data.global_batch: expected a multiple of train.workers * train.accumulation = {t.workers} * "
+                f"{t.accumulation}, got {d.global_batch}"
+            )
+        lines = d.matrix[0]
+        for key, accelerations in (
+            ("sampling", self.sampling.accelerations),
+            ("evaluate", self.evaluate.accelerations),
+        ):
+            for r in accelerations:
+                if r > 1 and lines // r <= self.sampling.acs_lines:
+                    raise ValueError(
+                        f"{key}.accelerations: R = {r} leaves {lines // r} of {lines} lines, expected more than "
+                        f"sampling.acs_lines={self.sampling.acs_lines}"
+                    )
+        if d.frames % self.model.patch[0] or any(n % p for n, p in zip(d.matrix, self.model.patch[1:], strict=True)):
+            raise ValueError(
+                f"model.patch: expected a divisor of (data.frames, *data.matrix) = {(d.frames, *d.matrix)}, "
+                f"got {self.model.patch}"
+            )
+        if t.eval_every % t.log_every:
+            raise ValueError(f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}")
+        if self.total_steps == 0:
+            raise ValueError("reconstruct.steps, align.steps: expected at least one step in the chosen stage, got 0")
+        if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
+            raise ValueError(
+                f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
+                f"got {d.global_batch}; use stage=reconstruct"
+            )
+        return self
+
+    @property
+    def reconstruct_steps(self) -> int:
+        return self.reconstruct.steps if self.stage != "align" else 0
+
+    @property
+    def align_steps(self) -> int:
+        return self.align.steps if self.stage != "reconstruct" else 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.reconstruct_steps + self.align_steps
+
+    @property
+    def name(self) -> str:
+        """Recipe and hash of all that changes the numbers: the same command finds its run again."""
+        if self.run.name:
+            return self.run.name
+        what = self.model_dump(
+            mode="json", include={"stage", "seed", "data", "sampling", "model", "reconstruct", "align", "optimizer"}
+        )
+        what["data"] = {k: v for k, v in what["data"].items() if k not in ("loader", "prefetch")}
+        what["precision"] = "bf16" if self.train.bf16 else "fp32"
+        return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+MIN_ALIGNED_SUBJECTS = 8
+"""InfoNCE against fewer negatives than this says next to nothing; refused."""
+
+
+def keys(model: type[BaseModel] | BaseModel = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and pydantic field of every setting, in order."""
+    cls = model if isinstance(model, type) else type(model)
+    for name, info in cls.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of every setting."""
+    values: dict[str, Any] = {}
+    for key, _ in keys():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        values[key] = value
+    return values
+
+
+def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """The configuration with dotted keys changed; values may be strings as typed on a command line.
+
+    Raises:
+        InputError: an unknown key (names the nearest), a wrong type or an impossible combination.
+    """
+    known = dict(keys())
+    tree = config.model_dump()
+    for key, value in changes.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown key {key!r}; the nearest one is {near!r} (all keys: --help)")
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node[part]
+        node[leaf] = _parse(value) if isinstance(value, str) and _is_tuple(known[key].annotation) else value
+    try:
+        return RunConfig.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise InputError(_one_line(error, changes)) from None
+
+
+def parse(words: Sequence[str], recipe: str, recipes: dict[str, Any]) -> RunConfig:
+    """The configuration of ``RECIPE key=value ...``; `recipes` maps a name to a function returning a RunConfig."""
+    if recipe not in recipes:
+        raise InputError(f"recipe: expected one of {', '.join(recipes)}, got {recipe!r}")
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"expected key=value, got {word!r}")
+        if key in changes:
+            raise InputError(f"{key}: given twice")
+        changes[key] = value
+    return override(recipes[recipe](), changes)
+
+
+def to_json(config: RunConfig) -> str:
+    return config.model_dump_json(indent=2)
+
+
+def from_json(text: str) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(text)
+    except pydantic.ValidationError as error:
+        raise InputError(_one_line(error, {})) from None
+
+
+def _is_tuple(annotation: Any) -> bool:
+    return getattr(annotation, "__origin__", None) is tuple
+
+
+def _parse(text: str) -> list[str]:
+    """``4,8`` or ``(4, 8)`` or ``[4, 8]`` -> its items as strings; pydantic converts them."""
+    return [item.strip().strip("'\"") for item in text.strip().strip("()[]").split(",") if item.strip()]
+
+
+def _one_line(error: pydantic.ValidationError, changes: dict[str, Any]) -> str:
+    first = error.errors()[0]
+    parts = [str(p) for p in first["loc"]]
+    known = dict(keys())
+    key = next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known), "")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and not key:
+        return message
+    message = message[0].lower() + message[1:]
+    got = changes.get(key, first.get("input"))
+    return f"{key}: {message}" + ("" if "got" in message else f", got {got!r}")

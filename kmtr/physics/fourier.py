@@ -1,0 +1,67 @@
+"""Centred orthonormal Fourier transform of images and k-space, for numpy arrays and torch tensors alike.
+
+``k = fftshift(fft2(ifftshift(x)))`` with ``norm="ortho"`` over the last two axes (y, x): the centre of both domains is
+index ``n // 2``, the transform is unitary, so its inverse is its adjoint and energy is kept (Parseval).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def fftc(x: Array, axes: Sequence[int]) -> Array:
+    """Image to k-space along `axes`; complex output of the same shape and precision."""
+    if isinstance(x, torch.Tensor):
+        return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, axes), dim=axes, norm="ortho"), axes)
+    return np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(x, axes), axes=axes, norm="ortho"), axes)
+
+
+def ifftc(k: Array, axes: Sequence[int]) -> Array:
+    """k-space to image along `axes`: inverse and adjoint of `fftc`."""
+    if isinstance(k, torch.Tensor):
+        return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(k, axes), dim=axes, norm="ortho"), axes)
+    return np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(k, axes), axes=axes, norm="ortho"), axes)
+
+
+def fft2c(x: Array) -> Array:
+    """``... y x`` -> ``... ky kx``."""
+    return fftc(x, (-2, -1))
+
+
+def ifft2c(k: Array) -> Array:
+    """``... ky kx`` -> ``... y x``."""
+    return ifftc(k, (-2, -1))
+
+
+def crop_or_pad(x: Array, size: Sequence[int], axes: Sequence[int]) -> Array:
+    """Centred crop or zero padding of `axes` to `size`, keeping the centre at index ``n // 2``; never rescales."""
+    for axis, want in zip(axes, size, strict=True):
+        have = x.shape[axis]
+        if have > want:
+            start = have // 2 - want // 2
+            index = [slice(None)] * x.ndim
+            index[axis] = slice(start, start + want)
+            x = x[tuple(index)]
+        elif have < want:
+            before = want // 2 - have // 2
+            shape = list(x.shape)
+            shape[axis] = want
+            out = x.new_zeros(shape) if isinstance(x, torch.Tensor) else np.zeros(shape, x.dtype)
+            index = [slice(None)] * x.ndim
+            index[axis] = slice(before, before + have)
+            out[tuple(index)] = x
+            x = out
+    return x
+
+
+def root_sum_of_squares(image: Array, axis: int) -> Array:
+    """Magnitude over coils: complex ``... coil ... y x`` -> real, without the coil axis."""
+    if isinstance(image, torch.Tensor):
+        return image.abs().square().sum(axis).sqrt()
+    return np.sqrt((np.abs(image) ** 2).sum(axis))

@@ -1,0 +1,58 @@
+"""Recipes: each a function returning the RunConfig of one whole run. Its docstring says command, cost and expected metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kmtr.config import Align, Data, Evaluate, Model, Reconstruct, RunConfig, Sampling, Simulate, Train
+
+
+def tiny() -> RunConfig:
+    """``python jobs/pretrain.py tiny``: learns on two CPU cores in minutes; what tests and the demo run."""
+    return RunConfig(
+        recipe="tiny",
+        data=Data(
+            root="runs/tiny", views=("sax", "lax_2ch", "lax_4ch"), sax_slices=2, frames=8, matrix=(64, 64), global_batch=32
+        ),
+        sampling=Sampling(accelerations=(4, 8)),
+        model=Model(
+            width=128,
+            depth=2,
+            head_width=32,
+            mlp_ratio=2,
+            decoder_width=128,
+            decoder_depth=1,
+            patch=(4, 8, 8),
+            readout_fraction=0.5,
+            projection=64,
+        ),
+        reconstruct=Reconstruct(steps=600),
+        align=Align(steps=150),
+        train=Train(workers=2, checkpoint_every=150, eval_every=150),
+        simulate=Simulate(subjects=1600),
+        evaluate=Evaluate(accelerations=(4, 8, 12), labels=800, subjects=320),
+    )
+
+
+def base() -> RunConfig:
+    """``python jobs/pretrain.py base data.root=...``: about 90 M parameters on one GPU, 9 slices x 25 frames x 128 x 128."""
+    return RunConfig(
+        recipe="base",
+        data=Data(root="runs/base"),
+        model=Model(width=768, depth=6),
+        train=Train(zero_stage=1, bf16=True),
+    )
+
+
+def large() -> RunConfig:
+    """``python jobs/pretrain.py large data.root=... train.workers=16``: about 600 M parameters, ZeRO-3 over many GPUs."""
+    return RunConfig(
+        recipe="large",
+        data=Data(root="runs/large", global_batch=256),
+        model=Model(width=1024, depth=24, decoder_width=512, decoder_depth=4),
+        reconstruct=Reconstruct(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
+        train=Train(workers=8, zero_stage=3, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "large": large}

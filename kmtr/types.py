@@ -1,0 +1,126 @@
+"""The axis legend and the records that pass between stages. Imports nothing of ours.
+
+Axes, always in this order and under these names:
+
+    k-space   complex   ``batch slice coil t ky kx``
+    image     real      ``batch slice t y x``
+    tokens    real      ``batch token channel``
+
+``ky`` is the phase-encoding direction (undersampled), ``kx`` the readout (always complete); the centre of
+k-space is index ``n // 2``. Masks say what True means and are never called just "mask":
+
+    sampled   True = acquired by the scanner (or kept by a simulated pattern)
+    hidden    True = acquired, but withheld from the encoder by masked pretraining
+    padded    True = not data
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+VIEWS = ("sax", "lax_2ch", "lax_3ch", "lax_4ch")
+"""View groups of a cardiac study, in the order in which their slices are concatenated."""
+
+PHENOTYPES = {
+    "lvedv_ml": "mL",
+    "lvesv_ml": "mL",
+    "lvsv_ml": "mL",
+    "lvef_pct": "%",
+    "lvco_l_min": "L/min",
+    "lvm_g": "g",
+    "rvedv_ml": "mL",
+    "rvesv_ml": "mL",
+    "rvsv_ml": "mL",
+    "rvef_pct": "%",
+    "lav_max_ml": "mL",
+    "lav_min_ml": "mL",
+    "lasv_ml": "mL",
+    "laef_pct": "%",
+    "rav_max_ml": "mL",
+    "rav_min_ml": "mL",
+    "rasv_ml": "mL",
+    "raef_pct": "%",
+    "wall_thickness_mm": "mm",
+}
+"""Regression targets: name (its ending is the unit) -> unit. Missing values are NaN / null."""
+
+DISEASES = ("cad", "infarct", "stroke", "hypertension", "diabetes", "dcm", "hcm", "rv_disease")
+"""Binary targets; missing values are NaN / null."""
+
+SEGMENTATION_CLASSES = ("background", "lv_cavity", "lv_myocardium", "rv", "la", "ra")
+"""Names of the segmentation values 0 to 5."""
+
+UNLABELLED = 255
+"""Segmentation value of a pixel, or of a whole frame, that nobody contoured."""
+
+
+class KmtrError(Exception):
+    """An error that the user can act on: one line, without traceback. The command ends with status 1."""
+
+
+class InputError(KmtrError, ValueError):
+    """Bad input (configuration, dataset, source file), found before work starts. Status 2."""
+
+
+@dataclass(frozen=True)
+class View:
+    """The k-space of one view group of one subject.
+
+    Attributes:
+        kspace: complex64, ``slice coil t ky kx``; centred orthonormal FFT convention; arbitrary units.
+        sampled: bool, ``slice t ky``; what the source acquired. None: everything.
+        segmentation: uint8, ``slice t y x``; see SEGMENTATION_CLASSES and UNLABELLED. None: no contours at all.
+        spacing_mm: distance between slices, pixel height, pixel width (z, y, x) in mm; None: unknown.
+        frame_time_s: time between two frames in s; None: unknown.
+    """
+
+    kspace: np.ndarray
+    sampled: np.ndarray | None = None
+    segmentation: np.ndarray | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+    frame_time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        k = self.kspace
+        if k.ndim != 5 or k.dtype != np.complex64:
+            raise InputError(f"kspace: expected complex64 with axes slice coil t ky kx, got {k.dtype} {k.shape}")
+        slices, _, frames, ny, nx = k.shape
+        for name, array, shape, dtype in (
+            ("sampled", self.sampled, (slices, frames, ny), np.bool_),
+            ("segmentation", self.segmentation, (slices, frames, ny, nx), np.uint8),
+        ):
+            if array is not None and (array.shape != shape or array.dtype != dtype):
+                raise InputError(f"{name}: expected {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One subject: k-space of one or more view groups, and what is known about the heart.
+
+    Attributes:
+        subject_id: pseudonym; never a name, a date or a path.
+        views: view group (one of VIEWS) -> View.
+        labels: phenotype or disease -> value in its unit; absent or NaN = unknown.
+        source: the format or simulator it came from, with its version.
+        vendor, field_strength_t: of the scanner; field strength in tesla.
+    """
+
+    subject_id: str
+    views: dict[str, View]
+    labels: dict[str, float] = field(default_factory=dict)
+    source: str = ""
+    vendor: str | None = None
+    field_strength_t: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            raise InputError("study: expected at least one view, got none")
+        for what, names, known in (
+            ("view", self.views, VIEWS),
+            ("label", self.labels, (*PHENOTYPES, *DISEASES)),
+        ):
+            unknown = set(names) - set(known)
+            if unknown:
+                raise InputError(f"study: unknown {what} {sorted(unknown)[0]!r}, expected one of {', '.join(known)}")
