@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,15 +29,27 @@ class Data(Section):
     sax_slices: int = Field(6, gt=0, description="short-axis slices per subject, evenly chosen; fewer are padded")
     frames: int = Field(25, gt=0, description="cardiac frames per subject, evenly chosen; fewer are padded")
     matrix: tuple[int, int] = Field((128, 128), description="lines and readout samples (ny, nx); images are cropped")
+    coils: int = Field(1, gt=0, description="coils per slice as stored in the dataset")
     crop: bool = Field(False, description="allow cropping or padding sources of another matrix (image domain)")
     global_batch: int = Field(64, gt=0, description="subjects per optimizer step, over all workers")
     loader: Literal["ray", "threads"] = Field("ray", description="what executes the plan: identical batches")
     prefetch: int = Field(2, ge=1, description="batches read ahead per worker")
+    read_cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves per reading task")
+    verify_pages: bool = Field(True, description="verify the checksum of every page read; off only on trusted storage")
 
     @property
     def slices(self) -> int:
         """Slices per subject over all views: `sax_slices` and one per long-axis view."""
-        return sum(self.sax_slices if view == "sax" else 1 for view in self.views)
+        return len(self.view_types)
+
+    @property
+    def view_types(self) -> tuple[int, ...]:
+        """Index into VIEWS of every slice slot, in order."""
+        return tuple(VIEWS.index(v) for v in self.views for _ in range(self.slots(v)))
+
+    def slots(self, view: str) -> int:
+        """Slice slots of one view."""
+        return self.sax_slices if view == "sax" else 1
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Data:
@@ -139,10 +151,28 @@ class Tracking(Section):
     experiment: str = Field("kmtr", description="MLflow experiment")
 
 
+class Shards(Section):
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="stored k-space; float16 with a scale per subject"
+    )
+    rows: int = Field(64, gt=0, description="subjects per shard file")
+    split: Literal["auto", "hash", "train"] = Field(
+        "auto", description="hash: 70/10/20 % train/val/test by subject; train: no split; auto: train below 20 subjects"
+    )
+
+
+class Ingest(Section):
+    matrix: tuple[int, int] | None = Field(
+        None, description="crop or pad to this (ny, nx) while reading; empty: as it is"
+    )
+    axes: str = Field(
+        "", description="axis order of a .mat k-space where the rules are wrong, as in 't slice coil ky kx'"
+    )
+
+
 class Simulate(Section):
     subjects: int = Field(2000, gt=0, description="simulated subjects, over all splits")
     snr_db: float = Field(30.0, description="power of the signal over that of the complex noise in k-space, dB")
-    fp32: bool = Field(False, description="store float32 instead of float16 with a scale per subject")
     seed: int = Field(0, ge=0, description="a subject is a pure function of (seed, index)")
 
 
@@ -167,7 +197,9 @@ class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
     recipe: str = Field("", description="the recipe it came from")
-    stage: Literal["both", "reconstruct", "align"] = Field("both", description="pretraining stages, one after the other")
+    stage: Literal["both", "reconstruct", "align"] = Field(
+        "both", description="pretraining stages, one after the other"
+    )
     seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
     data: Data = Data()
     sampling: Sampling = Sampling()
@@ -179,7 +211,9 @@ class RunConfig(Section):
     run: Run = Run()
     storage: Storage = Storage()
     tracking: Tracking = Tracking()
+    shards: Shards = Shards()
     simulate: Simulate = Simulate()
+    ingest: Ingest = Ingest()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
 
@@ -209,7 +243,9 @@ class RunConfig(Section):
                 f"got {self.model.patch}"
             )
         if t.eval_every % t.log_every:
-            raise ValueError(f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}")
+            raise ValueError(
+                f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}"
+            )
         if self.total_steps == 0:
             raise ValueError("reconstruct.steps, align.steps: expected at least one step in the chosen stage, got 0")
         if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
@@ -231,16 +267,17 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         return self.reconstruct_steps + self.align_steps
 
-    @property
-    def name(self) -> str:
-        """Recipe and hash of all that changes the numbers: the same command finds its run again."""
+    def run_name(self, dataset_digest: str) -> str:
+        """Recipe and hash of all that changes the numbers, data included: the same command finds its run again."""
         if self.run.name:
             return self.run.name
-        what = self.model_dump(
-            mode="json", include={"stage", "seed", "data", "sampling", "model", "reconstruct", "align", "optimizer"}
+        sections = {"stage", "seed", "sampling", "model", "reconstruct", "align", "optimizer"}
+        what = self.model_dump(mode="json", include=sections)
+        what["data"] = self.data.model_dump(
+            mode="json", exclude={"root", "loader", "prefetch", "read_cpus", "verify_pages"}
         )
-        what["data"] = {k: v for k, v in what["data"].items() if k not in ("loader", "prefetch")}
         what["precision"] = "bf16" if self.train.bf16 else "fp32"
+        what["dataset"] = dataset_digest
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
@@ -319,7 +356,7 @@ def from_json(text: str) -> RunConfig:
 
 
 def _is_tuple(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is tuple
+    return get_origin(annotation) is tuple or any(get_origin(part) is tuple for part in get_args(annotation))
 
 
 def _parse(text: str) -> list[str]:

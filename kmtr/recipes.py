@@ -12,7 +12,12 @@ def tiny() -> RunConfig:
     return RunConfig(
         recipe="tiny",
         data=Data(
-            root="runs/tiny", views=("sax", "lax_2ch", "lax_4ch"), sax_slices=2, frames=8, matrix=(64, 64), global_batch=32
+            root="runs/tiny",
+            views=("sax", "lax_2ch", "lax_4ch"),
+            sax_slices=2,
+            frames=8,
+            matrix=(64, 64),
+            global_batch=32,
         ),
         sampling=Sampling(accelerations=(4, 8)),
         model=Model(

@@ -1,0 +1,1 @@
+"""Tokenizers, transformer, encoders and decoders. Nothing here knows that Ray or DeepSpeed exist."""

@@ -1,0 +1,95 @@
+"""Population statistics that normalise lines and images: estimated on training subjects only, kept in fp32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from kmtr.config import RunConfig
+from kmtr.data import pipeline, shards
+from kmtr.data.plan import permutation
+from kmtr.physics.fourier import ifft2c, root_sum_of_squares
+from kmtr.physics.images import scale_image
+from kmtr.physics.lines import canonical, static_dynamic
+
+MAX_SUBJECTS = 256
+MIN_SUBJECTS_FOR_MEAN = 16
+"""A mean over fewer hearts is those hearts: subtracting it would hide them from the model."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of canonical k-space (see physics.lines) and of images scaled to unit RMS per subject.
+
+    Attributes:
+        static_mean: population mean of the static part.
+        static_sd: SD of the static part around it; floored where the population does not vary.
+        dynamic_sd: SD of the dynamic part, over subjects and frames.
+        image_mean: population mean of the magnitude images over subjects and frames.
+        image_sd: one SD for all pixels.
+    """
+
+    static_mean: Complex[Tensor, "slice coil ky kx"]
+    static_sd: Float[Tensor, "slice coil ky kx"]
+    dynamic_sd: Float[Tensor, "slice coil ky kx"]
+    image_mean: Float[Tensor, "slice y x"]
+    image_sd: Float[Tensor, ""]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def fit(config: RunConfig, reader: shards.Reader) -> Statistics:
+    """Statistics of up to 256 training subjects, chosen by the seed: the same for any number of workers."""
+    rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+
+    def add(name: str, values: Tensor, present: Tensor, axes: tuple[int, ...]) -> None:
+        present = present.to(values.real.dtype)
+        shape = [n for axis, n in enumerate(values.shape) if axis not in axes]
+        total = (values * present).sum(axes).to(torch.complex128 if values.is_complex() else torch.float64)
+        seen = present.expand(values.shape).sum(axes).to(torch.float64)
+        sums[name] = sums.get(name, torch.zeros(shape, dtype=total.dtype)) + total
+        counts[name] = counts.get(name, torch.zeros(shape, dtype=torch.float64)) + seen
+
+    for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
+        batch = host.to(torch.device("cpu"))
+        present = ~batch.padded
+        visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
+        kspace, _ = canonical(batch.kspace, visible)
+        static, dynamic = static_dynamic(kspace, visible)
+        seen = visible[:, :, None, :, :, None]
+        ever = seen.any(3)
+        add("mean", static.squeeze(3), ever, (0,))
+        add("square", static.squeeze(3).abs().square(), ever, (0,))
+        add("dynamic", dynamic.abs().square(), seen, (0, 3))
+        image = root_sum_of_squares(ifft2c(batch.kspace), 2)
+        image = scale_image(image, batch.padded)
+        add("image", image, present[..., None, None], (0, 2))
+        add("image_square", image.square(), present[..., None, None], (0, 1, 2, 3, 4))
+
+    def mean(name: str) -> Tensor:
+        return sums[name] / counts[name].clamp(min=1)
+
+    static_mean, static_square = mean("mean"), mean("square")
+    if len(rows) < MIN_SUBJECTS_FOR_MEAN:
+        static_mean = torch.zeros_like(static_mean)
+    image_mean = mean("image") if len(rows) >= MIN_SUBJECTS_FOR_MEAN else torch.zeros_like(mean("image"))
+    variance = mean("image_square") - image_mean.square().mean()
+    return Statistics(
+        static_mean=static_mean.to(torch.complex64),
+        static_sd=_floored((static_square - static_mean.abs().square()).clamp(min=0).sqrt()),
+        dynamic_sd=_floored(mean("dynamic").sqrt()),
+        image_mean=image_mean.float(),
+        image_sd=variance.clamp(min=1e-12).sqrt().float(),
+    )
+
+
+def _floored(sd: Tensor) -> Float[Tensor, ...]:
+    """At least 1e-4 of the largest, so that noise-free corners of k-space are not blown up."""
+    return sd.clamp(min=1e-4 * float(sd.max().clamp(min=1e-12))).float()

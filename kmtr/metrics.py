@@ -1,0 +1,115 @@
+"""Metrics as pure functions, and the ridge probe that training, search and the report share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RIDGE_PENALTIES = tuple(10.0**e for e in np.arange(-3, 5.1, 0.5))
+
+
+def r2(truth: np.ndarray, predicted: np.ndarray, reference: float | np.ndarray) -> float:
+    """Share of variance explained on held-out subjects, against always answering `reference` (the training mean)."""
+    return float(1 - np.sum((truth - predicted) ** 2) / np.sum((truth - reference) ** 2))
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A fitted ridge regression on standardised features.
+
+    Attributes:
+        mean, sd: of the features, ``feature``.
+        weights: ``feature``; bias: the mean of the target.
+        penalty: chosen by leave-one-out error.
+    """
+
+    mean: np.ndarray
+    sd: np.ndarray
+    weights: np.ndarray
+    bias: float
+    penalty: float
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        return (features - self.mean) / self.sd @ self.weights + self.bias
+
+
+def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
+    """Ridge regression, its penalty chosen by the exact leave-one-out error (Golub, Heath and Wahba 1979).
+
+    Args:
+        features: ``subject feature``, finite.
+        target: ``subject``, finite; NaN must have been left out by the caller.
+
+    Raises:
+        ValueError: fewer than 3 subjects.
+    """
+    n = len(target)
+    if n < 3:
+        raise ValueError(f"ridge: expected at least 3 subjects with this label, got {n}")
+    mean, sd = features.mean(0), features.std(0)
+    sd = np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, 1.0)
+    x, bias = ((features - mean) / sd).astype(np.float64), float(target.mean())
+    y = target.astype(np.float64) - bias
+    # The Gram matrix of subjects serves any number of features: H = K (K + p I)^-1 in its eigenbasis, plus the mean.
+    values, vectors = np.linalg.eigh(x @ x.T / x.shape[1])
+    rotated = vectors.T @ y
+    best: tuple[float, float] = (np.inf, 0.0)
+    for penalty in RIDGE_PENALTIES:
+        shrink = penalty / (np.clip(values, 0, None) + penalty)
+        residual = vectors @ (shrink * rotated)
+        leverage = 1 - (vectors**2) @ shrink + 1 / n
+        error = float(np.mean((residual / np.clip(1 - leverage, 1e-6, None)) ** 2))
+        best = min(best, (error, penalty))
+    penalty = best[1]
+    dual = vectors @ (rotated / (np.clip(values, 0, None) + penalty))
+    return Ridge(mean, sd, x.T @ dual / x.shape[1], bias, penalty)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One target on held-out subjects: truth and prediction ``subject`` in its unit, and the training mean."""
+
+    truth: np.ndarray
+    predicted: np.ndarray
+    training_mean: float
+
+    @property
+    def r2(self) -> float:
+        return r2(self.truth, self.predicted, self.training_mean)
+
+    @property
+    def mae(self) -> float:
+        return float(np.mean(np.abs(self.truth - self.predicted)))
+
+
+def probe(
+    train_features: np.ndarray, train_target: np.ndarray, features: np.ndarray, target: np.ndarray
+) -> Probe | None:
+    """Ridge fitted on labelled training subjects, scored on held-out ones; None where fewer than 3 of either have the label."""
+    known_train, known = np.isfinite(train_target), np.isfinite(target)
+    if known_train.sum() < 3 or known.sum() < 3:
+        return None
+    ridge = fit_ridge(train_features[known_train], train_target[known_train])
+    return Probe(target[known], ridge(features[known]), float(train_target[known_train].mean()))
+
+
+def paired_bootstrap(a: Probe, b: Probe, resamples: int, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of R2(a) - R2(b) over resampled held-out subjects, the same subjects for both."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    index = rng.integers(0, len(a.truth), (resamples, len(a.truth)))
+    spread = np.sum((a.truth[index] - a.training_mean) ** 2, axis=1)
+    gain = np.sum(((b.predicted - b.truth) ** 2 - (a.predicted - a.truth) ** 2)[index], axis=1) / spread
+    low, high = np.quantile(gain, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap_r2(a: Probe, resamples: int, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of R2 over resampled held-out subjects."""
+    mean = Probe(a.truth, np.full_like(a.predicted, a.training_mean), a.training_mean)
+    return paired_bootstrap(a, mean, resamples, seed)
+
+
+def nmse(estimate: np.ndarray, reference: np.ndarray) -> float:
+    """Energy of the error over energy of the reference."""
+    return float(np.sum(np.abs(estimate - reference) ** 2) / np.sum(np.abs(reference) ** 2))

@@ -1,0 +1,170 @@
+"""k-space and images to tokens, in fp32 and outside of the engine (bf16 engines would cast the tables)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor
+
+from kmtr.config import Data, Model
+from kmtr.physics.fourier import ifft2c, root_sum_of_squares
+from kmtr.physics.images import scale_image
+from kmtr.physics.lines import canonical, static_dynamic
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A padded sequence per subject.
+
+    Attributes:
+        values: normalised content of the tokens (zeros where padded).
+        index: position of each token in its grid: (slice, t, ky) of lines, (slice, t, y, x) of image patches.
+        padded: not a token.
+    """
+
+    values: Float[Tensor, "batch token feature"]
+    index: Int[Tensor, "batch token axis"]
+    padded: Bool[Tensor, "batch token"]
+
+    def __getitem__(self, rows: slice) -> Tokens:
+        return Tokens(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+def gather(
+    chosen: Bool[Tensor, batch *grid],
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
+    """Positions of the chosen cells of a grid, in order, padded to the largest count.
+
+    Returns:
+        flat index and multi-index of each token, and which tokens are padding (they point at some cell not chosen).
+    """
+    grid = chosen.shape[1:]
+    flat = chosen.flatten(1)
+    count = flat.sum(1)
+    length = max(int(count.max()), 1)
+    order = torch.argsort((~flat).to(torch.uint8), dim=1, stable=True)[:, :length]
+    padded = torch.arange(length, device=flat.device) >= count[:, None]
+    index, rest = [], order
+    for size in reversed(grid):
+        index.append(rest % size)
+        rest = rest // size
+    return order, torch.stack(index[::-1], dim=-1), padded
+
+
+class LineTokenizer:
+    """Readout lines as tokens: real and imaginary part of the central kx of the dynamic and the static part of a line.
+
+    Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided by
+    SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
+
+    Args:
+        tables: `data.statistics.Statistics.tensors()`.
+    """
+
+    def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
+        self.data, self.model = data, model
+        nx = data.matrix[1]
+        width = max(2, 2 * round(nx * model.readout_fraction / 2))
+        self.kx = slice(nx // 2 - width // 2, nx // 2 + width // 2)
+        self.mean = tables["static_mean"][..., self.kx].to(device)
+        self.divisor = {}
+        for part in ("static", "dynamic"):
+            sd = tables[f"{part}_sd"][..., self.kx].to(device)
+            unit = sd.pow(2 - 2 * model.normalisation_power).mean().sqrt().clamp(min=torch.finfo(sd.dtype).tiny)
+            self.divisor[part] = sd.pow(model.normalisation_power) * unit
+
+    @staticmethod
+    def features(data: Data, model: Model) -> int:
+        width = max(2, 2 * round(data.matrix[1] * model.readout_fraction / 2))
+        return 2 * width * data.coils * (2 if model.line_parts == "static+dynamic" else 1)
+
+    def __call__(
+        self,
+        kspace: Complex[Tensor, "batch slice coil t ky kx"],
+        known: Bool[Tensor, "batch slice t ky"],
+        chosen: Bool[Tensor, "batch slice t ky"],
+        visible: Bool[Tensor, "batch slice t ky"] | None = None,
+    ) -> Tokens:
+        """Tokens of the `chosen` lines.
+
+        Args:
+            known: lines that the temporal mean is taken over.
+            visible: lines that phase and gain are estimated from; `known` where not given.
+        """
+        rotated, _ = canonical(kspace, known if visible is None else visible)
+        static, dynamic = static_dynamic(rotated[..., self.kx], known)
+        order, index, padded = gather(chosen)
+        z, t, ky = index.unbind(-1)
+        row = torch.arange(len(kspace), device=kspace.device)[:, None]
+        mean = self.mean[z, :, ky]
+        fixed = (static[row, z, :, 0, ky] - mean) / self.divisor["static"][z, :, ky]
+        moving = dynamic[row, z, :, t, ky] / self.divisor["dynamic"][z, :, ky]
+        if self.model.line_parts == "whole":
+            parts = [(rotated[..., self.kx][row, z, :, t, ky] - mean) / self.divisor["static"][z, :, ky]]
+        else:
+            parts = [moving, fixed]
+        values = torch.view_as_real(torch.stack(parts, dim=2)).flatten(2)
+        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)
+
+    def lines(
+        self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]
+    ) -> Complex[Tensor, "batch token coil kx"]:
+        """Canonical lines (central kx) of token values: inverse of the normalisation."""
+        parts = 1 if self.model.line_parts == "whole" else 2
+        width = self.kx.stop - self.kx.start
+        z, _, ky = index.unbind(-1)
+        split = torch.view_as_complex(
+            values.float().reshape(*values.shape[:2], parts, self.data.coils, width, 2).contiguous()
+        )
+        fixed = split[:, :, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
+        return fixed if parts == 1 else fixed + split[:, :, 0] * self.divisor["dynamic"][z, :, ky]
+
+    def fill(
+        self,
+        kspace: Complex[Tensor, "batch slice coil t ky kx"],
+        visible: Bool[Tensor, "batch slice t ky"],
+        values: Float[Tensor, "batch token feature"],
+        index: Int[Tensor, "batch token axis"],
+    ) -> Complex[Tensor, "batch slice coil t ky kx"]:
+        """k-space with the visible lines as they are and predicted ones elsewhere: data consistency."""
+        rotated, gauge = canonical(kspace, visible)
+        filled = torch.zeros_like(rotated)
+        row = torch.arange(len(kspace), device=kspace.device)[:, None]
+        z, t, ky = index.unbind(-1)
+        central = filled[..., self.kx]
+        central[row, z, :, t, ky] = self.lines(values, index)
+        return gauge.undo(torch.where(visible[:, :, None, :, :, None], rotated, filled))
+
+
+class PatchTokenizer:
+    """Magnitude images as 3D patches (t, y, x), population mean taken off, scaled by one SD."""
+
+    def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
+        self.patch = model.patch
+        self.mean = tables["image_mean"].to(device)
+        self.sd = tables["image_sd"].to(device)
+
+    @staticmethod
+    def features(model: Model) -> int:
+        pt, py, px = model.patch
+        return pt * py * px
+
+    def images(
+        self, kspace: Complex[Tensor, "batch slice coil t ky kx"], padded: Bool[Tensor, "batch slice t"]
+    ) -> Float[Tensor, "batch slice t y x"]:
+        """Root-sum-of-squares magnitude, unit RMS per subject."""
+        return scale_image(root_sum_of_squares(ifft2c(kspace), 2), padded)
+
+    def __call__(
+        self, images: Float[Tensor, "batch slice t y x"], chosen: Bool[Tensor, "batch slice pt py px"]
+    ) -> Tokens:
+        pt, py, px = self.patch
+        normal = (images - self.mean[:, None]) / self.sd
+        cells = normal.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
+        order, index, padded = gather(chosen)
+        z, t, y, x = index.unbind(-1)
+        row = torch.arange(len(images), device=images.device)[:, None]
+        values = cells[row, z, t, y, x].flatten(2)
+        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)

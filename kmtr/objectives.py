@@ -1,0 +1,286 @@
+"""What pretraining minimises: masked reconstruction in both domains (stage b) and alignment of the two (stage c).
+
+A stage is a function of an engine and the micro-batches of one step. It runs forward and backward so that the gradient is
+that of the mean over the GLOBAL batch, however it is divided over workers and micro-batches, and returns what to log. The
+engine is anything with ``engine(inputs)`` and ``engine.backward(loss)`` that averages gradients over workers and
+accumulated micro-batches, as DeepSpeed's does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kmtr.config import RunConfig
+from kmtr.data.batch import Batch
+from kmtr.losses import info_nce, masked_reconstruction
+from kmtr.model.encoder import (
+    line_decoder,
+    line_encoder,
+    patch_decoder,
+    patch_encoder,
+    static_dynamic_embedding,
+)
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+
+
+class Engine(Protocol):
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+
+    def backward(self, loss: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch as the model sees it, made in fp32 outside the engine.
+
+    Attributes:
+        lines, line_targets: visible and hidden acquired lines; the visible ones never depend on the hidden ones.
+        patches, patch_targets: visible and hidden image patches.
+        all_lines, all_patches: everything acquired, for alignment; None in stage b.
+        absent, absent_patches: frame slots without data, in the frames of either domain.
+        key: of the subject; equal keys are never negatives of each other.
+    """
+
+    lines: Tokens
+    line_targets: Tokens
+    patches: Tokens
+    patch_targets: Tokens
+    all_lines: Tokens | None
+    all_patches: Tokens | None
+    absent: Bool[Tensor, "batch slice t"]
+    absent_patches: Bool[Tensor, "batch slice pt"]
+    key: Int[Tensor, " batch"]
+
+
+class Preparer:
+    """Batch -> Inputs: undersampling, images, hiding and normalisation, on the batch's device, without gradient."""
+
+    def __init__(self, config: RunConfig, tables: dict[str, Tensor], device: torch.device):
+        self.config = config
+        self.lines = LineTokenizer(config.data, config.model, tables, device)
+        self.patches = PatchTokenizer(config.data, config.model, tables, device)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, stage: str) -> Inputs:
+        visible = batch.sampled & ~batch.hidden
+        images = self.patches.images(batch.kspace, batch.padded)
+        absent_patches = batch.padded.unflatten(2, (-1, self.config.model.patch[0])).all(-1)
+        present = ~absent_patches[..., None, None].expand(batch.hidden_patches.shape)
+        both = stage == "align"
+        return Inputs(
+            lines=self.lines(batch.kspace, known=visible, chosen=visible),
+            line_targets=self.lines(batch.kspace, known=batch.sampled, chosen=batch.hidden, visible=visible),
+            patches=self.patches(images, present & ~batch.hidden_patches),
+            patch_targets=self.patches(images, present & batch.hidden_patches),
+            all_lines=self.lines(batch.kspace, known=batch.sampled, chosen=batch.sampled) if both else None,
+            all_patches=self.patches(images, present) if both else None,
+            absent=batch.padded,
+            absent_patches=absent_patches,
+            key=batch.key,
+        )
+
+
+class Pretraining(nn.Module):
+    """Both encoders, both decoders and the projections of alignment: one module, so that one engine holds both stages."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        data, model = config.data, config.model
+        self.config = config
+        self.kspace_encoder = line_encoder(data, model)
+        self.kspace_decoder = line_decoder(data, model)
+        self.image_encoder = patch_encoder(data, model)
+        self.image_decoder = patch_decoder(data, model)
+        width = {"static": model.width, "dynamic": 2 * model.width}
+        self.kspace_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
+        self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
+
+    def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``.
+
+        z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised.
+        """
+        out: dict[str, Tensor] = {}
+        loss = self.config.reconstruct.kspace_loss
+        aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
+        if not aligned or self.config.align.reconstruct_weight:
+            encoded = self.kspace_encoder(inputs.lines, inputs.absent)
+            predicted = self.kspace_decoder(encoded, inputs.line_targets.index)
+            out["kspace"] = masked_reconstruction(
+                predicted, inputs.line_targets.values, inputs.line_targets.padded, loss
+            )
+        if self.config.reconstruct.image_weight and not frozen:
+            encoded = self.image_encoder(inputs.patches, inputs.absent_patches)
+            predicted = self.image_decoder(encoded, inputs.patch_targets.index)
+            out["image"] = masked_reconstruction(predicted, inputs.patch_targets.values, inputs.patch_targets.padded)
+        if aligned and inputs.all_lines is not None and inputs.all_patches is not None:
+            lines = self.kspace_encoder(inputs.all_lines, inputs.absent)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                patches = self.image_encoder(inputs.all_patches, inputs.absent_patches)
+            ends = ((lines, self.kspace_heads), (patches, self.image_heads))
+            z = []
+            for end, heads in ends:
+                parts = static_dynamic_embedding(end.frames, end.absent)
+                z += [
+                    head(x.to(head.weight.dtype))
+                    for head, x in zip((heads["static"], heads["dynamic"]), parts, strict=True)
+                ]
+            out["z"] = torch.stack(z, dim=2)
+        return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step minimised: names as they are logged -> sum over this worker's subjects (or anchors), and their count."""
+
+    sums: dict[str, Tensor]
+    counts: dict[str, Tensor]
+
+
+def reconstruct(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
+    """Stage b: loss on hidden lines plus `image_weight` times that on hidden patches."""
+    total = _Sums()
+    for batch in micro:
+        out = engine(prepare(batch, "reconstruct"), "reconstruct")
+        loss = _weigh(out, {"kspace": 1.0, "image": config.reconstruct.image_weight})
+        total.add("kspace_loss", out["kspace"])
+        if "image" in out:
+            total.add("image_loss", out["image"])
+        total.add("loss", loss)
+        engine.backward(loss.sum() * _share(config, len(micro)))
+    return total.step()
+
+
+def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
+    """Stage c: InfoNCE over the global batch on static and dynamic embeddings per slice, and stage b's loss kept.
+
+    The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with several
+    micro-batches without a graph, as GradCache does), the loss gives their gradients, then each micro-batch passes its
+    gradient on through ``sum(z * dz)``. Memory per worker grows with local x global.
+    """
+    total = _Sums()
+    inputs = [prepare(batch, "align") for batch in micro]
+    if len(micro) > 1:
+        with torch.no_grad():
+            z = torch.cat([engine(x, "align")["z"] for x in inputs])
+    outs: list[dict[str, Tensor]] = []
+    if len(micro) == 1:
+        outs = [engine(inputs[0], "align")]
+        z = outs[0]["z"]
+    present = ~torch.cat([batch.padded for batch in micro]).all(-1)
+    key = torch.cat([batch.key for batch in micro])
+    leaf = z.detach().float().requires_grad_()
+    contrast = contrastive(leaf, present, key, config, total)
+    (dz,) = torch.autograd.grad(contrast, leaf)
+    weight = config.align.reconstruct_weight
+    first = 0
+    for i, batch in enumerate(micro):
+        out = outs[i] if outs else engine(inputs[i], "align")
+        rows = slice(first, first + len(batch))
+        first += len(batch)
+        loss = (out["z"].float() * dz[rows]).sum() * _world() * len(micro)
+        if "kspace" in out:
+            total.add("kspace_loss", out["kspace"])
+            kept = _weigh(out, {"kspace": weight, "image": weight * config.reconstruct.image_weight})
+            loss = loss + kept.sum() * _share(config, len(micro))
+        engine.backward(loss)
+    return total.step()
+
+
+def contrastive(
+    z: Float[Tensor, "batch slice 4 channel"],
+    present: Bool[Tensor, "batch slice"],
+    key: Int[Tensor, " batch"],
+    config: RunConfig,
+    total: _Sums,
+) -> Float[Tensor, ""]:
+    """This worker's part of the symmetric global InfoNCE: summed over workers it is the one-process loss."""
+    everything, everyone = gather(z), gather(key)
+    everywhere = gather(present.to(torch.uint8)).bool()
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    positive = torch.arange(len(z), device=z.device) + rank * len(z)
+    same = key[:, None] == everyone[None, :]
+    same[torch.arange(len(z), device=z.device), positive] = False
+    excluded = same[None] | ~everywhere.T[:, None, :]
+    anchors = everywhere.sum().clamp(min=1)
+    loss = z.new_zeros(())
+    for i, part in enumerate(("static", "dynamic")):
+        weight = config.align.static_weight if part == "static" else config.align.dynamic_weight
+        for anchor, candidate in ((i, i + 2), (i + 2, i)):
+            per_anchor, top = info_nce(
+                z[:, :, anchor].transpose(0, 1),
+                everything[:, :, candidate].transpose(0, 1),
+                positive,
+                excluded.masked_fill(~present.T[..., None], False),
+                config.align.temperature,
+            )
+            counted = per_anchor[present.T]
+            total.add(f"infonce_{part}", counted)
+            total.add(f"top1_{part}", top[present.T].float())
+            loss = loss + weight * counted.sum() / (2 * anchors)
+    return loss
+
+
+STAGES: dict[str, Callable[[Engine, Sequence[Batch], Preparer, RunConfig], Step]] = {
+    "reconstruct": reconstruct,
+    "align": align,
+}
+
+
+class _Gather(torch.autograd.Function):
+    """All workers' tensors concatenated along the first axis; its adjoint sums what every worker did with our part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        dist.all_reduce(total)
+        size = len(total) // dist.get_world_size()
+        return total[dist.get_rank() * size : (dist.get_rank() + 1) * size]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all workers, in rank order, with gradient."""
+    return _Gather.apply(x) if _world() > 1 else x
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _share(config: RunConfig, micro: int) -> float:
+    """Factor from a sum over a micro-batch to the global mean, given that the engine averages over both."""
+    return _world() * micro / config.data.global_batch
+
+
+def _weigh(out: dict[str, Tensor], weights: dict[str, float]) -> Float[Tensor, " batch"]:
+    terms = [out[name] * weight for name, weight in weights.items() if name in out]
+    return torch.stack(terms).sum(0)
+
+
+class _Sums:
+    """Running sums and counts of what is logged."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        values = values.detach().float().flatten()
+        self.sums[name] = self.sums.get(name, values.new_zeros(())) + values.sum()
+        self.counts[name] = self.counts.get(name, values.new_zeros(())) + values.numel()
+
+    def step(self) -> Step:
+        return Step(self.sums, self.counts)

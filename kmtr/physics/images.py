@@ -1,0 +1,18 @@
+"""Magnitude images."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def scale_image(
+    image: Float[Tensor, "batch slice t y x"], padded: Bool[Tensor, "batch slice t"]
+) -> Float[Tensor, "batch slice t y x"]:
+    """Each subject's images divided by their RMS over what is not padded."""
+    present = (~padded)[..., None, None]
+    energy = (image.square() * present).sum((1, 2, 3, 4))
+    count = present.expand(image.shape).sum((1, 2, 3, 4)).clamp(min=1)
+    rms = (energy / count).sqrt().clamp(min=torch.finfo(image.dtype).tiny)
+    return image / rms[:, None, None, None, None]
