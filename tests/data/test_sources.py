@@ -91,6 +91,7 @@ def test_registry_refuses_in_one_line(tmp_path: Path) -> None:
         lambda: discover("nifti", str(tmp_path)),
         lambda: discover("cmrxrecon", str(tmp_path)),
         lambda: read(tmp_path),
+        lambda: read(tmp_path, matrix=(0, 8)),
     ):
         with pytest.raises(InputError) as caught:
             call()
@@ -288,6 +289,18 @@ def test_nifti_discovery_is_sorted_and_complete(tmp_path: Path, rng) -> None:
     assert read(items[1]).views["sax"].kspace.shape == (1, 1, 2, 8, 8)
 
 
+def test_files_named_alike_are_told_by_their_folder(tmp_path: Path) -> None:
+    """And what is beside them, long axes and contours of another convention, is not taken for a short axis."""
+    for subject in ("1002", "1001"):
+        for name in ("sa", "seg_sa", "la_2ch", "la_4ch"):
+            save_nifti(tmp_path / subject / f"{name}.nii.gz", np.ones((8, 8, 1, 2), np.int16))
+    items = discover("nifti", str(tmp_path))
+    assert [(item.subject, len(item.files)) for item in items] == [("1001", 1), ("1002", 1)]
+    assert read(items[0]).subject_id == read(tmp_path / "1001" / "sa.nii.gz").subject_id
+    with pytest.raises(InputError, match="not contours, long axis"):
+        read(tmp_path / "1001" / "la_4ch.nii.gz")
+
+
 def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
     flat = save_nifti(tmp_path / "flat.nii.gz", np.ones((8, 8, 2), np.int16))
     nan = save_nifti(tmp_path / "nan_4d.nii.gz", np.full((8, 8, 1, 2), np.nan, np.float32))
@@ -301,8 +314,10 @@ def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
     junk = tmp_path / "junk" / "jane_4d.nii.gz"
     junk.parent.mkdir()
     junk.write_bytes(b"not a NIfTI file")
+    frame = save_nifti(tmp_path / "frames" / "jane_frame01.nii.gz", np.ones((8, 8, 2), np.int16))
     for source, said in (
         (flat, "4D"),
+        (frame, "name their folder"),
         (nan, "finite"),
         (tmp_path / "odd", "values 0 to 3"),
         (odd_contours, "not contours"),
@@ -493,6 +508,7 @@ def test_patterns_refused(tmp_path: Path, rng) -> None:
         (np.full((12, 16), 0.5), "zeros and ones"),
         (np.ones((2, 3, 12, 16)), "1 to 3 dimensions"),
         (np.ones((12, 12, 12)), "fewer frames"),
+        (np.zeros((12, 16)), "only zeros"),
     ):
         np.save(tmp_path / "p.npy", array)
         with pytest.raises(InputError, match=said):

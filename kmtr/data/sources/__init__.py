@@ -83,6 +83,8 @@ def read(
         InputError: unreadable, ambiguous or unsupported source; the message names what the caller named, never
             a subject.
     """
+    if matrix is not None and min(matrix) < 1:
+        raise InputError(f"matrix: expected (ny, nx) of at least 1, got {matrix}")
     if isinstance(item_or_path, Item):
         item = item_or_path
         subject_id = pseudonym(item.subject, subject_key)

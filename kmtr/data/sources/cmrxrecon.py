@@ -87,7 +87,7 @@ def find(source: Path) -> list[Item]:
 
 
 def read(
-    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int = 0, axes: str | None = None
+    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int, axes: str | None
 ) -> Study:
     """The study of one subject, one view per file; see `kmtr.data.sources.read`. Nothing is random here."""
     views = {_view(path, where): read_view(path, where, matrix=matrix, axes=axes) for path in item.files}
@@ -151,6 +151,8 @@ def read_pattern(path: str | Path) -> np.ndarray:
         stored, _, readout_first = _load(path, where, _pattern_key)
     if stored.dtype.kind not in "biuf" or not np.isin(stored, (0, 1)).all():
         raise InputError(f"{where}: expected a pattern of zeros and ones, got other values ({stored.dtype})")
+    if not stored.any():
+        raise InputError(f"{where}: expected a pattern that samples something, got only zeros")
     pattern = stored.astype(bool)
     if pattern.ndim != 3:
         pattern = pattern.squeeze()
@@ -174,7 +176,7 @@ def _lines(pattern: np.ndarray, where: str, readout_first: bool) -> np.ndarray:
             f"{where}: a two-dimensional pattern {pattern.shape[1:]}: expected whole lines, zero or one all along the "
             "readout; pseudo-radial patterns are not supported"
         )
-    # All zeros or ones: constant along both, so only the container tells which dimension is the readout.
+    # All ones: constant along both, so only the container tells which dimension is the readout.
     readout = (1 if readout_first else 2) if all(constant) else 1 + constant.index(True)
     return pattern.take(0, readout)
 

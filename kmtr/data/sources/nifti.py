@@ -3,7 +3,9 @@
 Two layouts, recognised by the file names:
 
 - cine: any 4D ``.nii`` or ``.nii.gz`` (x, y, z, t), with contours beside it named ``X_seg_4d`` (for ``X_4d``),
-  ``X_seg`` or ``X_gt``. Other 3D images are no cine and are left out of a folder's subjects.
+  ``X_seg`` or ``X_gt``. X is the subject, or the folder is where X says only what the image is (``sa``, ``sax``,
+  ``cine``). Left out of a folder: 3D images, other contours (``seg_*``, ``label_*``) and long-axis views (``la_*``,
+  ``lax``, ``2ch``, ``3ch``, ``4ch``), because their values and planes would be taken for what they are not.
 - ACDC: ``patientNNN_frameNN`` and ``patientNNN_frameNN_gt`` (numbers from 1), perhaps the whole cine ``patientNNN_4d``,
   and ``Info.cfg``, of which only the diagnostic group is read. Without the cine the study has only the frames that
   are there, end-diastole and end-systole, in order of time.
@@ -57,7 +59,10 @@ FRAME_TIME_S = (0.005, 0.2)
 
 _NIFTI = re.compile(r"(?P<stem>.+?)\.nii(\.gz)?")
 _FRAME = re.compile(r"(?P<subject>.+)_frame(?P<number>\d+)(?P<contours>_gt)?\.nii(\.gz)?")
-_CONTOURS = re.compile(r".+(_seg_4d|_seg|_gt)\.nii(\.gz)?")
+_CONTOURS = re.compile(r"(.+(_seg_4d|_seg|_gt)|(seg|label)_.+)\.nii(\.gz)?")
+_LONG_AXIS = re.compile(r"(?:^|[_-])(lax?|[234]ch)[_.-]", re.IGNORECASE)
+_NO_SUBJECT = ("sa", "sax", "cine", "cine_sax")
+"""Names of images that are alike for everybody."""
 
 
 def find(source: Path) -> list[Item]:
@@ -67,8 +72,10 @@ def find(source: Path) -> list[Item]:
         InputError: nothing found, or the file itself is not a cine.
     """
     if source.is_file():
-        if not _NIFTI.fullmatch(source.name) or _CONTOURS.fullmatch(source.name):
-            raise InputError(f"{source}: expected a 4D image, .nii or .nii.gz, not contours or another file")
+        if not _NIFTI.fullmatch(source.name) or not _may_be_cine(source):
+            raise InputError(f"{source}: expected a 4D short axis, .nii or .nii.gz, not contours, long axis or others")
+        if _FRAME.fullmatch(source.name):
+            raise InputError(f"{source}: expected a 4D image; single frames are read together, name their folder")
         return [_cine_item(source)]
     by_folder: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(source.rglob("*")):
@@ -84,7 +91,7 @@ def find(source: Path) -> list[Item]:
 
 
 def read(
-    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int, axes: str | None = None
+    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int, axes: str | None
 ) -> Study:
     """The study of one subject, view ``sax``, one coil; see `kmtr.data.sources.read`."""
     if axes is not None:
@@ -169,11 +176,12 @@ def _cine_item(image: Path) -> Item:
     """A 4D image and the contours beside it."""
     match = _NIFTI.fullmatch(image.name)
     stem = match["stem"] if match else image.name
-    subject = stem.removesuffix("_4d")
-    names = [f"{subject}_seg_4d"] if stem.endswith("_4d") else [f"{stem}_seg", f"{stem}_gt"]
-    beside = (image.with_name(name + ending) for name in names for ending in (".nii.gz", ".nii"))
-    contours = next((path for path in beside if path.is_file()), None)
-    return Item("nifti", subject, tuple(sorted([image, contours] if contours else [image])))
+    name = stem.removesuffix("_4d")
+    subject = image.resolve().parent.name if name.lower() in _NO_SUBJECT else name
+    names = [f"{name}_seg_4d"] if stem.endswith("_4d") else [f"{stem}_seg", f"{stem}_gt"]
+    beside = (image.with_name(contours + ending) for contours in names for ending in (".nii.gz", ".nii"))
+    found = [path for path in beside if path.is_file()][:1]
+    return Item("nifti", subject, tuple(sorted([image, *found])))
 
 
 def _folder_items(folder: Path, paths: list[Path], where: str) -> list[Item]:
@@ -189,9 +197,13 @@ def _folder_items(folder: Path, paths: list[Path], where: str) -> list[Item]:
         items.append(Item("nifti", subject, tuple(sorted(files))))
     taken = {path for item in items for path in item.files}
     for path in paths:
-        if path not in taken and not _CONTOURS.fullmatch(path.name) and _is_cine(path, where):
+        if path not in taken and _may_be_cine(path) and _is_cine(path, where):
             items.append(_cine_item(path))
     return items
+
+
+def _may_be_cine(path: Path) -> bool:
+    return not _CONTOURS.fullmatch(path.name) and not _LONG_AXIS.search(path.name)
 
 
 def _is_cine(path: Path, where: str) -> bool:
@@ -287,7 +299,7 @@ def _oriented(
     def turn(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(np.flip(array.transpose(z, 3, y, x), flipped))
 
-    scale = MILLIMETRES[image.header.get_xyzt_units()[0]]
+    scale = MILLIMETRES[_units(image.header)[0]]
     zooms = [float(zoom) * scale for zoom in image.header.get_zooms()[:3]]
     # An identity affine is what software writes that never knew the geometry.
     known = all(np.isfinite(zoom) and zoom > 0 for zoom in zooms) and not np.array_equal(image.affine, np.eye(4))
@@ -295,9 +307,17 @@ def _oriented(
     return _Cine(turn(magnitude), None if codes is None else turn(codes), spacing, frame_time_s, labels)
 
 
+def _units(header: Any) -> tuple[str, str]:
+    """Units of space and time; a code that the standard does not have counts as unknown."""
+    try:
+        return header.get_xyzt_units()
+    except KeyError:
+        return "unknown", "unknown"
+
+
 def _frame_time_s(header: Any) -> float | None:
     """Time between two frames in s, where the header's value is plausible; without a unit, as ms or else as s."""
-    value, unit = float(header.get_zooms()[3]), header.get_xyzt_units()[1]
+    value, unit = float(header.get_zooms()[3]), _units(header)[1]
     low, high = FRAME_TIME_S
     for second in (SECONDS[unit],) if unit in SECONDS else (1e-3, 1.0):
         if low <= value * second <= high:
