@@ -71,9 +71,10 @@ data_root = $(shell $(PY) -c 'import sys; from pathlib import Path; from kmtr.co
 storage = $(or $(call given,storage.root),$(CURDIR)/runs)
 tracking = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(storage)/mlflow.db)
 submit: setup
-	@test -n "$(script)" || { echo 'submit: expected JOB="pretrain tiny ..." naming a file of jobs/ or tune/, got "$(JOB)"' >&2; \
-		exit 2; }
-	@$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . -- python $(script) $(wordlist 2,$(words $(JOB)),$(JOB)) \
+	@test -n "$(script)" || \
+		{ echo 'submit: expected JOB="pretrain tiny ..." naming a file of jobs/ or tune/, got "$(JOB)"' >&2; exit 2; }
+	@$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . -- \
+		python $(script) $(wordlist 2,$(words $(JOB)),$(JOB)) \
 		$(call unless_given,data.root,$(data_root)) $(call unless_given,storage.root,$(storage)) \
 		$(call unless_given,tracking.uri,$(tracking))
 
