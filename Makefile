@@ -1,0 +1,86 @@
+# Every command of the project; `make` alone lists them.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: setup demo test test-fast lint bench ui submit help
+
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+PORT ?= 5000
+ADDRESS ?= http://127.0.0.1:8265
+
+##  setup        install everything into .venv (3 to 4 minutes, once); PYTHON=python3.12 picks the interpreter
+setup: .venv/.installed
+
+# torch goes first and alone, so that its pin decides before another package's looser requirement does.
+.venv/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found: make setup PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "setup: expected Python >= 3.11, got $$($(PYTHON) -V): make setup PYTHON=python3.11" >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@echo "setup: 1 of 2, $(TORCH)"
+	@$(PIP) "$(TORCH)"
+	@echo "setup: 2 of 2, kmtr and all it needs"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+##  demo         setup; then simulate, pretrain on two workers and evaluate: minutes; the same command again resumes
+demo: setup
+	@$(PY) jobs/simulate.py tiny
+	@$(PY) jobs/pretrain.py tiny
+	@$(PY) jobs/evaluate.py tiny
+
+##  test         setup; then all tests
+test: setup
+	@$(PY) -m pytest
+
+##  test-fast    setup; then the tests without Ray, under a minute
+test-fast: setup
+	@$(PY) -m pytest -m "not ray and not slow"
+
+##  lint         setup; then style, types and import layers
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: setup
+	@test -f jobs/bench.py || { echo "bench: jobs/bench.py does not exist yet" >&2; exit 2; }
+	@$(PY) jobs/bench.py data && $(PY) jobs/bench.py step
+
+##  ui           MLflow on http://127.0.0.1:5000 over the runs in runs/mlflow.db; PORT=... takes another port
+ui: setup
+	@mkdir -p runs/artifacts
+	@$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
+		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" --artifacts-destination "$(CURDIR)/runs/artifacts"
+
+##  submit       JOB="pretrain tiny key=value ..." to the Ray cluster at ADDRESS=http://127.0.0.1:8265
+# A submitted job runs in a throwaway upload of this folder without git-ignored files, so the paths that JOB does not
+# give are passed as absolute ones: the recipe's data.root, runs/ and its SQLite store under this folder.
+job := $(firstword $(JOB))
+script := $(firstword $(wildcard jobs/$(job).py tune/$(job).py))
+given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(JOB)))
+unless_given = $(if $(call given,$(1)),,"$(1)=$(2)")
+data_root = $(shell $(PY) -c 'import sys; from pathlib import Path; from kmtr.config import RunConfig; \
+	from kmtr.recipes import RECIPES; print(Path(RECIPES.get(sys.argv[1], RunConfig)().data.root).absolute())' \
+	"$(word 2,$(JOB))")
+storage = $(or $(call given,storage.root),$(CURDIR)/runs)
+tracking = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(storage)/mlflow.db)
+submit: setup
+	@test -n "$(script)" || \
+		{ echo 'submit: expected JOB="pretrain tiny ..." naming a file of jobs/ or tune/, got "$(JOB)"' >&2; exit 2; }
+	@$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . -- \
+		python $(script) $(wordlist 2,$(words $(JOB)),$(JOB)) \
+		$(call unless_given,data.root,$(data_root)) $(call unless_given,storage.root,$(storage)) \
+		$(call unless_given,tracking.uri,$(tracking))
+
+help:
+	@echo "make ..."
+	@sed -n 's/^##//p' $(firstword $(MAKEFILE_LIST))
+ifneq ($(wildcard jobs/bench.py),)
+	@echo "  bench        setup; then the speed of reading and of a training step, beside their peers"
+endif
