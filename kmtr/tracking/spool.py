@@ -23,7 +23,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from kmtr.tracking.store import brief, client, redact, sqlite_file
 from kmtr.types import InputError, KmtrError
@@ -36,7 +36,7 @@ METRICS_PER_BATCH = 1000
 """Metrics in one call, by MLflow."""
 SHIP_EVERY_S = 2.0
 """Time that records gather before they are shipped together: ten metrics in one call cost 6 ms, one by one 48 ms."""
-BACKOFF_S = (1.0, 30.0)
+BACKOFF_S = (0.5, 30.0)
 """First and longest wait after a failed call; doubled in between."""
 
 _NAME = re.compile(r"[\w\-. :/]{1,250}")
@@ -69,7 +69,7 @@ class Spool:
         self._thread = threading.Thread(target=self._run, name="kmtr-spool", daemon=True)
         self._thread.start()
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records named values of a step. A (name, step) that this spool has already is left out: after a restart some
         steps are trained again.
 
@@ -208,9 +208,9 @@ class _Shipper:
         return sum(kind in record for kind in KINDS for _, record in _records(self._folder / SPOOL, self._cursor[kind]))
 
     def retry_now(self) -> None:
-        """Forgets earlier failures: the end of training is worth another try at once."""
+        """Waits no longer after earlier failures: the end of training is worth another try at once."""
         for kind in KINDS:
-            self._failures[kind], self._next_try[kind] = 0, 0.0
+            self._failures[kind], self._next_try[kind] = min(self._failures[kind], 1), 0.0
 
     def ship(self) -> None:
         """Ships what is there, in batches, until all is shipped or a call fails."""

@@ -99,6 +99,7 @@ def client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables", at each new store
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line per retry; we tell it once
     return MlflowClient(tracking_uri=uri)
 
 

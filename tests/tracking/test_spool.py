@@ -43,7 +43,7 @@ def test_metrics_and_files_arrive(config: RunConfig, tmp_path: Path) -> None:
         spool.metrics(step, {"loss": 1.0 / (step + 1), "retrieval/top1": np.float32(0.5)})
     spool.artifact(tmp_path / "note.txt", "report")
     (tmp_path / "note.txt").write_text("changed later")
-    assert spool.close(30) == 0
+    assert spool.close(30.0) == 0
     assert points(uri, run_id, "loss") == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
     assert points(uri, run_id, "retrieval/top1") == [(0, 0.5), (1, 0.5), (2, 0.5)]
     assert Path(client(uri).download_artifacts(run_id, "report/note.txt")).read_text() == "first"
@@ -56,7 +56,7 @@ def test_shipped_twice_is_kept_once(config: RunConfig, tmp_path: Path) -> None:
     spool = Spool(tmp_path, uri, run_id)
     for step, value in enumerate([1.0, math.nan, math.inf, -math.inf]):
         spool.metrics(step, {"loss": value})
-    assert spool.close(30) == 0
+    assert spool.close(30.0) == 0
     (tmp_path / "cursor.json").unlink()
     assert replay(tmp_path, uri) == 0
     assert [step for step, _ in points(uri, run_id, "loss")] == [0, 1, 2, 3]
@@ -69,7 +69,7 @@ def test_more_than_a_batch(config: RunConfig, tmp_path: Path) -> None:
     spool.metrics(0, {f"wide.{i}": i for i in range(1500)})
     for step in range(1200):
         spool.metrics(step, {"loss": step, "rate": -step})
-    assert spool.close(60) == 0
+    assert spool.close(60.0) == 0
     assert len(client(uri).get_run(run_id).data.metrics) == 1502
     assert points(uri, run_id, "rate") == sorted((step, -float(step)) for step in range(1200))
 
@@ -79,11 +79,11 @@ def test_a_restart_does_not_record_a_step_again(config: RunConfig, tmp_path: Pat
     first = Spool(tmp_path, uri, run_id)
     for step in range(5):
         first.metrics(step, {"loss": float(step)})
-    assert first.close(30) == 0
+    assert first.close(30.0) == 0
     second = Spool(tmp_path, uri, run_id)
     for step in range(3, 8):  # trained again from the checkpoint of step 3
         second.metrics(step, {"loss": float(step), "new": 1.0})
-    assert second.close(30) == 0
+    assert second.close(30.0) == 0
     assert points(uri, run_id, "loss") == [(step, float(step)) for step in range(8)]
     assert [step for step, _ in points(uri, run_id, "new")] == [3, 4, 5, 6, 7]
 
@@ -104,7 +104,7 @@ def test_a_killed_process_loses_nothing_that_it_recorded(config: RunConfig, tmp_
     assert points(uri, run_id, "loss") == [(step, float(step)) for step in range(50)]
     spool = Spool(tmp_path, uri, run_id)
     spool.metrics(50, {"loss": 50.0})
-    assert spool.close(30) == 0
+    assert spool.close(30.0) == 0
     assert points(uri, run_id, "loss")[-1] == (50, 50.0)
 
 
@@ -125,7 +125,7 @@ def test_a_refused_file_does_not_hold_up_metrics(
     with caplog.at_level(logging.WARNING, "kmtr"):
         spool.artifact(tmp_path / "x.txt", "../outside")  # MLflow refuses this path
         spool.metrics(0, {"loss": 1.0})
-        assert spool.close(4) == 1
+        assert spool.close(4.0) == 1
     assert points(uri, run_id, "loss") == [(0, 1.0)]
     assert len(caplog.messages) == 1
     assert "takes no files now" in caplog.text
@@ -155,7 +155,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         spool.metrics(0, {"a,b": 1.0})
     with pytest.raises(InputError, match="expected a file"):
         spool.artifact(tmp_path / "missing")
-    spool.close(0)
+    spool.close(0.0)
     with pytest.raises(InputError, match="expected that of run"):
         Spool(tmp_path, "http://127.0.0.1:9", "b" * 32)
 
@@ -204,7 +204,7 @@ class Server:
                 env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
             )
 
-    def wait_until_up(self, timeout_s: float = 60) -> None:
+    def wait_until_up(self, timeout_s: float = 60.0) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -250,7 +250,7 @@ def test_a_server_killed_in_mid_run_costs_nothing(tmp_path: Path, caplog: pytest
         (tmp_path / "note.txt").write_text("hello")
         spool.artifact(tmp_path / "note.txt", "report")
         server.wait_until_up()
-        assert spool.close(30) == 0
+        assert spool.close(30.0) == 0
         assert [n for n, _ in points(server.uri, run_id, "loss")] == list(range(step))
         assert [n for n, _ in points(server.uri, run_id, "lr")] == list(range(step))
         (file,) = client(server.uri).list_artifacts(run_id, "report")
