@@ -17,6 +17,8 @@ COLOURS = ("#0b5cad", "#d1495b", "#2a9d72", "#e09f3e", "#7b5ea7", "#5b6470")
 """Told apart with the common forms of colour blindness, and in grey."""
 UNSAMPLED = (0.10, 0.22, 0.42)
 """RGB of k-space that was not acquired: a colour, so that it can't be taken for a weak signal."""
+HIDDEN = (0.95, 0.62, 0.20)
+"""RGB that tints acquired k-space which masked pretraining withheld from the encoder."""
 INK = "#1b1f24"
 _SMALL, _NORMAL, _LARGE = 8, 9, 11  # points
 
@@ -29,6 +31,7 @@ def reconstruction(
     target: np.ndarray,
     title: str,
     *,
+    hidden: np.ndarray | None = None,
     frame: int | None = None,
     profile_row: int | None = None,
 ) -> Figure:
@@ -43,6 +46,7 @@ def reconstruction(
         sampled: bool, ``t ky`` or ``ky``; True = acquired.
         zero_filled, reconstruction, target: ``t y x`` or ``y x``; the magnitude is shown.
         title: of the figure; nominal acceleration and what is shown belong in it.
+        hidden: bool, as `sampled`; True = acquired, but withheld from the encoder: shown in a tint of its own.
         frame: index shown in the first row; None: the one that differs most from the mean over time of the target.
         profile_row: y of the second row; None: the row of the centre of motion.
 
@@ -50,10 +54,15 @@ def reconstruction(
         InputError: shapes that do not fit.
     """
     moving = np.ndim(kspace) == 3
+    if np.ndim(kspace) not in (2, 3):
+        raise InputError(f"kspace: expected axes t ky kx or ky kx, got {np.shape(kspace)}")
     k = np.abs(np.asarray(kspace).reshape((-1, *np.shape(kspace)[-2:])))
-    kept = np.asarray(sampled, dtype=bool).reshape(-1, k.shape[1]) if np.size(sampled) == k[..., 0].size else None
-    if kept is None:
-        raise InputError(f"sampled: expected {k.shape[:2] if moving else k.shape[1:2]}, got {np.shape(sampled)}")
+    withheld = np.zeros(np.shape(sampled), bool) if hidden is None else np.asarray(hidden, dtype=bool)
+    for name, mask in (("sampled", sampled), ("hidden", withheld)):
+        if np.shape(mask) != np.shape(kspace)[:-1]:
+            raise InputError(f"{name}: expected {np.shape(kspace)[:-1]} like the lines of kspace, got {np.shape(mask)}")
+    kept = np.asarray(sampled, dtype=bool).reshape(k.shape[:2])
+    withheld = withheld.reshape(k.shape[:2]) & kept
     images = []
     for name, image in (("zero_filled", zero_filled), ("reconstruction", reconstruction), ("target", target)):
         if np.ndim(image) != np.ndim(kspace) or (moving and len(image) != len(k)):
@@ -75,13 +84,16 @@ def reconstruction(
     width, gap = 2.15, 0.08
     second = width * 0.62
     height = width * ny / nx + (second + 0.3 if moving else 0) + 0.85
-    figure = Figure(figsize=(5 * width + 4 * gap + 0.35, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04, wspace=0.01))
+    figure = Figure(
+        figsize=(5 * width + 4 * gap + 0.35, height),
+        layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04, wspace=0.01),
+    )
     grid = figure.subplots(
         2 if moving else 1, 5, squeeze=False, height_ratios=[width * ny / nx, second] if moving else [1]
     )
     figure.suptitle(title, fontsize=_LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
 
-    _show_kspace(grid[0, 0], k[at], kept[at])
+    _show_kspace(grid[0, 0], k[at], kept[at], withheld[at])
     grid[0, 0].set_title(f"k-space, true R = {true_r:.1f}", fontsize=_NORMAL, color=INK)
     names = ("zero-filled", "reconstruction", "fully sampled", "difference × 5")
     errors = (f"NMSE {_nmse(zero, full):.3f}", f"NMSE {_nmse(recon, full):.3f}", "", "")
@@ -93,7 +105,7 @@ def reconstruction(
         if moving:
             axes.axhline(row, color="#ffd166", linewidth=0.8, linestyle=(0, (4, 3)))
     if moving:
-        _show_pattern(grid[1, 0], kept, at)
+        _show_pattern(grid[1, 0], kept, withheld, at)
         for axes, name, image in zip(grid[1, 1:], names, shown, strict=True):
             style = "inferno" if name.startswith("difference") else "gray"
             axes.imshow(image[:, row].T, cmap=style, vmin=0, vmax=window, aspect="auto", interpolation="nearest")
@@ -263,7 +275,7 @@ def sampling_density(sampled: np.ndarray, title: str = "") -> Figure:
     flat = kept.reshape(-1, *kept.shape[-2:])
     figure = Figure(figsize=(6.4, 2.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-    _show_pattern(left, flat[0], None)
+    _show_pattern(left, flat[0], np.zeros_like(flat[0]), None)
     _clean(left)
     left.set_title(f"pattern, true R = {flat[0].size / max(int(flat[0].sum()), 1):.2f}", fontsize=_NORMAL, color=INK)
     left.set_xlabel("frame", fontsize=_SMALL)
@@ -280,27 +292,25 @@ def sampling_density(sampled: np.ndarray, title: str = "") -> Figure:
     return figure
 
 
-def _show_kspace(axes: Any, magnitude: np.ndarray, kept: np.ndarray) -> None:
-    """Log magnitude in grey over four decades below its peak; lines that were not acquired in a colour of their own."""
+def _show_kspace(axes: Any, magnitude: np.ndarray, kept: np.ndarray, withheld: np.ndarray) -> None:
+    """Log magnitude in grey over four decades below its peak; what was not acquired or was hidden in its own colour."""
     top = max(float(magnitude.max()), 1e-30)
     level = np.clip(1 + np.log10(np.maximum(magnitude / top, 1e-30)) / 4, 0, 1)
     picture = np.repeat(level[..., None], 3, axis=-1)
+    picture[withheld] = (0.35 + 0.65 * picture[withheld]) * np.array(HIDDEN)
     picture[~kept] = UNSAMPLED
     axes.imshow(picture, interpolation="nearest")
-    if not kept.all():
-        axes.legend(
-            handles=[Patch(color=UNSAMPLED, label="not acquired")],
-            loc="lower right",
-            fontsize=_SMALL - 1,
-            framealpha=0.85,
-            borderpad=0.3,
-            handlelength=1,
-        )
+    present = ((not kept.all(), UNSAMPLED, "not acquired"), (withheld.any(), HIDDEN, "hidden from the encoder"))
+    handles = [Patch(color=colour, label=label) for there, colour, label in present if there]
+    if handles:
+        style = {"fontsize": _SMALL - 1, "framealpha": 0.85, "borderpad": 0.3, "handlelength": 1}
+        axes.legend(handles=handles, loc="lower right", **style)
 
 
-def _show_pattern(axes: Any, kept: np.ndarray, at: int | None) -> None:
-    """Lines acquired (light) in each frame: ``t ky``, time to the right."""
+def _show_pattern(axes: Any, kept: np.ndarray, withheld: np.ndarray, at: int | None) -> None:
+    """Lines acquired (light) or hidden in each frame: ``t ky``, time to the right."""
     picture = np.where(kept.T[..., None], 0.96, np.array(UNSAMPLED))
+    picture[withheld.T] = HIDDEN
     axes.imshow(picture, aspect="auto", interpolation="nearest")
     if at is not None:
         axes.axvline(at, color="#ffd166", linewidth=0.8, linestyle=(0, (4, 3)))

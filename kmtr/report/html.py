@@ -58,12 +58,12 @@ class Table:
 def text_table(table: Table) -> str:
     """The table for a terminal: caption, aligned columns, a star behind the best values, note; no final line end."""
     best, right = _best_cells(table), _right_columns(table)
-    star = " " if best else ""  # room for the star, so that digits stay aligned
+    room = [" " if name in dict(table.best) else "" for name in table.columns]  # for the star, to keep digits aligned
     body = [
-        [text + ("*" if (i, j) in best else star if right[j] else "") for j, text in enumerate(row)]
+        [text + ("*" if (i, j) in best else room[j]) for j, text in enumerate(row)]
         for i, row in enumerate(_texts(table))
     ]
-    head = [name + (star if right[j] else "") for j, name in enumerate(table.columns)]
+    head = [name + blank for name, blank in zip(table.columns, room, strict=True)]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -167,7 +167,7 @@ def _text(cell: Cell, digits: int) -> str:
         return "–"
     if isinstance(cell, float):
         return f"{cell:.{digits}f}".replace("-", "−")
-    return str(cell)
+    return f"{cell:,}" if isinstance(cell, int) and abs(cell) >= 10_000 else str(cell)
 
 
 def _number(cell: Cell) -> float | None:
@@ -186,7 +186,7 @@ def _right_columns(table: Table) -> list[bool]:
 
 
 def _best_cells(table: Table) -> set[tuple[int, int]]:
-    """(row, column) of the best values; what is shown as the same text is equally good."""
+    """(row, column) of the best values; what is shown as the same number is equally good."""
     found = set()
     texts = _texts(table)
     for name, direction in table.best:
@@ -194,7 +194,8 @@ def _best_cells(table: Table) -> set[tuple[int, int]]:
         numbers = {i: n for i, row in enumerate(table.rows) if (n := _number(row[j])) is not None}
         if numbers:
             winner = (max if direction == "max" else min)(numbers, key=numbers.__getitem__)
-            found |= {(i, j) for i in numbers if texts[i][j] == texts[winner][j]}
+            shown = texts[winner][j].partition(" ")[0]
+            found |= {(i, j) for i in numbers if texts[i][j].partition(" ")[0] == shown}
     return found
 
 
