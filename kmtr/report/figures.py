@@ -20,6 +20,8 @@ UNSAMPLED = (0.10, 0.22, 0.42)
 HIDDEN = (0.95, 0.62, 0.20)
 """RGB that tints acquired k-space which masked pretraining withheld from the encoder."""
 INK = "#1b1f24"
+CUT = -0.2
+"""Lower end of the axis of scores: much worse than the mean needs no exact length."""
 _SMALL, _NORMAL, _LARGE = 8, 9, 11  # points
 
 
@@ -37,6 +39,7 @@ def reconstruction(
 ) -> Figure:
     """k-space, zero-filled, reconstruction, fully sampled and difference: one frame, and below it x over time.
 
+    NMSE and true R in the titles are over all frames given.
     All images share one window, [0, 99.7th percentile of the target]; differences are shown five times brighter. The
     second row follows one image row through the cardiac cycle (and the lines sampled in each frame), where an error in
     motion shows that no single frame betrays. Without a time axis there is one row.
@@ -189,7 +192,7 @@ def probe_bars(
     Args:
         table: feature source -> phenotype -> (score, lower end, upper end); a phenotype that a source lacks, or a NaN,
             leaves its place empty.
-        ylabel: the score. Below -0.2 the axis is cut: worse than the mean by much is shown as at the edge.
+        ylabel: the score. The axis is cut at -0.2: a bar that goes further says its value there.
     """
     sources = list(table)
     names = list(dict.fromkeys(name for scores in table.values() for name in scores))
@@ -206,10 +209,16 @@ def probe_bars(
         errors = np.abs(value[:, 1:] - value[:, :1]).T
         axes.bar(x, value[:, 0], width * 0.92, color=COLOURS[s % len(COLOURS)], label=source)
         axes.errorbar(x, value[:, 0], errors, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
+        for at, score in zip(x, value[:, 0], strict=True):
+            if score < CUT:
+                axes.text(
+                    at, CUT, f"{score:.2g}", fontsize=_SMALL - 2, color="white", ha="center", va="bottom", rotation=90
+                )
         if np.isfinite(value).any():
             lowest = min(lowest, float(np.nanmin(value)))
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_ylim(max(lowest * 1.1, -0.2), 1.0)
+    floor = max(lowest * 1.1, CUT)
+    axes.set_ylim(floor, 1.0)
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(
         np.arange(len(names)), names, rotation=35 if len(names) > 5 else 0, ha="right" if len(names) > 5 else "center"
