@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kmtr.config import RunConfig, flatten
-from kmtr.tracking.store import SERVERS, artifact_location, client, local_path, reaching, redact, tracking_uri
+from kmtr.tracking.store import SERVERS, artifact_location, local_path, reaching, redact, tracking_uri
 from kmtr.types import InputError
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ def open_run(
     """
     _check_name(name)
     uri = tracking_uri(config)
-    mlflow = client(uri)
-    with reaching(uri):
+    with reaching(uri) as mlflow:
         from mlflow.entities import Param, RunTag
 
         if resume_id is None:
@@ -87,8 +86,7 @@ def find_run(uri: str, experiment: str, name: str) -> str | None:
         KmtrError: the store cannot be reached.
     """
     _check_name(name)
-    mlflow = client(uri)
-    with reaching(uri):
+    with reaching(uri) as mlflow:
         found = mlflow.get_experiment_by_name(experiment)
         if found is None:
             return None
@@ -107,8 +105,7 @@ def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED
     Raises:
         KmtrError: the store cannot be reached; the run then stays RUNNING there.
     """
-    mlflow = client(uri)
-    with reaching(uri):
+    with reaching(uri) as mlflow:
         mlflow.set_terminated(run_id, status)
 
 
@@ -123,8 +120,7 @@ def log_dataset(uri: str, run_id: str, name: str, digest: str, source: str, sche
     Raises:
         KmtrError: the store cannot be reached.
     """
-    mlflow = client(uri)
-    with reaching(uri):
+    with reaching(uri) as mlflow:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(

@@ -48,7 +48,8 @@ class Spool:
     No call waits for the network, and a full disk or a dead server is told once in the log, not raised.
 
     Args:
-        folder: local folder of this run's spool; made if missing.
+        folder: of this run's spool, made if missing; on a disk that a restarted worker reaches too, else the steps it
+            trains again are in MLflow twice.
         uri: the MLflow store, `tracking_uri(config)`.
         run_id: of `open_run`.
 

@@ -91,11 +91,16 @@ def artifact_location(config: RunConfig, uri: str) -> str | None:
     return str(root / "artifacts") if root else config.storage.root.rstrip("/") + "/artifacts"
 
 
-def client(uri: str) -> MlflowClient:
-    """A client of its own for this store; neither reads nor sets MLflow's global state."""
+def prepare() -> None:
+    """Puts this process's environment in order; before the first import of mlflow."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ.pop("MLFLOW_RUN_ID", None)  # would override the run asked for, in whatever MLflow code runs here
+
+
+def client(uri: str) -> MlflowClient:
+    """A client of its own for this store; neither reads nor sets MLflow's global state."""
+    prepare()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables", at each new store
@@ -104,17 +109,18 @@ def client(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def reaching(uri: str) -> Iterator[None]:
-    """Turns what MLflow, the network or the database raise into one line that says which store it was.
+def reaching(uri: str) -> Iterator[MlflowClient]:
+    """A client, and one line that says which store it was for what MLflow, the network or the database raise inside.
 
     Raises:
         KmtrError: the store does not answer or refuses.
     """
+    prepare()
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield
+        yield client(uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         raise KmtrError(
             f"MLflow at {redact(uri)} failed: {brief(error)}; start the server again, or change tracking.uri"

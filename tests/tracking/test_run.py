@@ -154,3 +154,10 @@ def test_a_store_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
 def test_names_that_break_a_search_are_refused(root: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"run\.name"):
         open_run(config_at(root), name=name)
+
+
+def test_a_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(KmtrError, match="MLflow at sqlite:///") as caught:
+        open_run(config_at(tmp_path / "file"), name="x")
+    assert "\n" not in str(caught.value)
