@@ -1,0 +1,10 @@
+"""MLflow tracking: one run per training, a disk spool between training and the server. The only folder with mlflow.
+
+``import mlflow`` costs seconds, so it happens inside functions, never when this package is imported.
+"""
+
+from kmtr.tracking.run import end_run, find_run, log_dataset, open_run
+from kmtr.tracking.spool import Spool, replay
+from kmtr.tracking.store import tracking_uri
+
+__all__ = ["Spool", "end_run", "find_run", "log_dataset", "open_run", "replay", "tracking_uri"]

@@ -1,0 +1,200 @@
+"""One MLflow run per training: opened and ended by the driver, found again by its name. Nothing here is global state.
+
+Every function takes the store's URI (`tracking_uri(config)`) or the configuration that it follows from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from kmtr.config import RunConfig, flatten
+from kmtr.tracking.store import SERVERS, artifact_location, local_path, reaching, redact, tracking_uri
+from kmtr.types import InputError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+NAME_TAG = "kmtr.run_name"
+VALUE_LIMIT = 6000
+"""Characters of a parameter, by MLflow; a tag takes 8000."""
+BATCH_LIMIT = 100
+"""Parameters or tags in one call, by MLflow."""
+DIGEST_LIMIT = 36
+"""Characters of a dataset's digest, by MLflow: a SHA-256 is cut to its first 36 (144 bits)."""
+
+
+def open_run(
+    config: RunConfig,
+    *,
+    name: str,
+    resume_id: str | None = None,
+    parent_id: str | None = None,
+    tags: dict[str, str] | None = None,
+) -> str:
+    """Creates the run, or reopens `resume_id`: status RUNNING, configuration as parameters, versions as tags.
+
+    A parameter cannot be changed in MLflow. Where a resumed run has another value (workers, storage: all that does not
+    change the numbers) the first stays the parameter and the new one becomes the tag ``resumed.<key>``.
+
+    Returns:
+        The run id.
+
+    Raises:
+        InputError: a name with quotes, or a run or experiment that was deleted in MLflow.
+        KmtrError: the store cannot be reached.
+    """
+    _check_name(name)
+    uri = tracking_uri(config)
+    with reaching(uri) as mlflow:
+        from mlflow.entities import Param, RunTag
+
+        if resume_id is None:
+            experiment = _experiment(mlflow, config, uri)
+            parent = {"mlflow.parentRunId": parent_id} if parent_id else {}
+            run = mlflow.create_run(experiment, run_name=name, tags={NAME_TAG: name, **parent})
+        else:
+            run = mlflow.get_run(resume_id)
+            if run.info.lifecycle_stage != "active":
+                raise InputError(f"run {name}: deleted in MLflow; restore it there, or start anew with run.fresh=true")
+            mlflow.update_run(resume_id, status="RUNNING")
+        run_id: str = run.info.run_id
+
+        wanted = {key: _text(value) for key, value in flatten(config).items()}
+        known = run.data.params
+        new = {key: value for key, value in wanted.items() if key not in known}
+        changed = {f"resumed.{key}": value for key, value in wanted.items() if known.get(key, value) != value}
+        marks = {"recipe": config.recipe, "stage": config.stage, **_versions(), **changed, **(tags or {})}
+        for part in _batches(new):
+            mlflow.log_batch(run_id, params=[Param(key, value) for key, value in part.items()])
+        for part in _batches(marks):
+            mlflow.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in part.items()])
+    return run_id
+
+
+def find_run(uri: str, experiment: str, name: str) -> str | None:
+    """Id of the newest run that `open_run` opened under this name; None: there is none.
+
+    Raises:
+        InputError: a name with quotes.
+        KmtrError: the store cannot be reached.
+    """
+    _check_name(name)
+    with reaching(uri) as mlflow:
+        found = mlflow.get_experiment_by_name(experiment)
+        if found is None:
+            return None
+        runs = mlflow.search_runs(
+            [found.experiment_id],
+            f"tags.`{NAME_TAG}` = '{name}'",
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+    return runs[0].info.run_id if runs else None
+
+
+def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+    """Ends the run with this status, now.
+
+    Raises:
+        KmtrError: the store cannot be reached; the run then stays RUNNING there.
+    """
+    with reaching(uri) as mlflow:
+        mlflow.set_terminated(run_id, status)
+
+
+def log_dataset(uri: str, run_id: str, name: str, digest: str, source: str, schema_json: str = "{}") -> None:
+    """Notes the dataset as an input of the run: what it learned from, by the hash of the manifest.
+
+    Args:
+        digest: hash of the manifest; MLflow keeps its first 36 characters, the source field holds it whole.
+        source: folder or URI of the dataset, never of a patient's file.
+        schema_json: JSON text; MLflow's dataset view shows it.
+
+    Raises:
+        KmtrError: the store cannot be reached.
+    """
+    with reaching(uri) as mlflow:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=name,
+            digest=digest[:DIGEST_LIMIT],
+            source_type="local" if local_path(source) else source.partition(":")[0],
+            source=json.dumps({"uri": redact(source), "manifest": digest}),
+            schema=schema_json,
+        )
+        mlflow.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _check_name(name: str) -> None:
+    if not name or any(c in name for c in "'\"`\n"):
+        raise InputError(f"run.name: expected a name without quotes, got {name!r}")
+
+
+def _experiment(mlflow: MlflowClient, config: RunConfig, uri: str) -> str:
+    """Id of the configured experiment, created where it is missing; several processes may do so at once."""
+    from mlflow.exceptions import MlflowException
+
+    name = config.tracking.experiment
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        location = artifact_location(config, uri)
+        try:
+            return mlflow.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            found = mlflow.get_experiment_by_name(name)
+            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise InputError(
+            f"tracking.experiment: {name!r} was deleted in MLflow; restore it there, or choose another name"
+        )
+    if uri.partition(":")[0] not in SERVERS and found.artifact_location.startswith("mlflow-artifacts:"):
+        log.warning("experiment %r was made by an MLflow server: its files need that server's address", name)
+    return found.experiment_id
+
+
+def _text(value: object) -> str:
+    """A parameter as MLflow takes it: without passwords, within the limit, `,` between items as on a command line."""
+    text = redact(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return text if len(text) <= VALUE_LIMIT else text[: VALUE_LIMIT - 3] + "..."
+
+
+def _batches(items: dict[str, str]) -> list[dict[str, str]]:
+    keys = list(items)
+    return [{key: items[key] for key in keys[i : i + BATCH_LIMIT]} for i in range(0, len(keys), BATCH_LIMIT)]
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what decides the numbers, and the commit of this code where it runs from a git checkout."""
+    tags = {}
+    for package in ("torch", "ray", "deepspeed", "kmtr"):
+        try:
+            tags[f"version.{package}"] = version(package)
+        except PackageNotFoundError:
+            continue  # a source tree put on the path, or a machine that only evaluates
+    here = Path(__file__)
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name):  # else: installed inside somebody else's repository
+        commit = _git(here.parent, "rev-parse", "HEAD")
+        if commit:
+            changed = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
+            tags |= {"mlflow.source.git.commit": commit, "git.changed": str(changed).lower()}
+    return tags
+
+
+def _git(folder: Path, *words: str) -> str:
+    """Output of a git command; empty: no git, no repository, or the command failed."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
