@@ -378,17 +378,21 @@ def distances(shape: Heart, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> Dist
     endo = np.maximum(_spheroid((u - s.endo_u) ** 2 + vv, ww, s.endo_radius, s.endo_half), below)
     epi = np.maximum(_spheroid(rr, ww, s.epi_radius, s.epi_half), below)
     # RV: the radial distance, shortened by a typical slant of its free wall.
-    profile = 1 - np.minimum(_angle(u, v) * np.float32(1 / RV_HALF_ANGLE_RAD), 1) ** 4
+    angle = _angle(u, v)
+    profile = 1 - np.minimum(angle * np.float32(1 / RV_HALF_ANGLE_RAD), 1) ** 4
     height = w - s.rv_apex
     width = _rv_rise(np.maximum(height, 0) * (1 / (s.base - s.rv_apex))) * s.rv_width
     width *= profile
     width += 1
     outer = np.sqrt(np.maximum(s.epi_radius**2 - ww * (s.epi_radius / s.epi_half) ** 2, 0))
     outer *= width
-    rv = np.sqrt(rr) - outer
+    radius = np.sqrt(rr)
+    rv = radius - outer
     rv *= np.float32(0.85)
     np.maximum(rv, -epi, out=rv)
     np.maximum(rv, below, out=rv)
+    # Where the crescent has no thickness its surfaces would meet at distance 0: beyond its tips and below its apex.
+    rv += np.maximum(angle - np.float32(RV_HALF_ANGLE_RAD), 0) * radius
     np.maximum(rv, -height, out=rv)
     above = np.float32(VALVE_MM) - below
     atria = (
@@ -538,14 +542,14 @@ def _scene(who: Anatomy, *, seed: int, index: int) -> Scene:
 
     return Scene(
         axes=np.stack([to_rv, np.cross(to_base, to_rv), to_base]),
-        position=np.array([32.0, -22.0, 0.0]) + 4 * np.array([next(n), next(n), next(n)]),
+        position=np.array([24.0, -30.0, 0.0]) + 4 * np.array([next(n), next(n), next(n)]),
         torso=(float(size * (165 + 6 * next(n))), float(size * (112 + 5 * next(n)))),
         fat_mm=float(16 + 5 * who.weight_z + next(n)),
-        sac_mm=float(max(3 + who.weight_z + 0.5 * next(n), 0.5)),
+        sac_mm=float(max(3.5 + who.weight_z + 0.5 * next(n), 0.5)),
         blood=bright(1.0, 0.05),
         muscle=bright(0.33, 0.08),
         fat=bright(0.7, 0.1),
-        lung=bright(0.06, 0.2),
+        lung=bright(0.09, 0.2),
         liver=bright(0.38, 0.1),
         # The coil lies on the chest: brighter in front.
         gain=np.array([0.0, -0.003, 0.0]) + 0.0015 * np.array([next(n), next(n), next(n)]),
@@ -681,9 +685,9 @@ def _surroundings(
         (0.6 * scene.fat, np.maximum(inside, body((5.0, 25.0, 60.0), (42.0, 60.0, 75.0)))),  # mediastinum
         (scene.muscle, body((0.0, 0.75 * back - 12), (22.0, 24.0))),  # spine
         (scene.blood, body((24.0, 0.45 * back), (11.0, 11.0))),  # descending aorta
-        (scene.liver, np.maximum(inside, body((-42.0, 0.0, -132.0), (105.0, 85.0, 85.0)))),
+        (scene.liver, np.maximum(inside, body((-42.0, 0.0, -122.0), (105.0, 85.0, 85.0)))),
         (scene.blood, aorta),
-        (0.9 * scene.liver, np.maximum(inside, body((80.0, 20.0, -140.0), (60.0, 65.0, 70.0)))),  # spleen and stomach
+        (0.9 * scene.liver, np.maximum(inside, body((75.0, 10.0, -122.0), (60.0, 65.0, 70.0)))),  # spleen and stomach
     ):
         _paint(image, value, surface, pixel)
     a, b, c = scene.gain.astype(np.float32)
