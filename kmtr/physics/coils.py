@@ -7,9 +7,7 @@ import numpy as np
 from kmtr.physics.noise import Purpose, generator
 
 
-def phase_map(
-    matrix: tuple[int, int], *, seed: int, subject: int, slice_index: int, wraps: float = 1.0
-) -> np.ndarray:
+def phase_map(matrix: tuple[int, int], *, seed: int, subject: int, slice_index: int, wraps: float = 1.0) -> np.ndarray:
     """A smooth random phase, shared by all frames of one slice; float32 ``y x`` in rad.
 
     A random cubic polynomial of the position stretched to a span (greatest minus least phase) uniform in

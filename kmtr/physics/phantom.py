@@ -5,11 +5,11 @@ the LV to the RV, v = w x u to the anterior wall. Every chamber is a closed form
 
     LV cavity    spheroid truncated by the base plane; its volume follows the cycle
     myocardium   between it and a larger spheroid; the wall's thickness is solved so that its volume never changes
-    RV           crescent r_epi(w) < r < r_epi(w) (1 + k(w) p(angle)), k linear in w: its volume is a polynomial's integral
+    RV           crescent r_epi(w) < r < r_epi(w) (1 + k(w) p(angle)), k and p polynomials: so is its volume
     LA, RA       truncated spheroids between the base plane and a fixed roof; they fill while the base moves to the apex
 
 So labels are exact and no pixel is ever counted. What is drawn around the heart (lungs, chest wall, liver, vessels) are
-simple smooth bodies in patient coordinates (left, posterior, superior). It is a teaching heart: circular cross-sections,
+simple smooth bodies in patient coordinates (left, posterior, superior). It is a plain heart: circular cross-sections,
 no valves, no papillary muscles, no twist, no regional motion, no blood flow.
 """
 
@@ -146,9 +146,9 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     """Subject `index` of the population `seed`: correlated as in people, for body size drives volumes and mass.
 
     Means and spreads of the healthy are of the order of the UK Biobank reference (Petersen et al. 2017: LVEF 61 +- 5 %
-    and 58 +- 5 %, LV mass 42 +- 7 and 53 +- 9 g/m2 for women and men); the rest, and the diseases (7 % DCM, 7 % HCM, 8 %
-    RV disease) are plausible choices, no epidemiology. Without regurgitation both ventricles eject the same volume, to
-    a few per cent.
+    and 58 +- 5 %, LV mass 42 +- 7 and 53 +- 9 g/m2 for women and men); the rest, and the diseases (7 % DCM, 7 % HCM,
+    8 % RV disease) are plausible choices, no epidemiology. Without regurgitation both ventricles eject the same
+    volume, to a few per cent.
     """
     rng = generator(seed, index, Purpose.ANATOMY)
     n = iter(rng.standard_normal(24).tolist())
@@ -328,7 +328,7 @@ def _ventricle(volume: np.ndarray, base: np.ndarray, wall: np.ndarray) -> tuple[
 def _wall(volume: np.ndarray, myocardium: float, base: np.ndarray) -> np.ndarray:
     """The thickness (mm) at which the myocardium has its volume (mm^3), by bisection: volume grows with thickness."""
     low, high = np.zeros_like(volume), np.full_like(volume, 60.0)
-    for _ in range(36):  # to 1e-9 mm
+    for _ in range(26):  # to 1e-6 mm
         wall = (low + high) / 2
         radius, endo_half, half = _ventricle(volume, base, wall)
         above = LV_TRUNCATION * endo_half  # of the base over the common equator
@@ -344,17 +344,22 @@ def _rv_width(
     """k at the base plane for a volume (mm^3).
 
     The cross-section at w is the integral over the angle of ((1 + k p)^2 - 1) r_epi^2 / 2 = r_epi^2 (k P1 + k^2 P2 / 2)
-    with p = cos(pi angle / 2 half-angle), so P1 = 4 half-angle / pi and P2 = half-angle. With k linear and r_epi^2
-    quadratic in w, three Gauss points integrate it exactly, and the volume is a quadratic in k at the base.
+    with p = 1 - (angle / half-angle)^4, so P1 = 2 half-angle 4/5 and P2 = 2 half-angle 32/45. With k and r_epi^2 both
+    quadratic in w, four Gauss points integrate it exactly, and the volume is a quadratic in k at the base.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(3)
-    rise = (nodes[:, None] + 1) / 2  # k(w) / k(base)
-    w = apex + rise * (base - apex)
-    area = radius**2 * (1 - ((w - centre) / half) ** 2)
+    nodes, weights = np.polynomial.legendre.leggauss(4)
+    height = (nodes[:, None] + 1) / 2
+    area = radius**2 * (1 - ((apex + height * (base - apex) - centre) / half) ** 2)
     weight = weights[:, None] / 2 * (base - apex)
-    linear = 4 * RV_HALF_ANGLE_RAD / math.pi * (weight * area * rise).sum(0)
-    square = RV_HALF_ANGLE_RAD / 2 * (weight * area * rise**2).sum(0)
+    rise = _rv_rise(height)
+    linear = 2 * RV_HALF_ANGLE_RAD * 4 / 5 * (weight * area * rise).sum(0)
+    square = 2 * RV_HALF_ANGLE_RAD * 32 / 45 / 2 * (weight * area * rise**2).sum(0)
     return (np.sqrt(linear**2 + 4 * square * volume) - linear) / (2 * square)
+
+
+def _rv_rise(height: np.ndarray) -> np.ndarray:
+    """k over k at the base plane, `height` from 0 at the RV's apex to 1 there."""
+    return height * (1.5 - 0.5 * height)
 
 
 def distances(shape: Heart, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> Distances:
@@ -373,17 +378,22 @@ def distances(shape: Heart, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> Dist
     endo = np.maximum(_spheroid((u - s.endo_u) ** 2 + vv, ww, s.endo_radius, s.endo_half), below)
     epi = np.maximum(_spheroid(rr, ww, s.epi_radius, s.epi_half), below)
     # RV: the radial distance, shortened by a typical slant of its free wall.
-    angle = _angle(u, v) * np.float32(math.pi / 2 / RV_HALF_ANGLE_RAD)
-    profile = np.cos(np.minimum(angle, np.float32(math.pi / 2)))
-    width = np.maximum(w - s.rv_apex, 0) * (s.rv_width / (s.base - s.rv_apex))
+    angle = _angle(u, v)
+    profile = 1 - np.minimum(angle * np.float32(1 / RV_HALF_ANGLE_RAD), 1) ** 4
+    height = w - s.rv_apex
+    width = _rv_rise(np.maximum(height, 0) * (1 / (s.base - s.rv_apex))) * s.rv_width
     width *= profile
     width += 1
     outer = np.sqrt(np.maximum(s.epi_radius**2 - ww * (s.epi_radius / s.epi_half) ** 2, 0))
     outer *= width
-    rv = np.sqrt(rr) - outer
+    radius = np.sqrt(rr)
+    rv = radius - outer
     rv *= np.float32(0.85)
     np.maximum(rv, -epi, out=rv)
     np.maximum(rv, below, out=rv)
+    # Where the crescent has no thickness its surfaces would meet at distance 0: beyond its tips and below its apex.
+    rv += np.maximum(angle - np.float32(RV_HALF_ANGLE_RAD), 0) * radius
+    np.maximum(rv, -height, out=rv)
     above = np.float32(VALVE_MM) - below
     atria = (
         np.maximum(_spheroid((u - cu) ** 2 + (v - cv) ** 2, (w - cw) ** 2, radius, half), above)
@@ -506,7 +516,9 @@ def simulate(
 
 def _check(views: tuple[str, ...], sax_slices: int, frames: int, matrix: tuple[int, int]) -> None:
     if not views or len(set(views)) < len(views) or set(views) - set(VIEWS):
-        raise InputError(f"views: expected one or more of {', '.join(VIEWS)}, each once, got {', '.join(views) or 'none'}")
+        raise InputError(
+            f"views: expected one or more of {', '.join(VIEWS)}, each once, got {', '.join(views) or 'none'}"
+        )
     for name, value, least, most in (
         ("sax_slices", sax_slices, 1, 1024),
         ("frames", frames, 2, 1024),
@@ -530,14 +542,14 @@ def _scene(who: Anatomy, *, seed: int, index: int) -> Scene:
 
     return Scene(
         axes=np.stack([to_rv, np.cross(to_base, to_rv), to_base]),
-        position=np.array([32.0, -22.0, 0.0]) + 4 * np.array([next(n), next(n), next(n)]),
+        position=np.array([24.0, -30.0, 0.0]) + 4 * np.array([next(n), next(n), next(n)]),
         torso=(float(size * (165 + 6 * next(n))), float(size * (112 + 5 * next(n)))),
         fat_mm=float(16 + 5 * who.weight_z + next(n)),
-        sac_mm=float(max(3 + who.weight_z + 0.5 * next(n), 0.5)),
+        sac_mm=float(max(3.5 + who.weight_z + 0.5 * next(n), 0.5)),
         blood=bright(1.0, 0.05),
         muscle=bright(0.33, 0.08),
         fat=bright(0.7, 0.1),
-        lung=bright(0.06, 0.2),
+        lung=bright(0.09, 0.2),
         liver=bright(0.38, 0.1),
         # The coil lies on the chest: brighter in front.
         gain=np.array([0.0, -0.003, 0.0]) + 0.0015 * np.array([next(n), next(n), next(n)]),
@@ -561,9 +573,9 @@ def _planes(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Heart coordinates (u, v, w), float32 ``y x`` each, of every pixel of each slice of a view.
 
-    Short axis: rows run from the anterior to the inferior wall, columns from the RV to the lateral wall. Long axis: rows
-    run from apex to base, columns from the RV (4ch), the inferior (2ch) or the inferolateral (3ch) wall. Each view is
-    shifted and rotated in its plane; each slice was taken in a breath-hold of its own.
+    Short axis: rows run from the anterior to the inferior wall, columns from the RV to the lateral wall. Long axis:
+    rows run from apex to base, columns from the RV (4ch), the inferior (2ch) or the inferolateral (3ch) wall. Each
+    view is shifted and rotated in its plane; each slice was taken in a breath-hold of its own.
     """
     rng = generator(seed, index, Purpose.PLANE, VIEWS.index(view))
     shift, turn = 6 * rng.standard_normal(2), math.radians(8) * rng.standard_normal()
@@ -592,22 +604,37 @@ def _render(
 
     Each is a ramp over one pixel about its surface, close to the share of the pixel that it covers.
     """
-    u, v, w = points
-    around, gain = _surroundings(scene, points, length, pixel)
-    d = distances(shape, u, v, w)
+    aorta = _aorta(*points, float(shape.base.min()))
+    around, gain = _surroundings(scene, points, length, aorta, pixel)
+    image = np.repeat(around[None], shape.base.size, 0)
+    classes = np.zeros(image.shape, np.uint8)
+    rows, columns = _window(shape, points, 2.5 + scene.sac_mm + pixel)
+    d = distances(shape, *(c[rows, columns] for c in points))
     chambers = np.minimum(np.minimum(d.la, d.ra), d.rv)
-    walls = np.minimum(d.epi, chambers - 2.5)
-    aorta = np.maximum(_aorta(u, v, w, length), shape.base.astype(np.float32)[:, None, None] - w)
-    image = np.broadcast_to(around, d.endo.shape).copy()
+    walls = np.minimum(d.epi, chambers - np.float32(2.5))
     for value, surface in (
-        (scene.fat, walls - np.float32(scene.sac_mm)),
-        (scene.blood, aorta),
+        (scene.fat, np.maximum(walls - np.float32(scene.sac_mm), -aorta[rows, columns])),
         (scene.muscle, walls),
         (scene.blood, np.minimum(chambers, d.endo)),
     ):
-        _paint(image, value, surface, pixel)
+        _paint(image[:, rows, columns], value, surface, pixel)
     image *= gain
-    return image, segment(d)
+    classes[:, rows, columns] = segment(d)
+    return image, classes
+
+
+def _window(shape: Heart, points: tuple[np.ndarray, np.ndarray, np.ndarray], margin: float) -> tuple[slice, slice]:
+    """Rows and columns beyond which the heart, or anything within `margin` mm of it, never reaches: spares time."""
+    u, v, w = points
+    wide = float((shape.epi_radius * (1 + shape.rv_width)).max())
+    right = max(wide, float((shape.ra_u + shape.ra_radius).max()))
+    left = max(float(shape.epi_radius.max()), float((shape.la_radius - shape.la_u).max()))
+    front = max(wide, float((np.maximum(shape.la_radius, shape.ra_radius) + np.abs(shape.la_v)).max()))
+    roof = float(np.maximum(shape.la_w + shape.la_half, shape.ra_w + shape.ra_half).max())
+    near = (u > -left - margin) & (u < right + margin) & (np.abs(v) < front + margin)
+    near &= (w > -margin) & (w < roof + margin)
+    rows, columns = (np.flatnonzero(near.any(axis)) for axis in (1, 0))
+    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else (slice(0), slice(0))
 
 
 def _paint(image: np.ndarray, value: float, surface: np.ndarray, pixel: float) -> None:
@@ -619,46 +646,49 @@ def _paint(image: np.ndarray, value: float, surface: np.ndarray, pixel: float) -
     image += cover
 
 
-def _aorta(u: np.ndarray, v: np.ndarray, w: np.ndarray, length: float) -> np.ndarray:
+def _aorta(u: np.ndarray, v: np.ndarray, w: np.ndarray, base: float) -> np.ndarray:
     """Distance to the aortic root: a tube that leaves the base beside the mitral valve, leaning to the right."""
-    rise = w - np.float32(length)
+    rise = w - np.float32(base)
     angle = math.radians(LAX_ANGLE_DEG["lax_3ch"])
-    tilt = 0.25 * rise + 15
-    return np.hypot(u - tilt * np.float32(math.cos(angle)), v - tilt * np.float32(math.sin(angle))) - 13
+    axis = np.float32(0.22) * rise + 14
+    tube = np.hypot(u - axis * np.float32(math.cos(angle)), v - axis * np.float32(math.sin(angle))) - 13
+    return np.maximum(tube, -rise)
 
 
 def _surroundings(
-    scene: Scene, points: tuple[np.ndarray, np.ndarray, np.ndarray], length: float, pixel: float
+    scene: Scene, points: tuple[np.ndarray, np.ndarray, np.ndarray], length: float, aorta: np.ndarray, pixel: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Intensity of all that does not beat and the coil's gain, float32 ``y x`` each."""
     u, v, w = points
     middle = w - np.float32(length / 2)
     x, y, z = (
-        scene.position[i].astype(np.float32) + sum(c * scene.axes[j, i].astype(np.float32) for j, c in enumerate((u, v, middle)))
-        for i in range(3)
+        u * a + v * b + middle * c + start
+        for start, (a, b, c) in zip(scene.position.astype(np.float32), scene.axes.T.astype(np.float32), strict=True)
     )
 
-    def body(centre: tuple[float, float, float], half: tuple[float, float, float]) -> np.ndarray:
-        """Distance to an ellipsoid, to first order; an infinite half-axis makes a cylinder."""
-        parts = [((c - m) / np.float32(h), h) for c, m, h in zip((x, y, z), centre, half, strict=True)]
-        q = np.sqrt(sum(p * p for p, _ in parts))
-        slope = np.sqrt(sum((p / np.float32(h)) ** 2 for p, h in parts)) + np.float32(1e-9)
-        return q * (q - 1) / slope
+    def body(centre: tuple[float, ...], half: tuple[float, ...]) -> np.ndarray:
+        """Distance to an ellipsoid, or to a cylinder along z where only x and y are given, to first order."""
+        square = slope = np.float32(1e-9)
+        for c, m, h in zip((x, y, z), centre, half, strict=False):
+            part = (c - np.float32(m)) ** 2 * np.float32(h**-2)
+            square, slope = square + part, slope + part * np.float32(h**-2)
+        return (square - np.sqrt(square)) / np.sqrt(slope)
 
     left, back = scene.torso
-    torso = body((0, 0, 0), (left, back, math.inf))
+    torso = body((0.0, 0.0), (left, back))
     inside = torso + np.float32(scene.fat_mm + 14)  # within the ribs
     image = np.zeros_like(x)
     for value, surface in (
         (scene.fat, torso),
         (scene.muscle, torso + np.float32(scene.fat_mm)),
         (scene.lung, inside),
-        (0.6 * scene.fat, np.maximum(inside, body((5, 25, 60), (42, 60, 75)))),  # mediastinum
-        (scene.muscle, body((0, 0.75 * back - 12, 0), (22, 24, math.inf))),  # spine
-        (scene.blood, body((24, 0.45 * back, 0), (11, 11, math.inf))),  # descending aorta
-        (scene.liver, np.maximum(inside, body((-42, 0, -132), (105, 85, 85)))),
-        (0.9 * scene.liver, np.maximum(inside, body((80, 20, -140), (60, 65, 70)))),  # spleen and stomach
+        (0.6 * scene.fat, np.maximum(inside, body((5.0, 25.0, 60.0), (42.0, 60.0, 75.0)))),  # mediastinum
+        (scene.muscle, body((0.0, 0.75 * back - 12), (22.0, 24.0))),  # spine
+        (scene.blood, body((24.0, 0.45 * back), (11.0, 11.0))),  # descending aorta
+        (scene.liver, np.maximum(inside, body((-42.0, 0.0, -122.0), (105.0, 85.0, 85.0)))),
+        (scene.blood, aorta),
+        (0.9 * scene.liver, np.maximum(inside, body((75.0, 10.0, -122.0), (60.0, 65.0, 70.0)))),  # spleen and stomach
     ):
         _paint(image, value, surface, pixel)
-    gain = np.exp(sum(c * g.astype(np.float32) for c, g in zip((x, y, z), scene.gain, strict=True)))
-    return image, gain
+    a, b, c = scene.gain.astype(np.float32)
+    return image, np.exp(a * x + b * y + c * z)
