@@ -33,7 +33,7 @@ class Tokens:
 
 
 def gather(
-    chosen: Bool[Tensor, batch *grid],
+    chosen: Bool[Tensor, batch * grid],
 ) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
     """Positions of the chosen cells of a grid, in order, padded to the largest count.
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from kmtr import figures
 from kmtr.physics.fourier import fft2c, ifft2c
-from kmtr.report import figures
 from kmtr.report.html import png
 from kmtr.types import InputError
 
@@ -150,7 +150,7 @@ def test_equal_figures_give_equal_bytes() -> None:
 
 def test_no_pyplot_and_no_ray() -> None:
     program = (
-        "import sys, kmtr.report.figures, kmtr.report.html\n"
+        "import sys, kmtr.figures, kmtr.report.html\n"
         "print([m for m in ('matplotlib.pyplot', 'ray', 'mlflow', 'deepspeed') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -1,0 +1,115 @@
+"""The k-space encoder on its own: exported by training, used without Ray, DeepSpeed or MLflow.
+
+    encoder = kmtr.load_encoder("runs/<run>/encoder")
+    embedding = encoder(study)                # numpy ``feature``
+
+A folder of two files that hold no code: ``encoder.safetensors`` (weights and normalisation tables) and ``config.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import safetensors
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kmtr.config import RunConfig, from_json, override, to_json
+from kmtr.data.batch import Batch, collate
+from kmtr.data.shards import schema, to_row
+from kmtr.model.encoder import line_encoder, static_dynamic_embedding
+from kmtr.model.tokenizers import LineTokenizer
+from kmtr.physics import sampling
+from kmtr.types import InputError, Study
+
+WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+
+
+class KSpaceEncoder:
+    """Frozen k-space encoder: acquired lines -> one embedding per subject (static and dynamic part of every slice)."""
+
+    def __init__(
+        self, config: RunConfig, weights: dict[str, Tensor] | None, tables: dict[str, Tensor], device: torch.device
+    ):
+        self.config, self.tables, self.device = config, tables, device
+        torch.manual_seed(config.seed)
+        self.module = line_encoder(config.data, config.model).to(device).eval()
+        if weights is not None:
+            self.module.load_state_dict(weights)
+        self.tokenizer = LineTokenizer(config.data, config.model, tables, device)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
+        """Embeddings from the lines that are `sampled`, fp32."""
+        lines = self.tokenizer(batch.kspace, known=batch.sampled, chosen=batch.sampled)
+        encoded = self.module(lines, batch.padded)
+        return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
+
+    def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:
+        """Embedding of one study, float32 ``feature``.
+
+        Args:
+            acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
+
+        Raises:
+            InputError: the study lacks a view, or its matrix or coils are not those that the encoder was trained on.
+        """
+        data = self.config.data
+        for name in data.views:
+            if name not in study.views:
+                raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
+            shape = study.views[name].kspace.shape
+            if shape[1] != data.coils or (shape[3:] != data.matrix and not data.crop):
+                raise InputError(
+                    f"study: expected {name} with {data.coils} coils and matrix {data.matrix}, got axes {shape}"
+                )
+        config = override(self.config, {"sampling.accelerations": (acceleration or 1,)})
+        table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
+        batch = collate(table, config, epoch=0, purpose=sampling.VALIDATION).to(self.device)
+        return self.embed(batch)[0].float().cpu().numpy()
+
+
+def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
+    content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / WEIGHTS)
+    (folder / CONFIG).write_text(to_json(config))
+
+
+def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False) -> KSpaceEncoder:
+    """The encoder in a folder that `export_encoder` wrote.
+
+    Args:
+        untrained: keep the initial weights instead (same architecture, same normalisation): the control.
+
+    Raises:
+        InputError: no encoder there, or its files do not fit each other.
+    """
+    folder = Path(path)
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise InputError(f"encoder: expected a folder with {WEIGHTS} and {CONFIG}, got {folder}")
+    config = from_json((folder / CONFIG).read_text())
+    try:
+        content = safetensors.torch.load_file(folder / WEIGHTS, device=device)
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}
+        for name, tensor in content.items():
+            kind, _, key = name.partition(".")
+            parts[kind][key] = tensor
+        tables = parts["tables"] | {"static_mean": torch.view_as_complex(parts["tables"]["static_mean"].contiguous())}
+        weights = None if untrained else parts["weights"]
+        return KSpaceEncoder(config, weights, tables, torch.device(device))
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"encoder: {folder} does not hold one: {str(error).splitlines()[0]}") from None
+
+
+def embed_all(encoder: KSpaceEncoder, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings ``subject feature`` and labels ``subject label`` of many batches."""
+    pairs = [(encoder.embed(b).float().cpu().numpy(), b.labels.cpu().numpy()) for b in batches]
+    return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])

@@ -1,0 +1,78 @@
+"""Checkpoints: all that a restart needs, hashed by whoever wrote it, verified before DeepSpeed unpickles it.
+
+engine/                DeepSpeed's shards, one set per worker
+encoder/               the exported k-space encoder (safetensors + JSON), without optimizer
+progress.json          step, workers and ZeRO stage that wrote it
+sha256-rankNN.json     hashes of the files of one worker
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from kmtr.config import RunConfig
+from kmtr.encoder import export_encoder
+from kmtr.train.engine import ShardedEngine
+from kmtr.types import KmtrError
+
+PROGRESS = "progress.json"
+
+
+class CheckpointError(KmtrError):
+    """A checkpoint that can't be used; it would be so again."""
+
+
+def save(
+    folder: Path,
+    engine: ShardedEngine,
+    config: RunConfig,
+    tables: dict[str, torch.Tensor],
+    step: int,
+    rank: int,
+    world: int,
+) -> None:
+    """Write this worker's part of the checkpoint after `step` updates."""
+    engine.save(str(folder))
+    weights = engine.weights("kspace_encoder")
+    if rank == 0:
+        export_encoder(folder / "encoder", config, weights, tables)
+        progress = {"step": step, "workers": world, "zero_stage": config.train.zero_stage}
+        (folder / PROGRESS).write_text(json.dumps(progress))
+    hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    (folder / f"sha256-rank{rank:02d}.json").write_text(json.dumps(hashes))
+
+
+def restore(folder: Path, engine: ShardedEngine, config: RunConfig, world: int) -> int:
+    """Load a checkpoint and return its step.
+
+    Raises:
+        CheckpointError: a file is missing or changed, or another number of workers or ZeRO stage wrote it.
+    """
+    progress = json.loads((folder / PROGRESS).read_text())
+    for key, now, setting in (
+        ("workers", world, "train.workers"),
+        ("zero_stage", config.train.zero_stage, "train.zero_stage"),
+    ):
+        if progress[key] != now:
+            raise CheckpointError(
+                f"{setting}: the run's checkpoint was written with {progress[key]}, got {now}; "
+                f"resume with {setting}={progress[key]}, or start anew with run.fresh=true"
+            )
+    lists = sorted(folder.glob("sha256-rank*.json"))
+    if len(lists) != world:
+        raise CheckpointError(f"checkpoint: expected the files of {world} workers, got those of {len(lists)}")
+    for part in lists:
+        for name, digest in json.loads(part.read_text()).items():
+            if not (folder / name).is_file() or _sha256(folder / name) != digest:
+                raise CheckpointError(f"checkpoint at step {progress['step']}: {name} is missing or changed; refused")
+    engine.load(str(folder))
+    return int(progress["step"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

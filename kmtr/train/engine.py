@@ -1,0 +1,115 @@
+"""DeepSpeed from the configuration: settings, parameter groups, learning rate, and a thin engine around it."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kmtr.config import RunConfig
+from kmtr.objectives import Inputs
+
+
+def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; every number in it follows from ours."""
+    train = config.train
+    return {
+        "train_batch_size": config.data.global_batch,
+        "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // train.accumulation,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": config.optimizer.clip_norm,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: no kernel is compiled
+        "bf16": {"enabled": train.bf16},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Groups by domain and decay: matrices decay; biases, norms, gates and embeddings of view types do not."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        decays = parameter.ndim >= 2 and not name.endswith(("gate", "view.weight"))
+        groups.setdefault(("image" if name.startswith("image_") else "kspace", decays), []).append(parameter)
+    return [
+        {"params": members, "domain": domain, "weight_decay": config.optimizer.weight_decay if decays else 0.0}
+        for (domain, decays), members in groups.items()
+    ]
+
+
+def stage_of(config: RunConfig, step: int) -> tuple[str, int]:
+    """Stage of a step, and the step within it."""
+    if step < config.reconstruct_steps:
+        return "reconstruct", step
+    return "align", step - config.reconstruct_steps
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, then cosine to zero; every stage has its own."""
+    stage, local = stage_of(config, step)
+    part = config.reconstruct if stage == "reconstruct" else config.align
+    warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
+    share = max(0.0, local - part.warmup_steps) / max(part.steps - part.warmup_steps, 1)
+    return part.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class ShardedEngine:
+    """A DeepSpeed engine with the two verbs that objectives need, and `update`.
+
+    DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it updates
+    the weights. That last call is `update`, so that a loss can be looked at before it changes anything.
+    """
+
+    def __init__(self, module: nn.Module, config: RunConfig, world_size: int, device: torch.device):
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # here and not above: it probes the machine at import
+
+        self._deepspeed = deepspeed
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, config), lr=config.reconstruct.learning_rate, betas=config.optimizer.betas
+        )
+        self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
+            model=module.to(device),
+            optimizer=optimizer,
+            config=settings(config, world_size),
+            dist_init_required=False,
+        )
+        self._pending = False
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        return self.wrapped(inputs, stage)
+
+    def backward(self, loss: Tensor) -> None:
+        if self._pending:
+            self.wrapped.step()
+        self.wrapped.backward(loss)
+        self._pending = True
+
+    def update(self, rate: float, freeze_images: bool) -> None:
+        """Change the weights by what `backward` accumulated, at this learning rate."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0 if freeze_images and group["domain"] == "image" else rate
+        self.wrapped.step()
+        self._pending = False
+
+    def gradient_norm(self) -> float:
+        """Norm of the last update's gradient before clipping; NaN where DeepSpeed does not tell."""
+        norm = self.wrapped.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def weights(self, prefix: str) -> dict[str, Tensor]:
+        """Whole fp32 weights of a submodule on the CPU; every worker must call it, since ZeRO-3 gathers them."""
+        module = self.wrapped.module.get_submodule(prefix)
+        with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
+            return {name: p.detach().float().cpu().clone() for name, p in module.state_dict().items()}
+
+    def save(self, folder: str) -> None:
+        self.wrapped.save_checkpoint(folder, tag="engine")
+
+    def load(self, folder: str) -> None:
+        self.wrapped.load_checkpoint(folder, tag="engine")
