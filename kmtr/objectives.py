@@ -42,21 +42,19 @@ class Inputs:
 
     Attributes:
         lines, line_targets: visible and hidden acquired lines; the visible ones never depend on the hidden ones.
-        patches, patch_targets: visible and hidden image patches.
+        patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
         all_lines, all_patches: everything acquired, for alignment; None in stage b.
         absent, absent_patches: frame slots without data, in the frames of either domain.
-        key: of the subject; equal keys are never negatives of each other.
     """
 
     lines: Tokens
     line_targets: Tokens
-    patches: Tokens
-    patch_targets: Tokens
+    patches: Tokens | None
+    patch_targets: Tokens | None
     all_lines: Tokens | None
     all_patches: Tokens | None
     absent: Bool[Tensor, "batch slice t"]
     absent_patches: Bool[Tensor, "batch slice pt"]
-    key: Int[Tensor, " batch"]
 
 
 class Preparer:
@@ -83,8 +81,14 @@ class Preparer:
             all_patches=self.patches(images, present) if both else None,
             absent=batch.padded,
             absent_patches=absent_patches,
-            key=batch.key,
         )
+
+    @torch.no_grad()
+    def queries(self, batch: Batch, queried: Bool[Tensor, "batch slice t ky"] | None = None) -> Inputs:
+        """All acquired lines as input; as targets the positions to predict (their values are of no use)."""
+        lines = self.lines(batch.kspace, known=batch.sampled, chosen=batch.sampled)
+        targets = lines if queried is None else self.lines(batch.kspace, known=batch.sampled, chosen=queried)
+        return Inputs(lines, targets, None, None, None, None, batch.padded, batch.padded)
 
 
 class Pretraining(nn.Module):
@@ -105,9 +109,16 @@ class Pretraining(nn.Module):
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
         """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``.
 
-        z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised.
+        z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised. Two stages of no loss:
+        ``embed`` gives the ``embedding`` ``batch feature`` of `lines`, ``predict`` the ``values`` at `line_targets`. All
+        goes through here, since ZeRO-3 gathers weights around an engine's call.
         """
         out: dict[str, Tensor] = {}
+        if stage in ("embed", "predict"):
+            encoded = self.kspace_encoder(inputs.lines, inputs.absent)
+            if stage == "embed":
+                return {"embedding": torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), -1).flatten(1)}
+            return {"values": self.kspace_decoder(encoded, inputs.line_targets.index)}
         loss = self.config.reconstruct.kspace_loss
         aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
         if not aligned or self.config.align.reconstruct_weight:
@@ -116,7 +127,7 @@ class Pretraining(nn.Module):
             out["kspace"] = masked_reconstruction(
                 predicted, inputs.line_targets.values, inputs.line_targets.padded, loss
             )
-        if self.config.reconstruct.image_weight and not frozen:
+        if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
             encoded = self.image_encoder(inputs.patches, inputs.absent_patches)
             predicted = self.image_decoder(encoded, inputs.patch_targets.index)
             out["image"] = masked_reconstruction(predicted, inputs.patch_targets.values, inputs.patch_targets.padded)

@@ -180,7 +180,7 @@ class WriteShards:
         for item in job.items:
             try:
                 study = self.make(item)
-                shards.to_row(study, self.dtype)
+                shards.check_finite(study)
                 yield study
             except KmtrError as error:
                 refused.append(str(error))

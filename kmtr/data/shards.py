@@ -109,8 +109,8 @@ def schema(dtype: str) -> pa.Schema:
     return pa.schema(fields, metadata={"kmtr.schema_version": str(SCHEMA_VERSION), "kmtr.dtype": dtype})
 
 
-def to_row(study: Study, dtype: str) -> dict[str, Any]:
-    """One Parquet row of a study.
+def check_finite(study: Study) -> float:
+    """Largest real or imaginary part in a study's k-space.
 
     Raises:
         InputError: k-space holds a value that is not finite, or nothing but zeros.
@@ -118,6 +118,16 @@ def to_row(study: Study, dtype: str) -> dict[str, Any]:
     peak = max(float(np.abs(view.kspace.view(np.float32)).max()) for view in study.views.values())
     if not math.isfinite(peak) or peak == 0:
         raise InputError(f"k-space: expected finite values that are not all zero, got a peak of {peak}")
+    return peak
+
+
+def to_row(study: Study, dtype: str) -> dict[str, Any]:
+    """One Parquet row of a study.
+
+    Raises:
+        InputError: as `check_finite`.
+    """
+    peak = check_finite(study)
     scale = peak / FP16_PEAK if dtype == "float16" else 1.0
     row: dict[str, Any] = {
         "subject_id": study.subject_id,
@@ -300,6 +310,12 @@ def write_manifest(root: str, parts: Sequence[tuple[Shard, dict[str, Any]]], dty
     content = json.dumps(asdict(manifest) | {"digest": manifest.digest}, indent=1)
     storage.write_atomic(store, f"{base}/manifest.json", content.encode())
     return manifest
+
+
+def present(root: str) -> bool:
+    """Whether a finished dataset is there."""
+    store, base = storage.open_root(root)
+    return storage.exists(store, f"{base}/manifest.json")
 
 
 def read_manifest(root: str) -> Manifest:

@@ -12,9 +12,9 @@ from torch import Tensor
 from kmtr.config import RunConfig
 from kmtr.data import pipeline, shards
 from kmtr.data.plan import permutation
-from kmtr.physics.fourier import ifft2c, root_sum_of_squares
+from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import canonical, static_dynamic
+from kmtr.physics.lines import gauge, static_part
 
 MAX_SUBJECTS = 256
 MIN_SUBJECTS_FOR_MEAN = 16
@@ -61,14 +61,14 @@ def fit(config: RunConfig, reader: shards.Reader) -> Statistics:
         batch = host.to(torch.device("cpu"))
         present = ~batch.padded
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
-        kspace, _ = canonical(batch.kspace, visible)
-        static, dynamic = static_dynamic(kspace, visible)
+        kspace = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
+        static = static_part(kspace, visible)
         seen = visible[:, :, None, :, :, None]
         ever = seen.any(3)
-        add("mean", static.squeeze(3), ever, (0,))
-        add("square", static.squeeze(3).abs().square(), ever, (0,))
-        add("dynamic", dynamic.abs().square(), seen, (0, 3))
-        image = root_sum_of_squares(ifft2c(batch.kspace), 2)
+        add("mean", static, ever, (0,))
+        add("square", static.abs().square(), ever, (0,))
+        add("dynamic", (kspace - static[:, :, :, None]).abs().square(), seen, (0, 3))
+        image = magnitude_image(batch.kspace)
         image = scale_image(image, batch.padded)
         add("image", image, present[..., None, None], (0, 2))
         add("image_square", image.square(), present[..., None, None], (0, 1, 2, 3, 4))

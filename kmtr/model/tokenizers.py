@@ -9,9 +9,9 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Data, Model
-from kmtr.physics.fourier import ifft2c, root_sum_of_squares
+from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import canonical, static_dynamic
+from kmtr.physics.lines import gauge, static_part
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Tokens:
 
 def gather(
     chosen: Bool[Tensor, batch * grid],
-) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
+) -> tuple[Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
     """Positions of the chosen cells of a grid, in order, padded to the largest count.
 
     Returns:
-        flat index and multi-index of each token, and which tokens are padding (they point at some cell not chosen).
+        index of each token on the grid's axes, and which tokens are padding (they point at some cell not chosen).
     """
     grid = chosen.shape[1:]
     flat = chosen.flatten(1)
@@ -50,7 +50,7 @@ def gather(
     for size in reversed(grid):
         index.append(rest % size)
         rest = rest // size
-    return order, torch.stack(index[::-1], dim=-1), padded
+    return torch.stack(index[::-1], dim=-1), padded
 
 
 class LineTokenizer:
@@ -93,18 +93,19 @@ class LineTokenizer:
             known: lines that the temporal mean is taken over.
             visible: lines that phase and gain are estimated from; `known` where not given.
         """
-        rotated, _ = canonical(kspace, known if visible is None else visible)
-        static, dynamic = static_dynamic(rotated[..., self.kx], known)
-        order, index, padded = gather(chosen)
+        factor = gauge(kspace, known if visible is None else visible)
+        central = kspace[..., self.kx]
+        static = static_part(central, known)
+        index, padded = gather(chosen)
         z, t, ky = index.unbind(-1)
         row = torch.arange(len(kspace), device=kspace.device)[:, None]
-        mean = self.mean[z, :, ky]
-        fixed = (static[row, z, :, 0, ky] - mean) / self.divisor["static"][z, :, ky]
-        moving = dynamic[row, z, :, t, ky] / self.divisor["dynamic"][z, :, ky]
+        scale = factor[row, z][..., None]
+        line, fixed = central[row, z, :, t, ky] / scale, static[row, z, :, ky] / scale
+        centred = (fixed - self.mean[z, :, ky]) / self.divisor["static"][z, :, ky]
         if self.model.line_parts == "whole":
-            parts = [(rotated[..., self.kx][row, z, :, t, ky] - mean) / self.divisor["static"][z, :, ky]]
+            parts = [(line - self.mean[z, :, ky]) / self.divisor["static"][z, :, ky]]
         else:
-            parts = [moving, fixed]
+            parts = [(line - fixed) / self.divisor["dynamic"][z, :, ky], centred]
         values = torch.view_as_real(torch.stack(parts, dim=2)).flatten(2)
         return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)
 
@@ -129,13 +130,12 @@ class LineTokenizer:
         index: Int[Tensor, "batch token axis"],
     ) -> Complex[Tensor, "batch slice coil t ky kx"]:
         """k-space with the visible lines as they are and predicted ones elsewhere: data consistency."""
-        rotated, gauge = canonical(kspace, visible)
-        filled = torch.zeros_like(rotated)
+        filled = torch.zeros_like(kspace)
         row = torch.arange(len(kspace), device=kspace.device)[:, None]
         z, t, ky = index.unbind(-1)
         central = filled[..., self.kx]
-        central[row, z, :, t, ky] = self.lines(values, index)
-        return gauge.undo(torch.where(visible[:, :, None, :, :, None], rotated, filled))
+        central[row, z, :, t, ky] = self.lines(values, index) * gauge(kspace, visible)[row, z][..., None]
+        return torch.where(visible[:, :, None, :, :, None], kspace, filled)
 
 
 class PatchTokenizer:
@@ -154,16 +154,16 @@ class PatchTokenizer:
     def images(
         self, kspace: Complex[Tensor, "batch slice coil t ky kx"], padded: Bool[Tensor, "batch slice t"]
     ) -> Float[Tensor, "batch slice t y x"]:
-        """Root-sum-of-squares magnitude, unit RMS per subject."""
-        return scale_image(root_sum_of_squares(ifft2c(kspace), 2), padded)
+        """Normalised magnitude images: unit RMS per subject, then the population's mean and SD taken off."""
+        return scale_image(magnitude_image(kspace), padded).sub_(self.mean[:, None]).div_(self.sd)
 
     def __call__(
         self, images: Float[Tensor, "batch slice t y x"], chosen: Bool[Tensor, "batch slice pt py px"]
     ) -> Tokens:
+        """Tokens of the `chosen` patches of normalised images."""
         pt, py, px = self.patch
-        normal = (images - self.mean[:, None]) / self.sd
-        cells = normal.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
-        order, index, padded = gather(chosen)
+        cells = images.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
+        index, padded = gather(chosen)
         z, t, y, x = index.unbind(-1)
         row = torch.arange(len(images), device=images.device)[:, None]
         values = cells[row, z, t, y, x].flatten(2)

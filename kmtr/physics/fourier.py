@@ -60,8 +60,10 @@ def crop_or_pad(x: Array, size: Sequence[int], axes: Sequence[int]) -> Array:
     return x
 
 
-def root_sum_of_squares(image: Array, axis: int) -> Array:
-    """Magnitude over coils: complex ``... coil ... y x`` -> real, without the coil axis."""
-    if isinstance(image, torch.Tensor):
-        return image.abs().square().sum(axis).sqrt()
-    return np.sqrt((np.abs(image) ** 2).sum(axis))
+def magnitude_image(kspace: torch.Tensor) -> torch.Tensor:
+    """Root-sum-of-squares magnitude: complex ``... coil t ky kx`` -> real ``... t y x``.
+
+    A shift of k-space only turns the image's phase, so the magnitude needs no shift before the transform.
+    """
+    image = torch.view_as_real(torch.fft.ifft2(kspace, norm="ortho")).square_().sum(-1).sum(-4).sqrt_()
+    return torch.fft.fftshift(image, (-2, -1))

@@ -12,7 +12,7 @@ def scale_image(
 ) -> Float[Tensor, "batch slice t y x"]:
     """Each subject's images divided by their RMS over what is not padded."""
     present = (~padded)[..., None, None]
-    energy = (image.square() * present).sum((1, 2, 3, 4))
+    energy = (image.square().sum((3, 4)) * present[..., 0, 0]).sum((1, 2))
     count = present.expand(image.shape).sum((1, 2, 3, 4)).clamp(min=1)
     rms = (energy / count).sqrt().clamp(min=torch.finfo(image.dtype).tiny)
     return image / rms[:, None, None, None, None]

@@ -467,6 +467,11 @@ class Scene:
     gain: np.ndarray
 
 
+def subject_id(index: int, *, seed: int) -> str:
+    """Pseudonym of a simulated subject."""
+    return f"sim-{seed}-{index:07d}"
+
+
 def simulate(
     index: int,
     *,
@@ -511,7 +516,7 @@ def simulate(
         done[view] = View(
             kspace=kspace, segmentation=classes, spacing_mm=(distance, pixel, pixel), frame_time_s=frame_time
         )
-    return Study(subject_id=f"sim-{seed}-{index:07d}", views=done, labels=labels(who), source=SOURCE)
+    return Study(subject_id=subject_id(index, seed=seed), views=done, labels=labels(who), source=SOURCE)
 
 
 def _check(views: tuple[str, ...], sax_slices: int, frames: int, matrix: tuple[int, int]) -> None:

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -80,7 +81,7 @@ def write_report(
     title: str,
     summary: str,
     tables: Sequence[Table],
-    figures: Sequence[tuple[str, Figure]],
+    figures: Sequence[tuple[str, Figure | bytes]],
     footer: str = "",
 ) -> Path:
     """Writes one HTML file that needs nothing beside it: pictures inside, light and dark, fit for printing.
@@ -88,7 +89,7 @@ def write_report(
     Args:
         path: of the file; its folder is made, an older file replaced at once (never half written).
         summary: plain text; an empty line begins a paragraph.
-        figures: pairs of caption and figure.
+        figures: pairs of caption and figure, or a PNG's bytes.
         footer: plain text: how the numbers were made (run, commit, versions, date).
 
     Returns:
@@ -148,9 +149,10 @@ def _html_table(table: Table, number: int) -> str:
     )
 
 
-def _html_figure(caption: str, figure: Figure, number: int) -> str:
-    width, height = (round(inches * 96) for inches in figure.get_size_inches())
-    data = base64.b64encode(png(figure)).decode()
+def _html_figure(caption: str, figure: Figure | bytes, number: int) -> str:
+    picture = figure if isinstance(figure, bytes) else png(figure)
+    width, height = (round(n * 96 / DPI) for n in struct.unpack(">II", picture[16:24]))  # of PNG's first chunk
+    data = base64.b64encode(picture).decode()
     return (
         f'<figure><img alt="{escape(caption, quote=True)}" width="{width}" height="{height}" '
         f'src="data:image/png;base64,{data}">'

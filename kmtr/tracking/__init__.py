@@ -4,7 +4,7 @@
 """
 
 from kmtr.tracking.run import end_run, find_run, log_dataset, open_run
-from kmtr.tracking.spool import Spool, replay
+from kmtr.tracking.spool import Spool, history, replay
 from kmtr.tracking.store import tracking_uri
 
-__all__ = ["Spool", "end_run", "find_run", "log_dataset", "open_run", "replay", "tracking_uri"]
+__all__ = ["Spool", "end_run", "find_run", "history", "log_dataset", "open_run", "replay", "tracking_uri"]

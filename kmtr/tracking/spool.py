@@ -195,6 +195,16 @@ def replay(folder: str | Path, uri: str, timeout_s: float = 30.0) -> int:
         time.sleep(0.1)
 
 
+def history(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """What a spool recorded, shipped or not: metric -> (step, value) in order; empty where there is no spool."""
+    path = Path(folder) / SPOOL
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for _, record in _records(path, 0) if path.exists() else ():
+        for name, value in record.get("metrics", {}).items():
+            curves.setdefault(name, []).append((int(record["step"]), float(value)))
+    return curves
+
+
 class _Shipper:
     """Moves the cursors of one spool forward. Each kind of record waits on its own after a failure."""
 

@@ -1,0 +1,234 @@
+"""fit(config): a pretraining run from its configuration to an exported encoder, on Ray Train, resumed by calling it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kmtr import tracking
+from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
+from kmtr.data import shards, statistics, storage
+from kmtr.data.batch import check_shapes
+from kmtr.data.plan import Plan
+from kmtr.train.loop import train_worker
+from kmtr.train.progress import Display
+from kmtr.types import InputError, KmtrError
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        run_id: of the MLflow run.
+        name: of the run, its folder in storage.root.
+        folder: everything that the run wrote.
+        encoder: folder of the exported encoder, for `kmtr.load_encoder`.
+        metrics: of the last validation, and ``step``.
+        reused: it was finished before; nothing was trained.
+    """
+
+    run_id: str
+    name: str
+    folder: str
+    encoder: str
+    metrics: dict[str, float]
+    reused: bool = False
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, shards.Manifest]:
+    """Everything that can be refused before a worker starts is refused here; paths become absolute.
+
+    Raises:
+        InputError: one line that names the key or the file.
+    """
+    config = override(
+        config,
+        {
+            "data.root": storage.absolute(config.data.root),
+            "storage.root": storage.absolute(config.storage.root),
+            "tracking.uri": tracking.tracking_uri(config),
+        },
+    )
+    manifest = shards.read_manifest(config.data.root)
+    check_shapes(config.data, manifest)
+    subjects = manifest.rows("train")
+    if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
+        raise InputError(
+            f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
+            f"{subjects}; use stage=reconstruct"
+        )
+    Plan(subjects, config.data.global_batch, config.seed)
+    if set(config.data.views) & set(manifest.undersampled) and (config.align_steps or config.reconstruct.image_weight):
+        raise InputError(
+            "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
+            "use stage=reconstruct reconstruct.image_weight=0"
+        )
+    shards.preflight(config.data.root, manifest)
+    return config, manifest
+
+
+def run_folder(config: RunConfig, manifest: shards.Manifest) -> tuple[str, Path]:
+    """Name and folder of the run that this configuration resumes; with ``run.fresh=true`` those of a new one.
+
+    A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is deleted.
+    """
+    base = config.run_name(manifest.digest)
+    root = Path(config.storage.root)
+    number = 1
+    while (root / (f"{base}.{number + 1}")).is_dir():
+        number += 1
+    if config.run.fresh and (root / _numbered(base, number)).is_dir():
+        number += 1
+    name = _numbered(base, number)
+    return name, root / name
+
+
+def _numbered(base: str, number: int) -> str:
+    return base if number == 1 else f"{base}.{number}"
+
+
+def finished(folder: Path) -> Outcome | None:
+    """The outcome of a run that ended well, or None."""
+    path = folder / RESULT
+    return Outcome(**json.loads(path.read_text()) | {"reused": True}) if path.is_file() else None
+
+
+def fit(
+    config: RunConfig,
+    *,
+    parent_id: str | None = None,
+    quiet: bool = False,
+    callbacks: list[Any] | None = None,
+    tags: dict[str, str] | None = None,
+) -> Outcome:
+    """Pretrain: stage b, then stage c, in one Ray Train run and one MLflow run. Ray must be up (jobs._main.start_ray).
+
+    Args:
+        parent_id: MLflow run that this one is a child of (a search).
+        callbacks: of Ray Train's controller (a search's bridge to Tune).
+
+    Raises:
+        InputError: found before a worker starts.
+        KmtrError: the run failed; its MLflow run has status FAILED.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    config, manifest = resolve(config)
+    name, folder = run_folder(config, manifest)
+    done = finished(folder)
+    if done is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(to_json(config))
+    tables = fitted_tables(config, manifest, folder)
+    uri = config.tracking.uri
+    run_id = tracking.open_run(
+        config,
+        name=name,
+        resume_id=tracking.find_run(uri, config.tracking.experiment, name),
+        parent_id=parent_id,
+        tags=tags,
+    )
+    tracking.log_dataset(uri, run_id, Path(config.data.root).name, manifest.digest, config.data.root)
+    spool = folder / "spool"
+    job = {
+        "config": to_json(config),
+        "folder": str(folder),
+        "tables": {key: table.numpy() for key, table in tables.items()},
+        "tracking": {"uri": uri, "run_id": run_id, "spool": str(spool)},
+        "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
+    }
+    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.train.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=callbacks or [],
+        ),
+    )
+    status = "FAILED"
+    try:
+        with Display(job["progress"], config.total_steps, quiet) as display:
+            result = trainer.fit()
+        returned = result.return_value
+        if not isinstance(returned, dict):
+            raise KmtrError(f"run {name}: the workers ended without a result")
+        if "error" in returned:
+            raise KmtrError(f"run {name}: {display.first_failure() or returned['error']}")
+        if result.checkpoint is None:
+            raise KmtrError(f"run {name}: it ended without a checkpoint")
+        encoder = folder / "encoder"
+        with result.checkpoint.as_directory() as last:
+            _copy_tree(Path(last) / "encoder", encoder)
+        spooled = tracking.Spool(spool, uri, run_id)
+        for file in sorted(encoder.iterdir()):
+            spooled.artifact(file, "encoder")
+        spooled.artifact(folder / "config.json")
+        unsent = spooled.close(60.0)
+        if unsent:
+            print(f"tracking: {unsent} records could not be sent yet and are kept in {spool}", flush=True)
+        metrics = {**returned["metrics"], "step": float(returned["step"])}
+        outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
+        (folder / f"{RESULT}.tmp").write_text(json.dumps(asdict(outcome)))
+        os.replace(folder / f"{RESULT}.tmp", folder / RESULT)
+        status = "FINISHED"
+        return outcome
+    except ray.train.TrainingFailedError as error:
+        raise KmtrError(f"run {name}: {_first_line(error)}") from error
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise KmtrError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
+    finally:
+        try:
+            tracking.end_run(uri, run_id, status)
+        except KmtrError as error:
+            print(f"tracking: {error}", flush=True)
+
+
+def fitted_tables(config: RunConfig, manifest: shards.Manifest, folder: Path) -> dict[str, torch.Tensor]:
+    """Normalisation statistics of the run, fitted once and kept beside its checkpoints."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "statistics.safetensors"
+    if path.is_file():
+        tables = load_file(path)
+        return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}
+    reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views))
+    fitted = statistics.fit(config, reader).tensors()
+    temporary = path.with_suffix(".tmp")
+    save_file({k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}, temporary)
+    os.replace(temporary, path)
+    return fitted
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def _first_line(error: BaseException) -> str:
+    """The innermost reason of a failed training as one line."""
+    reasons = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(reasons.values()), error)
+    lines = [line for line in str(getattr(inner, "base_exc", inner)).splitlines() if line.strip()]
+    return lines[-1] if lines else type(inner).__name__

@@ -1,0 +1,140 @@
+"""Validation during pretraining: stage b's loss, the ridge probe on frozen embeddings, and a figure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from kmtr import figures
+from kmtr.config import RunConfig, override
+from kmtr.data import pipeline, shards
+from kmtr.data.batch import Batch
+from kmtr.data.plan import permutation
+from kmtr.metrics import probe
+from kmtr.objectives import Preparer
+from kmtr.physics.fourier import magnitude_image
+from kmtr.physics.sampling import VALIDATION, true_acceleration
+from kmtr.train.engine import ShardedEngine
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROBED = ("lvedv_ml", "lvef_pct", "lvm_g")
+CHUNK = 16
+
+
+class Validation:
+    """Scores an engine on held-out subjects; every worker takes an equal share, since ZeRO-3 needs all of them.
+
+    Patterns are fixed and drawn at `evaluate.accelerations`, so that runs which differ in `sampling` compare.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        manifest: shards.Manifest,
+        prepare: Preparer,
+        tables: dict[str, torch.Tensor],
+        rank: int,
+        world: int,
+        device: torch.device,
+    ):
+        fixed = {"sampling.accelerations": config.evaluate.accelerations}
+        self.config = override(config, fixed)
+        self.prepare, self.device = prepare, device
+        self.rank, self.world = rank, world
+        self.labels = [name for name in PROBED if manifest.labels.get(name)]
+        columns = shards.columns_of(config.data.views, self.labels)
+        self.readers = {}
+        self.rows: dict[str, np.ndarray] = {}
+        for split in ("train", "val"):
+            reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages)
+            count = min(len(reader), config.train.eval_subjects) // world * world
+            if split == "val" and count == 0:  # a dataset without a split: validate on what there is
+                reader, count = self.readers["train"], len(self.rows["train"])
+            self.readers[split] = reader
+            self.rows[split] = permutation(config.seed + 1, 0, len(reader))[:count] if count else np.zeros(0, int)
+
+    @torch.no_grad()
+    def __call__(self, engine: ShardedEngine) -> tuple[dict[str, float], Figure | None]:
+        """Metrics ``val/...`` (the same on all workers), and on rank 0 the figure of one subject."""
+        metrics: dict[str, float] = {}
+        if len(self.rows["val"]) == 0:
+            return metrics, None
+        losses = []
+        for batch in self._batches("val"):
+            out = engine(self.prepare(batch, "reconstruct"), "reconstruct")
+            losses.append(torch.stack([out[name] for name in sorted(out)]))
+            names = sorted(out)
+        total = torch.cat(losses, dim=1).sum(1).double()
+        dist.all_reduce(total)
+        for name, value in zip(names, total.tolist(), strict=True):
+            metrics[f"val/{name}_loss"] = value / len(self.rows["val"])
+        if self.labels:
+            train, train_labels = self._embed(engine, "train")
+            held, held_labels = self._embed(engine, "val")
+            scores = {}
+            for i, label in enumerate(self.labels):
+                result = probe(train, train_labels[:, i], held, held_labels[:, i])
+                if result is not None:
+                    scores[label.rsplit("_", 1)[0]] = result.r2
+            metrics |= {f"val/{name}_r2": value for name, value in scores.items()}
+            if scores:
+                metrics["val/probe_r2"] = float(np.mean(list(scores.values())))
+        return metrics, self._figure(engine)
+
+    def _batches(self, split: str) -> list[Batch]:
+        mine = self.rows[split][self.rank :: self.world]
+        read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.labels, VALIDATION)
+        return [host.to(self.device) for host in read]
+
+    def _embed(self, engine: ShardedEngine, split: str) -> tuple[np.ndarray, np.ndarray]:
+        features, labels = [], []
+        for batch in self._batches(split):
+            features.append(engine(self.prepare.queries(batch), "embed")["embedding"].float())
+            labels.append(batch.labels)
+        mine = torch.cat([torch.cat(features), torch.cat(labels)], dim=1)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine.contiguous())
+        both = torch.cat(parts).cpu().numpy()
+        split_at = both.shape[1] - len(self.labels)
+        return both[:, :split_at], both[:, split_at:]
+
+    def _figure(self, engine: ShardedEngine) -> Figure | None:
+        """k-space, zero-filled image and reconstruction of one held-out subject at the recipe's own accelerations."""
+        reader = self.readers["val"]
+        read = pipeline.read_in_order(reader, self.rows["val"][:1].tolist(), 1, self.config, self.labels, VALIDATION)
+        batch = next(iter(read)).to(self.device)
+        present = (~batch.padded).sum(-1)[0]
+        z = int(torch.argmax((present == present.max()).to(torch.uint8) * (1 + _middle(len(present), self.device))))
+        queried = torch.zeros_like(batch.sampled)
+        queried[:, z] = ~batch.padded[:, z, :, None]
+        inputs = self.prepare.queries(batch, queried)
+        values = engine(inputs, "predict")["values"]
+        filled = self.prepare.lines.fill(batch.kspace, batch.sampled, values, inputs.line_targets.index)
+        if self.rank != 0:
+            return None
+        frames = slice(0, int(present[z]))
+        sampled = batch.sampled[0, z, frames].cpu().numpy()
+
+        def image(kspace: torch.Tensor) -> np.ndarray:
+            return magnitude_image(kspace[0, z])[frames].cpu().numpy()
+
+        kept = batch.kspace * batch.sampled[:, :, None, :, :, None]
+        return figures.reconstruction(
+            batch.kspace[0, z, 0, frames].cpu().numpy(),
+            sampled,
+            image(kept),
+            image(filled),
+            image(batch.kspace),
+            f"Held-out subject, R = {true_acceleration(sampled):.2f} (true), family {self.config.sampling.family}",
+        )
+
+
+def _middle(slices: int, device: torch.device) -> torch.Tensor:
+    """Preference for the middle of the first half of the slots, where the short axis is."""
+    position = torch.arange(slices, device=device)
+    return slices - (position - slices // 3).abs()
