@@ -157,7 +157,10 @@ class Bar:
 
 def show(config: RunConfig, sections: Sequence[str]) -> None:
     """Print what of the configuration a command works with."""
-    print(f"{config.recipe or 'kmtr'}: " + ", ".join(f"{k}={absolute(v) if k == 'data.root' else v}" for k, v in _pairs(config, sections)))
+    print(
+        f"{config.recipe or 'kmtr'}: "
+        + ", ".join(f"{k}={absolute(v) if k == 'data.root' else v}" for k, v in _pairs(config, sections))
+    )
 
 
 def _pairs(config: RunConfig, sections: Sequence[str]) -> list[tuple[str, Any]]:

@@ -110,7 +110,9 @@ def pictures(scores: list[evaluate.Scores], config: RunConfig, folder: Path) -> 
             if name != evaluate.MEAN
         }
         title = f"R = {s.acceleration} (true {s.true_acceleration:.2f})"
-        found.append((f"R2 on held-out subjects at {title}, 95 % bootstrap intervals.", figures.probe_bars(bars, title=title)))
+        found.append(
+            (f"R2 on held-out subjects at {title}, 95 % bootstrap intervals.", figures.probe_bars(bars, title=title))
+        )
     trained = scores[-1].probes[evaluate.TRAINED]
     names = list(trained)
     if len({len(p.truth) for p in trained.values()}) == 1:
@@ -128,8 +130,13 @@ def pictures(scores: list[evaluate.Scores], config: RunConfig, folder: Path) -> 
             )
         )
     for image in sorted((folder / "figures").glob("reconstruction_*.png"))[-1:]:
-        found.append(("Reconstruction of one held-out subject at the end of training (its decoder is no product: a look "
-                      "at what the encoder knows).", image.read_bytes()))
+        found.append(
+            (
+                "Reconstruction of one held-out subject at the end of training (its decoder is no product: a look "
+                "at what the encoder knows).",
+                image.read_bytes(),
+            )
+        )
     history = {
         name: values
         for name, values in tracking.history(folder / "spool").items()

@@ -34,7 +34,8 @@ class Data(Section):
     global_batch: int = Field(64, gt=0, description="subjects per optimizer step, over all workers")
     loader: Literal["ray", "threads"] = Field("ray", description="what executes the plan: identical batches")
     prefetch: int = Field(2, ge=1, description="batches read ahead per worker")
-    read_cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves per reading task")
+    readers: int = Field(1, gt=0, description="Ray Data actors that read for each worker")
+    read_cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves per reader")
     verify_pages: bool = Field(True, description="verify the checksum of every page read; off only on trusted storage")
 
     @property
@@ -274,7 +275,7 @@ class RunConfig(Section):
         sections = {"stage", "seed", "sampling", "model", "reconstruct", "align", "optimizer"}
         what = self.model_dump(mode="json", include=sections)
         what["data"] = self.data.model_dump(
-            mode="json", exclude={"root", "loader", "prefetch", "read_cpus", "verify_pages"}
+            mode="json", exclude={"root", "loader", "prefetch", "readers", "read_cpus", "verify_pages"}
         )
         what["precision"] = "bf16" if self.train.bf16 else "fp32"
         what["dataset"] = dataset_digest

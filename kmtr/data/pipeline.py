@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -19,6 +20,16 @@ from kmtr.types import KmtrError, Study
 
 MAX_BLOCKS = 500
 """Ray Data tasks per graph: enough to overlap, few enough to start in seconds."""
+
+
+SLOTS_PER_BLOCK = 16
+"""Steps that one of several readers takes at a time."""
+
+EXECUTOR_PAUSE_S = 0.02
+"""Far below a training step, far above a turn of the executor (1 to 2 ms)."""
+
+MIN_AHEAD_BYTES = 64 << 20
+"""Object store of a worker's reading: room for blocks that are small beside it."""
 
 
 # ------------------------------------------------------------------------------------------------ plan -> batches
@@ -44,48 +55,71 @@ def batches(
     yield from ahead(stacked, config.data.prefetch)
 
 
-@dataclasses.dataclass(frozen=True)
 class ReadSlots:
-    """Rows of this worker's slots (steps), as one Arrow table: what a Ray Data task does."""
+    """An actor of Ray Data that reads this worker's slots (steps), one Arrow table each; it keeps the footers."""
 
-    reader: shards.Reader
-    plan: Plan
-    first: int
-    rank: int
-    world_size: int
+    def __init__(self, reader: shards.Reader, plan: Plan, first: int, rank: int, world_size: int):
+        self.reader, self.plan, self.first = reader, plan, first
+        self.rank, self.world_size = rank, world_size
 
-    def __call__(self, slots: pa.Table) -> pa.Table:
-        steps = slots.column("id").to_pylist()
-        rows = [self.plan.share(self.first + step, self.rank, self.world_size) for step in steps]
-        return self.reader.read(np.concatenate(rows))
+    def __call__(self, slots: pa.Table) -> Iterator[pa.Table]:
+        for slot in slots.column("item").to_pylist():
+            yield self.reader.read(self.plan.share(self.first + slot, self.rank, self.world_size))
 
 
 def _read_with_ray(
     config: RunConfig, reader: shards.Reader, plan: Plan, steps: range, rank: int, world_size: int
 ) -> Iterator[pa.Table]:
     import ray
+    from ray.data import ActorPoolStrategy, ExecutionResources
 
+    share = plan.global_batch // world_size
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    # Else Ray Data reads ahead until the object store is full, and takes the processors from training meanwhile.
+    bytes_ahead = (config.data.prefetch + 2) * config.data.readers * share * reader.bytes_per_row
+    context.execution_options.resource_limits = ExecutionResources(
+        object_store_memory=max(bytes_ahead, MIN_AHEAD_BYTES)
+    )
+    context.target_max_block_size = max(share * reader.bytes_per_row, 1 << 20)  # else 128 MiB gather before the first
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    slots = ray.data.range(len(steps), override_num_blocks=min(len(steps), MAX_BLOCKS))
-    dataset = slots.map_batches(
-        ReadSlots(reader, plan, steps.start, rank, world_size).__call__,
+    context.custom_execution_callback_classes = [_breathe()]
+    # One reader streams all slots out of one block. from_items, since range and from_arrow run tasks that want a whole CPU,
+    # which workers and readers may have taken. An actor, since Ray ends idle task processes, and starting one costs seconds.
+    readers = config.data.readers
+    blocks = 1 if readers == 1 else min(-(-len(steps) // SLOTS_PER_BLOCK), MAX_BLOCKS)
+    dataset = ray.data.from_items(list(range(len(steps))), override_num_blocks=blocks).map_batches(
+        ReadSlots,
+        fn_constructor_args=(reader, plan, steps.start, rank, world_size),
+        compute=ActorPoolStrategy(size=readers),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=config.data.read_cpus,
     )
     try:
-        yield from dataset.iter_batches(
-            batch_size=plan.global_batch // world_size, batch_format="pyarrow", prefetch_batches=config.data.prefetch
-        )
+        yield from dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=config.data.prefetch)
     except Exception as error:
         damage = find_cause(error, shards.DamagedShard)
         if damage is None:
             raise
         raise damage from None
+
+
+def _breathe() -> type:
+    """A pause in every turn of Ray Data's executor.
+
+    Its loop spins at full load as long as a finished block waits for room, which is always where reading is faster than
+    training, and it shares the interpreter lock of the training worker: without the pause that costs half of the steps.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Breathe(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            time.sleep(EXECUTOR_PAUSE_S)
+
+    return Breathe
 
 
 def _read_with_threads(

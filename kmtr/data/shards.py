@@ -391,6 +391,11 @@ class Reader:
     def __len__(self) -> int:
         return int(self.first[-1])
 
+    @property
+    def bytes_per_row(self) -> int:
+        """On disk, all columns."""
+        return sum(s.bytes for s in self.shards) // max(len(self), 1)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
 

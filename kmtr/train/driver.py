@@ -148,7 +148,9 @@ def fit(
         "tracking": {"uri": uri, "run_id": run_id, "spool": str(spool)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
-    use_gpu = config.train.device == "cuda" or (config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    use_gpu = config.train.device == "cuda" or (
+        config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
+    )
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=job,

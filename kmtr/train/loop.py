@@ -45,7 +45,9 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         message = str(error)
     except Exception as error:  # told to the driver below; the traceback stays in this worker's log
         traceback.print_exc()
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        message = (
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        )
     Sender(job["progress"]).fail(message)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -213,7 +215,9 @@ class _Watch:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+            peak = (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+            )
         rates = {
             "subjects_per_s": self.steps * config.data.global_batch / seconds,
             "tokens_per_s": self.lines * world / seconds,
@@ -223,5 +227,3 @@ class _Watch:
         }
         self.reset()
         return rates
-
-
