@@ -215,7 +215,8 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     def put(kind: str, value: Any) -> None:
         while not stopped.is_set():
             try:
-                return queue.put((kind, value), timeout=0.1)
+                queue.put((kind, value), timeout=0.1)
+                return
             except Full:  # look again whether the consumer is still there
                 continue
 

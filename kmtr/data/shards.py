@@ -1,9 +1,9 @@
 """A dataset on disk: Parquet shards, one row per subject, and ``manifest.json``.
 
 Payloads are `large_binary` columns, uncompressed, without dictionary or statistics: decoding is then a pointer, and a
-view that is not read costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil t ky
-kx 2``); float16 comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE under 1e-6
-per line. Files are written under a temporary name and renamed, pages carry checksums.
+view that is not read costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil
+t ky kx 2``); float16 comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE
+under 1e-6 per line. Files are written under a temporary name and renamed, pages carry checksums.
 """
 
 from __future__ import annotations
@@ -215,7 +215,8 @@ def _value(table: pa.Table, column: str, row: int) -> Any:
 
 
 def write_shard(root: str, name: str, split: str, studies: Iterable[Study], dtype: str) -> tuple[Shard, dict[str, Any]]:
-    """Write one shard, whole or not at all, and beside it what the manifest needs (``<name>.json``: makes a rerun skip it).
+    """Write one shard, whole or not at all, and beside it what the manifest needs (``<name>.json``: makes a rerun skip
+    it).
 
     Returns:
         The shard (0 rows: no file was written) and a summary: shapes, labels, undersampled views.
@@ -364,7 +365,8 @@ def preflight(root: str, manifest: Manifest) -> None:
             )
         if info.size != shard.bytes:
             raise InputError(
-                f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; restore or rewrite it"
+                f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; "
+                "restore or rewrite it"
             )
         with store.open_input_file(f"{base}/{shard.name}") as file:
             try:
