@@ -49,5 +49,6 @@ def static_part(
     """
     weight = visible.to(kspace.real.dtype)
     weight = weight / weight.sum(2, keepdim=True).clamp(min=1)
-    mean = torch.einsum("bsctyxk,bsty->bscyxk", torch.view_as_real(kspace), weight)
+    seen = torch.where(visible[:, :, None, :, :, None], kspace, 0)  # a weight of 0 would let NaN and infinity through
+    mean = torch.einsum("bsctyxk,bsty->bscyxk", torch.view_as_real(seen), weight)
     return torch.view_as_complex(mean.contiguous())

@@ -29,7 +29,7 @@ def generator(seed: int, epoch: int, key: int, purpose: int) -> np.random.Genera
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, key, purpose])))
 
 
-def line_density(lines: int, acceleration: float) -> np.ndarray:
+def line_density(lines: int, acceleration: int) -> np.ndarray:
     """Weights of the ``gaussian`` family over ky: SD = lines / 5 and a floor of 1 / (2 R) (METHOD: family a).
 
     Returns:
