@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from kmtr.model.encoder import (
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 
 
+@runtime_checkable
 class Engine(Protocol):
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
 
