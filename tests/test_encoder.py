@@ -84,9 +84,7 @@ def test_acceleration_changes_what_is_seen_and_phase_and_gain_do_not(folder: Pat
         encoder(study, acceleration=8)
 
 
-def test_untrained_keeps_the_initial_weights(
-    small: RunConfig, tables: Tables, folder: Path, study: Study
-) -> None:
+def test_untrained_keeps_the_initial_weights(small: RunConfig, tables: Tables, folder: Path, study: Study) -> None:
     untrained = load_encoder(folder, untrained=True)
     np.testing.assert_array_equal(untrained(study), KSpaceEncoder(small, None, tables, CPU)(study))
     assert not np.allclose(untrained(study), load_encoder(folder)(study), atol=1e-3)

@@ -36,7 +36,9 @@ def test_a_subject_s_loss_does_not_depend_on_padding(kind: str) -> None:
     padded[1, 2:] = True
     padded[2] = True
     loss = masked_reconstruction(predicted, target, padded, kind)
-    torch.testing.assert_close(loss[1:2], masked_reconstruction(predicted[1:2, :2], target[1:2, :2], padded[1:2, :2], kind))
+    torch.testing.assert_close(
+        loss[1:2], masked_reconstruction(predicted[1:2, :2], target[1:2, :2], padded[1:2, :2], kind)
+    )
     assert loss[2] == 0
     other = torch.where(padded[..., None], 1e6, predicted)
     torch.testing.assert_close(masked_reconstruction(other, target, padded, kind), loss)

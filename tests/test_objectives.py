@@ -100,9 +100,7 @@ def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tabl
     torch.testing.assert_close(result["logged.loss"], (out["kspace"] + out["image"]).mean())
 
 
-def test_the_gradient_is_that_of_the_mean_over_the_global_batch(
-    small: RunConfig, tables: Tables, batch: Batch
-) -> None:
+def test_the_gradient_is_that_of_the_mean_over_the_global_batch(small: RunConfig, tables: Tables, batch: Batch) -> None:
     """Against autograd on the plainest formula."""
     torch.manual_seed(0)
     module = Pretraining(small)
