@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kmtr.config import RunConfig, keys, parse
-from kmtr.data.storage import absolute
 from kmtr.recipes import RECIPES
 from kmtr.types import InputError, KmtrError
 
@@ -30,6 +29,7 @@ def main(usage: str, run: Callable[[list[str]], dict[str, Any]]) -> None:
         return
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
     try:
         result = run(words)
     except InputError as error:
@@ -153,17 +153,3 @@ class Bar:
         elif (tenth := 10 * done // total) > self.tenth:
             self.tenth = tenth
             print(f"  {text}", flush=True)
-
-
-def show(config: RunConfig, sections: Sequence[str]) -> None:
-    """Print what of the configuration a command works with."""
-    print(
-        f"{config.recipe or 'kmtr'}: "
-        + ", ".join(f"{k}={absolute(v) if k == 'data.root' else v}" for k, v in _pairs(config, sections))
-    )
-
-
-def _pairs(config: RunConfig, sections: Sequence[str]) -> list[tuple[str, Any]]:
-    from kmtr.config import flatten
-
-    return [(k, v) for k, v in flatten(config).items() if k.partition(".")[0] in sections]

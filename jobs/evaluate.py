@@ -1,7 +1,8 @@
 """python jobs/evaluate.py RECIPE [key=value ...]      tables, figures and an HTML report of a pretrained encoder
 
 Ridge probes of frozen k-space embeddings on held-out subjects, beside an untrained encoder, ridge on the zero-filled
-low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration, or evaluate.encoder."""
+low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration, or
+evaluate.encoder."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import torch
 
 from jobs._main import Bar, main, recipe_config
@@ -86,16 +88,19 @@ def fingerprint(config: RunConfig, encoder: Path, manifest: shards.Manifest) -> 
 
 
 def summary(config: RunConfig, manifest: shards.Manifest, metrics: dict[str, float]) -> str:
-    r = metrics["acceleration"]
-    return (
-        f"Data: {manifest.source}. Pretrained on {manifest.rows('train')} training subjects without labels; the probe is a "
-        f"ridge regression on {min(config.evaluate.labels, manifest.rows('train'))} labelled ones, scored on the test split.\n\n"
-        f"At R = {r:.0f} (true R {metrics['true_acceleration']:.2f}) LVEDV's R2 is {metrics['lvedv_r2']:.3f} with the trained "
-        f"encoder, {metrics['lvedv_r2_untrained']:.3f} with an untrained one, and {metrics['lvedv_r2_ridge']:.3f} with ridge "
-        "on the zero-filled low-resolution image."
-        if "lvedv_r2" in metrics
-        else f"Data: {manifest.source}."
+    """What was done and what came out, in words."""
+    labelled = min(config.evaluate.labels, manifest.rows("train"))
+    text = (
+        f"Data: {manifest.source}. Pretrained on {manifest.rows('train')} training subjects without labels; the probe "
+        f"is a ridge regression on {labelled} labelled ones, scored on the test split."
     )
+    if "lvedv_r2" in metrics:
+        text += (
+            f"\n\nAt R = {metrics['acceleration']:.0f} (true R {metrics['true_acceleration']:.2f}) LVEDV's R2 is "
+            f"{metrics['lvedv_r2']:.3f} with the trained encoder, {metrics['lvedv_r2_untrained']:.3f} with an "
+            f"untrained one, and {metrics['lvedv_r2_ridge']:.3f} with ridge on the zero-filled low-resolution image."
+        )
+    return text
 
 
 def pictures(scores: list[evaluate.Scores], config: RunConfig, folder: Path) -> list[tuple[str, Any]]:
@@ -116,8 +121,6 @@ def pictures(scores: list[evaluate.Scores], config: RunConfig, folder: Path) -> 
     trained = scores[-1].probes[evaluate.TRAINED]
     names = list(trained)
     if len({len(p.truth) for p in trained.values()}) == 1:
-        import numpy as np
-
         found.append(
             (
                 f"Predicted against true at R = {scores[-1].acceleration}, trained encoder.",

@@ -48,7 +48,8 @@ def run(words: list[str]) -> dict[str, Any]:
         manifest = shards.read_manifest(root)
         if manifest.source != source:
             raise InputError(
-                f"data.root: {root} holds another dataset ({manifest.source}); choose another folder, or remove that one"
+                f"data.root: {root} holds another dataset ({manifest.source}); "
+                "choose another folder, or remove that one"
             )
         shards.preflight(root, manifest)
         print(f"simulate: {root} is complete, reused")

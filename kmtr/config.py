@@ -25,7 +25,9 @@ class Section(BaseModel):
 
 class Data(Section):
     root: str = Field("runs/data", description="dataset folder (manifest.json and Parquet shards): local path or URI")
-    views: tuple[Literal["sax", "lax_2ch", "lax_3ch", "lax_4ch"], ...] = Field(VIEWS, description="view groups read")
+    views: tuple[Literal["sax", "lax_2ch", "lax_3ch", "lax_4ch"], ...] = Field(
+        ("sax", "lax_2ch", "lax_3ch", "lax_4ch"), description="view groups read"
+    )
     sax_slices: int = Field(6, gt=0, description="short-axis slices per subject, evenly chosen; fewer are padded")
     frames: int = Field(25, gt=0, description="cardiac frames per subject, evenly chosen; fewer are padded")
     matrix: tuple[int, int] = Field((128, 128), description="lines and readout samples (ny, nx); images are cropped")

@@ -20,8 +20,8 @@ def masked_reconstruction(
 ) -> Float[Tensor, " batch"]:
     """Mean over the hidden tokens of each subject; 0 for a subject that has none.
 
-    ``hdr`` is k-GIN's high-dynamic-range loss (|e| / (stopgrad|prediction| + 0.5))^2 over complex values (features are real
-    and imaginary part, interleaved).
+    ``hdr`` is k-GIN's high-dynamic-range loss (|e| / (stopgrad|prediction| + 0.5))^2 over complex values (features are
+    real and imaginary part, interleaved).
     """
     error = predicted.float() - target.float()
     if kind == "mse":

@@ -86,7 +86,9 @@ class Probe:
 def probe(
     train_features: np.ndarray, train_target: np.ndarray, features: np.ndarray, target: np.ndarray
 ) -> Probe | None:
-    """Ridge fitted on labelled training subjects, scored on held-out ones; None where fewer than 3 of either have the label."""
+    """Ridge fitted on labelled training subjects, scored on held-out ones; None where fewer than 3 of either have the
+    label.
+    """
     known_train, known = np.isfinite(train_target), np.isfinite(target)
     if known_train.sum() < 3 or known.sum() < 3:
         return None

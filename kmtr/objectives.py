@@ -1,16 +1,16 @@
 """What pretraining minimises: masked reconstruction in both domains (stage b) and alignment of the two (stage c).
 
-A stage is a function of an engine and the micro-batches of one step. It runs forward and backward so that the gradient is
-that of the mean over the GLOBAL batch, however it is divided over workers and micro-batches, and returns what to log. The
-engine is anything with ``engine(inputs)`` and ``engine.backward(loss)`` that averages gradients over workers and
-accumulated micro-batches, as DeepSpeed's does.
+A stage is a function of an engine and the micro-batches of one step. It runs forward and backward so that the gradient
+is that of the mean over the GLOBAL batch, however it is divided over workers and micro-batches, and returns what to
+log. The engine is anything with ``engine(inputs)`` and ``engine.backward(loss)`` that averages gradients over workers
+and accumulated micro-batches, as DeepSpeed's does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from kmtr.model.encoder import (
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 
 
+@runtime_checkable
 class Engine(Protocol):
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
 
@@ -92,7 +93,9 @@ class Preparer:
 
 
 class Pretraining(nn.Module):
-    """Both encoders, both decoders and the projections of alignment: one module, so that one engine holds both stages."""
+    """Both encoders, both decoders and the projections of alignment: one module, so that one engine
+    holds both stages.
+    """
 
     def __init__(self, config: RunConfig):
         super().__init__()
@@ -109,9 +112,9 @@ class Pretraining(nn.Module):
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
         """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``.
 
-        z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised. Two stages of no loss:
-        ``embed`` gives the ``embedding`` ``batch feature`` of `lines`, ``predict`` the ``values`` at `line_targets`. All
-        goes through here, since ZeRO-3 gathers weights around an engine's call.
+        z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised. Two stages of no
+        loss: ``embed`` gives the ``embedding`` ``batch feature`` of `lines`, ``predict`` the ``values`` at
+        `line_targets`. All goes through here, since ZeRO-3 gathers weights around an engine's call.
         """
         out: dict[str, Tensor] = {}
         if stage in ("embed", "predict"):
@@ -139,17 +142,17 @@ class Pretraining(nn.Module):
             z = []
             for end, heads in ends:
                 parts = static_dynamic_embedding(end.frames, end.absent)
-                z += [
-                    head(x.to(head.weight.dtype))
-                    for head, x in zip((heads["static"], heads["dynamic"]), parts, strict=True)
-                ]
+                pairs = zip((heads["static"], heads["dynamic"]), parts, strict=True)
+                z += [head(x.to(end.frames.dtype)) for head, x in pairs]
             out["z"] = torch.stack(z, dim=2)
         return out
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step minimised: names as they are logged -> sum over this worker's subjects (or anchors), and their count."""
+    """What a step minimised: names as they are logged -> sum over this worker's subjects (or anchors),
+    and their count.
+    """
 
     sums: dict[str, Tensor]
     counts: dict[str, Tensor]
@@ -172,9 +175,9 @@ def reconstruct(engine: Engine, micro: Sequence[Batch], prepare: Preparer, confi
 def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
     """Stage c: InfoNCE over the global batch on static and dynamic embeddings per slice, and stage b's loss kept.
 
-    The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with several
-    micro-batches without a graph, as GradCache does), the loss gives their gradients, then each micro-batch passes its
-    gradient on through ``sum(z * dz)``. Memory per worker grows with local x global.
+    The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with
+    several micro-batches without a graph, as GradCache does), the loss gives their gradients, then each micro-batch
+    passes its gradient on through ``sum(z * dz)``. Memory per worker grows with local x global.
     """
     total = _Sums()
     inputs = [prepare(batch, "align") for batch in micro]

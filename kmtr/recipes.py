@@ -1,4 +1,6 @@
-"""Recipes: each a function returning the RunConfig of one whole run. Its docstring says command, cost and expected metric."""
+"""Recipes: each a function returning the RunConfig of one whole run. Its docstring says command, cost and expected
+metric.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def tiny() -> RunConfig:
 
 
 def base() -> RunConfig:
-    """``python jobs/pretrain.py base data.root=...``: about 90 M parameters on one GPU, 9 slices x 25 frames x 128 x 128."""
+    """``python jobs/pretrain.py base data.root=...``: about 90 M parameters on one GPU, 9 slices x 25 frames x 128 x
+    128.
+    """
     return RunConfig(
         recipe="base",
         data=Data(root="runs/base"),
@@ -50,7 +54,9 @@ def base() -> RunConfig:
 
 
 def large() -> RunConfig:
-    """``python jobs/pretrain.py large data.root=... train.workers=16``: about 600 M parameters, ZeRO-3 over many GPUs."""
+    """``python jobs/pretrain.py large data.root=... train.workers=16``: about 600 M parameters, ZeRO-3
+    over many GPUs.
+    """
     return RunConfig(
         recipe="large",
         data=Data(root="runs/large", global_batch=256),

@@ -120,9 +120,8 @@ def collate(
     data = config.data
     size, slots = len(table), data.slices
     dtype = np.dtype(table.schema.metadata[b"kmtr.dtype"].decode())
-    exact = all(
-        table.column(f"shape_{v}")[row].as_py()[-2:] == list(data.matrix) for v in data.views for row in range(size)
-    )
+    shapes = [shape for v in data.views for shape in table.column(f"shape_{v}").to_pylist() if shape is not None]
+    exact = all(shape[-2:] == list(data.matrix) for shape in shapes)
     stored = np.zeros((size, slots, data.coils, data.frames, *data.matrix, 2), dtype if exact else np.float32)
     acquired = np.ones((size, slots, data.frames, data.matrix[0]), bool)
     given = np.zeros((size, slots), bool)
@@ -215,7 +214,8 @@ def ahead(items: Iterable[T], depth: int) -> Iterator[T]:
     def put(kind: str, value: Any) -> None:
         while not stopped.is_set():
             try:
-                return queue.put((kind, value), timeout=0.1)
+                queue.put((kind, value), timeout=0.1)
+                return
             except Full:  # look again whether the consumer is still there
                 continue
 

@@ -85,8 +85,9 @@ def _read_with_ray(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = [_breathe()]
-    # One reader streams all slots out of one block. from_items, since range and from_arrow run tasks that want a whole CPU,
-    # which workers and readers may have taken. An actor, since Ray ends idle task processes, and starting one costs seconds.
+    # One reader streams all slots out of one block. from_items, since range and from_arrow run tasks that want a whole
+    # CPU, which workers and readers may have taken. An actor, since Ray ends idle task processes, and starting one
+    # costs seconds.
     readers = config.data.readers
     blocks = 1 if readers == 1 else min(-(-len(steps) // SLOTS_PER_BLOCK), MAX_BLOCKS)
     dataset = ray.data.from_items(list(range(len(steps))), override_num_blocks=blocks).map_batches(
@@ -274,7 +275,9 @@ def read_in_order(
     labels: Sequence[str] = (),
     purpose: int = 4,
 ) -> Iterator[HostBatch]:
-    """Batches of up to `size` subjects in the order given, patterns of epoch 0: for statistics, validation, evaluation."""
+    """Batches of up to `size` subjects in the order given, patterns of epoch 0: for statistics,
+    validation, evaluation.
+    """
     numbers = list(rows)
     chunks = (numbers[i : i + size] for i in range(0, len(numbers), size))
     yield from ahead((collate(reader.read(c), config, 0, labels, purpose) for c in chunks), config.data.prefetch)

@@ -1,8 +1,8 @@
 """Which subjects at which step: a pure function of (seed, step). No I/O, no Ray.
 
-Every epoch is a full random permutation of the subjects, cut into global batches; a tail smaller than a batch is dropped
-(other subjects each epoch). A worker takes its contiguous part of each global batch, so that the global batch at step k is
-the same at any number of workers and a restart continues with exactly what is left.
+Every epoch is a full random permutation of the subjects, cut into global batches; a tail smaller than a batch is
+dropped (other subjects each epoch). A worker takes its contiguous part of each global batch, so that the global batch
+at step k is the same at any number of workers and a restart continues with exactly what is left.
 """
 
 from __future__ import annotations

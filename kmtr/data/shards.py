@@ -1,9 +1,9 @@
 """A dataset on disk: Parquet shards, one row per subject, and ``manifest.json``.
 
 Payloads are `large_binary` columns, uncompressed, without dictionary or statistics: decoding is then a pointer, and a
-view that is not read costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil t ky
-kx 2``); float16 comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE under 1e-6
-per line. Files are written under a temporary name and renamed, pages carry checksums.
+view that is not read costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil
+t ky kx 2``); float16 comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE
+under 1e-6 per line. Files are written under a temporary name and renamed, pages carry checksums.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -193,12 +193,16 @@ def raw_kspace(table: pa.Table, row: int, view: str) -> tuple[np.ndarray, float]
     column = f"kspace_{view}"
     if column not in table.column_names:
         return None
-    value = table.column(column)[row]
-    if not value.is_valid:
+    array = table.column(column).slice(row, 1).chunk(0)
+    if array.null_count:
         return None
     shape = table.column(f"shape_{view}")[row].as_py()
     dtype = table.schema.metadata[b"kmtr.dtype"].decode()
-    stored = np.frombuffer(value.as_buffer(), dtype).reshape(*shape, 2)
+    # Through the buffers, since taking an element of a binary column copies it.
+    _, offsets, memory = array.buffers()
+    first, last = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2].tolist()
+    stored = np.frombuffer(memory.slice(first, last - first), dtype).reshape(*shape, 2)
+    stored.flags.writeable = False  # Arrow's memory is shared with whoever else holds the table
     return stored, table.column("scale")[row].as_py()
 
 
@@ -215,7 +219,8 @@ def _value(table: pa.Table, column: str, row: int) -> Any:
 
 
 def write_shard(root: str, name: str, split: str, studies: Iterable[Study], dtype: str) -> tuple[Shard, dict[str, Any]]:
-    """Write one shard, whole or not at all, and beside it what the manifest needs (``<name>.json``: makes a rerun skip it).
+    """Write one shard, whole or not at all, and beside it what the manifest needs (``<name>.json``: makes a rerun skip
+    it).
 
     Returns:
         The shard (0 rows: no file was written) and a summary: shapes, labels, undersampled views.
@@ -337,8 +342,7 @@ def read_manifest(root: str) -> Manifest:
         if version != SCHEMA_VERSION:
             raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {version}")
         shards = tuple(Shard(**s) for s in content.pop("shards"))
-        manifest = Manifest(shards=shards, **content)
-        manifest = replace(manifest, undersampled=tuple(manifest.undersampled))
+        manifest = Manifest(shards=shards, undersampled=tuple(content.pop("undersampled")), **content)
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, InputError):
             raise
@@ -364,7 +368,8 @@ def preflight(root: str, manifest: Manifest) -> None:
             )
         if info.size != shard.bytes:
             raise InputError(
-                f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; restore or rewrite it"
+                f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; "
+                "restore or rewrite it"
             )
         with store.open_input_file(f"{base}/{shard.name}") as file:
             try:

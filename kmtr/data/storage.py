@@ -11,7 +11,9 @@ from kmtr.types import InputError
 
 
 def absolute(root: str) -> str:
-    """`root` as it must be before any worker starts, since Ray changes the workers' directory; URIs stay as they are."""
+    """`root` as it must be before any worker starts, since Ray changes the workers' directory; URIs stay
+    as they are.
+    """
     return root if "://" in root else str(Path(root).expanduser().absolute())
 
 

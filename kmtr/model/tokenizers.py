@@ -56,8 +56,8 @@ def gather(
 class LineTokenizer:
     """Readout lines as tokens: real and imaginary part of the central kx of the dynamic and the static part of a line.
 
-    Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided by
-    SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
+    Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided
+    by SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
 
     Args:
         tables: `data.statistics.Statistics.tensors()`.

@@ -25,8 +25,8 @@ def gauge(
     """Phase of each slice and coil and gain of each subject: k-space divided by it is canonical.
 
     The phase is that of the sum over the visible central 4 x 4 samples (the image near the field of view's centre,
-    blurred); the gain is the RMS of the visible central lines, averaged over ky first so that it depends little on which
-    of them are visible.
+    blurred); the gain is the RMS of the visible central lines, averaged over ky first so that it depends little on
+    which of them are visible.
     """
     ny, nx = kspace.shape[-2:]
     ky = slice(ny // 2 - CENTRE // 2, ny // 2 + CENTRE // 2)
@@ -44,8 +44,11 @@ def gauge(
 def static_part(
     kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"]
 ) -> Complex[Tensor, "batch slice coil ky kx"]:
-    """Mean over the frames in which a line is visible; zero where it never is. The dynamic part is what deviates from it."""
+    """Mean over the frames in which a line is visible; zero where it never is. The dynamic part is what deviates from
+    it.
+    """
     weight = visible.to(kspace.real.dtype)
     weight = weight / weight.sum(2, keepdim=True).clamp(min=1)
-    mean = torch.einsum("bsctyxk,bsty->bscyxk", torch.view_as_real(kspace), weight)
+    seen = torch.where(visible[:, :, None, :, :, None], kspace, 0)  # a weight of 0 would let NaN and infinity through
+    mean = torch.einsum("bsctyxk,bsty->bscyxk", torch.view_as_real(seen), weight)
     return torch.view_as_complex(mean.contiguous())

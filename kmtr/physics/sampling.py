@@ -1,7 +1,7 @@
 """k-t undersampling of Cartesian cine along ky, and what masked pretraining hides of it.
 
-Every draw is a pure function of (seed, epoch, subject, slice): the same for any number of workers, after a restart, in any
-trial. Patterns are drawn on the CPU by a counter-based generator and travel to the device as bool.
+Every draw is a pure function of (seed, epoch, subject, slice): the same for any number of workers, after a restart, in
+any trial. Patterns are drawn on the CPU by a counter-based generator and travel to the device as bool.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ def subject_key(subject_id: str) -> int:
 
 
 def generator(seed: int, epoch: int, key: int, purpose: int) -> np.random.Generator:
-    """Counter-based stream of one subject in one epoch. Slices are its leading axis, so each slice has its own numbers."""
+    """Counter-based stream of one subject in one epoch. Slices are its leading axis, so each slice has
+    its own numbers.
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, key, purpose])))
 
 
-def line_density(lines: int, acceleration: float) -> np.ndarray:
+def line_density(lines: int, acceleration: int) -> np.ndarray:
     """Weights of the ``gaussian`` family over ky: SD = lines / 5 and a floor of 1 / (2 R) (METHOD: family a).
 
     Returns:

@@ -17,7 +17,7 @@ from kmtr.metrics import Probe, bootstrap_r2, paired_bootstrap, probe
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import gauge, static_part
 from kmtr.physics.sampling import VALIDATION
-from kmtr.report.html import Table
+from kmtr.report.html import Cell, Table
 from kmtr.types import PHENOTYPES, InputError
 
 TARGETS = ("lvedv_ml", "lvef_pct", "lvm_g")
@@ -116,7 +116,7 @@ def short(target: str) -> str:
 def r2_table(scores: list[Scores], config: RunConfig) -> Table:
     """R2 with 95 % intervals: a row per acceleration and source of features."""
     targets = list(scores[0].probes[MEAN])
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for s in scores:
         for name, probes in s.probes.items():
             cells: list[str] = []
@@ -137,7 +137,7 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
 def gain_table(scores: list[Scores], config: RunConfig) -> Table:
     """Paired differences of R2 between the trained encoder and each control, over the same held-out subjects."""
     targets = list(scores[0].probes[MEAN])
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for s in scores:
         for control in (UNTRAINED, RIDGE):
             cells = []
@@ -156,7 +156,7 @@ def gain_table(scores: list[Scores], config: RunConfig) -> Table:
 def error_table(scores: list[Scores]) -> Table:
     """Mean absolute errors in physical units."""
     targets = list(scores[0].probes[MEAN])
-    rows = tuple(
+    rows: tuple[tuple[Cell, ...], ...] = tuple(
         (s.acceleration, name, *(round(probes[t].mae, 2) for t in targets))
         for s in scores
         for name, probes in s.probes.items()

@@ -1,13 +1,16 @@
-"""fit(config): a pretraining run from its configuration to an exported encoder, on Ray Train, resumed by calling it again."""
+"""fit(config): a pretraining run from its configuration to an exported encoder, on Ray Train, resumed by calling it
+again.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +24,8 @@ from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
 
 RESULT = "result.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, shards.Manifest]:
 def run_folder(config: RunConfig, manifest: shards.Manifest) -> tuple[str, Path]:
     """Name and folder of the run that this configuration resumes; with ``run.fresh=true`` those of a new one.
 
-    A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is deleted.
+    A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is
+    deleted.
     """
     base = config.run_name(manifest.digest)
     root = Path(config.storage.root)
@@ -141,12 +147,13 @@ def fit(
     )
     tracking.log_dataset(uri, run_id, Path(config.data.root).name, manifest.digest, config.data.root)
     spool = folder / "spool"
+    progress = f"progress-{name}-{os.getpid()}-{time.time_ns()}"
     job = {
         "config": to_json(config),
         "folder": str(folder),
         "tables": {key: table.numpy() for key, table in tables.items()},
         "tracking": {"uri": uri, "run_id": run_id, "spool": str(spool)},
-        "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
+        "progress": progress,
     }
     use_gpu = config.train.device == "cuda" or (
         config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
@@ -167,9 +174,9 @@ def fit(
             callbacks=callbacks or [],
         ),
     )
-    status = "FAILED"
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        with Display(job["progress"], config.total_steps, quiet) as display:
+        with Display(progress, config.total_steps, quiet) as display:
             result = trainer.fit()
         returned = result.return_value
         if not isinstance(returned, dict):
@@ -187,7 +194,7 @@ def fit(
         spooled.artifact(folder / "config.json")
         unsent = spooled.close(60.0)
         if unsent:
-            print(f"tracking: {unsent} records could not be sent yet and are kept in {spool}", flush=True)
+            log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, spool)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
         (folder / f"{RESULT}.tmp").write_text(json.dumps(asdict(outcome)))
@@ -203,7 +210,7 @@ def fit(
         try:
             tracking.end_run(uri, run_id, status)
         except KmtrError as error:
-            print(f"tracking: {error}", flush=True)
+            log.warning("tracking: %s", error)
 
 
 def fitted_tables(config: RunConfig, manifest: shards.Manifest, folder: Path) -> dict[str, torch.Tensor]:

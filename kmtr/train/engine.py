@@ -60,8 +60,8 @@ def learning_rate(config: RunConfig, step: int) -> float:
 class ShardedEngine:
     """A DeepSpeed engine with the two verbs that objectives need, and `update`.
 
-    DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it updates
-    the weights. That last call is `update`, so that a loss can be looked at before it changes anything.
+    DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it
+    updates the weights. That last call is `update`, so that a loss can be looked at before it changes anything.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, world_size: int, device: torch.device):

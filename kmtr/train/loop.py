@@ -32,9 +32,9 @@ from kmtr.types import KmtrError
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """One worker of a run: `train`, with every error returned instead of raised.
 
-    Ray retries whatever is raised, at the price of a restart, and an error in our code, in the data or in the loss would only
-    come again. So it is returned (and its process group torn down, which wakes the other workers); only the loss of a
-    process is retried.
+    Ray retries whatever is raised, at the price of a restart, and an error in our code, in the data or in the loss
+    would only come again. So it is returned (and its process group torn down, which wakes the other workers); only the
+    loss of a process is retried.
 
     Returns:
         What `train` returned, or ``error`` (one line).
@@ -58,7 +58,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """From the last checkpoint of a run to its end, on one worker of Ray Train.
 
     Args:
-        job: ``config`` (JSON), ``folder`` (of the run), ``tables`` (statistics as numpy), ``tracking`` (uri, run_id, spool
+        job: ``config`` (JSON), ``folder`` (of the run), ``tables`` (statistics as numpy), ``tracking`` (uri, run_id,
+            spool
             folder), ``progress`` (name of the progress actor).
 
     Returns:
@@ -121,8 +122,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         if wrong:
             raise KmtrError(
-                f"step {step + 1}: {stage} {wrong[0]} is {means[wrong[0]]}, expected a finite number; nothing was updated; "
-                f"lower {stage}.learning_rate, or resume from the last checkpoint by the same command"
+                f"step {step + 1}: {stage} {wrong[0]} is {means[wrong[0]]}, expected a finite number; nothing was "
+                f"updated; lower {stage}.learning_rate, or resume from the last checkpoint by the same command"
             )
         rate = learning_rate(config, step)
         engine.update(rate, freeze_images=stage == "align" and not config.align.train_image_encoder)
@@ -210,7 +211,9 @@ class _Watch:
         self.mark = time.perf_counter()
 
     def rates(self, config: RunConfig, world: int, device: torch.device) -> dict[str, float]:
-        """subjects/s and acquired lines/s over all workers, share of time waiting for data, true R, peak memory in GiB."""
+        """subjects/s and acquired lines/s over all workers, share of time waiting for data, true R, peak
+        memory in GiB.
+        """
         seconds = time.perf_counter() - self.began
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30

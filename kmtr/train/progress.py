@@ -1,4 +1,6 @@
-"""What a person sees of a run: lines and a bar in the driver, sent by rank 0 through an actor. Nothing else is printed."""
+"""What a person sees of a run: lines and a bar in the driver, sent by rank 0 through an actor. Nothing
+else is printed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
 NAMESPACE = "kmtr"
 SHOWN = {

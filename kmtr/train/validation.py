@@ -48,7 +48,7 @@ class Validation:
         self.rank, self.world = rank, world
         self.labels = [name for name in PROBED if manifest.labels.get(name)]
         columns = shards.columns_of(config.data.views, self.labels)
-        self.readers = {}
+        self.readers: dict[str, shards.Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
             reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages)

@@ -1,0 +1,118 @@
+"""What many tests share: a very small configuration, a dataset on disk that fits it, and its statistics."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+from kmtr.config import RunConfig, override
+from kmtr.data import shards, statistics
+from kmtr.data.batch import Batch, collate
+from kmtr.physics import phantom
+from kmtr.recipes import tiny
+from kmtr.types import PHENOTYPES, Study
+
+settings.register_profile("kmtr", deadline=None, max_examples=40, derandomize=True, database=None)
+settings.load_profile("kmtr")
+
+SPLITS = {"train": 24, "val": 12, "test": 12}
+SMALL = {
+    "data.views": ("sax", "lax_4ch"),
+    "data.sax_slices": 2,
+    "data.frames": 4,
+    "data.matrix": (32, 32),
+    "data.global_batch": 8,
+    "data.loader": "threads",
+    "sampling.accelerations": (2, 4),
+    "evaluate.accelerations": (2, 4),
+    "evaluate.labels": 24,
+    "evaluate.subjects": 12,
+    "evaluate.bootstrap": 100,
+    "model.width": 32,
+    "model.depth": 1,
+    "model.head_width": 16,
+    "model.decoder_width": 32,
+    "model.patch": (2, 8, 8),
+    "model.projection": 16,
+    "reconstruct.steps": 4,
+    "reconstruct.warmup_steps": 1,
+    "align.steps": 2,
+    "align.warmup_steps": 1,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "train.eval_every": 2,
+    "train.eval_subjects": 8,
+    "simulate.subjects": sum(SPLITS.values()),
+    "shards.rows": 16,
+}
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+
+
+def simulated(index: int, config: RunConfig) -> Study:
+    """Subject `index` of the cohort that `config` describes."""
+    data = config.data
+    return phantom.simulate(
+        index,
+        seed=config.simulate.seed,
+        views=data.views,
+        sax_slices=data.sax_slices,
+        frames=data.frames,
+        matrix=data.matrix,
+        snr_db=config.simulate.snr_db,
+    )
+
+
+def write(root: Path, subjects: dict[str, list[Study]], dtype: str = "float16", rows: int = 16) -> shards.Manifest:
+    """A dataset of given studies per split."""
+    parts = [
+        shards.write_shard(str(root), f"{split}-{start // rows:05d}", split, studies[start : start + rows], dtype)
+        for split, studies in subjects.items()
+        for start in range(0, len(studies), rows)
+    ]
+    return shards.write_manifest(str(root), parts, dtype, "test")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Root of a simulated dataset of 24 training, 12 validation and 12 test subjects; never written to."""
+    root = tmp_path_factory.mktemp("dataset")
+    config = override(tiny(), SMALL)
+    subjects: dict[str, list[Study]] = {}
+    first = 0
+    for split, count in SPLITS.items():
+        subjects[split] = [simulated(i, config) for i in range(first, first + count)]
+        first += count
+    write(root, subjects)
+    return str(root)
+
+
+@pytest.fixture(scope="session")
+def small(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Configuration of a run of a second on `dataset`."""
+    return override(tiny(), SMALL | {"data.root": dataset, "storage.root": str(tmp_path_factory.mktemp("runs"))})
+
+
+@pytest.fixture(scope="session")
+def reader(small: RunConfig) -> shards.Reader:
+    """Training rows of `dataset`, with all phenotypes."""
+    columns = shards.columns_of(small.data.views, tuple(PHENOTYPES))
+    return shards.Reader(small.data.root, shards.read_manifest(small.data.root), "train", columns)
+
+
+@pytest.fixture(scope="session")
+def tables(small: RunConfig, reader: shards.Reader) -> dict[str, torch.Tensor]:
+    """Population statistics of `dataset`; read only."""
+    return statistics.fit(small, reader).tensors()
+
+
+@pytest.fixture
+def batch(small: RunConfig, reader: shards.Reader) -> Batch:
+    """The first eight training subjects, epoch 0."""
+    return collate(reader.read(range(8)), small, epoch=0).to(torch.device("cpu"))

@@ -1,0 +1,320 @@
+"""A study survives its row, damage is told apart and found, and nothing is copied or read that need not be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from conftest import simulated
+from kmtr.config import RunConfig
+from kmtr.data import shards
+from kmtr.types import UNLABELLED, InputError, Study, View
+
+
+@pytest.fixture(scope="module")
+def study(small: RunConfig) -> Study:
+    return simulated(0, small)
+
+
+def table_of(study: Study, dtype: str) -> pa.Table:
+    return pa.Table.from_pylist([shards.to_row(study, dtype)], schema=shards.schema(dtype))
+
+
+def one_view(**changes: object) -> Study:
+    kspace = np.ones((2, 1, 3, 8, 8), np.complex64)
+    return Study("p-1", {"sax": View(**{"kspace": kspace} | changes)})
+
+
+def rows_of(root: str, **changes: object) -> shards.Reader:
+    arguments = {"split": "train", "columns": None} | changes
+    return shards.Reader(root, shards.read_manifest(root), **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------- Study <-> row
+
+
+def test_float16_keeps_every_line(study: Study) -> None:
+    back = shards.to_study(table_of(study, "float16"))
+    assert list(back.views) == list(study.views)
+    for name, view in study.views.items():
+        error = (abs(back.views[name].kspace - view.kspace) ** 2).sum(-1)
+        assert (error / (abs(view.kspace) ** 2).sum(-1)).max() < 1e-6
+    assert (back.subject_id, back.labels, back.source) == (study.subject_id, study.labels, study.source)
+
+
+def test_float32_is_exact_and_so_is_all_beside_k_space(study: Study) -> None:
+    sax = study.views["sax"]
+    sampled = np.random.default_rng(0).random((2, 4, 32)) < 0.4
+    segmentation = sax.segmentation.copy()
+    segmentation[:, 1] = UNLABELLED
+    views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation)}
+    given = replace(study, views=views, vendor="Acme", field_strength_t=1.5)
+    for dtype in ("float32", "float16"):
+        back = shards.to_study(table_of(given, dtype))
+        np.testing.assert_array_equal(back.views["sax"].sampled, sampled)
+        np.testing.assert_array_equal(back.views["sax"].segmentation, segmentation)
+        assert back.views["lax_4ch"].sampled is None
+        assert back.views["sax"].spacing_mm == sax.spacing_mm
+        assert back.views["sax"].frame_time_s == sax.frame_time_s
+        assert (back.vendor, back.field_strength_t) == ("Acme", 1.5)
+        if dtype == "float32":
+            np.testing.assert_array_equal(back.views["sax"].kspace, sax.kspace)
+
+
+def test_what_is_not_known_stays_unknown() -> None:
+    given = replace(one_view(), labels={"lvef_pct": float("nan"), "lvedv_ml": 120.0, "dcm": 0.0})
+    table = table_of(given, "float16")
+    assert table.column("lvef_pct").null_count == 1
+    assert table.column("kspace_lax_2ch").null_count == 1
+    back = shards.to_study(table)
+    assert back.labels == {"lvedv_ml": 120.0, "dcm": 0.0}
+    assert list(back.views) == ["sax"]
+    view = back.views["sax"]
+    assert (view.sampled, view.segmentation, view.spacing_mm, view.frame_time_s) == (None, None, None, None)
+    assert (back.vendor, back.field_strength_t, back.source) == (None, None, "")
+
+
+@pytest.mark.parametrize("peak", [1e-20, 1e20])
+def test_float16_does_not_depend_on_the_scanner_s_scale(study: Study, peak: float) -> None:
+    kspace = study.views["sax"].kspace * np.float32(peak)
+    back = shards.to_study(table_of(Study("p-1", {"sax": View(kspace)}), "float16")).views["sax"].kspace
+    wide = kspace.astype(complex)
+    assert ((abs(back - wide) ** 2).sum(-1) / (abs(wide) ** 2).sum(-1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
+def test_k_space_without_content_is_refused(value: float) -> None:
+    kspace = np.zeros((2, 1, 3, 8, 8), np.complex64)
+    kspace[0, 0, 0, 0, 0] = value
+    with pytest.raises(InputError, match="k-space: expected finite values that are not all zero"):
+        shards.to_row(one_view(kspace=kspace), "float16")
+
+
+def test_k_space_is_read_without_a_copy(dataset: str) -> None:
+    table = rows_of(dataset).read([3])
+    stored, scale = shards.raw_kspace(table, 0, "sax")
+    assert (stored.dtype, stored.shape) == (np.float16, (2, 1, 4, 32, 32, 2))
+    assert scale > 0
+    assert not stored.flags.writeable
+    memory = table.column("kspace_sax").chunk(0).buffers()[2]
+    first = stored.__array_interface__["data"][0]
+    assert memory.address <= first
+    assert first + stored.nbytes <= memory.address + memory.size
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def bytes_read() -> int:
+    """By this process so far, whatever the cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of the bytes that a process read")
+def test_a_view_that_is_not_asked_for_costs_nothing(small: RunConfig, tmp_path: Path) -> None:
+    big = np.random.default_rng(0).standard_normal((4, 1, 8, 64, 64)).astype(np.complex64)
+    studies = [Study(f"p-{i}", {"sax": View(big), "lax_4ch": View(big[:1, :, :, :8, :8].copy())}) for i in range(4)]
+    part = shards.write_shard(str(tmp_path), "train-0", "train", studies, "float32")
+    shards.write_manifest(str(tmp_path), [part], "float32", "test")
+    reader = rows_of(str(tmp_path), columns=shards.columns_of(("lax_4ch",)))
+    reader.read([0])  # the footer
+    before = bytes_read()
+    table = reader.read([2])
+    assert bytes_read() - before < big[:1, :, :, :8, :8].nbytes + 4096 < big.nbytes / 10
+    assert shards.raw_kspace(table, 0, "sax") is None
+    assert list(shards.to_study(table).views) == ["lax_4ch"]
+
+
+def test_rows_come_in_the_order_asked_for(dataset: str) -> None:
+    reader = rows_of(dataset, columns=["subject_id"])
+    assert len(reader) == 24
+    for rows in ([0, 1, 2], [23, 0, 15, 16], [5, 5], np.array([17])):
+        ids = reader.read(rows).column("subject_id").to_pylist()
+        assert ids == [f"sim-0-{row:07d}" for row in rows]
+    assert rows_of(dataset, split="val").read([0]).column("subject_id").to_pylist() == ["sim-0-0000024"]
+
+
+def test_big_subjects_have_a_row_group_each_and_small_ones_share(tmp_path: Path, dataset: str) -> None:
+    kspace = np.ones((2, 1, 4, 128, 128), np.complex64)
+    studies = [Study(f"p-{i}", {"sax": View(kspace)}) for i in range(3)]
+    shard, _ = shards.write_shard(str(tmp_path), "train-0", "train", studies, "float32")
+    assert (shard.rows, shard.row_groups) == (3, 3)
+    assert [s.row_groups for s in shards.read_manifest(dataset).shards if s.split == "train"] == [1, 1]
+
+
+def test_a_manifest_comes_back_and_says_what_is_there(dataset: str, tmp_path: Path) -> None:
+    manifest = shards.read_manifest(dataset)
+    assert {split: manifest.rows(split) for split in shards.SPLITS} == {"train": 24, "val": 12, "test": 12}
+    assert manifest.shapes == {"sax": [[2, 1, 4, 32, 32]], "lax_4ch": [[1, 1, 4, 32, 32]]}
+    assert manifest.labels["lvef_pct"] == 48
+    assert manifest.undersampled == ()
+    shards.preflight(dataset, manifest)
+    assert shards.present(dataset)
+    assert not shards.present(str(tmp_path))
+    sampled = np.ones((2, 3, 8), bool)
+    part = shards.write_shard(str(tmp_path), "train-0", "train", [one_view(sampled=sampled), one_view()], "float32")
+    written = shards.write_manifest(str(tmp_path), [part], "float32", "test")
+    assert written.undersampled == ("sax",)
+    assert shards.read_manifest(str(tmp_path)) == written
+    assert written.digest != manifest.digest
+
+
+def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
+    digests = set()
+    for folder, study, dtype in (
+        ("a", one_view(), "float32"),
+        ("b", one_view(), "float32"),
+        ("c", one_view(kspace=np.full((2, 1, 3, 8, 8), 2, np.complex64)), "float32"),
+        ("d", one_view(), "float16"),
+    ):
+        part = shards.write_shard(str(tmp_path / folder), "train-0", "train", [study], dtype)
+        digests.add(shards.write_manifest(str(tmp_path / folder), [part], dtype, folder).digest)
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: "{", "invalid content"),
+        (lambda m: json.dumps({k: v for k, v in m.items() if k != "digest"}), "invalid content"),
+        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1, got 99"),
+        (lambda m: json.dumps(m | {"surprise": 1}), "invalid content"),
+        (lambda m: json.dumps(m | {"shards": m["shards"][1:]}), "digest does not match"),
+    ],
+)
+def test_a_spoilt_manifest_is_one_line(copy: Path, change, said: str) -> None:
+    path = copy / "manifest.json"
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(InputError, match=said) as error:
+        shards.read_manifest(str(copy))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_dataset_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a dataset"):
+        shards.read_manifest(str(tmp_path))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A dataset to be damaged: two shards of two subjects."""
+    parts = []
+    for n in range(2):
+        studies = [replace(one_view(), subject_id=f"p-{n}{i}") for i in range(2)]
+        parts.append(shards.write_shard(str(tmp_path), f"train-{n}", "train", studies, "float32"))
+    shards.write_manifest(str(tmp_path), parts, "float32", "test")
+    return tmp_path
+
+
+def spoil_footer(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-8:-4] = (2**30).to_bytes(4, "little")  # length of the footer
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (Path.unlink, "got no file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated or changed"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"0"), "truncated or changed"),
+        (spoil_footer, "damaged"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "damaged"),
+    ],
+)
+def test_preflight_names_the_damaged_shard(copy: Path, damage, said: str) -> None:
+    damage(copy / "shards" / "train-1.parquet")
+    with pytest.raises(InputError, match=said) as error:
+        shards.preflight(str(copy), shards.read_manifest(str(copy)))
+    assert str(error.value).startswith("shards/train-1.parquet: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_flipped_byte_is_found_by_whoever_reads_it(copy: Path) -> None:
+    path = copy / "shards" / "train-1.parquet"
+    content = bytearray(path.read_bytes())
+    payload = np.ones((2, 1, 3, 8, 8), np.complex64).tobytes()
+    content[content.index(payload) + 1000] ^= 1
+    path.write_bytes(content)
+    shards.preflight(str(copy), shards.read_manifest(str(copy)))
+    reader = rows_of(str(copy))
+    assert len(reader.read([0, 1])) == 2  # the other shard
+    with pytest.raises(shards.DamagedShard, match="shards/train-1.parquet: expected readable pages") as error:
+        reader.read([2])
+    assert "\n" not in str(error.value)
+    with pytest.raises(shards.DamagedShard):
+        rows_of(str(copy), columns=shards.columns_of(("sax",))).read([2])
+    assert len(rows_of(str(copy), verify=False).read([2])) == 1
+
+
+def test_a_file_lost_while_training_is_a_damaged_shard(copy: Path) -> None:
+    reader = rows_of(str(copy))
+    (copy / "shards" / "train-1.parquet").unlink()
+    with pytest.raises(shards.DamagedShard, match=r"shards/train-1\.parquet"):
+        reader.read([2])
+
+
+def test_a_finished_shard_is_found_again(copy: Path) -> None:
+    found = shards.finished_shard(str(copy), "train-1")
+    assert found is not None
+    assert found[0] == shards.read_manifest(str(copy)).shards[1]
+    assert found[1]["shapes"] == {"sax": [[2, 1, 3, 8, 8]]}
+    assert shards.finished_shard(str(copy), "train-2") is None
+    (copy / "shards" / "train-1.parquet").unlink()
+    assert shards.finished_shard(str(copy), "train-1") is None
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def studies() -> Iterator[Study]:
+        yield one_view()
+        raise InputError("no more")
+
+    with pytest.raises(InputError, match="no more"):
+        shards.write_shard(str(tmp_path), "train-0", "train", studies(), "float32")
+    assert not list((tmp_path / "shards").iterdir())
+    empty, summary = shards.write_shard(str(tmp_path), "train-0", "train", [], "float32")
+    assert (empty.rows, summary["shapes"]) == (0, {})
+    assert not list((tmp_path / "shards").iterdir())
+
+
+KILLED = """
+import resource, signal, sys
+import numpy as np
+from kmtr.data import shards
+from kmtr.types import Study, View
+study = Study("p-1", {"sax": View(np.ones((2, 1, 3, 64, 64), np.complex64))})
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the kernel kills whoever writes more
+shards.write_shard(sys.argv[1], "train-0", "train", [study], "float32")
+"""
+
+
+def test_a_writer_killed_while_it_writes_leaves_no_file_that_looks_whole(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, timeout=60)
+    assert ended.returncode < 0, ended.stderr.decode()
+    left = [path.name for path in (tmp_path / "shards").iterdir()]
+    assert left  # it died in the middle of writing ...
+    assert all(name.endswith(".tmp") for name in left)  # ... under a name that nobody reads
+    assert shards.finished_shard(str(tmp_path), "train-0") is None
+    assert not shards.present(str(tmp_path))
+
+
+def test_splits_are_stable_and_about_70_10_20() -> None:
+    ids = [f"p-{i}" for i in range(10_000)]
+    splits = [shards.split_of(i) for i in ids]
+    for name, share in shards.SPLITS.items():
+        assert splits.count(name) / len(ids) == pytest.approx(share, abs=0.02)
+    assert splits == [shards.split_of(i) for i in ids]
+    assert [shards.split_of(f"sim-0-{i:07d}") for i in range(8)] == GOLDEN
+
+
+GOLDEN = [*["train"] * 5, "val", "train", "train"]
+"""Of the first simulated subjects: a change here would move people between training and test."""

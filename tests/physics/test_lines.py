@@ -1,0 +1,79 @@
+"""Phase and gain drop out, and nothing that may not be seen is looked at."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kmtr.data.batch import Batch
+from kmtr.physics.lines import gauge, static_part
+
+
+def canonical(kspace: Tensor, visible: Tensor) -> Tensor:
+    return kspace / gauge(kspace, visible)[..., None, None, None]
+
+
+@pytest.fixture
+def kspace() -> Tensor:
+    """Two subjects, three slices, two coils, four frames."""
+    return torch.randn(2, 3, 2, 4, 12, 10, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def visible() -> Tensor:
+    chosen = torch.rand(2, 3, 4, 12, generator=torch.Generator().manual_seed(1)) < 0.5
+    chosen[..., 5:7] = True
+    chosen[1, 2] = False  # a padded slice
+    return chosen
+
+
+def test_phase_of_a_slice_and_coil_and_gain_of_a_subject_drop_out(kspace: Tensor, visible: Tensor) -> None:
+    generator = torch.Generator().manual_seed(2)
+    phase = torch.rand(2, 3, 2, generator=generator) * 7
+    gain = torch.tensor([1e-4, 3e3])[:, None, None].expand(phase.shape).contiguous()
+    turned = kspace * torch.polar(gain, phase)[..., None, None, None]
+    seen = visible.any(2).any(-1)  # batch slice: where none is seen there is nothing to take a phase from
+    torch.testing.assert_close(canonical(turned, visible)[seen], canonical(kspace, visible)[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_canonical_k_space_has_no_phase_in_its_centre_and_unit_gain(kspace: Tensor) -> None:
+    everything = torch.ones(2, 3, 4, 12, dtype=torch.bool)
+    fixed = canonical(kspace, everything)
+    summed = fixed[..., 4:8, 3:7].sum((-3, -2, -1))
+    torch.testing.assert_close(summed.imag, torch.zeros_like(summed.imag), atol=1e-4, rtol=0)
+    assert (summed.real > 0).all()
+    energy = fixed[..., 4:8, :].abs().square().mean((-1, -2)).sum((1, 2, 3)) / (3 * 4)
+    torch.testing.assert_close(energy, torch.ones(2))
+
+
+def test_gain_depends_little_on_which_central_lines_are_seen(batch: Batch) -> None:
+    everything = torch.ones_like(batch.sampled)
+    few = everything.clone()
+    few[:, :, :, 15:17] = False
+    few[:, :, ::2, 15] = True
+    few[:, :, ::2, 16] = True
+    whole, part = (gauge(batch.kspace, v)[:, 0, 0].abs() for v in (everything, few))
+    torch.testing.assert_close(part, whole, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("rubbish", [1e30, float("inf"), float("nan")])
+def test_what_is_not_visible_is_never_looked_at(kspace: Tensor, visible: Tensor, rubbish: float) -> None:
+    spoilt = torch.where(visible[:, :, None, :, :, None], kspace, torch.tensor(complex(rubbish, rubbish)))
+    torch.testing.assert_close(gauge(spoilt, visible), gauge(kspace, visible), rtol=0, atol=0)
+    torch.testing.assert_close(static_part(spoilt, visible), static_part(kspace, visible), rtol=0, atol=0)
+
+
+def test_the_static_part_is_the_mean_over_the_frames_that_saw_a_line(kspace: Tensor, visible: Tensor) -> None:
+    torch.testing.assert_close(static_part(kspace, torch.ones_like(visible)), kspace.mean(3))
+    static = static_part(kspace, visible)
+    for b, s, ky in ((0, 0, 0), (0, 2, 3), (1, 1, 11), (1, 2, 6)):
+        frames = kspace[b, s, :, visible[b, s, :, ky], ky]  # coil t kx
+        expected = frames.mean(1) if frames.shape[1] else torch.zeros(2, 10, dtype=torch.complex64)
+        torch.testing.assert_close(static[b, s, :, ky], expected)
+
+
+def test_a_subject_without_a_central_line_keeps_its_numbers_finite(kspace: Tensor, visible: Tensor) -> None:
+    visible[0] = False
+    assert canonical(kspace, visible).isfinite().all()
+    assert (gauge(kspace, visible)[0].abs() == 1).all()

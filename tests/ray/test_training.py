@@ -1,0 +1,129 @@
+"""The promises of a run: it survives a killed worker with the same numbers, fails at once where a retry can't help."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kmtr import tracking
+from kmtr.config import RunConfig, override
+from kmtr.data import shards
+from kmtr.encoder import load_encoder
+from kmtr.tracking.store import client
+from kmtr.train import driver
+from kmtr.types import KmtrError
+
+pytestmark = pytest.mark.ray
+
+
+def training_workers() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [p for p in me.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
+
+
+def kill_after_checkpoint(folder: Path, killed: list[int]) -> None:
+    """SIGKILL one training worker as soon as the run has a checkpoint."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if list((folder / "train").glob("checkpoint_*/progress.json")):
+            for process in training_workers()[:1]:
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                return
+        time.sleep(0.02)
+
+
+def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
+    points: dict[int, list[float]] = {}
+    for point in client(tracking.tracking_uri(config)).get_metric_history(run_id, name):
+        points.setdefault(point.step, []).append(point.value)
+    return points
+
+
+def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+    config = override(config, {"reconstruct.steps": 30, "align.steps": 4, "train.eval_every": 10})
+    resolved, manifest = driver.resolve(config)
+    name, folder = driver.run_folder(resolved, manifest)
+    killed: list[int] = []
+    thread = threading.Thread(target=kill_after_checkpoint, args=(folder, killed))
+    thread.start()
+    outcome = driver.fit(config, quiet=True)
+    thread.join()
+    assert killed, "no worker was killed: the test proved nothing"
+    run = client(resolved.tracking.uri).get_run(outcome.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == name
+
+    undisturbed = override(config, {"storage.root": str(tmp_path / "undisturbed")})
+    other = driver.fit(undisturbed, quiet=True)
+    assert other.metrics == pytest.approx(outcome.metrics, rel=1e-6)
+    for metric in ("reconstruct/loss", "align/infonce_dynamic"):
+        ours = curve(resolved, outcome.run_id, metric)
+        assert all(len(values) == 1 for values in ours.values()), "a step is in MLflow twice"
+        theirs = curve(driver.resolve(undisturbed)[0], other.run_id, metric)
+        assert ours.keys() == theirs.keys()
+        for step, values in ours.items():
+            assert values[0] == pytest.approx(theirs[step][0], rel=1e-6)
+
+    again = driver.fit(config, quiet=True)
+    assert again.reused
+    assert again.run_id == outcome.run_id
+    encoder = load_encoder(outcome.encoder)
+    reader = shards.Reader(resolved.data.root, manifest, "test", None)
+    embedding = encoder(shards.to_study(reader.read([0])), acceleration=4)
+    assert embedding.ndim == 1
+    assert abs(embedding).sum() > 0
+    artifacts = {f.path for f in client(resolved.tracking.uri).list_artifacts(outcome.run_id, "encoder")}
+    assert {"encoder/encoder.safetensors", "encoder/config.json"} <= artifacts
+    assert client(resolved.tracking.uri).list_artifacts(outcome.run_id, "figures")
+    inputs = client(resolved.tracking.uri).get_run(outcome.run_id).inputs.dataset_inputs
+    assert inputs[0].dataset.digest == manifest.digest[:36]
+
+
+def failed(config: RunConfig) -> tuple[str, str]:
+    """Message and MLflow status of a run that must fail, without a second try."""
+    resolved, manifest = driver.resolve(config)
+    name, _ = driver.run_folder(resolved, manifest)
+    with pytest.raises(KmtrError) as caught:
+        driver.fit(config, quiet=True)
+    run_id = tracking.find_run(resolved.tracking.uri, config.tracking.experiment, name)
+    assert run_id is not None
+    return str(caught.value), client(resolved.tracking.uri).get_run(run_id).info.status
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(cluster: None, config: RunConfig) -> None:
+    message, status = failed(override(config, {"reconstruct.learning_rate": 1e30, "reconstruct.warmup_steps": 0}))
+    assert "expected a finite number" in message
+    assert "\n" not in message
+    assert status == "FAILED"
+
+
+def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+    root = tmp_path / "damaged"
+    source = Path(config.data.root)
+    (root / "shards").mkdir(parents=True)
+    (root / "manifest.json").write_bytes((source / "manifest.json").read_bytes())
+    for file in (source / "shards").iterdir():
+        content = bytearray(file.read_bytes())
+        if file.name == "train-00000.parquet":
+            middle = len(content) // 3
+            content[middle : middle + 64] = bytes(b ^ 0xFF for b in content[middle : middle + 64])
+        (root / "shards" / file.name).write_bytes(content)
+    tables = driver.fitted_tables
+    healthy = override(config, {"train.workers": 2})
+    resolved, manifest = driver.resolve(healthy)
+    damaged = override(config, {"data.root": str(root)})
+    # The statistics of the healthy data: the damage must first be met in training.
+    _, folder = driver.run_folder(driver.resolve(damaged)[0], manifest)
+    folder.mkdir(parents=True)
+    tables(resolved, manifest, folder)
+    message, status = failed(damaged)
+    assert "train-00000.parquet" in message
+    assert "\n" not in message
+    assert status == "FAILED"
