@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -13,46 +14,17 @@ import torch
 
 from jobs import doctor
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
 from kmtr.objectives import Pretraining
-from kmtr.physics import phantom
-from kmtr.recipes import tiny
-
-SUBJECTS = 40
-
-
-def write_cohort(root: Path, config: RunConfig) -> None:
-    d = config.data
-    ids = [phantom.subject_id(i, seed=0) for i in range(SUBJECTS)]
-    parts = []
-    for job in pipeline.shard_jobs(ids, 16, "hash"):
-        studies = (
-            phantom.simulate(
-                i, seed=0, views=d.views, sax_slices=d.sax_slices, frames=d.frames, matrix=d.matrix, snr_db=30
-            )
-            for i in job.items
-        )
-        parts.append(shards.write_shard(str(root), job.name, job.split, studies, "float16"))
-    shards.write_manifest(str(root), parts, "float16", "test")
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A copy of the small dataset, to be damaged."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    small = {
-        "data.views": "sax",
-        "data.sax_slices": 1,
-        "data.frames": 4,
-        "data.matrix": "32,32",
-        "data.global_batch": 8,
-        "sampling.accelerations": "4",
-        "evaluate.accelerations": "4",
-        "data.root": str(tmp_path / "data"),
-        "storage.root": str(tmp_path / "runs"),
-    }
-    config = override(tiny(), small)
-    write_cohort(tmp_path / "data", config)
-    return config
+    shutil.copytree(small.data.root, tmp_path / "data")
+    return override(
+        small, {"data.root": str(tmp_path / "data"), "storage.root": str(tmp_path / "runs"), "train.workers": 2}
+    )
 
 
 def state(name: str, check: Any) -> tuple[str, str]:
@@ -212,7 +184,7 @@ def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pyt
         assert doctor.memory(config, said).state == expected
     said["a"] |= {"memory": needed * 9, "gpu": needed * 0.4}  # a worker has a GPU of its own: half of it each
     assert doctor.memory(config, said).state == "FAIL"
-    vast = override(config, {"model.width": 96 * 400, "model.depth": 900, "model.head_width": 96})
+    vast = override(config, {"model.width": 32 * 400, "model.depth": 90_000})
     assert doctor.disk(vast).state == "FAIL"
 
 
