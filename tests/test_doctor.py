@@ -184,7 +184,7 @@ def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pyt
         assert doctor.memory(config, said).state == expected
     said["a"] |= {"memory": needed * 9, "gpu": needed * 0.4}  # a worker has a GPU of its own: half of it each
     assert doctor.memory(config, said).state == "FAIL"
-    vast = override(config, {"model.width": 32 * 400, "model.depth": 90_000})
+    vast = override(config, {"model.width": 128_000})
     assert doctor.disk(vast).state == "FAIL"
 
 
