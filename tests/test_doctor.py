@@ -1,0 +1,195 @@
+"""Every check of the doctor, on what is really broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import doctor
+from kmtr.config import RunConfig, override
+from kmtr.objectives import Pretraining
+
+
+@pytest.fixture
+def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A copy of the small dataset, to be damaged."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(small.data.root, tmp_path / "data")
+    return override(
+        small, {"data.root": str(tmp_path / "data"), "storage.root": str(tmp_path / "runs"), "train.workers": 2}
+    )
+
+
+def state(name: str, check: Any) -> tuple[str, str]:
+    found = doctor.guarded(name, check)
+    assert "\n" not in found.found
+    return found.state, found.found
+
+
+def answers(config: RunConfig, names: tuple[str, ...] = ("a", "b")) -> dict[str, dict[str, Any]]:
+    """What nodes say that all are this machine."""
+    said = {}
+    for name in names:
+        began = time.time()
+        said[name] = doctor.look(config.storage.root, config.data.root, doctor.token(name))
+        said[name] |= {"token": doctor.token(name), "asked": (began, time.time())}
+    return said
+
+
+def test_all_is_well(config: RunConfig) -> None:
+    said = answers(config)
+    assert state("storage", lambda: doctor.storage_shared(config, said))[0] == "ok"
+    assert list(Path(config.storage.root).iterdir()) == []  # what it wrote is gone
+    assert state("nodes", lambda: doctor.nodes_alike(config, said))[0] == "ok"
+    for check in (doctor.dataset, doctor.shapes, doctor.plan, doctor.disk):
+        assert state(check.__name__, lambda check=check: check(config))[0] == "ok"
+    assert state("memory", lambda: doctor.memory(config, said))[0] == "ok"
+
+
+def test_versions_against_pins(tmp_path: Path) -> None:
+    assert doctor.versions(Path(__file__).parents[1] / "pyproject.toml").state == "ok"
+    other = tmp_path / "pyproject.toml"
+    other.write_text(
+        '[project]\nrequires-python = ">=3.11"\ndependencies = ["numpy==1.0", "no-such-package-here>=1"]\n'
+    )
+    found = doctor.versions(other)
+    assert found.state == "FAIL"
+    assert "numpy==1.0, got" in found.found
+    assert "no-such-package-here>=1, not installed" in found.found
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor.compiler()
+    assert found.state == "FAIL"
+    assert "no-such-compiler" in found.found
+
+
+def test_a_truncated_shard(config: RunConfig) -> None:
+    shard = next(Path(config.data.root).glob("shards/train-*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    failed, found = state("dataset", lambda: doctor.dataset(config))
+    assert failed == "FAIL"
+    assert f"shards/{shard.name}: expected {len(content)} bytes, got {len(content) // 2}" in found
+
+
+def test_a_flipped_byte_of_the_payload(config: RunConfig) -> None:
+    for shard in Path(config.data.root).glob("shards/train-*.parquet"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 3] ^= 0xFF
+        shard.write_bytes(content)
+    failed, found = state("dataset", lambda: doctor.dataset(config))
+    assert failed == "FAIL"
+    assert "restore or rewrite it" in found
+
+
+def test_no_dataset(config: RunConfig) -> None:
+    other = override(config, {"data.root": config.data.root + "-elsewhere"})
+    assert state("dataset", lambda: doctor.dataset(other))[0] == "FAIL"
+    failed, found = state("nodes", lambda: doctor.nodes_alike(other, answers(other)))
+    assert failed == "FAIL"
+    assert "a cannot read data.root" in found
+
+
+def test_shapes_that_do_not_fit(config: RunConfig) -> None:
+    failed, found = state("shapes", lambda: doctor.shapes(override(config, {"data.matrix": "64,64"})))
+    assert failed == "FAIL"
+    assert "set data.matrix=32,32" in found
+
+
+def test_more_than_the_dataset_has(config: RunConfig) -> None:
+    failed, found = state("plan", lambda: doctor.plan(override(config, {"data.global_batch": 64})))
+    assert failed == "FAIL"
+    assert "data.global_batch: expected at most" in found
+
+
+def test_storage_that_no_node_can_write(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    under_a_file = override(config, {"storage.root": str(tmp_path / "file" / "runs")})
+    failed, found = state("storage", lambda: doctor.storage_shared(under_a_file, answers(under_a_file)))
+    assert failed == "FAIL"
+    assert "a cannot write" in found
+    assert "b cannot write" in found
+    assert state("tracking", lambda: doctor.tracking_store(under_a_file))[0] == "FAIL"
+
+
+def test_storage_that_is_another_folder_on_another_node(config: RunConfig, tmp_path: Path) -> None:
+    said = answers(config)
+    said["b"] = said["b"] | {"token": "never-written-here"}
+    failed, found = state("storage", lambda: doctor.storage_shared(config, said))
+    assert failed == "FAIL"
+    assert "what b wrote is not seen from here" in found
+
+
+def test_nodes_that_differ(config: RunConfig) -> None:
+    said = answers(config)
+    said["b"] |= {"clock": said["b"]["clock"] - 60}
+    found = doctor.nodes_alike(config, said)
+    assert found.state == "warn"
+    assert "the clock of b is 60 s away" in found.found
+    said["b"] |= {"versions": said["b"]["versions"] | {"torch": "1.0"}, "manifest": "another"}
+    found = doctor.nodes_alike(config, said)
+    assert found.state == "FAIL"
+    assert "torch is 1.0 and" in found.found
+    assert "is another dataset on some nodes" in found.found
+    said["c"] = {"lost": "died"}
+    assert "c did not answer" in doctor.nodes_alike(config, said).found
+
+
+def test_tracking_server_that_is_down_is_told_soon(config: RunConfig) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    down = override(config, {"tracking.uri": f"http://127.0.0.1:{port}"})
+    began = time.monotonic()
+    failed, found = state("tracking", lambda: doctor.tracking_store(down))
+    assert time.monotonic() - began < 15
+    assert failed == "FAIL"
+    assert f"http://127.0.0.1:{port}" in found
+
+
+def test_tracking_leaves_no_run_behind(config: RunConfig) -> None:
+    from mlflow import MlflowClient
+
+    assert state("tracking", lambda: doctor.tracking_store(config))[0] == "ok"
+    client = MlflowClient(f"sqlite:///{config.storage.root}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    assert client.search_runs([experiment.experiment_id]) == []
+
+
+def test_state_per_worker_by_zero_stage() -> None:
+    """ZeRO's own example (Rajbhandari et al. 2020, figure 1): 7.5 B parameters, 64 workers, mixed precision, in GB."""
+    sizes = [doctor.state_bytes(7_500_000_000, 64, stage, bf16=True) / 1e9 for stage in range(4)]
+    assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.06)
+    assert doctor.state_bytes(1, 1, 0, bf16=False) == 16
+    assert doctor.state_bytes(1, 1, 2, bf16=False) == 20
+
+
+def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.parameters(config) == sum(p.numel() for p in Pretraining(config).parameters())
+    said = answers(config, ("a",))
+    needed = 2 * doctor.state_bytes(doctor.parameters(config), 2, config.train.zero_stage, config.train.bf16)
+    for memory, expected in ((needed * 0.9, "FAIL"), (needed * 1.2, "warn"), (needed * 3, "ok")):
+        said["a"] |= {"memory": memory, "gpu": 0}
+        assert doctor.memory(config, said).state == expected
+    said["a"] |= {"memory": needed * 9, "gpu": needed * 0.4}  # a worker has a GPU of its own: half of it each
+    assert doctor.memory(config, said).state == "FAIL"
+    vast = override(config, {"model.width": 128_000})
+    assert doctor.disk(vast).state == "FAIL"
+
+
+def test_result_names_what_failed() -> None:
+    done = [doctor.Check("a", "ok", ""), doctor.Check("b", "FAIL", ""), doctor.Check("c", "warn", "")]
+    said = doctor.summary(done)
+    assert said == {"checks": {"a": "ok", "b": "FAIL", "c": "warn"}, "failed": ["b"]}
+    assert json.dumps(said)
