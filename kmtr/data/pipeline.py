@@ -84,7 +84,7 @@ def _read_with_ray(
     context.target_max_block_size = max(share * reader.bytes_per_row, 1 << 20)  # else 128 MiB gather before the first
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.custom_execution_callback_classes = [_breathe()]
+    context.custom_execution_callback_classes = [Breathe]
     # One reader streams all slots out of one block. from_items, since range and from_arrow run tasks that want a whole
     # CPU, which workers and readers may have taken. An actor, since Ray ends idle task processes, and starting one
     # costs seconds.
@@ -108,19 +108,24 @@ def _read_with_ray(
         raise damage from None
 
 
-def _breathe() -> type:
-    """A pause in every turn of Ray Data's executor.
+class Breathe:
+    """A pause in every turn of Ray Data's executor (an `ExecutionCallback` of Ray Data).
 
     Its loop spins at full load as long as a finished block waits for room, which is always where reading is faster than
     training, and it shares the interpreter lock of the training worker: without the pause that costs half of the steps.
     """
-    from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-    class Breathe(ExecutionCallback):
-        def on_execution_step(self, executor: Any) -> None:
-            time.sleep(EXECUTOR_PAUSE_S)
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(EXECUTOR_PAUSE_S)
 
-    return Breathe
+    def before_execution_starts(self, executor: Any) -> None:
+        pass
+
+    def after_execution_succeeds(self, executor: Any) -> None:
+        pass
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None:
+        pass
 
 
 def _read_with_threads(

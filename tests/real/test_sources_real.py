@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kmtr.data import shards
 from kmtr.data.sources import discover, read
 from kmtr.data.sources.cmrxrecon import read_pattern
-from kmtr.physics.fourier import ifft2c, root_sum_of_squares
-from kmtr.types import UNLABELLED
+from kmtr.physics.fourier import ifft2c
+from kmtr.types import UNLABELLED, View
 
 SHARED = Path(os.environ.get("KMTR_SHARED", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -23,10 +24,30 @@ def golden(folder: str, file: str = "reference_values.json") -> dict:
     return json.loads((SHARED / folder / file).read_text())
 
 
-def test_cmrxrecon2024_full_slice() -> None:
+def stored(path: Path, dtype: str, root: Path) -> View:
+    """The short axis of a source as it comes back from a shard; ``study``: as the reader gives it."""
+    study = read(path)
+    if dtype == "study":
+        return study.views["sax"]
+    parts = [shards.write_shard(str(root), "train-00000", "train", [study], dtype)]
+    manifest = shards.write_manifest(str(root), parts, dtype, "test")
+    return shards.to_study(shards.Reader(str(root), manifest, "train", None).read([0])).views["sax"]
+
+
+@pytest.mark.parametrize("file", ["cmrxrecon2024/cine_sax.mat", "cmrxrecon2025/underkslice_ktGaussian8.mat"])
+def test_float16_shards_keep_every_line(file: str, tmp_path: Path) -> None:
+    exact, kept = (stored(SHARED / file, dtype, tmp_path).kspace for dtype in ("study", "float16"))
+    energy = (np.abs(exact) ** 2).sum(-1, dtype=np.float64)
+    error = (np.abs(exact - kept) ** 2).sum(-1, dtype=np.float64)
+    assert (error[energy == 0] == 0).all()
+    assert (error[energy > 0] / energy[energy > 0]).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["study", "float32"])
+def test_cmrxrecon2024_full_slice(dtype: str, tmp_path: Path) -> None:
     """Reference in MATLAB's order (readout 512, 246 lines): our axes are its transpose."""
     want = golden("cmrxrecon2024")
-    view = read(SHARED / "cmrxrecon2024" / "cine_sax.mat").views["sax"]
+    view = stored(SHARED / "cmrxrecon2024" / "cine_sax.mat", dtype, tmp_path)
     assert view.sampled is None
     assert view.kspace.shape == (1, 1, 1, *want["shape"][::-1])
     k = view.kspace[0, 0, 0].astype(complex)
@@ -39,35 +60,37 @@ def test_cmrxrecon2024_full_slice() -> None:
     assert k[0, 0] == pytest.approx(complex(*want["k00"]), rel=1e-5)
 
 
-def test_cmrxrecon2024_uniform8_pattern() -> None:
+@pytest.mark.parametrize("dtype", ["study", "float32"])
+def test_cmrxrecon2024_uniform8_pattern(dtype: str, tmp_path: Path) -> None:
     want = golden("cmrxrecon2024")
     sampled = read_pattern(SHARED / "cmrxrecon2024" / "cine_sax_mask_Uniform8.mat")
     assert sampled.shape == (246,)
     assert sampled.sum() == want["mask_lines"]
     assert sampled.size / sampled.sum() == pytest.approx(want["mask_R"], rel=1e-12)
     assert sampled[115:131].all()
-    k = read(SHARED / "cmrxrecon2024" / "cine_sax.mat").views["sax"].kspace.astype(complex)
+    k = stored(SHARED / "cmrxrecon2024" / "cine_sax.mat", dtype, tmp_path).kspace.astype(complex)
     full, zero_filled = ifft2c(k), ifft2c(k * sampled[:, None])
     nmse = np.linalg.norm(zero_filled - full) ** 2 / np.linalg.norm(full) ** 2
     assert nmse == pytest.approx(want["nmse_zero_filled"], rel=1e-5)
 
 
-def test_cmrxrecon2025_undersampled_multi_coil() -> None:
+@pytest.mark.parametrize("dtype", ["study", "float32"])
+def test_cmrxrecon2025_undersampled_multi_coil(dtype: str, tmp_path: Path) -> None:
     want = golden("cmrxrecon2025")["ktGaussian8"]
     path = SHARED / "cmrxrecon2025" / "underkslice_ktGaussian8.mat"
-    view = read(path).views["sax"]
+    view = stored(path, dtype, tmp_path)
     coil, ny, nx = want["logical_shape_coil_ny_nx"]
     assert view.kspace.shape == (1, coil, 1, ny, nx)
     k = view.kspace[0, :, 0].astype(complex)
     assert np.linalg.norm(k) == pytest.approx(want["l2"], rel=1e-5)
     assert list(np.unravel_index(np.abs(k).argmax(), k.shape)) == want["argmax_k"]
-    image = root_sum_of_squares(ifft2c(k), 0)
+    image = np.sqrt((np.abs(ifft2c(k)) ** 2).sum(0))
     assert image.max() == pytest.approx(want["rss_max"], rel=1e-5)
     assert list(np.unravel_index(image.argmax(), image.shape)) == want["rss_argmax"]
     assert view.sampled is not None
     assert view.sampled.mean() == pytest.approx(want["mask_fraction"], rel=1e-12)
-    stored = np.load(path.with_name("mask_from_zeros_ktGaussian8.npy"))
-    np.testing.assert_array_equal(np.broadcast_to(view.sampled[0, 0][:, None], stored.shape), stored)
+    pattern = np.load(path.with_name("mask_from_zeros_ktGaussian8.npy"))
+    np.testing.assert_array_equal(np.broadcast_to(view.sampled[0, 0][:, None], pattern.shape), pattern)
     np.testing.assert_array_equal(read_pattern(path.with_name("mask_from_zeros_ktGaussian8.npy")), view.sampled[0, 0])
     assert view.sampled[0, 0, 71:91].all()
     # The readout is complete, so taking off its oversampling leaves the lines and their pattern alone.
