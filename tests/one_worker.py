@@ -1,4 +1,4 @@
-"""One of several processes that compute the same steps: imported by `test_objectives`, since spawned processes import."""
+"""One of several processes that compute the same steps; a module, since spawned processes import what they run."""
 
 from __future__ import annotations
 
