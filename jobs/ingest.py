@@ -58,7 +58,9 @@ def run(words: list[str]) -> dict[str, Any]:
     plan = pipeline.shard_jobs(ids, config.shards.rows, config.shards.split)
     make = partial(ingested, items=items, config=config, subject_key=subject_key)
     try:
-        manifest, refused = pipeline.write_dataset(root, plan, make, config.shards.dtype, source, Bar("ingest: subjects"))
+        manifest, refused = pipeline.write_dataset(
+            root, plan, make, config.shards.dtype, source, Bar("ingest: subjects")
+        )
     except InputError as error:
         raise InputError(f"{words[1]}: {error}") from None
     for line in refused:

@@ -325,7 +325,9 @@ def override(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
         *parents, leaf = key.split(".")
         for part in parents:
             node = node[part]
-        node[leaf] = _parse(value) if isinstance(value, str) and _is_tuple(known[key].annotation) else value
+        if isinstance(value, str) and _is_tuple(known[key].annotation):
+            value = None if not value and type(None) in get_args(known[key].annotation) else _parse(value)
+        node[leaf] = value
     try:
         return RunConfig.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -377,4 +379,5 @@ def _one_line(error: pydantic.ValidationError, changes: dict[str, Any]) -> str:
         return message
     message = message[0].lower() + message[1:]
     got = changes.get(key, first.get("input"))
+    key = key or ".".join(parts) or "configuration"
     return f"{key}: {message}" + ("" if "got" in message else f", got {got!r}")

@@ -37,8 +37,9 @@ class KSpaceEncoder:
         self, config: RunConfig, weights: dict[str, Tensor] | None, tables: dict[str, Tensor], device: torch.device
     ):
         self.config, self.tables, self.device = config, tables, device
-        torch.manual_seed(config.seed)
-        self.module = line_encoder(config.data, config.model).to(device).eval()
+        with torch.random.fork_rng(devices=[]):  # the initial weights are those of training, the caller's state stays
+            torch.manual_seed(config.seed)
+            self.module = line_encoder(config.data, config.model).to(device).eval()
         if weights is not None:
             self.module.load_state_dict(weights)
         self.tokenizer = LineTokenizer(config.data, config.model, tables, device)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from cohort import simulated, write
 from hypothesis import settings
 
 from kmtr.config import RunConfig, override
 from kmtr.data import shards, statistics
 from kmtr.data.batch import Batch, collate
-from kmtr.physics import phantom
 from kmtr.recipes import tiny
 from kmtr.types import PHENOTYPES, Study
 
@@ -55,30 +54,6 @@ SMALL = {
 
 def pytest_configure() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
-
-
-def simulated(index: int, config: RunConfig) -> Study:
-    """Subject `index` of the cohort that `config` describes."""
-    data = config.data
-    return phantom.simulate(
-        index,
-        seed=config.simulate.seed,
-        views=data.views,
-        sax_slices=data.sax_slices,
-        frames=data.frames,
-        matrix=data.matrix,
-        snr_db=config.simulate.snr_db,
-    )
-
-
-def write(root: Path, subjects: dict[str, list[Study]], dtype: str = "float16", rows: int = 16) -> shards.Manifest:
-    """A dataset of given studies per split."""
-    parts = [
-        shards.write_shard(str(root), f"{split}-{start // rows:05d}", split, studies[start : start + rows], dtype)
-        for split, studies in subjects.items()
-        for start in range(0, len(studies), rows)
-    ]
-    return shards.write_manifest(str(root), parts, dtype, "test")
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +97,7 @@ def batch(small: RunConfig, reader: shards.Reader) -> Batch:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One local Ray for all tests; four logical CPUs, so that two workers, their readers and a trial fit on two cores."""
+    """One local Ray for all tests; four logical CPUs: two workers, their readers and a trial fit on two cores."""
     os.environ["RAY_DATA_LOG_LEVEL"] = "ERROR"
     import ray
 

@@ -1,4 +1,4 @@
-"""One of several processes that compute the same steps: imported by `test_objectives`, since spawned processes import."""
+"""One of several processes that compute the same steps; a module, since spawned processes import what they run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class PlainEngine:
         (loss / self.micro).backward()
 
     def average(self, world: int) -> dict[str, Tensor]:
-        gradients = {}
-        for name, parameter in self.module.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if world > 1:
-                dist.all_reduce(gradient)
-            gradients[name] = gradient / world
-        return gradients
+        named = dict(self.module.named_parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
+        flat = torch.cat([g.flatten() for g in gradients])
+        if world > 1:
+            dist.all_reduce(flat)
+        parts = (flat / world).split([g.numel() for g in gradients])
+        return {name: part.view(g.shape) for name, part, g in zip(named, parts, gradients, strict=True)}
 
 
 def step(config: RunConfig, stage: str, batch: Batch, micro: int, tables: dict[str, Tensor], world: int) -> dict:
@@ -49,13 +49,10 @@ def step(config: RunConfig, stage: str, batch: Batch, micro: int, tables: dict[s
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
     logged: Step = STAGES[stage](engine, parts, Preparer(config, tables, CPU), config)
     gradients = engine.average(world)
-    means = {}
-    for name in logged.sums:
-        both = torch.stack([logged.sums[name], logged.counts[name]])
-        if world > 1:
-            dist.all_reduce(both)
-        means[f"logged.{name}"] = both[0] / both[1]
-    return gradients | means
+    both = torch.stack([torch.stack([logged.sums[name], logged.counts[name]]) for name in logged.sums])
+    if world > 1:
+        dist.all_reduce(both)
+    return gradients | {f"logged.{name}": total / count for name, (total, count) in zip(logged.sums, both, strict=True)}
 
 
 def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[str, Any]]]) -> None:
@@ -72,6 +69,6 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[st
         config = override(base, changes)
         result = step(config, stage, collate(table, config, epoch=0).to(CPU), micro, tables, world)
         if rank == 0:
-            save_file({k: v.contiguous() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
+            save_file({k: v.clone() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
     if world > 1:
         dist.destroy_process_group()

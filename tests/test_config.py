@@ -1,4 +1,4 @@
-"""What can't work dies in the configuration, on one line that names the key; names of runs follow what changes numbers."""
+"""What can't work dies in the configuration, on one line with the key; names of runs follow what changes numbers."""
 
 from __future__ import annotations
 

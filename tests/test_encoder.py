@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cohort import simulated
 from torch import Tensor
 
 import kmtr
-from conftest import simulated
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.batch import Batch, collate
 from kmtr.data.shards import Reader
@@ -35,7 +36,9 @@ def weights(small: RunConfig) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def folder(small: RunConfig, tables: Tables, weights: dict[str, Tensor], tmp_path_factory) -> Path:
+def folder(
+    small: RunConfig, tables: Tables, weights: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     path = tmp_path_factory.mktemp("run") / "encoder"
     export_encoder(path, small, weights, tables)
     return path
@@ -132,7 +135,7 @@ def test_the_package_offers_it_without_importing_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def one_line(match: str, call) -> None:
+def one_line(match: str, call: Callable[[], object]) -> None:
     with pytest.raises(InputError, match=match) as error:
         call()
     assert "\n" not in str(error.value)

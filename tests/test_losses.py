@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from kmtr.losses import info_nce, masked_reconstruction
 
+Kind = Literal["mse", "l1", "hdr"]
 PREDICTED = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [9.0, 9.0]]])
 TARGET = torch.tensor([[[3.0, 1.0], [1.0, 0.0]], [[1.0, -1.0], [0.0, 0.0]]])
 PADDED = torch.tensor([[False, False], [False, True]])
@@ -24,12 +26,12 @@ PADDED = torch.tensor([[False, False], [False, True]])
         ("hdr", [(9 / 5.5**2 + 1 / 0.5**2) / 2, 4 / (math.sqrt(2) + 0.5) ** 2]),
     ],
 )
-def test_closed_forms(kind: str, expected: list[float]) -> None:
+def test_closed_forms(kind: Kind, expected: list[float]) -> None:
     torch.testing.assert_close(masked_reconstruction(PREDICTED, TARGET, PADDED, kind), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", ["mse", "l1", "hdr"])
-def test_a_subject_s_loss_does_not_depend_on_padding(kind: str) -> None:
+def test_a_subject_s_loss_does_not_depend_on_padding(kind: Kind) -> None:
     generator = torch.Generator().manual_seed(0)
     predicted, target = torch.randn(2, 3, 5, 6, generator=generator).unbind(0)
     padded = torch.zeros(3, 5, dtype=torch.bool)
@@ -57,7 +59,9 @@ def test_losses_are_fp32_whatever_comes() -> None:
     assert info_nce(z, z, torch.arange(2), torch.zeros(1, 2, 2, dtype=torch.bool), 0.1)[0].dtype == torch.float32
 
 
-def numpy_info_nce(anchor, candidate, positive, excluded, temperature):
+def numpy_info_nce(
+    anchor: np.ndarray, candidate: np.ndarray, positive: np.ndarray, excluded: np.ndarray, temperature: float
+) -> tuple[np.ndarray, np.ndarray]:
     a = anchor / np.linalg.norm(anchor, axis=-1, keepdims=True)
     c = candidate / np.linalg.norm(candidate, axis=-1, keepdims=True)
     loss = np.zeros(anchor.shape[:2])
@@ -79,7 +83,8 @@ def test_info_nce_is_its_formula(temperature: float) -> None:
     candidate[:, positive] += 0.5 * anchor
     excluded = rng.random((3, 4, 6)) < 0.3
     excluded[:, np.arange(4), positive] = False
-    loss, top = info_nce(*map(torch.from_numpy, (anchor, candidate, positive, excluded)), temperature)
+    t = torch.from_numpy
+    loss, top = info_nce(t(anchor), t(candidate), t(positive), t(excluded), temperature)
     expected, nearest = numpy_info_nce(anchor, candidate, positive, excluded, temperature)
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(top, nearest)
@@ -97,6 +102,7 @@ def test_excluded_candidates_do_not_matter() -> None:
     torch.testing.assert_close(with_it, without)
     candidate.requires_grad_()
     info_nce(anchor, candidate, positive, excluded, 0.1)[0].sum().backward()
+    assert candidate.grad is not None
     assert not candidate.grad[0, 4].any()
     assert candidate.grad[0, :4].any()
 

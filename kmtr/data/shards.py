@@ -356,7 +356,7 @@ def preflight(root: str, manifest: Manifest) -> None:
     """Find missing and truncated shards before a worker starts: size and footer of each file.
 
     Raises:
-        DamagedShard (status 2 through InputError): names the shard, what was expected and what is there.
+        InputError: names the shard, what was expected and what is there.
     """
     store, base = storage.open_root(root)
     for info, shard in zip(

@@ -30,11 +30,15 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Groups by domain and decay: matrices decay; biases, norms, gates and embeddings of view types do not."""
+    """Groups by domain and decay: matrices decay; biases, norms, gates and embeddings of view types do not.
+
+    The heads of alignment count as k-space: they learn also where the image encoder is a frozen teacher.
+    """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(("gate", "view.weight"))
-        groups.setdefault(("image" if name.startswith("image_") else "kspace", decays), []).append(parameter)
+        domain = "image" if name.startswith(("image_encoder", "image_decoder")) else "kspace"
+        groups.setdefault((domain, decays), []).append(parameter)
     return [
         {"params": members, "domain": domain, "weight_decay": config.optimizer.weight_decay if decays else 0.0}
         for (domain, decays), members in groups.items()

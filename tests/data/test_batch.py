@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from cohort import simulated, write
 
-from conftest import simulated, write
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline, shards
 from kmtr.data.batch import Batch, ahead, check_shapes, choose, collate
@@ -29,8 +29,8 @@ def table_of(*studies: Study, dtype: str = "float32") -> pa.Table:
     return pa.Table.from_pylist([shards.to_row(study, dtype) for study in studies], schema=shards.schema(dtype))
 
 
-def batch_of(config: RunConfig, *studies: Study, **arguments: object) -> Batch:
-    return collate(table_of(*studies), config, **{"epoch": 0} | arguments).to(CPU)
+def batch_of(config: RunConfig, *studies: Study, labels: Sequence[str] = ()) -> Batch:
+    return collate(table_of(*studies), config, 0, labels).to(CPU)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -220,6 +220,7 @@ def test_ahead_stops_when_nobody_listens_any_more() -> None:
 
     before = threading.active_count()
     got = ahead(items(), 2)
+    assert isinstance(got, Generator)
     assert next(got) == 0
     got.close()
     wait_for(lambda: threading.active_count() <= before)

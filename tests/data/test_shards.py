@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from cohort import simulated
 
-from conftest import simulated
 from kmtr.config import RunConfig
 from kmtr.data import shards
 from kmtr.types import UNLABELLED, InputError, Study, View
+
+ONES = np.ones((2, 1, 3, 8, 8), np.complex64)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +30,14 @@ def table_of(study: Study, dtype: str) -> pa.Table:
     return pa.Table.from_pylist([shards.to_row(study, dtype)], schema=shards.schema(dtype))
 
 
-def one_view(**changes: object) -> Study:
-    kspace = np.ones((2, 1, 3, 8, 8), np.complex64)
-    return Study("p-1", {"sax": View(**{"kspace": kspace} | changes)})
+def one_view(kspace: np.ndarray = ONES, sampled: np.ndarray | None = None) -> Study:
+    return Study("p-1", {"sax": View(kspace, sampled=sampled)})
 
 
-def rows_of(root: str, **changes: object) -> shards.Reader:
-    arguments = {"split": "train", "columns": None} | changes
-    return shards.Reader(root, shards.read_manifest(root), **arguments)
+def rows_of(
+    root: str, split: str = "train", columns: Sequence[str] | None = None, verify: bool = True
+) -> shards.Reader:
+    return shards.Reader(root, shards.read_manifest(root), split, columns, verify)
 
 
 # ---------------------------------------------------------------------------------------------------- Study <-> row
@@ -53,6 +55,7 @@ def test_float16_keeps_every_line(study: Study) -> None:
 def test_float32_is_exact_and_so_is_all_beside_k_space(study: Study) -> None:
     sax = study.views["sax"]
     sampled = np.random.default_rng(0).random((2, 4, 32)) < 0.4
+    assert sax.segmentation is not None
     segmentation = sax.segmentation.copy()
     segmentation[:, 1] = UNLABELLED
     views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation)}
@@ -112,7 +115,9 @@ def test_a_value_that_is_not_finite_is_found_in_any_view(spoilt: str, value: flo
 
 def test_k_space_is_read_without_a_copy(dataset: str) -> None:
     table = rows_of(dataset).read([3])
-    stored, scale = shards.raw_kspace(table, 0, "sax")
+    found = shards.raw_kspace(table, 0, "sax")
+    assert found is not None
+    stored, scale = found
     assert (stored.dtype, stored.shape) == (np.float16, (2, 1, 4, 32, 32, 2))
     assert scale > 0
     assert not stored.flags.writeable
@@ -202,7 +207,7 @@ def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
         (lambda m: json.dumps(m | {"shards": m["shards"][1:]}), "digest does not match"),
     ],
 )
-def test_a_spoilt_manifest_is_one_line(copy: Path, change, said: str) -> None:
+def test_a_spoilt_manifest_is_one_line(copy: Path, change: Callable[[dict], str], said: str) -> None:
     path = copy / "manifest.json"
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(InputError, match=said) as error:
@@ -242,7 +247,7 @@ def spoil_footer(path: Path) -> None:
         (lambda path: path.write_bytes(bytes(path.stat().st_size)), "damaged"),
     ],
 )
-def test_preflight_names_the_damaged_shard(copy: Path, damage, said: str) -> None:
+def test_preflight_names_the_damaged_shard(copy: Path, damage: Callable[[Path], object], said: str) -> None:
     damage(copy / "shards" / "train-1.parquet")
     with pytest.raises(InputError, match=said) as error:
         shards.preflight(str(copy), shards.read_manifest(str(copy)))
@@ -259,7 +264,7 @@ def test_a_flipped_byte_is_found_by_whoever_reads_it(copy: Path) -> None:
     shards.preflight(str(copy), shards.read_manifest(str(copy)))
     reader = rows_of(str(copy))
     assert len(reader.read([0, 1])) == 2  # the other shard
-    with pytest.raises(shards.DamagedShard, match="shards/train-1.parquet: expected readable pages") as error:
+    with pytest.raises(shards.DamagedShard, match=r"shards/train-1\.parquet: expected readable pages") as error:
         reader.read([2])
     assert "\n" not in str(error.value)
     with pytest.raises(shards.DamagedShard):

@@ -15,7 +15,7 @@ from kmtr.data.batch import Batch
 from kmtr.model.encoder import Grid, Position, line_encoder, patch_encoder, static_dynamic_embedding
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens, gather
 from kmtr.objectives import Preparer
-from kmtr.physics.lines import gauge
+from kmtr.physics.lines import gauge, static_part
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]
@@ -34,7 +34,7 @@ def uneven(batch: Batch) -> Batch:
     return replace(batch, padded=padded, sampled=sampled, kspace=kspace, hidden=hidden, hidden_patches=patches)
 
 
-def equal(a: Tokens, b: Tokens) -> bool:
+def equal(a: Tokens | None, b: Tokens | None) -> bool:
     return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Tokens))
 
 
@@ -100,11 +100,17 @@ def test_tokens_lead_back_to_their_lines(
     row = torch.arange(8)[:, None]
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
     seen = ~tokens.padded
-    torch.testing.assert_close(back[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((fixed + moving)[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    if parts == "whole":
+        assert not moving.any()
+    else:
+        static = static_part(canonical, uneven.sampled)[row, z, :, ky][..., tokenizer.kx]
+        torch.testing.assert_close(fixed[seen], static[seen], rtol=1e-4, atol=1e-5)
 
 
-def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tables, batch: Batch) -> None:
-    config = override(small, {"model.readout_fraction": 1.0})
+@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
+def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tables, batch: Batch, parts: str) -> None:
+    config = override(small, {"model.readout_fraction": 1.0, "model.line_parts": parts})
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     missing = ~batch.sampled
     true = tokenizer(batch.kspace, known=batch.sampled, chosen=missing)
@@ -177,10 +183,7 @@ def test_both_domains_share_the_axes_of_slice_and_time(small: RunConfig) -> None
 @pytest.mark.parametrize("domain", ["lines", "patches"])
 def test_padding_changes_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
     torch.manual_seed(0)
-    if domain == "lines":
-        encoder = line_encoder(small.data, small.model)
-    else:
-        encoder = patch_encoder(small.data, small.model)
+    encoder = (line_encoder if domain == "lines" else patch_encoder)(small.data, small.model)
     prepare = Preparer(small, tables, CPU)
     outputs = []
     for batch in (uneven, uneven[:1]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ def inner(a: np.ndarray | torch.Tensor, b: np.ndarray | torch.Tensor) -> complex
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
-def test_unitary_and_adjoint(size: tuple[int, int], convert) -> None:
+def test_unitary_and_adjoint(size: tuple[int, int], convert: Callable) -> None:
     x, y = convert(random(3, *size)), convert(random(3, *size, seed=1))
     assert inner(fft2c(x), y) == pytest.approx(inner(x, ifft2c(y)))
     assert inner(fft2c(x), fft2c(x)) == pytest.approx(inner(x, x))
@@ -58,7 +60,7 @@ def test_precision_is_kept(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("have", [5, 6, 9, 10])
 @pytest.mark.parametrize("want", [4, 5, 6, 7, 12])
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
-def test_cropping_keeps_the_centre_and_padding_adds_zeros(have: int, want: int, convert) -> None:
+def test_cropping_keeps_the_centre_and_padding_adds_zeros(have: int, want: int, convert: Callable) -> None:
     x = convert(np.arange(have)[None] - have // 2)  # the value is the offset from the centre
     out = np.asarray(crop_or_pad(x, (want,), (-1,)))[0]
     offset = np.arange(want) - want // 2

@@ -1,4 +1,4 @@
-"""Patterns: exact counts, pure functions of their key, the density of METHOD; hiding is a subset that leaves something."""
+"""Patterns: exact counts, pure functions of their key, METHOD's density; hiding leaves something."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.ray
 
 def losses(job: dict[str, Any]) -> dict[str, list[float]]:
     """Train function: the first losses of each variant of a configuration, one after the other."""
-    import torch
-
     import ray.train
     import ray.train.torch
+    import torch
+
     from kmtr.config import from_json
     from kmtr.data import pipeline
     from kmtr.data.plan import Plan
