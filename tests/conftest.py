@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,14 @@ def tables(small: RunConfig, reader: shards.Reader) -> dict[str, torch.Tensor]:
 def batch(small: RunConfig, reader: shards.Reader) -> Batch:
     """The first eight training subjects, epoch 0."""
     return collate(reader.read(range(8)), small, epoch=0).to(torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray for all tests; four logical CPUs, so that two workers, their readers and a trial fit on two cores."""
+    os.environ["RAY_DATA_LOG_LEVEL"] = "ERROR"
+    import ray
+
+    ray.init(num_cpus=4, namespace="kmtr", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    yield
+    ray.shutdown()

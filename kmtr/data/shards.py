@@ -115,7 +115,7 @@ def check_finite(study: Study) -> float:
     Raises:
         InputError: k-space holds a value that is not finite, or nothing but zeros.
     """
-    peak = max(float(np.abs(view.kspace.view(np.float32)).max()) for view in study.views.values())
+    peak = float(np.max([np.abs(view.kspace.view(np.float32)).max() for view in study.views.values()]))  # keeps NaN
     if not math.isfinite(peak) or peak == 0:
         raise InputError(f"k-space: expected finite values that are not all zero, got a peak of {peak}")
     return peak

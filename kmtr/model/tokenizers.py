@@ -109,18 +109,21 @@ class LineTokenizer:
         values = torch.view_as_real(torch.stack(parts, dim=2)).flatten(2)
         return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)
 
-    def lines(
+    def parts(
         self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]
-    ) -> Complex[Tensor, "batch token coil kx"]:
-        """Canonical lines (central kx) of token values: inverse of the normalisation."""
-        parts = 1 if self.model.line_parts == "whole" else 2
+    ) -> tuple[Complex[Tensor, "batch token coil kx"], Complex[Tensor, "batch token coil kx"]]:
+        """Static and dynamic part of canonical lines (central kx) from token values: inverse of the normalisation.
+
+        With ``model.line_parts=whole`` all of a line is static and nothing dynamic.
+        """
+        count = 1 if self.model.line_parts == "whole" else 2
         width = self.kx.stop - self.kx.start
         z, _, ky = index.unbind(-1)
         split = torch.view_as_complex(
-            values.float().reshape(*values.shape[:2], parts, self.data.coils, width, 2).contiguous()
+            values.float().reshape(*values.shape[:2], count, self.data.coils, width, 2).contiguous()
         )
         fixed = split[:, :, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
-        return fixed if parts == 1 else fixed + split[:, :, 0] * self.divisor["dynamic"][z, :, ky]
+        return fixed, split[:, :, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
 
     def fill(
         self,
@@ -129,12 +132,20 @@ class LineTokenizer:
         values: Float[Tensor, "batch token feature"],
         index: Int[Tensor, "batch token axis"],
     ) -> Complex[Tensor, "batch slice coil t ky kx"]:
-        """k-space with the visible lines as they are and predicted ones elsewhere: data consistency."""
-        filled = torch.zeros_like(kspace)
+        """k-space with the visible lines as they are and predicted ones elsewhere (data consistency).
+
+        Where a line was visible in other frames, their mean is its static part and only the dynamic part is predicted.
+        """
+        seen = visible.any(2)[:, :, None, None, :, None]
+        static = static_part(kspace, visible)[:, :, :, None]
+        filled = torch.where(seen & (self.model.line_parts != "whole"), static, 0).expand(kspace.shape).clone()
         row = torch.arange(len(kspace), device=kspace.device)[:, None]
         z, t, ky = index.unbind(-1)
+        scale = gauge(kspace, visible)[row, z][..., None]
+        fixed, moving = self.parts(values, index)
+        known = seen[row, z, 0, 0, ky] & (self.model.line_parts != "whole")
         central = filled[..., self.kx]
-        central[row, z, :, t, ky] = self.lines(values, index) * gauge(kspace, visible)[row, z][..., None]
+        central[row, z, :, t, ky] += scale * torch.where(known[..., None], moving, fixed + moving)
         return torch.where(visible[:, :, None, :, :, None], kspace, filled)
 
 

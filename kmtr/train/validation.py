@@ -48,6 +48,7 @@ class Validation:
         self.rank, self.world = rank, world
         self.labels = [name for name in PROBED if manifest.labels.get(name)]
         columns = shards.columns_of(config.data.views, self.labels)
+        self.shown = "Held-out subject"
         self.readers: dict[str, shards.Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
@@ -55,6 +56,7 @@ class Validation:
             count = min(len(reader), config.train.eval_subjects) // world * world
             if split == "val" and count == 0:  # a dataset without a split: validate on what there is
                 reader, count = self.readers["train"], len(self.rows["train"])
+                self.shown = "Training subject (the dataset has no validation split)"
             self.readers[split] = reader
             self.rows[split] = permutation(config.seed + 1, 0, len(reader))[:count] if count else np.zeros(0, int)
 
@@ -130,7 +132,7 @@ class Validation:
             image(kept),
             image(filled),
             image(batch.kspace),
-            f"Held-out subject, R = {true_acceleration(sampled):.2f} (true), family {self.config.sampling.family}",
+            f"{self.shown}, R = {true_acceleration(sampled):.2f} (true), family {self.config.sampling.family}",
         )
 
 

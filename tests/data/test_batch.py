@@ -92,7 +92,7 @@ def test_what_is_missing_is_padded_and_never_sampled(small: RunConfig, study: St
         values = values[:, 0] if name == "kspace" else values
         assert not values[batch.padded[0]].any()
     assert (batch.sampled[0, 0, :3].sum(-1) >= 8).all()
-    present = ~batch.padded[0].unflatten(-1, (2, 2)).any(-1)  # slice pt
+    present = ~batch.padded[0].unflatten(-1, (2, 2)).all(-1)  # slice pt
     assert not batch.hidden_patches[0][~present].any()
     assert not batch.padded[1].any()
 

@@ -98,6 +98,18 @@ def test_k_space_without_content_is_refused(value: float) -> None:
         shards.to_row(one_view(kspace=kspace), "float16")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("spoilt", ["sax", "lax_2ch", "lax_4ch"])
+def test_a_value_that_is_not_finite_is_found_in_any_view(spoilt: str, value: float) -> None:
+    views = {}
+    for name in ("sax", "lax_2ch", "lax_4ch"):
+        kspace = np.ones((2, 1, 3, 8, 8), np.complex64)
+        kspace[1, 0, 2, 7, 7] = value if name == spoilt else 1
+        views[name] = View(kspace)
+    with pytest.raises(InputError, match="k-space: expected finite values"):
+        shards.to_row(Study("p-1", views), "float16")
+
+
 def test_k_space_is_read_without_a_copy(dataset: str) -> None:
     table = rows_of(dataset).read([3])
     stored, scale = shards.raw_kspace(table, 0, "sax")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from kmtr.data import shards, statistics
 pytestmark = pytest.mark.ray
 
 
-def losses(job: dict[str, Any]) -> None:
+def losses(job: dict[str, Any]) -> dict[str, list[float]]:
     """Train function: the first losses of each variant of a configuration, one after the other."""
     import torch
 
@@ -51,13 +52,15 @@ def losses(job: dict[str, Any]) -> None:
             values += [means[k] for k in sorted(means) if "top1" not in k]
             engine.update(learning_rate(config, step), freeze_images=stage == "align")
         found[name] = values
-    ray.train.report({"losses": found})
+    return found
 
 
 def run(variants: dict[str, RunConfig], workers: int, folder: str) -> dict[str, list[float]]:
+    import ray.cloudpickle
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
     config = next(iter(variants.values()))
     manifest = shards.read_manifest(config.data.root)
     reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views))
@@ -68,8 +71,8 @@ def run(variants: dict[str, RunConfig], workers: int, folder: str) -> dict[str, 
         scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
         run_config=ray.train.RunConfig(name=f"equivalence-{workers}", storage_path=folder),
     ).fit()
-    assert result.metrics is not None
-    return result.metrics["losses"]
+    assert result.return_value is not None
+    return result.return_value
 
 
 def test_zero_stages_workers_and_accumulation_agree(cluster: None, config: RunConfig, tmp_path: Any) -> None:

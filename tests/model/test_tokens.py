@@ -1,0 +1,212 @@
+"""Tokens hold what may be seen, say where they are, and lead back to the k-space and images that they came from."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kmtr.config import RunConfig, override
+from kmtr.data.batch import Batch
+from kmtr.model.encoder import Grid, Position, line_encoder, patch_encoder, static_dynamic_embedding
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens, gather
+from kmtr.objectives import Preparer
+from kmtr.physics.lines import gauge
+
+CPU = torch.device("cpu")
+Tables = dict[str, Tensor]
+
+
+@pytest.fixture
+def uneven(batch: Batch) -> Batch:
+    """A batch in which the first subject has no long axis and only three frames, so fewer tokens."""
+    padded, sampled, kspace = batch.padded.clone(), batch.sampled.clone(), batch.kspace.clone()
+    padded[0, 2] = True
+    padded[0, :, 3] = True
+    sampled[0][padded[0]] = False
+    kspace[0].transpose(1, 2)[padded[0]] = 0
+    hidden = batch.hidden & sampled
+    patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
+    return replace(batch, padded=padded, sampled=sampled, kspace=kspace, hidden=hidden, hidden_patches=patches)
+
+
+def equal(a: Tokens, b: Tokens) -> bool:
+    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------- gather
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1))
+def test_gather_lists_the_chosen_cells_in_order(seed: int, share: float) -> None:
+    chosen = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(seed)) < share
+    chosen[0] = False
+    index, padded = gather(chosen)
+    assert index.shape[:2] == padded.shape
+    assert index.shape[1] == max(int(chosen.flatten(1).sum(1).max()), 1)
+    for row in range(3):
+        assert torch.equal(index[row][~padded[row]], chosen[row].nonzero())
+        assert not chosen[row][tuple(index[row][padded[row]].T)].any()
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
+@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+def test_hidden_and_unsampled_lines_never_reach_the_encoder(
+    small: RunConfig, tables: Tables, uneven: Batch, parts: str, stage: str
+) -> None:
+    prepare = Preparer(override(small, {"model.line_parts": parts}), tables, CPU)
+    before = prepare(uneven, stage)
+    visible = uneven.sampled & ~uneven.hidden
+    for what, spoilt in (("hidden", uneven.hidden), ("unsampled", ~uneven.sampled)):
+        kspace = torch.where(spoilt[:, :, None, :, :, None], uneven.kspace * -3e3 + 7j, uneven.kspace)
+        after = prepare(replace(uneven, kspace=kspace), stage)
+        assert equal(after.lines, before.lines), what
+        assert torch.equal(after.lines.index[0][~after.lines.padded[0]], visible[0].nonzero())
+        changed = not torch.equal(after.line_targets.values, before.line_targets.values)
+        assert changed == (what == "hidden")
+        if stage == "align":
+            assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
+
+
+def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
+    images = tokenizer.images(uneven.kspace, uneven.padded)
+    spoilt = uneven.hidden_patches.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    others = torch.where(spoilt, images * 100 + 5, images)
+    assert equal(tokenizer(others, ~uneven.hidden_patches), tokenizer(images, ~uneven.hidden_patches))
+    assert not equal(tokenizer(others, uneven.hidden_patches), tokenizer(images, uneven.hidden_patches))
+
+
+@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_tokens_lead_back_to_their_lines(
+    small: RunConfig, tables: Tables, uneven: Batch, parts: str, fraction: float
+) -> None:
+    config = override(small, {"model.line_parts": parts, "model.readout_fraction": fraction})
+    tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
+    tokens = tokenizer(uneven.kspace, known=uneven.sampled, chosen=uneven.sampled)
+    assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
+    canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled)[..., None, None, None]
+    back = tokenizer.lines(tokens.values, tokens.index)
+    z, t, ky = tokens.index.unbind(-1)
+    row = torch.arange(8)[:, None]
+    expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
+    seen = ~tokens.padded
+    torch.testing.assert_close(back[seen], expected[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    config = override(small, {"model.readout_fraction": 1.0})
+    tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
+    missing = ~batch.sampled
+    true = tokenizer(batch.kspace, known=batch.sampled, chosen=missing)
+    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true.index)
+    acquired = batch.sampled[:, :, None, :, :, None].expand_as(filled)
+    assert torch.equal(filled[acquired], batch.kspace[acquired])
+    scale = batch.kspace.abs().amax((1, 2, 3, 4, 5), keepdim=True)
+    torch.testing.assert_close(filled / scale, batch.kspace / scale, rtol=1e-4, atol=1e-6)
+    guess = tokenizer.fill(batch.kspace, batch.sampled, torch.randn_like(true.values), true.index)
+    assert torch.equal(guess[acquired], batch.kspace[acquired])
+
+
+def test_training_lines_have_about_unit_variance(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    everything = torch.ones_like(batch.sampled)
+    tokenizer = LineTokenizer(small.data, small.model, tables, CPU)
+    values = tokenizer(batch.kspace, known=everything, chosen=everything).values.unflatten(-1, (2, -1, 2))
+    power = values.square().sum(-1).mean((0, 1, 3))
+    assert ((power > 0.3) & (power < 3)).all()
+
+
+def test_slices_may_be_permuted(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    order = torch.tensor([2, 0, 1])
+    turned = {name: table[order] if table.ndim else table for name, table in tables.items()}
+    every = torch.ones_like(batch.sampled)
+    plain = LineTokenizer(small.data, small.model, tables, CPU)(batch.kspace, every, every)
+    other = LineTokenizer(small.data, small.model, turned, CPU)(batch.kspace[:, order], every, every)
+    shape = (8, 3, -1)
+    expected = plain.values.reshape(*shape)[:, order]
+    torch.testing.assert_close(other.values.reshape(*shape), expected, rtol=1e-3, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
+
+
+def test_patches_make_up_the_image(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
+    images = tokenizer.images(batch.kspace, batch.padded)
+    assert abs(float(images.square().mean()) - 1) < 0.5
+    tokens = tokenizer(images, torch.ones_like(batch.hidden_patches))
+    assert not tokens.padded.any()
+    back = torch.zeros_like(images)
+    pt, py, px = small.model.patch
+    for values, (z, t, y, x) in zip(tokens.values.unbind(1), tokens.index[0].tolist(), strict=True):
+        place = back[:, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
+        place += values.reshape(-1, pt, py, px)
+    assert torch.equal(back, images)
+
+
+# ------------------------------------------------------------------------------------------------------------- encoder
+
+
+def test_every_position_has_its_own_code(small: RunConfig) -> None:
+    for grid in (Grid.lines(small.data), Grid.patches(small.data, small.model)):
+        sizes = (len(grid.views), len(grid.frames), *map(len, grid.places))
+        index = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, -2)
+        code = Position(grid, small.model.width)(index[None])[0].detach()
+        distance = torch.cdist(code, code).fill_diagonal_(torch.inf)
+        assert distance.min() > 1e-2
+
+
+def test_both_domains_share_the_axes_of_slice_and_time(small: RunConfig) -> None:
+    lines, patches = Grid.lines(small.data), Grid.patches(small.data, small.model)
+    assert lines.views == patches.views == (0, 0, 3)
+    assert lines.frames == (0, 1, 2, 3)
+    assert patches.frames == (0.5, 2.5)  # centres of two frames each
+    assert lines.places[0][16] == 0
+    assert sum(patches.places[0]) == 0
+
+
+@pytest.mark.parametrize("domain", ["lines", "patches"])
+def test_padding_changes_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
+    torch.manual_seed(0)
+    if domain == "lines":
+        encoder = line_encoder(small.data, small.model)
+    else:
+        encoder = patch_encoder(small.data, small.model)
+    prepare = Preparer(small, tables, CPU)
+    outputs = []
+    for batch in (uneven, uneven[:1]):
+        inputs = prepare(batch, "reconstruct")
+        tokens = inputs.lines if domain == "lines" else inputs.patches
+        outputs.append(encoder(tokens, inputs.absent if domain == "lines" else inputs.absent_patches))
+    together, alone = outputs
+    assert together.padded[0].sum() > alone.padded[0].sum()
+    length = alone.tokens.shape[1]
+    torch.testing.assert_close(together.tokens[0, :length], alone.tokens[0], rtol=0, atol=1e-5)
+    present = ~alone.absent[0]
+    torch.testing.assert_close(together.frames[0][present], alone.frames[0][present], rtol=0, atol=1e-5)
+    for a, b in zip(
+        static_dynamic_embedding(together.frames[:1], together.absent[:1]),
+        static_dynamic_embedding(alone.frames, alone.absent),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_the_embedding_tells_what_stays_from_what_moves() -> None:
+    t = (torch.arange(8) + 0.5) / 8 * 2 * torch.pi
+    frames = (3 + 2 * t.cos() - 0.5 * t.sin() + 0.7 * (3 * t).cos())[None, None, :, None]
+    absent = torch.zeros(1, 1, 8, dtype=torch.bool)
+    static, dynamic = static_dynamic_embedding(frames, absent)
+    torch.testing.assert_close(static, torch.tensor([[[3.0]]]))
+    torch.testing.assert_close(dynamic, torch.tensor([[[2.0, -0.5]]]))
+    still = static_dynamic_embedding(torch.full_like(frames, 5.0), absent)
+    assert torch.equal(still[1], torch.zeros(1, 1, 2))
+    assert not torch.cat(static_dynamic_embedding(frames, ~absent), -1).any()  # a slice that is not there

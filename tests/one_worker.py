@@ -1,0 +1,77 @@
+"""One of several processes that compute the same steps: imported by `test_objectives`, since spawned processes import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kmtr.config import RunConfig, from_json, override
+from kmtr.data import shards
+from kmtr.data.batch import Batch, collate
+from kmtr.data.plan import Plan
+from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining, Step
+
+CPU = torch.device("cpu")
+
+
+class PlainEngine:
+    """What objectives ask of an engine: gradients are averaged over micro-batches, here, and workers, in `average`."""
+
+    def __init__(self, module: Pretraining, micro: int):
+        self.module, self.micro = module, micro
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        return self.module(inputs, stage)
+
+    def backward(self, loss: Tensor) -> Any:
+        (loss / self.micro).backward()
+
+    def average(self, world: int) -> dict[str, Tensor]:
+        gradients = {}
+        for name, parameter in self.module.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if world > 1:
+                dist.all_reduce(gradient)
+            gradients[name] = gradient / world
+        return gradients
+
+
+def step(config: RunConfig, stage: str, batch: Batch, micro: int, tables: dict[str, Tensor], world: int) -> dict:
+    """Gradients of one step, and means of what is logged, over all workers."""
+    torch.manual_seed(0)
+    engine = PlainEngine(Pretraining(config), micro)
+    size = len(batch) // micro
+    parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+    logged: Step = STAGES[stage](engine, parts, Preparer(config, tables, CPU), config)
+    gradients = engine.average(world)
+    means = {}
+    for name in logged.sums:
+        both = torch.stack([logged.sums[name], logged.counts[name]])
+        if world > 1:
+            dist.all_reduce(both)
+        means[f"logged.{name}"] = both[0] / both[1]
+    return gradients | means
+
+
+def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[str, Any]]]) -> None:
+    """All cases (stage, micro-batches, changes); the first worker writes ``<world>-<case>.safetensors``."""
+    torch.set_num_threads(1)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    base = from_json((Path(folder) / "config.json").read_text())
+    tables = load_file(Path(folder) / "tables.safetensors")
+    tables["static_mean"] = torch.view_as_complex(tables["static_mean"])
+    reader = shards.Reader(base.data.root, shards.read_manifest(base.data.root), "train", None)
+    table = reader.read(Plan(len(reader), base.data.global_batch).share(0, rank, world))
+    for number, (stage, micro, changes) in enumerate(cases):
+        config = override(base, changes)
+        result = step(config, stage, collate(table, config, epoch=0).to(CPU), micro, tables, world)
+        if rank == 0:
+            save_file({k: v.contiguous() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
+    if world > 1:
+        dist.destroy_process_group()

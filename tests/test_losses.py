@@ -1,0 +1,112 @@
+"""Losses against formulas worked out by hand and against plain numpy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kmtr.losses import info_nce, masked_reconstruction
+
+PREDICTED = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[1.0, 1.0], [9.0, 9.0]]])
+TARGET = torch.tensor([[[3.0, 1.0], [1.0, 0.0]], [[1.0, -1.0], [0.0, 0.0]]])
+PADDED = torch.tensor([[False, False], [False, True]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mse", [(9 / 2 + 1 / 2) / 2, 4 / 2]),
+        ("l1", [(3 / 2 + 1 / 2) / 2, 2 / 2]),
+        # |error|^2 over (|prediction| + 0.5)^2 of the complex value: 9 / 5.5^2 and 1 / 0.5^2; 4 / (sqrt(2) + 0.5)^2
+        ("hdr", [(9 / 5.5**2 + 1 / 0.5**2) / 2, 4 / (math.sqrt(2) + 0.5) ** 2]),
+    ],
+)
+def test_closed_forms(kind: str, expected: list[float]) -> None:
+    torch.testing.assert_close(masked_reconstruction(PREDICTED, TARGET, PADDED, kind), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kind", ["mse", "l1", "hdr"])
+def test_a_subject_s_loss_does_not_depend_on_padding(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 3, 5, 6, generator=generator).unbind(0)
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[1, 2:] = True
+    padded[2] = True
+    loss = masked_reconstruction(predicted, target, padded, kind)
+    torch.testing.assert_close(
+        loss[1:2], masked_reconstruction(predicted[1:2, :2], target[1:2, :2], padded[1:2, :2], kind)
+    )
+    assert loss[2] == 0
+    other = torch.where(padded[..., None], 1e6, predicted)
+    torch.testing.assert_close(masked_reconstruction(other, target, padded, kind), loss)
+
+
+def test_the_scale_of_hdr_carries_no_gradient() -> None:
+    predicted = torch.tensor([[[3.0, 4.0]]], requires_grad=True)
+    masked_reconstruction(predicted, TARGET[:1, :1], PADDED[:1, :1], "hdr").sum().backward()
+    torch.testing.assert_close(predicted.grad, torch.tensor([[[0.0, 2 * 3 / 5.5**2]]]))
+
+
+def test_losses_are_fp32_whatever_comes() -> None:
+    half = PREDICTED.bfloat16()
+    assert masked_reconstruction(half, TARGET.bfloat16(), PADDED).dtype == torch.float32
+    z = torch.randn(1, 2, 4).bfloat16()
+    assert info_nce(z, z, torch.arange(2), torch.zeros(1, 2, 2, dtype=torch.bool), 0.1)[0].dtype == torch.float32
+
+
+def numpy_info_nce(anchor, candidate, positive, excluded, temperature):
+    a = anchor / np.linalg.norm(anchor, axis=-1, keepdims=True)
+    c = candidate / np.linalg.norm(candidate, axis=-1, keepdims=True)
+    loss = np.zeros(anchor.shape[:2])
+    top = np.zeros(anchor.shape[:2], bool)
+    for s in range(a.shape[0]):
+        for i in range(a.shape[1]):
+            logits = np.array([a[s, i] @ c[s, j] / temperature for j in range(c.shape[1])])
+            allowed = ~excluded[s, i]
+            loss[s, i] = -np.log(np.exp(logits[positive[i]]) / np.exp(logits[allowed]).sum())
+            top[s, i] = logits[positive[i]] == logits[allowed].max()
+    return loss, top
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_info_nce_is_its_formula(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    anchor, candidate = rng.standard_normal((3, 4, 8)), rng.standard_normal((3, 6, 8))
+    positive = np.array([2, 3, 4, 5])
+    candidate[:, positive] += 0.5 * anchor
+    excluded = rng.random((3, 4, 6)) < 0.3
+    excluded[:, np.arange(4), positive] = False
+    loss, top = info_nce(*map(torch.from_numpy, (anchor, candidate, positive, excluded)), temperature)
+    expected, nearest = numpy_info_nce(anchor, candidate, positive, excluded, temperature)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(top, nearest)
+    assert 0 < nearest.mean() < 1
+
+
+def test_excluded_candidates_do_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchor, candidate = torch.randn(1, 3, 8, generator=generator), torch.randn(1, 5, 8, generator=generator)
+    excluded = torch.zeros(1, 3, 5, dtype=torch.bool)
+    excluded[:, :, 4] = True
+    positive = torch.arange(3)
+    with_it = info_nce(anchor, candidate, positive, excluded, 0.1)
+    without = info_nce(anchor, candidate[:, :4], positive, excluded[..., :4], 0.1)
+    torch.testing.assert_close(with_it, without)
+    candidate.requires_grad_()
+    info_nce(anchor, candidate, positive, excluded, 0.1)[0].sum().backward()
+    assert not candidate.grad[0, 4].any()
+    assert candidate.grad[0, :4].any()
+
+
+def test_limits_of_info_nce() -> None:
+    same = torch.ones(1, 4, 8)
+    none = torch.zeros(1, 4, 4, dtype=torch.bool)
+    loss, _ = info_nce(same, same, torch.arange(4), none, 0.1)
+    torch.testing.assert_close(loss, torch.full((1, 4), math.log(4)))  # nothing told apart
+    apart = torch.eye(4)[None]
+    loss, top = info_nce(apart, apart, torch.arange(4), none, 0.01)
+    assert loss.max() < 1e-6
+    assert top.all()

@@ -1,0 +1,180 @@
+"""One process equals many: losses and gradients do not depend on how the global batch is divided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import one_worker
+from conftest import simulated, write
+from kmtr.config import RunConfig, override, to_json
+from kmtr.data.batch import Batch
+from kmtr.objectives import Preparer, Pretraining, _Sums, contrastive
+from kmtr.types import Study
+from one_worker import CPU, PlainEngine, step
+
+Tables = dict[str, Tensor]
+CHANGES: dict[str, dict[str, object]] = {
+    "reconstruct": {},
+    "align": {},
+    "align, teacher trained": {"align.train_image_encoder": True},
+    "align alone": {"align.reconstruct_weight": 0.0, "align.static_weight": 1.0},
+}
+CASES = [(name.split(",")[0].split()[0], micro, CHANGES[name]) for name in CHANGES for micro in (1, 2, 4)]
+
+
+def uneven_cohort(config: RunConfig) -> list[Study]:
+    """Eight subjects: one twice, one without long axis, one with a single short-axis slice, one with fewer frames."""
+    studies = [simulated(i, config) for i in range(7)]
+    studies.append(studies[2])
+    studies[1] = replace(studies[1], views={"sax": studies[1].views["sax"]})
+    studies[4] = simulated(4, override(config, {"data.sax_slices": 1}))
+    studies[6] = simulated(6, override(config, {"data.frames": 2}))
+    return studies
+
+
+@pytest.fixture(scope="module")
+def folder(small: RunConfig, tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of every case, by one process and by two."""
+    path = tmp_path_factory.mktemp("processes")
+    config = override(small, {"data.root": str(path / "data"), "train.workers": 1})
+    write(path / "data", {"train": uneven_cohort(config)}, "float32")
+    (path / "config.json").write_text(to_json(config))
+    save_file(
+        {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in tables.items()},
+        path / "tables.safetensors",
+    )
+    two = torch.multiprocessing.start_processes(
+        one_worker.work, (2, str(path), CASES), nprocs=2, join=False, start_method="spawn"
+    )
+    threads = torch.get_num_threads()
+    one_worker.work(0, 1, str(path), CASES)
+    torch.set_num_threads(threads)
+    assert two is not None
+    while not two.join(timeout=60):
+        pass
+    return path
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{m}" for n in CHANGES for m in (1, 2, 4)])
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_process_equals_many(folder: Path, number: int, world: int) -> None:
+    whole = load_file(folder / f"1-{number // 3 * 3}.safetensors")  # one process, one micro-batch
+    divided = load_file(folder / f"{world}-{number}.safetensors")
+    assert divided.keys() == whole.keys()
+    largest = max(float(g.abs().max()) for name, g in whole.items() if not name.startswith("logged."))
+    assert largest > 1e-3
+    for name, value in whole.items():
+        limit = 1e-5 * (max(1.0, float(value.abs())) if name.startswith("logged.") else max(1.0, largest))
+        torch.testing.assert_close(divided[name], value, rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_stages_train_what_they_should(folder: Path) -> None:
+    def trained(number: int) -> set[str]:
+        result = load_file(folder / f"1-{number}.safetensors")
+        return {k.split(".")[0] for k, g in result.items() if not k.startswith("logged.") and g.any()}
+
+    kspace, image = {"kspace_encoder", "kspace_decoder"}, {"image_encoder", "image_decoder"}
+    heads = {"kspace_heads", "image_heads"}
+    assert trained(0) == kspace | image
+    assert trained(3) == kspace | heads  # the image encoder is a frozen teacher
+    assert trained(6) == kspace | image | heads
+    assert trained(9) == {"kspace_encoder"} | heads
+
+
+def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    torch.manual_seed(0)
+    module = Pretraining(small)
+    with torch.no_grad():
+        out = module(Preparer(small, tables, CPU)(batch, "reconstruct"), "reconstruct")
+    result = step(small, "reconstruct", batch, 2, tables, 1)
+    torch.testing.assert_close(result["logged.kspace_loss"], out["kspace"].mean())
+    torch.testing.assert_close(result["logged.image_loss"], out["image"].mean())
+    torch.testing.assert_close(result["logged.loss"], (out["kspace"] + out["image"]).mean())
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_global_batch(small: RunConfig, tables: Tables, batch: Batch) -> None:
+    """Against autograd on the plainest formula."""
+    torch.manual_seed(0)
+    module = Pretraining(small)
+    out = module(Preparer(small, tables, CPU)(batch, "reconstruct"), "reconstruct")
+    (out["kspace"] + out["image"]).mean().backward()
+    result = step(small, "reconstruct", batch, 4, tables, 1)
+    for name, parameter in module.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- contrast
+
+
+def numpy_contrast(z: np.ndarray, present: np.ndarray, key: np.ndarray, config: RunConfig) -> float:
+    """Symmetric InfoNCE per slice over present anchors; candidates: present, of other subjects or oneself."""
+    z = z / np.linalg.norm(z, axis=-1, keepdims=True)
+    total = 0.0
+    for part, weight in ((0, config.align.static_weight), (1, config.align.dynamic_weight)):
+        losses = []
+        for anchor, candidate in ((part, part + 2), (part + 2, part)):
+            for s in range(z.shape[1]):
+                for i in np.flatnonzero(present[:, s]):
+                    logits = z[:, s, candidate] @ z[i, s, anchor] / config.align.temperature
+                    allowed = present[:, s] & ((key != key[i]) | (np.arange(len(key)) == i))
+                    losses.append(np.log(np.exp(logits[allowed]).sum()) - logits[i])
+        total += weight * np.sum(losses) / (2 * present.sum())
+    return total
+
+
+@pytest.fixture
+def embedded() -> tuple[Tensor, Tensor, Tensor]:
+    """z of six subjects and three slices; rows 1 and 4 are the same subject, two slices are padded."""
+    z = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    present = torch.ones(6, 3, dtype=torch.bool)
+    present[0, 2] = present[3, 1] = False
+    return z, present, torch.tensor([10, 11, 12, 13, 11, 15])
+
+
+def test_contrast_is_its_formula(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, present, key = embedded
+    sums = _Sums()
+    loss = contrastive(z, present, key, small, sums)
+    assert float(loss) == pytest.approx(numpy_contrast(z.numpy(), present.numpy(), key.numpy(), small), rel=1e-5)
+    assert float(sums.counts["infonce_static"]) == 2 * 16
+    assert float(sums.counts["top1_dynamic"]) == 2 * 16
+
+
+def test_a_subject_is_no_negative_of_itself(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, present, key = embedded
+    leaf = z.clone().requires_grad_()
+    weights = torch.zeros(6, 3, dtype=torch.bool)
+    weights[1] = True
+    alone = contrastive(leaf, present & (key == 11)[:, None], key, small, _Sums())
+    assert float(alone) == pytest.approx(0, abs=1e-6)  # nobody else: nothing to be told apart from
+    different = contrastive(z, present, torch.arange(6), small, _Sums())
+    assert float(different) > float(contrastive(z, present, key, small, _Sums()))
+
+
+def test_a_padded_slice_is_neither_anchor_nor_negative(
+    small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z, present, key = embedded
+    leaf = z.clone().requires_grad_()
+    contrastive(leaf, present, key, small, _Sums()).backward()
+    assert not leaf.grad[~present].any()
+    assert leaf.grad[present].any(-1).all()
+    others = torch.where(present[..., None, None], z, 100.0)
+    torch.testing.assert_close(
+        contrastive(others, present, key, small, _Sums()), contrastive(z, present, key, small, _Sums())
+    )
+
+
+def test_an_engine_is_what_objectives_ask_for(small: RunConfig) -> None:
+    from kmtr.objectives import Engine
+
+    assert isinstance(PlainEngine(Pretraining(small), 1), Engine)
