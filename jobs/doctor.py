@@ -150,6 +150,13 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
     return said
 
 
+def look_here(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What this machine says, where no cluster can be asked."""
+    began = time.time()
+    said = look(config.storage.root, config.data.root, token("here"))
+    return {"this machine": said | {"token": token("here"), "asked": (began, time.time())}}
+
+
 def look_everywhere(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Node -> what `look` said there, or ``lost`` and why it could not be asked."""
     import ray
@@ -401,11 +408,11 @@ def run(words: list[str]) -> dict[str, Any]:
     tell("compiler", compiler)
     reached = tell("ray", cluster).state != "FAIL"
     if config is not None:
-        said = look_everywhere(config) if reached else {}
+        said = look_everywhere(config) if reached else look_here(config)
         if reached:
             tell("room", lambda: room(config))
-            tell("storage", lambda: storage_shared(config, said))
-            tell("nodes", lambda: nodes_alike(config, said))
+        tell("storage", lambda: storage_shared(config, said))
+        tell("nodes", lambda: nodes_alike(config, said))
         tell("tracking", lambda: tracking_store(config))
         if (
             tell("dataset", lambda: dataset(config)).state != "FAIL"

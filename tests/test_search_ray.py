@@ -10,6 +10,7 @@ import pytest
 
 from kmtr import tracking
 from kmtr.config import RunConfig, flatten, override
+from kmtr.recipes import tiny
 from kmtr.tracking.store import client
 from kmtr.types import InputError
 from tune import search, space
@@ -22,17 +23,16 @@ def words(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The small recipe as a command line, with storage and tracking of its own."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     changes = {
-        "data.loader": "ray",
+        "train.workers": 1,
         "storage.root": str(tmp_path),
         "train.eval_every": 2,
         "search.trials": 2,
         "search.accelerations": (2, 4),
         "search.grace_steps": 2,
     }
-    base = flatten(override(RunConfig(), {}))
-    values = flatten(override(small, changes))
-    given = {key: value for key, value in values.items() if value != base[key] and key != "recipe"}
-    return ["base", *(f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in given.items())]
+    recipe, values = flatten(tiny()), flatten(override(small, changes))
+    given = {key: value for key, value in values.items() if value != recipe[key]}
+    return ["tiny", *(f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in given.items())]
 
 
 def test_a_search_from_its_command_to_its_best(
@@ -52,7 +52,7 @@ def test_a_search_from_its_command_to_its_best(
     ledger = read_ledger(tmp_path)
 
     assert parent.info.status == "FINISHED"
-    assert parent.info.run_name.startswith("search-base-")
+    assert parent.info.run_name.startswith("search-tiny-")
     assert [child.data.tags["search.trial"] for child in children] == ["0", "1"]
     for child, values, trial in zip(children, space.trials(config), ledger, strict=True):
         for key, value in values.items():

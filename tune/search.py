@@ -31,6 +31,7 @@ os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed r
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose table is printed even at verbose=0
 
+import numpy as np
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -387,7 +388,7 @@ def publish(config: RunConfig, ledger: Ledger, folder: Path, parent: str, best: 
         summary=f"Best: trial {best.number} with {shown(best.values)}, probe R² {best.score:.3f} on subjects of the "
         "validation split. It was chosen on these very subjects: evaluate it on the test split.",
         tables=[table(ledger)],
-        figures=[("Score against each searched key; open: stopped by ASHA.", figure(ledger, best))],
+        figures=[("Score against each searched key; red: the best, open: it did not finish.", figure(ledger, best))],
         footer=f"MLflow run {parent}; best run {best.run_id}",
     )
     (folder / "search.png").write_bytes(png(figure(ledger, best)))
@@ -441,11 +442,15 @@ def figure(ledger: Ledger, best: Trial) -> Figure:
     drawing = Figure(figsize=(3.1 * len(keys), 2.9), layout="constrained")
     for axes, key in zip(drawing.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
         for t in scored:
-            colour = COLOURS[1] if t is best or t.number == best.number else COLOURS[0]
+            colour = COLOURS[1] if t.number == best.number else COLOURS[0]
             full = t.status == "finished"
             axes.plot(_number(t.values[key]), t.score, "o", color=colour, markerfacecolor=colour if full else "none")
         if key == "align.temperature":
             axes.set_xscale("log")
+            ends = [_number(t.values[key]) for t in scored]
+            ticks = sorted({float(f"{x:.2g}") for x in np.geomspace(min(ends), max(ends), 4)})
+            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+            axes.set_xticks([], minor=True)
         axes.set_xlabel(key, fontsize=9, color=INK)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
