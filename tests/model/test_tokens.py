@@ -95,7 +95,6 @@ def test_tokens_lead_back_to_their_lines(
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
     canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled)[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
-    back = fixed + moving
     z, t, ky = tokens.index.unbind(-1)
     row = torch.arange(8)[:, None]
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
