@@ -157,7 +157,9 @@ def find_cause(error: BaseException | None, kind: type[KmtrError]) -> KmtrError 
             continue
         seen.add(id(error))
         if isinstance(error, kind):
-            return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__name__}: "))
+            lines = str(error).strip().splitlines() or [""]
+            marked = [line.partition(f"{kind.__name__}: ")[2] for line in lines if f"{kind.__name__}: " in line]
+            return kind(marked[0] if marked else lines[0])  # Ray puts a traceback before, and advice behind
         queue += [error.__cause__, error.__context__, getattr(error, "cause", None)]
     return None
 
