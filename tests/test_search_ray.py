@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,35 @@ def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig
 def test_a_search_that_cannot_run_is_refused(cluster: None, words: list[str]) -> None:
     with pytest.raises(InputError, match=r"search\.concurrent: 9 trial"):
         search.run([*words, "search.concurrent=9"])
+
+
+def test_what_a_killed_trial_reserved_is_given_back(cluster: None) -> None:
+    """Only that: not what a living actor, or this driver, reserved."""
+    import ray
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
+    @ray.remote(num_cpus=0)
+    class Controller:
+        def reserve(self) -> str:
+            self.group = placement_group([{"CPU": 0.5}])
+            ray.get(self.group.ready())
+            return str(self.group.id.hex())
+
+    kind: Any = Controller
+    dead, living = kind.remote(), kind.remote()
+    orphan, kept = ray.get([dead.reserve.remote(), living.reserve.remote()])
+    mine = placement_group([{"CPU": 0.5}])
+    ray.get(mine.ready())
+    ray.kill(dead)
+    deadline = time.monotonic() + 60
+    while not search.release_orphans():
+        assert time.monotonic() < deadline, "Ray never noticed that the actor died"
+        time.sleep(0.2)
+    while placement_group_table()[orphan]["state"] != "REMOVED":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert search.release_orphans() == 0
+    assert placement_group_table()[kept]["state"] == "CREATED"
+    assert placement_group_table()[mine.id.hex()]["state"] == "CREATED"
+    remove_placement_group(mine)
+    ray.kill(living)

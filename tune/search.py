@@ -56,6 +56,7 @@ SCORE = "val/probe_r2"
 STATE = "search.json"
 ETA = 2
 """Reduction factor of ASHA (Li et al. 2020): the better half goes on at every rung; 4 is for hundreds of trials."""
+RELEASE_EVERY_S = 2.0
 MIN_HELD_OUT = 3
 """Held-out subjects below which the probe gives no score."""
 
@@ -165,6 +166,7 @@ class Desk(tune.Callback):
 
     def __init__(self, ledger: Ledger, scheduler: Halving):
         self.ledger, self.scheduler = ledger, scheduler
+        self._look_again = 0.0
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         known = self.ledger.all[number_of(trial)]
@@ -189,6 +191,12 @@ class Desk(tune.Callback):
         lines = [line.strip() for line in str(trial.get_error() or "its process was lost").splitlines() if line.strip()]
         self._failed(number_of(trial), lines[-1])
 
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        ended = self.scheduler.stopped or any(trial.status == "failed" for trial in self.ledger.trials)
+        if ended and time.monotonic() > self._look_again:
+            release_orphans()
+            self._look_again = time.monotonic() + RELEASE_EVERY_S
+
     def _failed(self, number: int, reason: str) -> None:
         self.ledger.update(number, status="failed", reason=reason)
         print(f"  trial {number:>3}  failed: {reason}", flush=True)
@@ -196,6 +204,31 @@ class Desk(tune.Callback):
 
 def number_of(trial: Any) -> int:
     return int(trial.config["trial"]["number"])
+
+
+def release_orphans() -> int:
+    """Give back what dead Train controllers of this job reserved, and return how many reservations that were.
+
+    Tune stops a trial by ending its process, and the Train controller inside dies with it, but a placement group
+    lives until its job ends. Ray Train has a cleaner for this that asks the dashboard, which a local Ray does not
+    run (and which it does not find where several Rays share a machine): the workers' CPUs then stay reserved and
+    the next trial waits for ever. Who created a placement group is not in Ray's public table, so this reads the
+    table below it.
+    """
+    import ray
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    kind = gcs_pb2.PlacementGroupTableData
+    released = 0
+    for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = kind.FromString(raw)
+        by_actor = set(group.creator_actor_id) - {0xFF}  # all ones: created by a driver
+        if by_actor and group.creator_actor_dead and group.state != kind.REMOVED and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            released += 1
+    return released
 
 
 def train_trial(params: dict[str, Any]) -> dict[str, Any]:
