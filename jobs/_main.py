@@ -92,6 +92,7 @@ def refuse_relative_under_submit(config: RunConfig) -> None:
 def start_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names or that a job runs in, else start a local Ray; both quietly."""
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("PYTHONPATH", _root())
     import ray
@@ -108,7 +109,7 @@ def start_ray() -> None:
             configure_logging=True,
             include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones, as when a node is slow to start
         raise KmtrError(f"ray: {str(error).splitlines()[0]}") from None
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -72,7 +72,7 @@ class Position(nn.Module):
     def forward(self, index: Int[Tensor, "batch token axis"]) -> Float[Tensor, "batch token channel"]:
         """Code of each index; axes beyond those given (frame vectors have no place) stay zero."""
         parts = [getattr(self, f"table{i}")[index[..., i]] for i in range(index.shape[-1])]
-        code = torch.cat(parts, dim=-1)
+        code = torch.cat(parts, dim=-1).to(self.view.weight.dtype)  # whether or not the engine cast the tables
         view = self.view(self.get_buffer("view_of_slice")[index[..., 0]])
         return nn.functional.pad(code, (0, view.shape[-1] - code.shape[-1])) + view
 
