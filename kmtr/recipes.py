@@ -33,9 +33,9 @@ def tiny() -> RunConfig:
             readout_fraction=0.5,
             projection=64,
         ),
-        reconstruct=Reconstruct(steps=220),
-        align=Align(steps=40),
-        train=Train(workers=2, checkpoint_every=110, eval_every=110),
+        reconstruct=Reconstruct(steps=180),
+        align=Align(steps=30),
+        train=Train(workers=2, checkpoint_every=90, eval_every=90),
         simulate=Simulate(subjects=1600),
         evaluate=Evaluate(accelerations=(4, 8, 12), labels=800, subjects=320),
     )

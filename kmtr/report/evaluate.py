@@ -122,9 +122,7 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
             cells: list[str] = []
             for target in targets:
                 low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
-                cells.append(
-                    f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else f"{probes[target].r2:.3f}"
-                )
+                cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
             rows.append((s.acceleration, f"{s.true_acceleration:.2f}", name, *cells))
     return Table(
         f"R2 on {len(next(iter(scores[0].probes[MEAN].values())).truth)} held-out subjects, ridge probe, "
