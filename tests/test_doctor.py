@@ -16,6 +16,8 @@ from jobs import doctor
 from kmtr.config import RunConfig, override
 from kmtr.objectives import Pretraining
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:

@@ -13,6 +13,8 @@ from kmtr.tracking import end_run, find_run, log_dataset, open_run, tracking_uri
 from kmtr.tracking.store import artifact_location, client, redact
 from kmtr.types import InputError, KmtrError
 
+pytestmark = pytest.mark.slow
+
 
 def config_at(root: Path | str, **changes: object) -> RunConfig:
     return override(RunConfig(recipe="tiny"), {"storage.root": str(root), **changes})

@@ -21,6 +21,8 @@ from kmtr.tracking import Spool, open_run, replay, tracking_uri
 from kmtr.tracking.store import client
 from kmtr.types import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
