@@ -62,6 +62,7 @@ def test_random_streams_differ_in_every_part_of_their_key() -> None:
     assert len({generator(a, b, Purpose(p), s).random() for a, b, p, s in keys}) == len(keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1, 3])
 def test_labels_are_the_volumes_of_the_geometry(index: int) -> None:
     who = anatomy(index, seed=0)
@@ -104,6 +105,7 @@ def test_the_cycle_begins_full_and_is_emptiest_at_end_systole() -> None:
     assert (np.diff(s[phase > who.filling_phase]) <= 1e-12).all()
 
 
+@pytest.mark.slow
 def test_the_muscle_keeps_its_volume_so_the_wall_thickens_while_the_base_descends() -> None:
     who = anatomy(1, seed=0)
     shape = heart(who, np.linspace(0, 1, 9)[:-1])
