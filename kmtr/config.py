@@ -25,20 +25,35 @@ class Section(BaseModel):
 
 class Data(Section):
     root: str = Field("runs/data", description="dataset folder (manifest.json and Parquet shards): local path or URI")
+    more: tuple[str, ...] = Field((), description="further datasets that train and validate together with data.root")
+    weights: tuple[float, ...] = Field(
+        (), description="share of each dataset in every batch, data.root first; empty: in proportion to subjects"
+    )
     views: tuple[Literal["sax", "lax_2ch", "lax_3ch", "lax_4ch"], ...] = Field(
         ("sax", "lax_2ch", "lax_3ch", "lax_4ch"), description="view groups read"
     )
     sax_slices: int = Field(6, gt=0, description="short-axis slices per subject, evenly chosen; fewer are padded")
     frames: int = Field(25, gt=0, description="cardiac frames per subject, evenly chosen; fewer are padded")
-    matrix: tuple[int, int] = Field((128, 128), description="lines and readout samples (ny, nx); images are cropped")
-    coils: int = Field(1, gt=0, description="coils per slice as stored in the dataset")
+    matrix: tuple[int, int] = Field(
+        (128, 128), description="largest (ny, nx); smaller sources sit in the middle of k-space, larger ones need crop"
+    )
+    coils: int = Field(1, gt=0, description="most coils per slice; fewer are padded")
     crop: bool = Field(False, description="allow cropping or padding sources of another matrix (image domain)")
     global_batch: int = Field(64, gt=0, description="subjects per optimizer step, over all workers")
     loader: Literal["ray", "threads"] = Field("ray", description="what executes the plan: identical batches")
     prefetch: int = Field(2, ge=1, description="batches read ahead per worker")
     readers: int = Field(1, gt=0, description="Ray Data actors that read for each worker")
     read_cpus: float = Field(0.5, gt=0, description="CPUs that Ray reserves per reader")
-    verify_pages: bool = Field(True, description="verify the checksum of every page read; off only on trusted storage")
+    verify_pages: Literal["always", "once", "never"] = Field(
+        "always", description="page checksums: of every read, of a page's first read in a process, or none"
+    )
+    cache: str = Field("", description="local folder that keeps shards of an object store; empty: none")
+    cache_gib: float = Field(64.0, gt=0, description="size of data.cache at most; the oldest read goes first")
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """All datasets, `root` first."""
+        return (self.root, *self.more)
 
     @property
     def slices(self) -> int:
@@ -60,7 +75,33 @@ class Data(Section):
             raise ValueError(f"data.views: expected one or more different views, got {','.join(self.views) or 'none'}")
         if min(self.matrix) < 8 or any(n % 2 for n in self.matrix):
             raise ValueError(f"data.matrix: expected even sizes of at least 8, got {self.matrix}")
+        if self.weights and (len(self.weights) != len(self.roots) or min(self.weights) <= 0):
+            raise ValueError(
+                f"data.weights: expected one positive number for each of the {len(self.roots)} datasets, "
+                f"got {self.weights}"
+            )
         return self
+
+
+class Plan(Section):
+    tail: Literal["drop", "pad"] = Field(
+        "drop", description="end of an epoch: drop what fills no batch, or fill up with repeats that no loss counts"
+    )
+    window: int = Field(4, gt=0, description="row groups that small rows are shuffled among; reads stay sequential")
+    shapes: int = Field(8, gt=0, description="different batch shapes at most; subjects are padded up to the next")
+    subjects: int = Field(0, ge=0, description="bench.py data: only plan, for a dataset of this many subjects")
+    workers: int = Field(1024, gt=0, description="bench.py data: workers of that plan")
+
+
+class Augment(Section):
+    """k-space-consistent; each drawn per subject and pass."""
+
+    shift: float = Field(0.0, ge=0, le=0.5, description="translation at most, share of the field of view")
+    rotation_deg: float = Field(0.0, ge=0, le=180, description="in-plane rotation at most; not of undersampled sources")
+    flip: bool = Field(False, description="mirror along y, along x, each in half of the draws: mirrors anatomy")
+    phase: bool = Field(False, description="a random constant phase per slice")
+    coil_dropout: float = Field(0.0, ge=0, lt=1, description="share of coils silenced; one always stays")
+    noise: float = Field(0.0, ge=0, description="SD of complex noise at most, share of the RMS of the acquired lines")
 
 
 class Sampling(Section):
@@ -158,6 +199,9 @@ class Shards(Section):
     dtype: Literal["float16", "float32"] = Field(
         "float16", description="stored k-space; float16 with a scale per subject"
     )
+    compression: Literal["none", "lz4"] = Field(
+        "none", description="of k-space; none is read straight into the batch, lz4 saves where much is zero"
+    )
     rows: int = Field(64, gt=0, description="subjects per shard file")
     split: Literal["auto", "hash", "train"] = Field(
         "auto", description="hash: 70/10/20 % train/val/test by subject; train: no split; auto: train below 20 subjects"
@@ -205,6 +249,8 @@ class RunConfig(Section):
     )
     seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
     data: Data = Data()
+    plan: Plan = Plan()
+    augment: Augment = Augment()
     sampling: Sampling = Sampling()
     model: Model = Model()
     reconstruct: Reconstruct = Reconstruct()
@@ -274,11 +320,12 @@ class RunConfig(Section):
         """Recipe and hash of all that changes the numbers, data included: the same command finds its run again."""
         if self.run.name:
             return self.run.name
-        sections = {"stage", "seed", "sampling", "model", "reconstruct", "align", "optimizer"}
+        sections = {"stage", "seed", "augment", "sampling", "model", "reconstruct", "align", "optimizer"}
         what = self.model_dump(mode="json", include=sections)
         what["data"] = self.data.model_dump(
-            mode="json", exclude={"root", "loader", "prefetch", "readers", "read_cpus", "verify_pages"}
+            mode="json", exclude={"root", "more", "loader", "prefetch", "readers", "read_cpus", *_CARE}
         )
+        what["plan"] = self.plan.model_dump(mode="json", include={"tail", "window", "shapes"})
         what["precision"] = "bf16" if self.train.bf16 else "fp32"
         what["dataset"] = dataset_digest
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
@@ -286,6 +333,10 @@ class RunConfig(Section):
 
 MIN_ALIGNED_SUBJECTS = 8
 """InfoNCE against fewer negatives than this says next to nothing; refused."""
+
+
+_CARE = ("verify_pages", "cache", "cache_gib")
+"""Keys of `Data` that say how carefully bytes are read, not which."""
 
 
 def keys(model: type[BaseModel] | BaseModel = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -155,7 +155,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         {"data.prefetch": 5},
         {"data.readers": 3},
         {"data.read_cpus": 1.0},
-        {"data.verify_pages": False},
+        {"data.verify_pages": "never"},
         {"storage.root": "/elsewhere"},
         {"tracking.uri": "http://somewhere"},
         {"tracking.experiment": "other"},

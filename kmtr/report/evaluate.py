@@ -69,7 +69,7 @@ def score(
     columns = shards.columns_of(config.data.views, targets)
     rows, readers = {}, {}
     for split, count in (("train", config.evaluate.labels), ("test", config.evaluate.subjects)):
-        reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages)
+        reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages != "never")
         if len(reader) < 3:
             raise InputError(f"evaluate: expected at least 3 subjects in split {split}, got {len(reader)}")
         readers[split] = reader

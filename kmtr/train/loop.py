@@ -83,7 +83,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
     manifest = shards.read_manifest(config.data.root)
     columns = shards.columns_of(config.data.views)
-    reader = shards.Reader(config.data.root, manifest, "train", columns, config.data.verify_pages)
+    reader = shards.Reader(config.data.root, manifest, "train", columns, config.data.verify_pages != "never")
     plan = Plan(len(reader), config.data.global_batch, config.seed)
     prepare = Preparer(config, tables, device)
     engine = ShardedEngine(Pretraining(config), config, world, device)

@@ -52,7 +52,7 @@ class Validation:
         self.readers: dict[str, shards.Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
-            reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages)
+            reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages != "never")
             count = min(len(reader), config.train.eval_subjects) // world * world
             if split == "val" and count == 0:  # a dataset without a split: validate on what there is
                 reader, count = self.readers["train"], len(self.rows["train"])
