@@ -90,7 +90,7 @@ class Plan(Section):
     window: int = Field(4, gt=0, description="row groups that small rows are shuffled among; reads stay sequential")
     shapes: int = Field(8, gt=0, description="different batch shapes at most; subjects are padded up to the next")
     subjects: int = Field(0, ge=0, description="bench.py data: only plan, for a dataset of this many subjects")
-    workers: int = Field(1024, gt=0, description="bench.py data: workers of that plan")
+    world_size: int = Field(1024, gt=0, description="bench.py data: workers of that plan")
 
 
 class Augment(Section):
