@@ -151,7 +151,8 @@ def prove(make: Callable[[], Plan], workers: Sequence[int], epochs: int, bar: Ba
         if bar:
             bar(step + 1, steps)
     _never_twice(plan, np.concatenate(drawn, axis=1))
-    cursors = sorted({0, plan.steps_per_epoch // 2, plan.steps_per_epoch - 1, plan.steps_per_epoch, steps // 2})
+    border = plan.steps_per_epoch
+    cursors = sorted(c for c in {0, border // 2, border - 1, border, steps // 2} if c < steps)
     for cursor in cursors:
         again = make()
         for step in range(cursor, min(cursor + STEPS_PER_CURSOR, steps)):
