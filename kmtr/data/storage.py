@@ -40,7 +40,7 @@ from kmtr.types import InputError, KmtrError
 
 T = TypeVar("T")
 
-PUT_IS_ATOMIC = ("s3", "gcs", "abfs")
+UPLOAD_IS_ATOMIC = ("s3", "gcs", "abfs")
 """Stores (pyarrow's names) where an object appears whole or not at all, and renaming would be copy and delete."""
 
 
@@ -130,7 +130,7 @@ def _s3(bucket: str, options: tuple[tuple[str, Any], ...]) -> fs.S3FileSystem:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_TRIES),
         connect_timeout=S3_CONNECT_S,
         request_timeout=S3_STALLED_S,
-        allow_delayed_open=True,  # a small object is one PUT, not the three requests of a multipart upload
+        allow_delayed_open=False,  # else a multipart upload that can't begin ends as an empty object
     )
     if settings.get("allow_bucket_creation"):
         _patiently(partial(store.create_dir, bucket), bucket)
@@ -179,8 +179,7 @@ def _patiently(call: Callable[[], T], path: str) -> T:
     Raises:
         InputError: the store refuses, or there is no such bucket.
         FileNotFoundError: no such object.
-        StoreError: the last try failed too.
-        OSError: what is neither; not tried again.
+        StoreError: the last try failed too, or the store said something else (at once).
     """
     began = time.monotonic()
     for tried in count(1):
@@ -203,7 +202,7 @@ def _patiently(call: Callable[[], T], path: str) -> T:
                     f"{path}: expected a store that lets us in, got: {text}; check the credentials and what they allow"
                 ) from None
             else:
-                raise
+                raise StoreError(f"{path}: expected a store that answers, got: {text}") from None
         time.sleep(random.uniform(0, 2.0 ** (tried - 2)))
     raise AssertionError("count never ends")  # for the type checker
 
@@ -254,17 +253,17 @@ def make_folder(store: fs.FileSystem, path: str) -> None:
         store.create_dir(path, recursive=True)
     elif store.type_name == "s3":
         _check_bucket(store, path)
-    elif store.type_name not in PUT_IS_ATOMIC:
+    elif store.type_name not in UPLOAD_IS_ATOMIC:
         _patiently(partial(store.create_dir, path, recursive=True), path)
 
 
 def write_atomic(store: fs.FileSystem, path: str, content: bytes) -> None:
-    """The whole file or none of it, also after a crash: one PUT on an object store; elsewhere written under a temporary
-    name, then renamed.
+    """The whole file or none of it, also after a crash: one upload to an object store; elsewhere written under a
+    temporary name, then renamed.
     """
     if _is_local(store):
         _write_local(path, content)
-    elif store.type_name in PUT_IS_ATOMIC:
+    elif store.type_name in UPLOAD_IS_ATOMIC:
         _patiently(partial(_put, store, path, content), path)
     else:
         temporary = _temporary(path)
@@ -273,7 +272,7 @@ def write_atomic(store: fs.FileSystem, path: str, content: bytes) -> None:
 
 
 def _put(store: fs.FileSystem, path: str, content: bytes) -> None:
-    # One write: if it fails, pyarrow's closing of the stream does not complete the upload.
+    # One write: if it fails, closing the stream does not complete the upload, and what was there stays.
     with store.open_output_stream(path) as stream:
         stream.write(content)
 
@@ -425,8 +424,9 @@ class _LocalFile(File):
         return pa.OSFile(f"/dev/fd/{self._number}", "rb")  # this very file, whatever its path names by now
 
     def touch(self) -> None:
-        """Set the time of last use to now."""
-        os.utime(self._number)
+        """Set the time of last use to now, finer than the system's clock ticks."""
+        now = time.time_ns()
+        os.utime(self._number, ns=(now, now))
 
     def close(self) -> None:
         self._close()
