@@ -280,9 +280,10 @@ class _OpenShard:
         self._lock = Lock()
         self._parquet: pq.ParquetFile | None = None
         self._groups: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
+        cache = storage.Cache(reader.cache, reader.cache_gib) if reader.cache else None
         try:
-            self.file = storage.File(root, shard.name)
-        except (pa.ArrowException, OSError) as error:
+            self.file = storage.open_file(root, shard.name, cache, shard.bytes, shard.sha256)
+        except (pa.ArrowException, OSError, EOFError) as error:
             raise self.damaged(shards.first_line(error)) from None
         self.index = self._index()
         self.places = {view: pages.places_of(self.index, f"kspace_{view}") for view in VIEWS}
@@ -337,7 +338,7 @@ class _OpenShard:
             raise self.damaged(f"a page of {size} bytes for {len(payload)} bytes of {view}", row)
         head = bytearray(size - len(payload))
         try:
-            self.file.read_into(start, memoryview(head), payload)
+            self.file.read_into(start, head, payload)
             known = start in self._seen
             pages.check(bytes(head), payload, self.verify == "always" or (self.verify == "once" and not known))
         except (pages.BadPage, EOFError, OSError) as error:

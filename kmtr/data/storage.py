@@ -18,6 +18,8 @@ import hashlib
 import os
 import random
 import re
+import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
@@ -233,31 +235,6 @@ def read_bytes(store: fs.FileSystem, path: str) -> bytes:
     return read() if _is_local(store) else _patiently(read, path)
 
 
-@contextmanager
-def writing(root: str, name: str) -> Iterator[BinaryIO]:
-    """A local file to write that becomes ``root/name`` at the end of the block: the whole of it, or nothing.
-
-    What goes to an object store is written locally first (TMPDIR) and then uploaded.
-    """
-    store, base = open_root(root)
-    target = f"{base}/{name}"
-    store.create_dir(target.rpartition("/")[0], recursive=True)
-    local = isinstance(store, fs.LocalFileSystem)
-    with tempfile.TemporaryDirectory() if not local else nullcontext("") as folder:
-        temporary = f"{target}.{os.getpid()}.tmp" if local else f"{folder}/file"
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-            if local:
-                os.replace(temporary, target)
-            else:
-                with open(temporary, "rb") as source, store.open_output_stream(target) as sink:
-                    shutil.copyfileobj(source, sink, 16 << 20)
-        finally:
-            with suppress(FileNotFoundError):
-                os.remove(temporary)
-
-
 def exists(store: fs.FileSystem, path: str) -> bool:
     """Whether the file is there.
 
@@ -294,6 +271,46 @@ def write_atomic(store: fs.FileSystem, path: str, content: bytes) -> None:
         temporary = _temporary(path)
         _patiently(partial(_put, store, temporary, content), path)
         _patiently(partial(store.move, temporary, path), path)
+
+
+@contextlib.contextmanager
+def writing(root: str, name: str) -> Iterator[BinaryIO]:
+    """A local file to write that becomes ``root/name`` at the end of the block: the whole of it, or nothing.
+
+    What goes to an object store is written to a temporary folder first and then uploaded.
+    """
+    store, base = open_root(root)
+    target = f"{base}/{name}"
+    make_folder(store, os.path.dirname(target))
+    with contextlib.nullcontext("") if _is_local(store) else tempfile.TemporaryDirectory() as folder:
+        temporary = _temporary(target) if _is_local(store) else f"{folder}/whole"
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if _is_local(store):
+                os.replace(temporary, target)
+                _sync_folder(os.path.dirname(target))
+            else:
+                _upload(store, temporary, target)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _upload(store: fs.FileSystem, source: str, target: str) -> None:
+    """A local file to a store, in pieces. The index beside a shard comes after it, and says that it is whole."""
+    if store.type_name in UPLOAD_IS_ATOMIC:
+        _patiently(partial(_copy, store, source, target), target)
+    else:
+        temporary = _temporary(target)
+        _patiently(partial(_copy, store, source, temporary), target)
+        _patiently(partial(store.move, temporary, target), target)
+
+
+def _copy(store: fs.FileSystem, source: str, target: str) -> None:
+    with open(source, "rb") as file, store.open_output_stream(target) as sink:
+        shutil.copyfileobj(file, sink, PIECE_BYTES)
 
 
 def _put(store: fs.FileSystem, path: str, content: bytes) -> None:
@@ -357,8 +374,9 @@ class File(ABC):
     size: int
 
     @abstractmethod
-    def read_into(self, offset: int, target: Any) -> None:
-        """Fill `target` (writable, contiguous) with the bytes from `offset` on, without Python's lock.
+    def read_into(self, offset: int, *targets: Any) -> None:
+        """Fill the targets (writable, contiguous), one after the other, with the bytes from `offset` on, by one read
+        and without Python's lock.
 
         Raises:
             EOFError: the file ends before.
@@ -429,14 +447,18 @@ class _LocalFile(File):
         self._close = weakref.finalize(self, _release, self._number, released)
         self.name, self.size = name, os.fstat(self._number).st_size
 
-    def read_into(self, offset: int, target: Any) -> None:
-        rest = _bytes(target)
-        start, nbytes = offset, len(rest)
+    def read_into(self, offset: int, *targets: Any) -> None:
+        rest = [view for target in targets if (view := _bytes(target))]
+        start, nbytes = offset, sum(map(len, rest))
         while rest:
-            got = os.preadv(self._number, [rest], offset)  # at most 2 GiB at a time
+            got = os.preadv(self._number, rest, offset)  # at most 2 GiB at a time
             if not got:
                 raise self._ends(start, nbytes)
-            offset, rest = offset + got, rest[got:]
+            offset += got
+            while rest and got >= len(rest[0]):
+                got -= len(rest.pop(0))
+            if rest:
+                rest[0] = rest[0][got:]
 
     def read_at(self, offset: int, nbytes: int) -> pa.Buffer:
         if offset + nbytes > self.size:
@@ -472,11 +494,13 @@ class _RemoteFile(File):
             raise
         self.name, self._path = name, path
 
-    def read_into(self, offset: int, target: Any) -> None:
-        view = _bytes(target)
-        if view:
-            # Through Arrow's memory: its binding has no call that reads into ours.
-            pa.FixedSizeBufferWriter(pa.py_buffer(view)).write(self.read_at(offset, len(view)))
+    def read_into(self, offset: int, *targets: Any) -> None:
+        views = [view for target in targets if (view := _bytes(target))]
+        content = self.read_at(offset, sum(map(len, views)))  # Arrow's memory: no call of its reads into ours
+        start = 0
+        for view in views:
+            pa.FixedSizeBufferWriter(pa.py_buffer(view)).write(content.slice(start, len(view)))
+            start += len(view)
 
     def read_at(self, offset: int, nbytes: int) -> pa.Buffer:
         if offset + nbytes > self.size:

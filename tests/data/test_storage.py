@@ -31,6 +31,7 @@ from cohort import simulated, write
 
 from kmtr.config import RunConfig
 from kmtr.data import shards, storage
+from kmtr.data.reader import Dataset, Reader
 from kmtr.data.storage import Cache, StoreError, open_file, open_root, read_many
 from kmtr.types import InputError
 
@@ -170,7 +171,7 @@ def test_a_dataset_on_s3_reads_as_from_disk(server: Server, small: RunConfig, tm
     assert shards.finished_shard(remote, "train-00009") is None
     shards.preflight(remote, there)
     columns = shards.columns_of(small.data.views)
-    tables = [shards.Reader(root, here, "train", columns).read([4, 0, 3]) for root in (local, remote)]
+    tables = [Reader(Dataset.of(root), "train", columns).read([4, 0, 3]) for root in (local, remote)]
     assert tables[0].equals(tables[1])
     reader = pickle.loads(pickle.dumps(shards.Reader(remote, there, "val", columns)))
     assert len(reader.read([0])) == 1
