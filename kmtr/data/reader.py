@@ -307,7 +307,11 @@ class _OpenShard:
             if hashlib.sha256(content).hexdigest() == self.shard.index:
                 with pa.ipc.open_file(pa.py_buffer(content)) as file:
                     return file.read_all()
-        return self._with_pyarrow(shards.index_of)
+        index = self._with_pyarrow(shards.index_of)
+        version = (index.schema.metadata or {}).get(b"kmtr.schema_version", b"none").decode()
+        if version not in map(str, range(1, shards.SCHEMA_VERSION + 1)):
+            raise self.damaged(f"schema version {version}")
+        return index
 
     def _with_pyarrow(self, read: Callable[[pq.ParquetFile], pa.Table], row: int | None = None) -> pa.Table:
         """What `read` makes of the Parquet file, by one thread at a time."""

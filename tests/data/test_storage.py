@@ -173,7 +173,7 @@ def test_a_dataset_on_s3_reads_as_from_disk(server: Server, small: RunConfig, tm
     columns = shards.columns_of(small.data.views)
     tables = [Reader(Dataset.of(root), "train", columns).read([4, 0, 3]) for root in (local, remote)]
     assert tables[0].equals(tables[1])
-    reader = pickle.loads(pickle.dumps(shards.Reader(remote, there, "val", columns)))
+    reader = pickle.loads(pickle.dumps(Reader(Dataset.of(remote), "val", columns)))
     assert len(reader.read([0])) == 1
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import sys
+from pathlib import Path
+from typing import Any
 
-from kmtr.config import RunConfig, override
+import numpy as np
+import pytest
+import torch
+
+from kmtr.config import RunConfig, override, to_json
 from kmtr.data import pipeline
 from kmtr.data.reader import Dataset
+from kmtr.physics.sampling import subject_key
 
 pytestmark = pytest.mark.ray
 
@@ -36,3 +44,96 @@ def test_several_readers_keep_the_order(cluster: None, config: RunConfig) -> Non
         for c in (override(config, {"data.readers": 2}), override(config, {"data.loader": "threads"}))
     ]
     assert keys[0] == keys[1]
+
+
+def note_batches(job: dict[str, Any]) -> None:
+    """A training worker that writes down what it was given, saves every fourth step, and may be killed once."""
+    import json
+    import os
+    import signal
+    import tempfile
+    from pathlib import Path
+
+    import ray.train
+
+    from kmtr.config import from_json
+    from kmtr.data import pipeline
+    from kmtr.data.reader import Dataset
+
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    config = from_json(job["config"])
+    dataset = Dataset.open(config.data)
+    plan = pipeline.plan_of(config, dataset)
+    reader = dataset.reader("train", config.data)
+    start, last = job["start"], ray.train.get_checkpoint()
+    if last is not None:
+        with last.as_directory() as folder:
+            start = json.loads((Path(folder) / "step.json").read_text())
+    steps = range(start, job["stop"])
+    for step, batch in zip(steps, pipeline.batches(config, reader, plan, steps, rank, world), strict=True):
+        content = [int(bits) for bits in batch.stored.flatten(1).view(torch.int16).long().sum(1)]
+        line = json.dumps([step, rank, world, batch.meta["key"].tolist(), content])
+        with open(Path(job["folder"]) / f"{rank}-{os.getpid()}.jsonl", "a") as file:
+            file.write(line + "\n")
+        killed = Path(job["folder"]) / "killed"
+        if step == job["kill_at"] and rank == world - 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if (step + 1) % 4 == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    (Path(folder) / "step.json").write_text(json.dumps(step + 1))
+                ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def noted(folder: Path, config: RunConfig, workers: int, start: int, stop: int, kill_at: int = -1) -> dict[int, list]:
+    """Global batches that a TorchTrainer of so many workers saw: step -> (keys, content) in the order of ranks."""
+    import ray.cloudpickle
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
+    folder.mkdir()
+    job = {"config": to_json(config), "folder": str(folder), "start": start, "stop": stop, "kill_at": kill_at}
+    TorchTrainer(
+        note_batches,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.25}),
+        run_config=ray.train.RunConfig(
+            name="order", storage_path=str(folder), failure_config=ray.train.FailureConfig(max_failures=1)
+        ),
+    ).fit()
+    seen: dict[int, dict[int, tuple]] = {}
+    for file in folder.glob("*.jsonl"):
+        for line in file.read_text().splitlines():
+            step, rank, world, keys, content = json.loads(line)
+            assert world == workers
+            # What was seen twice, before and after the kill, must be the same.
+            assert seen.setdefault(step, {}).setdefault(rank, (keys, content)) == (keys, content)
+    assert (kill_at >= 0) == (folder / "killed").exists()
+    assert set(seen) == set(range(start, stop))
+    assert all(set(ranks) == set(range(workers)) for ranks in seen.values()), "a rank had other steps"
+    return {
+        step: [[value for rank in range(workers) for value in ranks[rank][i]] for i in (0, 1)]
+        for step, ranks in seen.items()
+    }
+
+
+def test_any_number_of_workers_goes_on_with_the_same_batches_after_kills_and_stops(
+    cluster: None, config: RunConfig, tmp_path: Path
+) -> None:
+    shared = {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "reconstruct", "train.workers": 1}
+    config = override(config, shared)
+    dataset = Dataset.open(config.data)
+    plan = pipeline.plan_of(config, dataset)
+    stop = 2 * plan.steps_per_epoch
+    whole = noted(tmp_path / "one", config, 1, 0, stop)
+    middle = plan.steps_per_epoch + 1
+    two = noted(tmp_path / "two", config, 2, 0, middle, kill_at=plan.steps_per_epoch // 2)
+    four = noted(tmp_path / "four", config, 4, middle, stop)
+    assert two | four == whole
+    keys = dataset.reader("train", config.data).samples(range(24)).meta.column("subject_id").to_pylist()
+    number = {np.uint64(subject_key(key)).astype(np.int64): row for row, key in enumerate(keys)}
+    for step, (seen, _) in whole.items():
+        assert [number[key] for key in seen] == plan.batch(step).row.tolist()

@@ -123,7 +123,7 @@ def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConf
     # The statistics of the healthy data: the damage must first be met in training.
     _, folder = driver.run_folder(driver.resolve(damaged)[0], dataset)
     folder.mkdir(parents=True)
-    tables(resolved, manifest, folder)
+    tables(resolved, dataset, folder)
     message, status = failed(damaged)
     assert "train-00000.parquet" in message
     assert "\n" not in message
