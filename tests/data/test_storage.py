@@ -47,7 +47,7 @@ GIB = 2**30
 @dataclass
 class Failures:
     """A WSGI layer that lets the next `left` requests fail in one `way`, of those that begin with one of `methods`
-    (a method, or with the query behind it).
+    (a method, or with the query or the path behind it).
     """
 
     serve: Callable[..., Iterable[bytes]]
@@ -65,7 +65,8 @@ class Failures:
         with self.lock:
             method = request["REQUEST_METHOD"]
             self.seen.append(method)
-            fails = self.left > 0 and f"{method} {request['QUERY_STRING']}".startswith(self.methods)
+            lines = (f"{method} {request['QUERY_STRING']}", f"{method} {request['PATH_INFO']}")
+            fails = self.left > 0 and any(line.startswith(self.methods) for line in lines)
             self.left -= fails
         if not fails:
             return self.serve(request, start)
@@ -177,6 +178,29 @@ def test_a_dataset_on_s3_reads_as_from_disk(server: Server, small: RunConfig, tm
     assert len(reader.read([0])) == 1
 
 
+def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
+    server: Server, failures: Failures, small: RunConfig, tmp_path: Path
+) -> None:
+    root = server.root("epochs")
+    studies = [simulated(i, small) for i in range(4)]
+    parts = [shards.write_shard(root, f"train-{i:05d}", "train", [study], "float16") for i, study in enumerate(studies)]
+    shards.write_manifest(root, parts, "float16", "test")
+
+    def epoch(seed: int) -> list[bytes]:
+        reader = Reader(Dataset.of(root), "train", cache=str(tmp_path), cache_gib=1.0)
+        order = np.random.default_rng(seed).permutation(4)
+        samples = reader.samples(order)
+        shape = studies[0].views["sax"].kspace.shape
+        return [samples.fetch(int(at), "sax", shape).tobytes() for at in np.argsort(order)]
+
+    first = epoch(0)
+    fetched = [info.path for info in open_root(str(tmp_path))[0].get_file_info(pa.fs.FileSelector(str(tmp_path)))]
+    assert len(fetched) == 4
+    failures.next(1000, "503 SlowDown", "GET /epochs/set/shards/train-00000.parquet")
+    assert epoch(1) == first
+    assert failures.left == 1000
+
+
 def test_a_truncated_shard_is_found(server: Server, small: RunConfig) -> None:
     root = server.root("truncated")
     part = shards.write_shard(root, "train-00000", "train", [simulated(0, small)], "float16")
@@ -275,6 +299,33 @@ def test_a_local_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     assert storage.read_bytes(store, path) == b"old"
     storage.write_atomic(store, path, b"new")
     assert storage.read_bytes(store, path) == b"new"
+
+
+@pytest.mark.parametrize("where", ["local", "s3", "memory"])
+def test_a_file_that_grows_is_published_at_its_end_only(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = {"local": str(tmp_path / "new"), "memory": "memory://grows/new"}.get(where)
+    root = root or request.getfixturevalue("server").root("grows")
+
+    def grow(content: bytes, stop: bool = False) -> None:
+        with storage.writing(root, "folder/x") as file:
+            file.write(content)
+            assert not stop
+            file.write(content)
+
+    with pytest.raises(AssertionError):
+        grow(b"old", stop=True)
+    assert not storage.exists(*_path(root, "folder/x"))
+    grow(b"old")
+    with pytest.raises(AssertionError):
+        grow(CONTENT, stop=True)
+    assert storage.read_bytes(*_path(root, "folder/x")) == b"oldold"
+    grow(CONTENT * 20)  # several parts
+    store, base = open_root(root)
+    assert storage.read_bytes(store, f"{base}/folder/x") == CONTENT * 40
+    found = [i for i in store.get_file_info(pa.fs.FileSelector(f"{base}/folder")) if i.type == pa.fs.FileType.File]
+    assert [info.base_name for info in found] == ["x"]
 
 
 def _no_space(_: int) -> None:
@@ -591,7 +642,7 @@ def test_processes_of_a_node_download_once(stored: str, failures: Failures, tmp_
 
 def test_processes_keep_the_bound(stored: str, tmp_path: Path) -> None:
     most = 0
-    running = [spawn(stored, cache_of(tmp_path, 3), order * 5) for order in ("012345", "543210", "301425")]
+    running = [spawn(stored, cache_of(tmp_path, 3), order * 2) for order in ("012345", "543210", "301425")]
     while any(process.poll() is None for process in running):
         with contextlib.suppress(FileNotFoundError):  # files come and go
             most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
