@@ -329,8 +329,8 @@ def table(measured: dict[str, Measured], failed: dict[str, str], data: Bytes) ->
             )
         )
     return Table(
-        caption=f"Rows of {data.rows.bytes / 1e6:.1f} MB in random order, {BATCH} to a tensor; {data.bytes / 2**30:.1f} "
-        f"GiB in a warm page cache, {os.cpu_count()} CPUs",
+        caption=f"Rows of {data.rows.bytes / 1e6:.1f} MB in random order, {BATCH} to a tensor; "
+        f"{data.bytes / 2**30:.1f} GiB in a warm page cache, {os.cpu_count()} CPUs",
         columns=("path", "GB/s", "of all rounds", "first batch s", "longest wait s", "at borders s", "memory GiB"),
         rows=tuple(rows) + tuple((path, None, why, None, None, None, None) for path, why in failed.items()),
         note="raw and pyarrow stack no batches. Ray itself had started before its first batch.",

@@ -23,12 +23,13 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from kmtr.data.reader import Dataset
+
 from jobs._main import start_ray
 from jobs.bench_peers import BATCH, SEED, Rows, measure
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline, shards
 from kmtr.data.plan import Plan, Source
-from kmtr.data.reader import Dataset
 from kmtr.types import KmtrError
 
 OURS = ("threads", "ray")
