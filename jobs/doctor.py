@@ -29,9 +29,9 @@ from packaging.specifiers import SpecifierSet
 from jobs._main import main, recipe_config, start_ray
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.data import shards, storage
+from kmtr.data import pipeline, shards, storage
 from kmtr.data.batch import check_shapes, collate
-from kmtr.data.plan import Plan
+from kmtr.data.reader import Dataset
 from kmtr.objectives import Pretraining
 from kmtr.tracking.store import local_path, reaching
 from kmtr.train import driver
@@ -279,28 +279,28 @@ def tracking_store(config: RunConfig) -> Check:
 
 def dataset(config: RunConfig) -> Check:
     """Manifest, size and footer of every shard, and the first batch of the plan with page checksums."""
-    manifest = shards.read_manifest(config.data.root)
-    shards.preflight(config.data.root, manifest)
-    reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views), verify=True)
-    rows = Plan(len(reader), min(config.data.global_batch, max(len(reader), 1)), config.seed).batch(0)
+    data = Dataset.open(config.data)
+    data.preflight()
+    reader = data.reader("train", override(config, {"data.verify_pages": "always"}).data)
     began = time.perf_counter()
-    table = reader.read(rows)
+    batch = collate(reader.samples(range(min(config.data.global_batch, len(reader)))), config)
     seconds = time.perf_counter() - began
-    rows_of = ", ".join(f"{manifest.rows(split)} {split}" for split in shards.SPLITS)
+    rows_of = ", ".join(f"{data.rows(split)} {split}" for split in shards.SPLITS)
+    files = sum(len(manifest.shards) for manifest in data.manifests)
     return Check(
         "dataset",
         "ok",
-        f"{config.data.root}: {rows_of} subjects in {len(manifest.shards)} shards; "
-        f"first batch of {len(table)} read with checksums, {table.nbytes / 1e6 / seconds:.0f} MB/s",
+        f"{config.data.root}: {rows_of} subjects in {files} shards; "
+        f"first batch of {len(batch)} read with checksums, {batch.stored.nbytes / 1e6 / seconds:.0f} MB/s",
     )
 
 
 def shapes(config: RunConfig) -> Check:
     """Whether the dataset has what the recipe reads, proved on two subjects."""
-    manifest = shards.read_manifest(config.data.root)
-    check_shapes(config.data, manifest)
-    reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views), verify=True)
-    batch = collate(reader.read(range(min(2, len(reader)))), config, 0).to(torch.device("cpu"))
+    data = Dataset.open(config.data)
+    check_shapes(config, data)
+    reader = data.reader("train", config.data)
+    batch = collate(reader.samples(range(min(2, len(reader)))), config).to(torch.device("cpu"))
     if not bool(torch.isfinite(torch.view_as_real(batch.kspace)).all()):
         return Check("shapes", "FAIL", "the first subjects hold values that are not finite: ingest them again")
     return Check("shapes", "ok", "slice coil t ky kx = " + " x ".join(map(str, batch.kspace.shape[1:])))
@@ -308,15 +308,17 @@ def shapes(config: RunConfig) -> Check:
 
 def plan(config: RunConfig) -> Check:
     """Whether the steps can be dealt to the workers; all that the driver of a run refuses."""
-    _, manifest = driver.resolve(config)
+    _, data = driver.resolve(config)
     train = config.train
-    steps = Plan(manifest.rows("train"), config.data.global_batch, config.seed).steps_per_epoch
+    order = pipeline.plan_of(config, data)
+    steps = order.steps_per_epoch
     size = config.data.global_batch // train.workers // train.accumulation
     text = (
         f"{config.total_steps} steps of {config.data.global_batch} subjects = {config.total_steps / steps:.1f} epochs; "
-        f"{train.workers} worker(s) x {train.accumulation} micro-batch(es) of {size}"
+        f"{train.workers} worker(s) x {train.accumulation} micro-batch(es) of {size}; "
+        f"{len(pipeline.shapes_of(order))} batch shape(s)"
     )
-    if manifest.rows("val") < train.workers:
+    if data.rows("val") < train.workers:
         return Check("plan", "warn", f"{text}; no held-out subjects, validation will use training ones")
     return Check("plan", "ok", text)
 

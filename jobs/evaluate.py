@@ -22,7 +22,7 @@ import torch
 from jobs._main import Bar, main, recipe_config
 from kmtr import figures, tracking
 from kmtr.config import RunConfig
-from kmtr.data import shards
+from kmtr.data.reader import Dataset
 from kmtr.encoder import load_encoder
 from kmtr.report import evaluate
 from kmtr.report.html import text_table, write_report
@@ -32,8 +32,8 @@ from kmtr.types import PHENOTYPES, InputError
 
 def run(words: list[str]) -> dict[str, Any]:
     config = recipe_config(words, __doc__ or "")
-    config, manifest = driver.resolve(config)
-    name, folder = driver.run_folder(config, manifest)
+    config, dataset = driver.resolve(config)
+    name, folder = driver.run_folder(config, dataset)
     done = driver.finished(folder)
     encoder_path = Path(config.evaluate.encoder) if config.evaluate.encoder else None
     if encoder_path is None:
@@ -41,8 +41,8 @@ def run(words: list[str]) -> dict[str, Any]:
             raise InputError(f"evaluate: run {name} is not finished; pretrain it first, or set evaluate.encoder=FOLDER")
         encoder_path = Path(done.encoder)
     run_id = done.run_id if done is not None and not config.evaluate.encoder else ""
-    target = folder / "report" if run_id else Path(config.storage.root) / "reports" / manifest.digest[:8]
-    asked = fingerprint(config, encoder_path, manifest)
+    target = folder / "report" if run_id else Path(config.storage.root) / "reports" / dataset.digest[:8]
+    asked = fingerprint(config, encoder_path, dataset)
     last = target / "result.json"
     if last.is_file() and (result := json.loads(last.read_text())).pop("asked") == asked:
         print(f"evaluate: done before, reused\n{(target / 'tables.txt').read_text()}\nreport: {result['report']}")
@@ -53,7 +53,7 @@ def run(words: list[str]) -> dict[str, Any]:
         evaluate.TRAINED: load_encoder(encoder_path, device),
         evaluate.UNTRAINED: load_encoder(encoder_path, device, untrained=True),
     }
-    scores = evaluate.score(config, manifest, encoders, Bar("evaluate: subjects"))
+    scores = evaluate.score(config, dataset, encoders, Bar("evaluate: subjects"))
     tables = [evaluate.r2_table(scores, config), evaluate.gain_table(scores, config), evaluate.error_table(scores)]
     metrics = evaluate.metrics_of(scores, config)
     text = "\n\n".join(map(text_table, tables))
@@ -61,10 +61,10 @@ def run(words: list[str]) -> dict[str, Any]:
     report = write_report(
         target / "report.html",
         title=f"k-MTR: {name}",
-        summary=summary(config, manifest, metrics),
+        summary=summary(config, dataset, metrics),
         tables=tables,
         figures=pictures(scores, config, folder),
-        footer=f"run {run_id or encoder_path.name}, data {manifest.digest[:12]}, torch {torch.__version__}, "
+        footer=f"run {run_id or encoder_path.name}, data {dataset.digest[:12]}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     )
     (target / "tables.txt").write_text(text)
@@ -80,18 +80,18 @@ def run(words: list[str]) -> dict[str, Any]:
     return result
 
 
-def fingerprint(config: RunConfig, encoder: Path, manifest: shards.Manifest) -> str:
+def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
     """What the result follows from: the same, and an earlier result is reused."""
     weights = hashlib.file_digest((encoder / "encoder.safetensors").open("rb"), "sha256").hexdigest()
     settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include={"views"})
-    return hashlib.sha256(f"{weights} {manifest.digest} {settings} {config.seed}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights} {dataset.digest} {settings} {config.seed}".encode()).hexdigest()
 
 
-def summary(config: RunConfig, manifest: shards.Manifest, metrics: dict[str, float]) -> str:
+def summary(config: RunConfig, dataset: Dataset, metrics: dict[str, float]) -> str:
     """What was done and what came out, in words."""
-    labelled = min(config.evaluate.labels, manifest.rows("train"))
+    labelled = min(config.evaluate.labels, dataset.rows("train"))
     text = (
-        f"Data: {manifest.source}. Pretrained on {manifest.rows('train')} training subjects without labels; the probe "
+        f"Data: {dataset.source}. Pretrained on {dataset.rows('train')} training subjects without labels; the probe "
         f"is a ridge regression on {labelled} labelled ones, scored on the test split."
     )
     if "lvedv_r2" in metrics:

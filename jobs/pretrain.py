@@ -18,14 +18,14 @@ from kmtr.train import driver
 
 def run(words: list[str]) -> dict[str, Any]:
     config = recipe_config(words, __doc__ or "")
-    config, manifest = driver.resolve(config)
-    name, folder = driver.run_folder(config, manifest)
+    config, dataset = driver.resolve(config)
+    name, folder = driver.run_folder(config, dataset)
     done = driver.finished(folder)
     if done is not None:
         print(f"pretrain: {name} is finished, reused (run.fresh=true starts anew)")
         return asdict(done)
     print(
-        f"pretrain: {name}: {manifest.rows('train')} subjects, {config.reconstruct_steps} steps of reconstruction and "
+        f"pretrain: {name}: {dataset.rows('train')} subjects, {config.reconstruct_steps} steps of reconstruction and "
         f"{config.align_steps} of alignment, batch {config.data.global_batch} on {config.train.workers} worker(s), "
         f"ZeRO-{config.train.zero_stage}, {'bf16' if config.train.bf16 else 'fp32'}",
         flush=True,

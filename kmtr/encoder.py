@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.batch import Batch, collate
+from kmtr.data.reader import Loaded
 from kmtr.data.shards import schema, to_row
 from kmtr.model.encoder import line_encoder, static_dynamic_embedding
 from kmtr.model.tokenizers import LineTokenizer
@@ -47,7 +48,7 @@ class KSpaceEncoder:
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
-        lines = self.tokenizer(batch.kspace, known=batch.sampled, chosen=batch.sampled)
+        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
         encoded = self.module(lines, batch.padded)
         return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
 
@@ -65,13 +66,15 @@ class KSpaceEncoder:
             if name not in study.views:
                 raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
             shape = study.views[name].kspace.shape
-            if shape[1] != data.coils or (shape[3:] != data.matrix and not data.crop):
+            larger = shape[3] > data.matrix[0] or shape[4] > data.matrix[1]
+            if shape[1] > data.coils or (larger and not data.crop):
                 raise InputError(
-                    f"study: expected {name} with {data.coils} coils and matrix {data.matrix}, got axes {shape}"
+                    f"study: expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
                 )
+            sampling.check(data.matrix[0] if data.crop else shape[3], acceleration or 1, self.config.sampling.acs_lines)
         config = override(self.config, {"sampling.accelerations": (acceleration or 1,)})
         table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
-        batch = collate(table, config, epoch=0, purpose=sampling.VALIDATION).to(self.device)
+        batch = collate(Loaded(table), config, purpose=sampling.VALIDATION).to(self.device)
         return self.embed(batch)[0].float().cpu().numpy()
 
 

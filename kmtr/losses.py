@@ -17,21 +17,29 @@ def masked_reconstruction(
     target: Float[Tensor, "batch token feature"],
     padded: Bool[Tensor, "batch token"],
     kind: Literal["mse", "l1", "hdr"] = "mse",
+    blank: Bool[Tensor, "batch token feature"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean over the hidden tokens of each subject; 0 for a subject that has none.
 
     ``hdr`` is k-GIN's high-dynamic-range loss (|e| / (stopgrad|prediction| + 0.5))^2 over complex values (features are
     real and imaginary part, interleaved).
+
+    Args:
+        blank: features that are no data; a token's mean is over the others.
     """
     error = predicted.float() - target.float()
     if kind == "mse":
-        per_token = error.square().mean(-1)
+        per_feature = error.square()
     elif kind == "l1":
-        per_token = error.abs().mean(-1)
+        per_feature = error.abs()
     else:
         pairs = error.unflatten(-1, (-1, 2)).square().sum(-1)
         size = predicted.detach().float().unflatten(-1, (-1, 2)).square().sum(-1).sqrt()
-        per_token = (pairs / (size + HDR_EPS).square()).mean(-1)
+        per_feature = (pairs / (size + HDR_EPS).square()).repeat_interleave(2, -1)
+    if blank is None:
+        per_token = per_feature.mean(-1)
+    else:
+        per_token = per_feature.masked_fill(blank, 0.0).sum(-1) / (~blank).sum(-1).clamp(min=1)
     present = ~padded
     return (per_token * present).sum(-1) / present.sum(-1).clamp(min=1)
 

@@ -68,28 +68,37 @@ class Preparer:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, stage: str) -> Inputs:
-        visible = batch.sampled & ~batch.hidden
-        images = self.patches.images(batch.kspace, batch.padded)
+        visible, most = batch.sampled & ~batch.hidden, batch.counts.get
+        images = self.patches.images(batch)
         absent_patches = batch.padded.unflatten(2, (-1, self.config.model.patch[0])).all(-1)
         present = ~absent_patches[..., None, None].expand(batch.hidden_patches.shape)
-        both = stage == "align"
+        both, seen = stage == "align", batch.sampled
+        shown, withheld = most("visible_patches"), most("hidden_patches")
         return Inputs(
-            lines=self.lines(batch.kspace, known=visible, chosen=visible),
-            line_targets=self.lines(batch.kspace, known=batch.sampled, chosen=batch.hidden, visible=visible),
-            patches=self.patches(images, present & ~batch.hidden_patches),
-            patch_targets=self.patches(images, present & batch.hidden_patches),
-            all_lines=self.lines(batch.kspace, known=batch.sampled, chosen=batch.sampled) if both else None,
-            all_patches=self.patches(images, present) if both else None,
-            absent=batch.padded,
-            absent_patches=absent_patches,
+            lines=self.lines(batch, known=visible, chosen=visible, length=most("visible")),
+            line_targets=self.lines(batch, known=seen, chosen=batch.hidden, visible=visible, length=most("hidden")),
+            patches=self.patches(batch, images, present & ~batch.hidden_patches, shown),
+            patch_targets=self.patches(batch, images, present & batch.hidden_patches, withheld),
+            all_lines=self.lines(batch, known=seen, chosen=seen, length=most("sampled")) if both else None,
+            all_patches=self.patches(batch, images, present, present[0].numel()) if both else None,
+            absent=self.on_grid(batch.padded, batch.slots),
+            absent_patches=self.on_grid(absent_patches, batch.slots, self.config.model.patch[0]),
         )
+
+    def on_grid(self, absent: Bool[Tensor, "batch slice t"], slots: tuple[int, ...], every: int = 1) -> Tensor:
+        """Which (slice, t) of the configuration's grid of frame vectors hold no data, bool ``batch slice t``."""
+        whole = absent.new_ones(len(absent), self.config.data.slices, self.config.data.frames // every)
+        whole[:, torch.tensor(slots, device=absent.device), : absent.shape[2]] = absent
+        return whole
 
     @torch.no_grad()
     def queries(self, batch: Batch, queried: Bool[Tensor, "batch slice t ky"] | None = None) -> Inputs:
         """All acquired lines as input; as targets the positions to predict (their values are of no use)."""
-        lines = self.lines(batch.kspace, known=batch.sampled, chosen=batch.sampled)
-        targets = lines if queried is None else self.lines(batch.kspace, known=batch.sampled, chosen=queried)
-        return Inputs(lines, targets, None, None, None, None, batch.padded, batch.padded)
+        seen = batch.sampled
+        lines = self.lines(batch, known=seen, chosen=seen, length=batch.counts.get("sampled"))
+        targets = lines if queried is None else self.lines(batch, known=seen, chosen=queried)
+        absent = self.on_grid(batch.padded, batch.slots)
+        return Inputs(lines, targets, None, None, None, None, absent, absent)
 
 
 class Pretraining(nn.Module):
@@ -127,9 +136,8 @@ class Pretraining(nn.Module):
         if not aligned or self.config.align.reconstruct_weight:
             encoded = self.kspace_encoder(inputs.lines, inputs.absent)
             predicted = self.kspace_decoder(encoded, inputs.line_targets.index)
-            out["kspace"] = masked_reconstruction(
-                predicted, inputs.line_targets.values, inputs.line_targets.padded, loss
-            )
+            targets = inputs.line_targets
+            out["kspace"] = masked_reconstruction(predicted, targets.values, targets.padded, loss, targets.blank)
         if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
             encoded = self.image_encoder(inputs.patches, inputs.absent_patches)
             predicted = self.image_decoder(encoded, inputs.patch_targets.index)
@@ -164,11 +172,12 @@ def reconstruct(engine: Engine, micro: Sequence[Batch], prepare: Preparer, confi
     for batch in micro:
         out = engine(prepare(batch, "reconstruct"), "reconstruct")
         loss = _weigh(out, {"kspace": 1.0, "image": config.reconstruct.image_weight})
-        total.add("kspace_loss", out["kspace"])
+        real = ~batch.repeated
+        total.add("kspace_loss", out["kspace"], real)
         if "image" in out:
-            total.add("image_loss", out["image"])
-        total.add("loss", loss)
-        engine.backward(loss.sum() * _share(config, len(micro)))
+            total.add("image_loss", out["image"], real)
+        total.add("loss", loss, real)
+        engine.backward((loss * real).sum() * _share(batch, len(micro)))
     return total.step()
 
 
@@ -188,7 +197,7 @@ def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: Run
     if len(micro) == 1:
         outs = [engine(inputs[0], "align")]
         z = outs[0]["z"]
-    present = ~torch.cat([batch.padded for batch in micro]).all(-1)
+    present = ~torch.cat([x.absent for x in inputs]).all(-1) & ~torch.cat([b.repeated for b in micro])[:, None]
     key = torch.cat([batch.key for batch in micro])
     leaf = z.detach().float().requires_grad_()
     contrast = contrastive(leaf, present, key, config, total)
@@ -201,9 +210,9 @@ def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: Run
         first += len(batch)
         loss = (out["z"].float() * dz[rows]).sum() * _world() * len(micro)
         if "kspace" in out:
-            total.add("kspace_loss", out["kspace"])
+            total.add("kspace_loss", out["kspace"], ~batch.repeated)
             kept = _weigh(out, {"kspace": weight, "image": weight * config.reconstruct.image_weight})
-            loss = loss + kept.sum() * _share(config, len(micro))
+            loss = loss + (kept * ~batch.repeated).sum() * _share(batch, len(micro))
         engine.backward(loss)
     return total.step()
 
@@ -235,9 +244,9 @@ def contrastive(
                 excluded.masked_fill(~present.T[..., None], False),
                 config.align.temperature,
             )
-            counted = per_anchor[present.T]
-            total.add(f"infonce_{part}", counted)
-            total.add(f"top1_{part}", top[present.T].float())
+            counted = per_anchor.masked_fill(~present.T, 0.0)
+            total.add(f"infonce_{part}", counted, present.T)
+            total.add(f"top1_{part}", top, present.T)
             loss = loss + weight * counted.sum() / (2 * anchors)
     return loss
 
@@ -274,9 +283,9 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _share(config: RunConfig, micro: int) -> float:
+def _share(batch: Batch, micro: int) -> float:
     """Factor from a sum over a micro-batch to the global mean, given that the engine averages over both."""
-    return _world() * micro / config.data.global_batch
+    return _world() * micro / batch.real
 
 
 def _weigh(out: dict[str, Tensor], weights: dict[str, float]) -> Float[Tensor, " batch"]:
@@ -291,10 +300,10 @@ class _Sums:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
 
-    def add(self, name: str, values: Tensor) -> None:
-        values = values.detach().float().flatten()
-        self.sums[name] = self.sums.get(name, values.new_zeros(())) + values.sum()
-        self.counts[name] = self.counts.get(name, values.new_zeros(())) + values.numel()
+    def add(self, name: str, values: Tensor, counted: Tensor) -> None:
+        values, counted = values.detach().float(), counted.float()
+        self.sums[name] = self.sums.get(name, values.new_zeros(())) + (values * counted).sum()
+        self.counts[name] = self.counts.get(name, values.new_zeros(())) + counted.sum()
 
     def step(self) -> Step:
         return Step(self.sums, self.counts)

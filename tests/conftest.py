@@ -14,6 +14,7 @@ from hypothesis import settings
 from kmtr.config import RunConfig, override
 from kmtr.data import shards, statistics
 from kmtr.data.batch import Batch, collate
+from kmtr.data.reader import Dataset, Reader
 from kmtr.recipes import tiny
 from kmtr.types import PHENOTYPES, Study
 
@@ -77,22 +78,22 @@ def small(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def reader(small: RunConfig) -> shards.Reader:
+def reader(small: RunConfig) -> Reader:
     """Training rows of `dataset`, with all phenotypes."""
     columns = shards.columns_of(small.data.views, tuple(PHENOTYPES))
-    return shards.Reader(small.data.root, shards.read_manifest(small.data.root), "train", columns)
+    return Reader(Dataset.of(small.data.root), "train", columns)
 
 
 @pytest.fixture(scope="session")
-def tables(small: RunConfig, reader: shards.Reader) -> dict[str, torch.Tensor]:
+def tables(small: RunConfig, reader: Reader) -> dict[str, torch.Tensor]:
     """Population statistics of `dataset`; read only."""
     return statistics.fit(small, reader).tensors()
 
 
 @pytest.fixture
-def batch(small: RunConfig, reader: shards.Reader) -> Batch:
+def batch(small: RunConfig, reader: Reader) -> Batch:
     """The first eight training subjects, epoch 0."""
-    return collate(reader.read(range(8)), small, epoch=0).to(torch.device("cpu"))
+    return collate(reader.samples(range(8)), small).to(torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json, override
-from kmtr.data import shards
+from kmtr.data import pipeline
 from kmtr.data.batch import Batch, collate
-from kmtr.data.plan import Plan
+from kmtr.data.reader import Dataset
 from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining, Step
 
 CPU = torch.device("cpu")
@@ -63,11 +63,12 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[st
     base = from_json((Path(folder) / "config.json").read_text())
     tables = load_file(Path(folder) / "tables.safetensors")
     tables["static_mean"] = torch.view_as_complex(tables["static_mean"])
-    reader = shards.Reader(base.data.root, shards.read_manifest(base.data.root), "train", None)
-    table = reader.read(Plan(len(reader), base.data.global_batch).share(0, rank, world))
+    dataset = Dataset.of(base.data.root)
+    slot = pipeline.plan_of(base, dataset).share(0, rank, world)
+    samples = dataset.reader("train", base.data).samples(slot.row)
     for number, (stage, micro, changes) in enumerate(cases):
         config = override(base, changes)
-        result = step(config, stage, collate(table, config, epoch=0).to(CPU), micro, tables, world)
+        result = step(config, stage, collate(samples, config, real=slot.real).to(CPU), micro, tables, world)
         if rank == 0:
             save_file({k: v.clone() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
     if world > 1:

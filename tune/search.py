@@ -50,7 +50,7 @@ from tune import space
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kmtr.data.shards import Manifest
+    from kmtr.data.reader import Dataset
 
 SCORE = "val/probe_r2"
 STATE = "search.json"
@@ -253,11 +253,11 @@ def run(words: list[str]) -> dict[str, Any]:
     os.environ.pop("MLFLOW_RUN_ID", None)
     config = recipe_config(words, __doc__ or "")
     config = override(config, {"train.checkpoint_every": config.train.eval_every})
-    config, manifest = driver.resolve(config)
-    check_probe(manifest)
+    config, dataset = driver.resolve(config)
+    check_probe(dataset)
     drawn = space.trials(config)
     name, folder = driver.run_folder(
-        override(config, {"run.name": config.run.name or search_name(config, manifest.digest)}), manifest
+        override(config, {"run.name": config.run.name or search_name(config, dataset.digest)}), dataset
     )
     ledger = Ledger(folder, name, drawn)
     best = ledger.best()
@@ -285,7 +285,7 @@ def run(words: list[str]) -> dict[str, Any]:
         resume_id=tracking.find_run(config.tracking.uri, config.tracking.experiment, name),
         tags={"search.trials": str(len(drawn))},
     )
-    tracking.log_dataset(config.tracking.uri, parent, Path(config.data.root).name, manifest.digest, config.data.root)
+    tracking.log_dataset(config.tracking.uri, parent, Path(config.data.root).name, dataset.digest, config.data.root)
     began = time.perf_counter()
     status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
     try:
@@ -313,18 +313,18 @@ def run(words: list[str]) -> dict[str, Any]:
     return outcome_of(parent, ledger, best)
 
 
-def check_probe(manifest: Manifest) -> None:
+def check_probe(dataset: Dataset) -> None:
     """Whether trials can be scored on this dataset.
 
     Raises:
         InputError: too few held-out subjects, or none with a label that the probe predicts.
     """
-    if manifest.rows("val") < MIN_HELD_OUT:
+    if dataset.rows("val") < MIN_HELD_OUT:
         raise InputError(
             f"data.root: a search scores held-out subjects, expected at least {MIN_HELD_OUT} in the split val, got "
-            f"{manifest.rows('val')}; write the dataset with shards.split=hash"
+            f"{dataset.rows('val')}; write the dataset with shards.split=hash"
         )
-    if not any(manifest.labels.get(name) for name in PROBED):
+    if not any(dataset.labels.get(name) for name in PROBED):
         raise InputError(f"data.root: a search scores {', '.join(PROBED)}, expected one of them as a label, got none")
 
 

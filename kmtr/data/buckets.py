@@ -61,7 +61,7 @@ class Waste:
         return 1 - float(self.held.sum() / self.cells.sum())
 
 
-def product(shapes: Int[np.ndarray, "*_ 5"]) -> Float[np.ndarray, "*_"]:
+def product(shapes: Int[np.ndarray, "*_ axis"]) -> Float[np.ndarray, "*_"]:
     """Cells of short-axis slices alone."""
     return np.prod(shapes, axis=-1, dtype=np.float64)
 

@@ -4,40 +4,108 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from kmtr.config import RunConfig
-from kmtr.data import shards
-from kmtr.data.batch import HostBatch, ahead, collate
+from kmtr.data import buckets, shards
+from kmtr.data.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
 from kmtr.data.plan import Plan
+from kmtr.data.reader import Dataset, Reader
+from kmtr.physics import sampling
 from kmtr.types import KmtrError, Study
 
 MAX_BLOCKS = 500
 """Ray Data tasks per graph: enough to overlap, few enough to start in seconds."""
 
 
-SLOTS_PER_BLOCK = 16
-"""Steps that one of several readers takes at a time."""
+MIN_AHEAD_BYTES = 64 << 20
+"""Object store of a worker's reading: room for blocks that are small beside it."""
 
 EXECUTOR_PAUSE_S = 0.02
 """Far below a training step, far above a turn of the executor (1 to 2 ms)."""
-
-MIN_AHEAD_BYTES = 64 << 20
-"""Object store of a worker's reading: room for blocks that are small beside it."""
 
 
 # ------------------------------------------------------------------------------------------------ plan -> batches
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The different batch shapes that the subjects of a split would need, each for itself.
+
+    Attributes:
+        counts: subjects of each.
+        held: mean complex samples of such a subject, its own padding (of a missing view, a shorter series) left out.
+        of: (dataset, index into its `Manifest.subject_shapes`) -> class.
+    """
+
+    shapes: tuple[Shape, ...]
+    counts: tuple[int, ...]
+    held: tuple[float, ...]
+    of: dict[tuple[int, int], int]
+
+
+def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> Classes:
+    found: dict[Shape, int] = {}
+    counts: list[int] = []
+    totals: list[int] = []
+    of: dict[tuple[int, int], int] = {}
+    for d, manifest in enumerate(dataset.manifests):
+        rows = [0] * len(manifest.subject_shapes)
+        for shard in manifest.shards:
+            if shard.split == split:
+                for count, number in shard.shapes:
+                    rows[number] += count
+        for number, subject in enumerate(manifest.subject_shapes):
+            at = of[d, number] = found.setdefault(shape_of(config, subject), len(found))
+            if at == len(counts):
+                counts.append(0)
+                totals.append(0)
+            counts[at] += rows[number]
+            totals[at] += rows[number] * cells_of(config, subject)
+    held = tuple(total / max(count, 1) for total, count in zip(totals, counts, strict=True))
+    return Classes(tuple(found), tuple(counts), held, of)
+
+
+def plan_of(config: RunConfig, dataset: Dataset) -> Plan:
+    """The order of training on a dataset, and the shapes of its batches.
+
+    Raises:
+        InputError: the dataset can't feed this configuration.
+    """
+    check_shapes(config, dataset)
+    classes = shape_classes(config, dataset)
+    batch = config.data.global_batch
+    shapes = buckets.choose(classes.shapes, classes.counts, config.plan.shapes, batch, partial(cells_in, config.data))
+    sources = dataset.sources("train", classes.of, config.data.weights)
+    return Plan(sources, batch, config.seed, config.plan.tail, config.plan.window, shapes)
+
+
+def shapes_of(plan: Plan) -> tuple[Shape, ...]:
+    """The batch shapes of a plan that `plan_of` made."""
+    assert plan.buckets is not None
+    return plan.buckets.shapes
+
+
+def padding_of(config: RunConfig, dataset: Dataset, plan: Plan) -> buckets.Waste:
+    """What the batches of an epoch pad, by shape."""
+    assert plan.buckets is not None
+    classes = shape_classes(config, dataset)
+    cells = partial(cells_in, config.data)
+    return buckets.waste(plan.buckets, classes.shapes, classes.counts, plan.global_batch, cells, classes.held)
+
+
 def batches(
     config: RunConfig,
-    reader: shards.Reader,
+    reader: Reader,
     plan: Plan,
     steps: range,
     rank: int,
@@ -49,58 +117,86 @@ def batches(
     Raises:
         DamagedShard: a file is not what the manifest says.
     """
-    read = _read_with_ray if config.data.loader == "ray" else _read_with_threads
-    tables = read(config, reader, plan, steps, rank, world_size)
-    stacked = (collate(table, config, plan.epoch(step), labels) for step, table in zip(steps, tables, strict=True))
-    yield from ahead(stacked, config.data.prefetch)
+    make = MakeBatch(config, reader, plan, steps.start, rank, world_size, tuple(labels))
+    yield from (_with_ray if config.data.loader == "ray" else _with_threads)(make, len(steps))
 
 
-class ReadSlots:
-    """An actor of Ray Data that reads this worker's slots (steps), one Arrow table each; it keeps the footers."""
+@dataclasses.dataclass(frozen=True)
+class MakeBatch:
+    """What a reader does, in a thread or an actor: the host batch of one step."""
 
-    def __init__(self, reader: shards.Reader, plan: Plan, first: int, rank: int, world_size: int):
-        self.reader, self.plan, self.first = reader, plan, first
-        self.rank, self.world_size = rank, world_size
+    config: RunConfig
+    reader: Reader
+    plan: Plan
+    first: int
+    rank: int
+    world_size: int
+    labels: tuple[str, ...]
 
-    def __call__(self, slots: pa.Table) -> Iterator[pa.Table]:
-        for slot in slots.column("item").to_pylist():
-            yield self.reader.read(self.plan.share(self.first + slot, self.rank, self.world_size))
+    def __call__(self, number: int, pin: bool = False) -> HostBatch:
+        slot = self.plan.share(self.first + number, self.rank, self.world_size)
+        return collate(
+            self.reader.samples(slot.row),
+            self.config,
+            shapes_of(self.plan)[slot.bucket],
+            slot.visit,
+            self.labels,
+            repeated=slot.repeated,
+            real=slot.real,
+            pin=pin,
+        )
+
+    @property
+    def largest(self) -> int:
+        """Bytes of a host batch's k-space at most."""
+        cells = int(cells_in(self.config.data, np.array(shapes_of(self.plan))).max())
+        return self.plan.global_batch // self.world_size * cells * 2 * self.reader.dtype.itemsize
 
 
-def _read_with_ray(
-    config: RunConfig, reader: shards.Reader, plan: Plan, steps: range, rank: int, world_size: int
-) -> Iterator[pa.Table]:
+class ReadSteps:
+    """An actor of Ray Data: steps in, each one's host batch out as one row that Ray neither merges nor splits."""
+
+    def __init__(self, make: MakeBatch):
+        self.make = make
+
+    def __call__(self, steps: pa.Table) -> Iterator[pa.Table]:
+        numbers = steps.column("item").to_pylist()
+        yield from (pack(batch) for batch in _in_order(self.make, numbers, 1, 1))
+
+
+def _with_ray(make: MakeBatch, steps: int) -> Iterator[HostBatch]:
     import ray
-    from ray.data import ActorPoolStrategy, ExecutionResources
+    from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
-    share = plan.global_batch // world_size
-    context = ray.data.DataContext.get_current()
+    data = make.config.data
+    context = DataContext.get_current()
+    block_size = context.target_max_block_size
     context.execution_options.preserve_order = True
     # Else Ray Data reads ahead until the object store is full, and takes the processors from training meanwhile.
-    bytes_ahead = (config.data.prefetch + 2) * config.data.readers * share * reader.bytes_per_row
     context.execution_options.resource_limits = ExecutionResources(
-        object_store_memory=max(bytes_ahead, MIN_AHEAD_BYTES)
+        object_store_memory=max((data.prefetch + 2) * data.readers * make.largest, MIN_AHEAD_BYTES)
     )
-    context.target_max_block_size = max(share * reader.bytes_per_row, 1 << 20)  # else 128 MiB gather before the first
+    context.target_max_block_size = 1  # a block is a batch, whatever its size
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = [Breathe]
-    # One reader streams all slots out of one block. from_items, since range and from_arrow run tasks that want a whole
+    # One reader streams all steps out of one block. from_items, since range and from_arrow run tasks that want a whole
     # CPU, which workers and readers may have taken. An actor, since Ray ends idle task processes, and starting one
     # costs seconds.
-    readers = config.data.readers
-    blocks = 1 if readers == 1 else min(-(-len(steps) // SLOTS_PER_BLOCK), MAX_BLOCKS)
-    dataset = ray.data.from_items(list(range(len(steps))), override_num_blocks=blocks).map_batches(
-        ReadSlots,
-        fn_constructor_args=(reader, plan, steps.start, rank, world_size),
-        compute=ActorPoolStrategy(size=readers),
+    blocks = 1 if data.readers == 1 else min(steps, MAX_BLOCKS)
+    dataset = ray.data.from_items(list(range(steps)), override_num_blocks=blocks).map_batches(
+        ReadSteps,
+        fn_constructor_args=(make,),
+        compute=ActorPoolStrategy(size=data.readers),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        num_cpus=config.data.read_cpus,
+        num_cpus=data.read_cpus,
     )
+    context.target_max_block_size = block_size  # the dataset has its copy
     try:
-        yield from dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=config.data.prefetch)
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=data.prefetch):
+            yield unpack(table, make.config)
     except Exception as error:
         damage = find_cause(error, shards.DamagedShard)
         if damage is None:
@@ -128,20 +224,24 @@ class Breathe:
         pass
 
 
-def _read_with_threads(
-    config: RunConfig, reader: shards.Reader, plan: Plan, steps: range, rank: int, world_size: int
-) -> Iterator[pa.Table]:
-    def read(step: int) -> pa.Table:
-        return reader.read(plan.share(step, rank, world_size))
+def _with_threads(make: MakeBatch, steps: int) -> Iterator[HostBatch]:
+    pin = torch.cuda.is_available() and make.config.train.device != "cpu"
+    data = make.config.data
+    yield from _in_order(partial(make, pin=pin), range(steps), data.readers, data.prefetch)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="kmtr-read") as pool:
-        remaining = iter(steps)
-        pending: list[Future[pa.Table]] = [pool.submit(read, s) for s in islice(remaining, config.data.prefetch)]
+
+def _in_order(
+    make: Callable[[int], HostBatch], numbers: Iterable[int], threads: int, ahead: int
+) -> Iterator[HostBatch]:
+    """``make(number)`` of each number in order, by `threads` threads, up to `ahead` of them not yet asked for."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="kmtr-read") as pool:
+        remaining = iter(numbers)
+        pending = deque(pool.submit(make, n) for n in islice(remaining, ahead))
         try:
             while pending:
-                table = pending.pop(0).result()
-                pending.extend(pool.submit(read, s) for s in islice(remaining, 1))
-                yield table
+                batch = pending.popleft().result()
+                pending.extend(pool.submit(make, n) for n in islice(remaining, 1))
+                yield batch
         finally:
             for future in pending:
                 future.cancel()
@@ -275,16 +375,20 @@ def write_dataset(
 
 
 def read_in_order(
-    reader: shards.Reader,
+    reader: Reader,
     rows: Iterable[int],
     size: int,
     config: RunConfig,
     labels: Sequence[str] = (),
-    purpose: int = 4,
+    purpose: int = sampling.VALIDATION,
 ) -> Iterator[HostBatch]:
-    """Batches of up to `size` subjects in the order given, patterns of epoch 0: for statistics,
-    validation, evaluation.
+    """Batches of up to `size` subjects of the configuration's full shape in the order given, draws of visit 0: for
+    statistics, validation, evaluation.
     """
     numbers = list(rows)
-    chunks = (numbers[i : i + size] for i in range(0, len(numbers), size))
-    yield from ahead((collate(reader.read(c), config, 0, labels, purpose) for c in chunks), config.data.prefetch)
+    chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+
+    def make(number: int) -> HostBatch:
+        return collate(reader.samples(chunks[number]), config, None, 0, labels, purpose)
+
+    yield from _in_order(make, range(len(chunks)), 1, config.data.prefetch)

@@ -1,9 +1,12 @@
 """A dataset on disk: Parquet shards, one row per subject, and ``manifest.json``.
 
-Payloads are `large_binary` columns, uncompressed, without dictionary or statistics: decoding is then a pointer, and a
-view that is not read costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil
-t ky kx 2``); float16 comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE
-under 1e-6 per line. Files are written under a temporary name and renamed, pages carry checksums.
+Payloads are `large_binary` columns, uncompressed (or LZ4), without dictionary or statistics: a view that is not read
+costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil t ky kx 2``); float16
+comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE under 1e-6 per line.
+Pages carry checksums. Files are written under a temporary name and renamed.
+
+Beside each shard lies its index: the small columns of all rows and where their payloads are (``<name>.index``, Arrow
+IPC). It is derived from the shard, checked against it at each read, and made anew where it is missing.
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data import storage
+from kmtr.data import pages, storage
 from kmtr.types import DISEASES, PHENOTYPES, VIEWS, InputError, KmtrError, Study, View
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had neither shapes nor the sizes of row groups in its manifest; `read_manifest` adds them."""
+
 FP16_PEAK = 6e4
 ROW_GROUP_BYTES = 1 << 20
 """Subjects smaller than this share a row group, since a row group is the unit of reading."""
@@ -39,7 +46,13 @@ class DamagedShard(KmtrError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file: name relative to the dataset's root, and what it must be."""
+    """One Parquet file: name relative to the dataset's root, and what it must be.
+
+    Attributes:
+        index: SHA-256 of the index beside it.
+        groups: row groups in file order, as runs of (row groups, rows in each).
+        shapes: shapes of the rows in file order, as runs of (rows, index into `Manifest.subject_shapes`).
+    """
 
     name: str
     split: str
@@ -47,6 +60,9 @@ class Shard:
     row_groups: int
     bytes: int
     sha256: str
+    index: str = ""
+    groups: tuple[tuple[int, int], ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,8 @@ class Manifest:
 
     Attributes:
         shards: in the order that numbers the rows of a split.
-        shapes: view -> the different ``slice coil t ky kx`` shapes in it.
+        subject_shapes: the different shapes of a whole subject: view -> ``slice coil t ky kx``. `Shard.shapes` counts
+            in them.
         labels: label -> number of subjects that have it.
         undersampled: views in which some source was undersampled.
         source: how the dataset was made.
@@ -63,7 +80,7 @@ class Manifest:
 
     dtype: str
     shards: tuple[Shard, ...]
-    shapes: dict[str, list[list[int]]]
+    subject_shapes: tuple[dict[str, list[int]], ...]
     labels: dict[str, int] = field(default_factory=dict)
     undersampled: tuple[str, ...] = ()
     source: str = ""
@@ -73,9 +90,23 @@ class Manifest:
         return sum(s.rows for s in self.shards if s.split == split)
 
     @property
+    def shapes(self) -> dict[str, list[list[int]]]:
+        """View -> the different ``slice coil t ky kx`` shapes in it."""
+        views: dict[str, list[list[int]]] = {}
+        for subject in self.subject_shapes:
+            for view, shape in subject.items():
+                if shape not in views.setdefault(view, []):
+                    views[view].append(shape)
+        return {view: sorted(shapes) for view, shapes in views.items()}
+
+    @property
     def digest(self) -> str:
         """Identity of the data: SHA-256 over the shards' own."""
-        return hashlib.sha256("".join(s.split + s.sha256 for s in self.shards).encode()).hexdigest()
+        return digest_of(shard.split + shard.sha256 for shard in self.shards)
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def split_of(subject_id: str) -> str:
@@ -190,20 +221,20 @@ def raw_kspace(table: pa.Table, row: int, view: str) -> tuple[np.ndarray, float]
     Returns:
         float16 or float32 ``slice coil t ky kx 2``, read-only, in Arrow's memory; k-space = values * scale.
     """
-    column = f"kspace_{view}"
-    if column not in table.column_names:
+    if f"kspace_{view}" not in table.column_names:
         return None
-    array = table.column(column).slice(row, 1).chunk(0)
-    if array.null_count:
+    payload = pages.payload_of(table.column(f"kspace_{view}"), row)
+    if payload is None:
         return None
     shape = table.column(f"shape_{view}")[row].as_py()
-    dtype = table.schema.metadata[b"kmtr.dtype"].decode()
-    # Through the buffers, since taking an element of a binary column copies it.
-    _, offsets, memory = array.buffers()
-    first, last = np.frombuffer(offsets, np.int64)[array.offset : array.offset + 2].tolist()
-    stored = np.frombuffer(memory.slice(first, last - first), dtype).reshape(*shape, 2)
+    stored = np.frombuffer(payload, stored_dtype(table.schema)).reshape(*shape, 2)
     stored.flags.writeable = False  # Arrow's memory is shared with whoever else holds the table
     return stored, table.column("scale")[row].as_py()
+
+
+def stored_dtype(schema: pa.Schema) -> np.dtype:
+    """Of k-space in a table or shard."""
+    return np.dtype(schema.metadata[b"kmtr.dtype"].decode())
 
 
 def unpack(packed: bytes, shape: tuple[int, int, int]) -> np.ndarray:
@@ -217,77 +248,154 @@ def _value(table: pa.Table, column: str, row: int) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+PAYLOADS = tuple(f"{kind}_{view}" for kind in ("kspace", "segmentation") for view in VIEWS)
 
-def write_shard(root: str, name: str, split: str, studies: Iterable[Study], dtype: str) -> tuple[Shard, dict[str, Any]]:
-    """Write one shard, whole or not at all, and beside it what the manifest needs (``<name>.json``: makes a rerun skip
-    it).
+
+def write_shard(
+    root: str, name: str, split: str, studies: Iterable[Study], dtype: str, compression: str = "none"
+) -> tuple[Shard, dict[str, Any]]:
+    """Write one shard, whole or not at all, and its index, which makes a rerun skip it.
+
+    Args:
+        compression: of k-space, ``none`` or ``lz4``.
 
     Returns:
-        The shard (0 rows: no file was written) and a summary: shapes, labels, undersampled views.
+        The shard (0 rows: no file was written) and a summary: subject shapes, labels, undersampled views.
     """
-    store, base = storage.open_root(root)
-    store.create_dir(f"{base}/shards", recursive=True)
-    sink = io.BytesIO()
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    labels: dict[str, int] = {}
+    subject_shapes: list[dict[str, list[int]]] = []
+    labels = dict.fromkeys(LABELS, 0)
     undersampled: set[str] = set()
-    writer: pq.ParquetWriter | None = None
-    rows = groups = per_group = 0
+    shapes: list[list[int]] = []
     pending: list[dict[str, Any]] = []
-    for study in studies:
-        row = to_row(study, dtype)
-        pending.append(row)
-        rows += 1
-        for view_name, view in study.views.items():
-            shapes.setdefault(view_name, set()).add(view.kspace.shape)
-            if view.sampled is not None:
-                undersampled.add(view_name)
-        for label in LABELS:
-            labels[label] = labels.get(label, 0) + (row[label] is not None)
-        if writer is None:
-            payload = sum(len(row[f"kspace_{v}"]) for v in study.views)
-            per_group = max(1, ROW_GROUP_BYTES // payload)
-            writer = _writer(sink, dtype)
-        if len(pending) == per_group:
-            writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
-            groups += 1
-            pending.clear()
-    if writer is None:
-        return Shard(name, split, 0, 0, 0, ""), {"shapes": {}, "labels": {}, "undersampled": []}
-    if pending:
-        writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
-        groups += 1
-    writer.close()
-    content = sink.getvalue()
-    path = f"shards/{name}.parquet"
-    storage.write_atomic(store, f"{base}/{path}", content)
-    shard = Shard(path, split, rows, groups, len(content), hashlib.sha256(content).hexdigest())
+    studies = iter(studies)
+    first = next(studies, None)
+    if first is None:
+        return Shard(name, split, 0, 0, 0, ""), {"subject_shapes": [], "labels": {}, "undersampled": []}
+    per_group = max(1, ROW_GROUP_BYTES // payload_bytes(first, dtype))
+    with storage.writing(root, f"shards/{name}.parquet") as sink:
+        hashing = _Hashing(sink)
+        with _writer(hashing, dtype, compression) as writer:
+            for study in chain([first], studies):
+                row = to_row(study, dtype)
+                shape = {view_name: list(view.kspace.shape) for view_name, view in study.views.items()}
+                if shape not in subject_shapes:
+                    subject_shapes.append(shape)
+                _count(shapes, subject_shapes.index(shape))
+                undersampled |= {view_name for view_name, view in study.views.items() if view.sampled is not None}
+                for label in LABELS:
+                    labels[label] += row[label] is not None
+                pending.append(row)
+                if len(pending) == per_group:
+                    writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
+                    pending.clear()
+            if pending:
+                writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
+        sink.flush()
+        file = pq.ParquetFile(sink.name)
+        index = index_of(file)
+        groups = pages.group_rows(file.metadata)
+    shard = Shard(
+        name=f"shards/{name}.parquet",
+        split=split,
+        rows=len(index),
+        row_groups=sum(n for n, _ in groups),
+        bytes=hashing.bytes,
+        sha256=hashing.sha256.hexdigest(),
+        groups=_runs(groups),
+        shapes=_runs(shapes),
+    )
     summary = {
-        "shapes": {v: sorted(map(list, s)) for v, s in shapes.items()},
+        "subject_shapes": subject_shapes,
         "labels": {k: n for k, n in labels.items() if n},
         "undersampled": sorted(undersampled),
     }
-    storage.write_atomic(store, f"{base}/shards/{name}.json", json.dumps({"shard": asdict(shard)} | summary).encode())
-    return shard, summary
+    content = _index_bytes(index, shard, summary)
+    store, base = storage.open_root(root)
+    storage.write_atomic(store, f"{base}/{index_name(shard.name)}", content)
+    return replace(shard, index=hashlib.sha256(content).hexdigest()), summary
+
+
+def payload_bytes(study: Study, dtype: str) -> int:
+    """Bytes of a study's k-space as stored."""
+    return sum(view.kspace.size for view in study.views.values()) * 2 * np.dtype(dtype).itemsize
 
 
 def finished_shard(root: str, name: str) -> tuple[Shard, dict[str, Any]] | None:
     """What `write_shard` returned in an earlier run, or None."""
     store, base = storage.open_root(root)
-    path = f"{base}/shards/{name}.json"
+    path = f"{base}/shards/{name}.index"
     if not storage.exists(store, path):
         return None
-    summary = json.loads(storage.read_bytes(store, path))
-    shard = Shard(**summary.pop("shard"))
+    content = storage.read_bytes(store, path)
+    with pa.ipc.open_file(pa.py_buffer(content)) as file:
+        summary = json.loads(file.schema.metadata[b"kmtr.summary"])
+    shard = _shard(summary.pop("shard") | {"index": hashlib.sha256(content).hexdigest()})
     return (shard, summary) if storage.exists(store, f"{base}/{shard.name}") else None
 
 
-def _writer(sink: Any, dtype: str) -> pq.ParquetWriter:
-    compression = {f.name: "NONE" for f in schema(dtype)} | {f"segmentation_{v}": "LZ4" for v in VIEWS}
+def index_name(shard: str) -> str:
+    """Name of the index beside a shard."""
+    return shard.removesuffix(".parquet") + ".index"
+
+
+def index_of(file: pq.ParquetFile) -> pa.Table:
+    """All small columns of a shard and ``place_<payload>`` (start and bytes of a page, -1 where pyarrow must read)."""
+    names = file.schema_arrow.names
+    payloads = [name for name in PAYLOADS if name in names]
+    index = file.read(columns=[name for name in names if name not in payloads], use_threads=False)
+    for name, places in pages.locate(file, payloads).items():
+        values = pa.FixedSizeListArray.from_arrays(pa.array(places.ravel()), 2)
+        index = index.append_column(f"place_{name}", values)
+    return index.combine_chunks()
+
+
+def _index_bytes(index: pa.Table, shard: Shard, summary: dict[str, Any]) -> bytes:
+    metadata = dict(index.schema.metadata) | {b"kmtr.summary": json.dumps({"shard": asdict(shard)} | summary).encode()}
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, index.schema.with_metadata(metadata)) as writer:
+        writer.write_table(index.replace_schema_metadata(metadata))
+    return sink.getvalue().to_pybytes()
+
+
+class _Hashing(io.RawIOBase):
+    """A file that counts and hashes what goes through."""
+
+    def __init__(self, sink: Any):
+        self.sink, self.sha256, self.bytes = sink, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sink.write(data)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return len(data)
+
+
+def _count(runs: list[list[int]], value: int) -> None:
+    """One more `value` at the end of run-length coded [count, value]."""
+    if runs and runs[-1][1] == value:
+        runs[-1][0] += 1
+    else:
+        runs.append([1, value])
+
+
+def _runs(runs: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((int(a), int(b)) for a, b in runs)
+
+
+def _shard(fields: dict[str, Any]) -> Shard:
+    return Shard(**fields | {key: _runs(fields[key]) for key in ("groups", "shapes")})
+
+
+def _writer(sink: Any, dtype: str, compression: str) -> pq.ParquetWriter:
+    codecs = {f.name: "NONE" for f in schema(dtype)} | {f"segmentation_{v}": "LZ4" for v in VIEWS}
+    codecs |= {f"kspace_{v}": compression.upper() for v in VIEWS}
     return pq.ParquetWriter(
         sink,
         schema(dtype),
-        compression=compression,
+        compression=codecs,
         use_dictionary=False,
         write_statistics=False,
         write_page_checksum=True,
@@ -296,23 +404,28 @@ def _writer(sink: Any, dtype: str) -> pq.ParquetWriter:
 
 def write_manifest(root: str, parts: Sequence[tuple[Shard, dict[str, Any]]], dtype: str, source: str) -> Manifest:
     """Collect finished shards into ``manifest.json``; the dataset exists from then on."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
+    subject_shapes: list[dict[str, list[int]]] = []
     labels: dict[str, int] = {}
-    for _, summary in parts:
-        for view, seen in summary["shapes"].items():
-            shapes.setdefault(view, set()).update(map(tuple, seen))
+    shards = []
+    for shard, summary in parts:
+        for shape in summary["subject_shapes"]:
+            if shape not in subject_shapes:
+                subject_shapes.append(shape)
+        number = [subject_shapes.index(shape) for shape in summary["subject_shapes"]]
+        if shard.rows:
+            shards.append(replace(shard, shapes=tuple((rows, number[i]) for rows, i in shard.shapes)))
         for label, count in summary["labels"].items():
             labels[label] = labels.get(label, 0) + count
     manifest = Manifest(
         dtype=dtype,
-        shards=tuple(shard for shard, _ in parts if shard.rows),
-        shapes={v: sorted(map(list, s)) for v, s in shapes.items()},
+        shards=tuple(shards),
+        subject_shapes=tuple(subject_shapes),
         labels=labels,
         undersampled=tuple(sorted({v for _, summary in parts for v in summary["undersampled"]})),
         source=source,
     )
     store, base = storage.open_root(root)
-    content = json.dumps(asdict(manifest) | {"digest": manifest.digest}, indent=1)
+    content = json.dumps(asdict(manifest) | {"digest": manifest.digest}, separators=(",", ":"))
     storage.write_atomic(store, f"{base}/manifest.json", content.encode())
     return manifest
 
@@ -324,10 +437,10 @@ def present(root: str) -> bool:
 
 
 def read_manifest(root: str) -> Manifest:
-    """The manifest of a dataset.
+    """The manifest of a dataset; one of an earlier schema version is brought up to date in memory.
 
     Raises:
-        InputError: no dataset there, or one of another schema version.
+        InputError: no dataset there, or one that a newer version wrote.
     """
     store, base = storage.open_root(root)
     path = f"{base}/manifest.json"
@@ -339,17 +452,48 @@ def read_manifest(root: str) -> Manifest:
         content = json.loads(storage.read_bytes(store, path))
         digest = content.pop("digest")
         version = content["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise InputError(f"{path}: expected schema version {SCHEMA_VERSION}, got {version}")
-        shards = tuple(Shard(**s) for s in content.pop("shards"))
-        manifest = Manifest(shards=shards, undersampled=tuple(content.pop("undersampled")), **content)
-    except (ValueError, TypeError, KeyError) as error:
+        if version not in (1, SCHEMA_VERSION):
+            raise InputError(f"{path}: expected schema version 1 to {SCHEMA_VERSION}, got {version}; update kmtr")
+        if version == 1:
+            content = _from_version_1(root, content)
+        manifest = Manifest(
+            shards=tuple(_shard(fields) for fields in content.pop("shards")),
+            subject_shapes=tuple(content.pop("subject_shapes")),
+            undersampled=tuple(content.pop("undersampled")),
+            **content,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: expected a manifest, got invalid content ({type(error).__name__})") from None
     if manifest.digest != digest:
         raise InputError(f"{path}: its digest does not match its shards; write the dataset anew")
     return manifest
+
+
+def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of version 1 as one of version 2: row groups and shapes are read from the shards."""
+    subject_shapes: list[dict[str, list[int]]] = []
+    shards = []
+    store, base = storage.open_root(root)
+    for fields in content["shards"]:
+        try:
+            with store.open_input_file(f"{base}/{fields['name']}") as source:
+                file = pq.ParquetFile(source)
+                columns = [f"shape_{view}" for view in VIEWS]
+                rows = file.read(columns=columns, use_threads=False).to_pylist()
+                groups = pages.group_rows(file.metadata)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{fields['name']}: expected a shard, got: {first_line(error)}; restore it") from None
+        shapes: list[list[int]] = []
+        for row in rows:
+            shape = {view: row[f"shape_{view}"] for view in VIEWS if row[f"shape_{view}"] is not None}
+            if shape not in subject_shapes:
+                subject_shapes.append(shape)
+            _count(shapes, subject_shapes.index(shape))
+        shards.append(fields | {"groups": groups, "shapes": shapes})
+    rest = {key: value for key, value in content.items() if key != "shapes"}
+    return rest | {"shards": shards, "subject_shapes": subject_shapes, "schema_version": SCHEMA_VERSION}
 
 
 def preflight(root: str, manifest: Manifest) -> None:
@@ -359,83 +503,29 @@ def preflight(root: str, manifest: Manifest) -> None:
         InputError: names the shard, what was expected and what is there.
     """
     store, base = storage.open_root(root)
-    for info, shard in zip(
-        store.get_file_info([f"{base}/{s.name}" for s in manifest.shards]), manifest.shards, strict=True
-    ):
-        if info.size is None:
-            raise InputError(
-                f"{shard.name}: expected a shard of {shard.bytes} bytes, got no file; restore or rewrite it"
-            )
-        if info.size != shard.bytes:
-            raise InputError(
-                f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; "
-                "restore or rewrite it"
-            )
-        with store.open_input_file(f"{base}/{shard.name}") as file:
-            try:
-                groups = pq.ParquetFile(file).metadata.num_row_groups
-            except (pa.ArrowInvalid, OSError):
-                groups = -1
-        if groups != shard.row_groups:
-            raise InputError(f"{shard.name}: expected a Parquet footer with {shard.row_groups} row groups; damaged")
+    with ThreadPoolExecutor(16) as pool:
+        for _ in pool.map(lambda shard: _preflight(store, base, shard), manifest.shards):
+            pass
 
 
-class Reader:
-    """Rows of one split by their number; keeps the footers of opened shards.
+def _preflight(store: Any, base: str, shard: Shard) -> None:
+    info = store.get_file_info(f"{base}/{shard.name}")
+    if info.size is None:
+        raise InputError(f"{shard.name}: expected a shard of {shard.bytes} bytes, got no file; restore or rewrite it")
+    if info.size != shard.bytes:
+        raise InputError(
+            f"{shard.name}: expected {shard.bytes} bytes, got {info.size}: truncated or changed; restore or rewrite it"
+        )
+    with store.open_input_file(f"{base}/{shard.name}") as file:
+        file.seek(shard.bytes - 8)
+        tail = file.read(8)
+    footer = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or not 0 < footer < shard.bytes - 8:
+        raise InputError(f"{shard.name}: expected a Parquet footer, got none; restore or rewrite it")
 
-    Args:
-        columns: read no others; a missing column is an error of the caller.
-    """
 
-    def __init__(self, root: str, manifest: Manifest, split: str, columns: Sequence[str] | None, verify: bool = True):
-        self.root, self.split, self.columns, self.verify = root, split, columns, verify
-        self.shards = [s for s in manifest.shards if s.split == split]
-        self.first = np.cumsum([0, *(s.rows for s in self.shards)])
-        self._files: dict[int, pq.ParquetFile] = {}
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    @property
-    def bytes_per_row(self) -> int:
-        """On disk, all columns."""
-        return sum(s.bytes for s in self.shards) // max(len(self), 1)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
-
-    def read(self, rows: Sequence[int] | np.ndarray) -> pa.Table:
-        """The rows in the order given; payloads are slices of what was read, not copies.
-
-        Raises:
-            DamagedShard: a file is missing, truncated, or a page does not match its checksum.
-        """
-        return pa.concat_tables([self._row(int(row)) for row in rows])
-
-    def _row(self, row: int) -> pa.Table:
-        index = int(np.searchsorted(self.first, row, side="right")) - 1
-        shard = self.shards[index]
-        try:
-            file = self._open(index)
-            offset = row - int(self.first[index])
-            for group in range(file.metadata.num_row_groups):
-                count = file.metadata.row_group(group).num_rows
-                if offset < count:
-                    table = file.read_row_group(group, columns=self.columns, use_threads=False)
-                    return table.slice(offset, 1)
-                offset -= count
-        except (pa.ArrowException, OSError) as error:
-            self._files.pop(index, None)
-            reason = str(error).splitlines()[0]
-            raise DamagedShard(f"{shard.name}: expected readable pages, got: {reason}; restore or rewrite it") from None
-        raise DamagedShard(f"{shard.name}: expected {shard.rows} rows, got fewer; restore or rewrite it")
-
-    def _open(self, index: int) -> pq.ParquetFile:
-        if index not in self._files:
-            store, base = storage.open_root(self.root)
-            source = store.open_input_file(f"{base}/{self.shards[index].name}")
-            self._files[index] = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=self.verify)
-        return self._files[index]
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def columns_of(views: Sequence[str], labels: Sequence[str] = (), segmentation: bool = False) -> list[str]:

@@ -10,9 +10,10 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from kmtr.config import RunConfig
-from kmtr.data import pipeline, shards
+from kmtr.data import pipeline
 from kmtr.data.plan import permutation
-from kmtr.physics.fourier import magnitude_image
+from kmtr.data.reader import Reader
+from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import gauge, static_part
 
@@ -43,7 +44,7 @@ class Statistics:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def fit(config: RunConfig, reader: shards.Reader) -> Statistics:
+def fit(config: RunConfig, reader: Reader) -> Statistics:
     """Statistics of up to 256 training subjects, chosen by the seed: the same for any number of workers."""
     rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
     sums: dict[str, Tensor] = {}
@@ -60,10 +61,12 @@ def fit(config: RunConfig, reader: shards.Reader) -> Statistics:
     for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
         batch = host.to(torch.device("cpu"))
         present = ~batch.padded
+        coils = torch.arange(config.data.coils) < batch.extent[..., :1]
+        inside = coils[..., None] & centred(batch.extent[..., 2], config.data.matrix[1])[:, :, None]
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
         kspace = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
         static = static_part(kspace, visible)
-        seen = visible[:, :, None, :, :, None]
+        seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]
         ever = seen.any(3)
         add("mean", static, ever, (0,))
         add("square", static.abs().square(), ever, (0,))

@@ -225,8 +225,9 @@ def static_dynamic_embedding(
     x = frames.float()
     mean = (x * present).sum(2) / present.sum(2).clamp(min=1)
     deviation = (x - mean[:, :, None]) * present
+    count = present.sum(2).clamp(min=1)  # frames of the cycle: a shorter series is padded at its end
     t = torch.arange(frames.shape[2], device=frames.device)
-    angle = 2 * math.pi * (t + 0.5) / frames.shape[2]
+    angle = 2 * math.pi * (t + 0.5) / count
     basis = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    harmonic = torch.einsum("bstc,tk->bskc", deviation, basis) * (2 / frames.shape[2])
+    harmonic = torch.einsum("bstc,bstk->bskc", deviation, basis) * (2 / count[..., None])
     return mean, harmonic.flatten(2)

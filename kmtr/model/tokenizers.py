@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmtr.config import Data, Model
-from kmtr.physics.fourier import magnitude_image
+from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import gauge, static_part
+
+
+@runtime_checkable
+class Acquisition(Protocol):
+    """What the tokenizers read of a `data.batch.Batch`; see there."""
+
+    @property
+    def kspace(self) -> Tensor: ...
+    @property
+    def padded(self) -> Tensor: ...
+    @property
+    def extent(self) -> Tensor: ...
+    @property
+    def slots(self) -> tuple[int, ...]: ...
+    @property
+    def same(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -20,22 +37,27 @@ class Tokens:
 
     Attributes:
         values: normalised content of the tokens (zeros where padded).
-        index: position of each token in its grid: (slice, t, ky) of lines, (slice, t, y, x) of image patches.
+        index: position of each token in the configuration's grid: (slice, t, ky) of lines, (slice, t, y, x) of patches.
         padded: not a token.
+        blank: features of a token that are no data (a smaller matrix, fewer coils); None: all are.
     """
 
     values: Float[Tensor, "batch token feature"]
     index: Int[Tensor, "batch token axis"]
     padded: Bool[Tensor, "batch token"]
+    blank: Bool[Tensor, "batch token feature"] | None = None
 
     def __getitem__(self, rows: slice) -> Tokens:
-        return Tokens(*(getattr(self, f.name)[rows] for f in fields(self)))
+        blank = None if self.blank is None else self.blank[rows]
+        return Tokens(self.values[rows], self.index[rows], self.padded[rows], blank)
 
 
 def gather(
-    chosen: Bool[Tensor, batch * grid],
+    chosen: Bool[Tensor, batch * grid], length: int | None = None
 ) -> tuple[Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
-    """Positions of the chosen cells of a grid, in order, padded to the largest count.
+    """Positions of the chosen cells of a grid, in order, padded to `length` or the largest count.
+
+    A known length keeps the shape the same from step to step (compiled kernels) and asks nothing back from the device.
 
     Returns:
         index of each token on the grid's axes, and which tokens are padding (they point at some cell not chosen).
@@ -43,7 +65,7 @@ def gather(
     grid = chosen.shape[1:]
     flat = chosen.flatten(1)
     count = flat.sum(1)
-    length = max(int(count.max()), 1)
+    length = max(int(count.max()), 1) if length is None else min(max(length, 1), flat.shape[1])
     order = torch.argsort((~flat).to(torch.uint8), dim=1, stable=True)[:, :length]
     padded = torch.arange(length, device=flat.device) >= count[:, None]
     index, rest = [], order
@@ -82,32 +104,63 @@ class LineTokenizer:
 
     def __call__(
         self,
-        kspace: Complex[Tensor, "batch slice coil t ky kx"],
+        batch: Acquisition,
         known: Bool[Tensor, "batch slice t ky"],
         chosen: Bool[Tensor, "batch slice t ky"],
         visible: Bool[Tensor, "batch slice t ky"] | None = None,
+        length: int | None = None,
     ) -> Tokens:
         """Tokens of the `chosen` lines.
+
+        A batch of a smaller shape than the configuration's gives the same tokens as in a larger one: slices and lines
+        get their place in the full grid, coils and readout samples that it lacks are blank.
 
         Args:
             known: lines that the temporal mean is taken over.
             visible: lines that phase and gain are estimated from; `known` where not given.
+            length: of the sequence; see `gather`.
         """
+        kspace = batch.kspace
         factor = gauge(kspace, known if visible is None else visible)
-        central = kspace[..., self.kx]
+        coils, lines, readout = kspace.shape[2], kspace.shape[4], kspace.shape[5]
+        full = self.kx.stop - self.kx.start
+        width = min(full, readout)
+        inner = slice(full // 2 - width // 2, full // 2 - width // 2 + width)
+        central = kspace[..., readout // 2 - width // 2 :][..., :width]
         static = static_part(central, known)
-        index, padded = gather(chosen)
+        index, padded = gather(chosen, length)
         z, t, ky = index.unbind(-1)
+        place = torch.tensor(batch.slots, device=kspace.device)[z]
+        shift = self.data.matrix[0] // 2 - lines // 2
         row = torch.arange(len(kspace), device=kspace.device)[:, None]
         scale = factor[row, z][..., None]
         line, fixed = central[row, z, :, t, ky] / scale, static[row, z, :, ky] / scale
-        centred = (fixed - self.mean[z, :, ky]) / self.divisor["static"][z, :, ky]
+
+        def table(full_table: Tensor) -> Tensor:
+            return full_table[:, :coils, :, inner][place, :, ky + shift]
+
+        mean, divisor = table(self.mean), {part: table(values) for part, values in self.divisor.items()}
         if self.model.line_parts == "whole":
-            parts = [(line - self.mean[z, :, ky]) / self.divisor["static"][z, :, ky]]
+            parts = [(line - mean) / divisor["static"]]
         else:
-            parts = [(line - fixed) / self.divisor["dynamic"][z, :, ky], centred]
-        values = torch.view_as_real(torch.stack(parts, dim=2)).flatten(2)
-        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)
+            parts = [(line - fixed) / divisor["dynamic"], (fixed - mean) / divisor["static"]]
+        values = torch.stack(parts, dim=2)
+        blank = None
+        if not self._fills(batch):
+            extent = batch.extent[row, z]
+            absent = (torch.arange(self.data.coils, device=z.device) >= extent[..., :1])[..., None] | ~centred(
+                extent[..., 2], self.data.matrix[1]
+            )[..., None, self.kx]
+            values = nn.functional.pad(values, (inner.start, full - inner.stop, 0, self.data.coils - coils))
+            values = values.masked_fill(absent[:, :, None], 0.0)
+            blank = absent[:, :, None, :, :, None].expand(*values.shape, 2).flatten(2)
+        values = torch.view_as_real(values).flatten(2)
+        index = torch.stack([place, t, ky + shift], dim=-1)
+        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded, blank)
+
+    def _fills(self, batch: Acquisition) -> bool:
+        """Whether coils and readout of all subjects are the configuration's."""
+        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] == self.data.matrix[1]
 
     def parts(
         self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]
@@ -153,7 +206,7 @@ class PatchTokenizer:
     """Magnitude images as 3D patches (t, y, x), population mean taken off, scaled by one SD."""
 
     def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
-        self.patch = model.patch
+        self.patch, self.matrix = model.patch, data.matrix
         self.mean = tables["image_mean"].to(device)
         self.sd = tables["image_sd"].to(device)
 
@@ -162,20 +215,30 @@ class PatchTokenizer:
         pt, py, px = model.patch
         return pt * py * px
 
-    def images(
-        self, kspace: Complex[Tensor, "batch slice coil t ky kx"], padded: Bool[Tensor, "batch slice t"]
-    ) -> Float[Tensor, "batch slice t y x"]:
-        """Normalised magnitude images: unit RMS per subject, then the population's mean and SD taken off."""
-        return scale_image(magnitude_image(kspace), padded).sub_(self.mean[:, None]).div_(self.sd)
+    def images(self, batch: Acquisition) -> Float[Tensor, "batch slice t y x"]:
+        """Normalised magnitude images: unit RMS per subject, then the population's mean and SD taken off.
+
+        All have the configuration's full matrix: k-space of a smaller one is filled up with zeros, which keeps the
+        field of view and interpolates.
+        """
+        kspace = crop_or_pad(batch.kspace, self.matrix, (-2, -1))
+        mean = self.mean[torch.tensor(batch.slots, device=self.mean.device), None]
+        return scale_image(magnitude_image(kspace), batch.padded).sub_(mean).div_(self.sd)
 
     def __call__(
-        self, images: Float[Tensor, "batch slice t y x"], chosen: Bool[Tensor, "batch slice pt py px"]
+        self,
+        batch: Acquisition,
+        images: Float[Tensor, "batch slice t y x"],
+        chosen: Bool[Tensor, "batch slice pt py px"],
+        length: int | None = None,
     ) -> Tokens:
         """Tokens of the `chosen` patches of normalised images."""
         pt, py, px = self.patch
         cells = images.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
-        index, padded = gather(chosen)
+        index, padded = gather(chosen, length)
         z, t, y, x = index.unbind(-1)
         row = torch.arange(len(images), device=images.device)[:, None]
         values = cells[row, z, t, y, x].flatten(2)
+        place = torch.tensor(batch.slots, device=z.device)[z]
+        index = torch.stack([place, t, y, x], dim=-1)
         return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)

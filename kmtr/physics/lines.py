@@ -25,8 +25,8 @@ def gauge(
     """Phase of each slice and coil and gain of each subject: k-space divided by it is canonical.
 
     The phase is that of the sum over the visible central 4 x 4 samples (the image near the field of view's centre,
-    blurred); the gain is the RMS of the visible central lines, averaged over ky first so that it depends little on
-    which of them are visible.
+    blurred); the gain is the root of the mean energy of the visible central lines, averaged over ky first so that it
+    depends little on which of them are visible. Zeros around k-space change neither.
     """
     ny, nx = kspace.shape[-2:]
     ky = slice(ny // 2 - CENTRE // 2, ny // 2 + CENTRE // 2)
@@ -35,7 +35,7 @@ def gauge(
     centre = torch.where(seen, kspace[..., ky, :], 0)
     summed = centre[..., kx].sum((-3, -2, -1))
     count = seen.sum((1, 2, 3, 5))
-    energy = torch.view_as_real(centre).square().sum(-1).mean(-1).sum((1, 2, 3)) / count.clamp(min=1)
+    energy = torch.view_as_real(centre).square().sum((-2, -1)).sum((1, 2, 3)) / count.clamp(min=1)
     gain = (energy.sum(-1) / (count > 0).sum(-1).clamp(min=1)).sqrt()
     gain = torch.where(gain > 0, gain, torch.ones_like(gain))
     return torch.polar(gain[:, None, None].expand(summed.shape).contiguous(), summed.angle())

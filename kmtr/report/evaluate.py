@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
+from kmtr.data import pipeline
 from kmtr.data.batch import Batch
 from kmtr.data.plan import permutation
+from kmtr.data.reader import Dataset
 from kmtr.encoder import KSpaceEncoder
 from kmtr.metrics import Probe, bootstrap_r2, paired_bootstrap, probe
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
@@ -52,7 +53,7 @@ def low_resolution(batch: Batch) -> np.ndarray:
 
 def score(
     config: RunConfig,
-    manifest: shards.Manifest,
+    dataset: Dataset,
     encoders: dict[str, KSpaceEncoder],
     progress: Callable[[int, int], None],
 ) -> list[Scores]:
@@ -63,13 +64,12 @@ def score(
     Raises:
         InputError: no test subjects, or none of the targets is labelled.
     """
-    targets = [name for name in TARGETS if manifest.labels.get(name)]
+    targets = [name for name in TARGETS if dataset.labels.get(name)]
     if not targets:
         raise InputError(f"evaluate: expected at least one label of {', '.join(TARGETS)} in the dataset, got none")
-    columns = shards.columns_of(config.data.views, targets)
     rows, readers = {}, {}
     for split, count in (("train", config.evaluate.labels), ("test", config.evaluate.subjects)):
-        reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages != "never")
+        reader = dataset.reader(split, config.data)
         if len(reader) < 3:
             raise InputError(f"evaluate: expected at least 3 subjects in split {split}, got {len(reader)}")
         readers[split] = reader
@@ -89,7 +89,7 @@ def score(
                 for name, values in made.items():
                     features.setdefault(name, {}).setdefault(split, []).append(values)
                 labels.setdefault(split, []).append(batch.labels.cpu().numpy())
-                lines, cells = lines + int(batch.sampled.sum()), cells + batch.sampled.numel()
+                lines, cells = lines + int(batch.sampled.sum()), cells + int(batch.existing.sum())
                 done += len(batch)
                 progress(done, total)
         known = {split: np.concatenate(parts) for split, parts in labels.items()}

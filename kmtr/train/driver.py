@@ -16,9 +16,8 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
-from kmtr.data import shards, statistics, storage
-from kmtr.data.batch import check_shapes
-from kmtr.data.plan import Plan
+from kmtr.data import pipeline, statistics, storage
+from kmtr.data.reader import Dataset
 from kmtr.train.loop import train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
@@ -49,7 +48,7 @@ class Outcome:
     reused: bool = False
 
 
-def resolve(config: RunConfig) -> tuple[RunConfig, shards.Manifest]:
+def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
     """Everything that can be refused before a worker starts is refused here; paths become absolute.
 
     Raises:
@@ -59,35 +58,35 @@ def resolve(config: RunConfig) -> tuple[RunConfig, shards.Manifest]:
         config,
         {
             "data.root": storage.absolute(config.data.root),
+            "data.more": tuple(map(storage.absolute, config.data.more)),
             "storage.root": storage.absolute(config.storage.root),
             "tracking.uri": tracking.tracking_uri(config),
         },
     )
-    manifest = shards.read_manifest(config.data.root)
-    check_shapes(config.data, manifest)
-    subjects = manifest.rows("train")
+    dataset = Dataset.open(config.data)
+    pipeline.plan_of(config, dataset)
+    subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
         raise InputError(
             f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
             f"{subjects}; use stage=reconstruct"
         )
-    Plan(subjects, config.data.global_batch, config.seed)
-    if set(config.data.views) & set(manifest.undersampled) and (config.align_steps or config.reconstruct.image_weight):
+    if set(config.data.views) & dataset.undersampled and (config.align_steps or config.reconstruct.image_weight):
         raise InputError(
             "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
             "use stage=reconstruct reconstruct.image_weight=0"
         )
-    shards.preflight(config.data.root, manifest)
-    return config, manifest
+    dataset.preflight()
+    return config, dataset
 
 
-def run_folder(config: RunConfig, manifest: shards.Manifest) -> tuple[str, Path]:
+def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
     """Name and folder of the run that this configuration resumes; with ``run.fresh=true`` those of a new one.
 
     A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is
     deleted.
     """
-    base = config.run_name(manifest.digest)
+    base = config.run_name(dataset.digest)
     root = Path(config.storage.root)
     number = 1
     while (root / (f"{base}.{number + 1}")).is_dir():
@@ -129,14 +128,14 @@ def fit(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    config, manifest = resolve(config)
-    name, folder = run_folder(config, manifest)
+    config, dataset = resolve(config)
+    name, folder = run_folder(config, dataset)
     done = finished(folder)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(to_json(config))
-    tables = fitted_tables(config, manifest, folder)
+    tables = fitted_tables(config, dataset, folder)
     uri = config.tracking.uri
     run_id = tracking.open_run(
         config,
@@ -145,7 +144,7 @@ def fit(
         parent_id=parent_id,
         tags=tags,
     )
-    tracking.log_dataset(uri, run_id, Path(config.data.root).name, manifest.digest, config.data.root)
+    tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
     spool = folder / "spool"
     progress = f"progress-{name}-{os.getpid()}-{time.time_ns()}"
     job = {
@@ -213,7 +212,7 @@ def fit(
             log.warning("tracking: %s", error)
 
 
-def fitted_tables(config: RunConfig, manifest: shards.Manifest, folder: Path) -> dict[str, torch.Tensor]:
+def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str, torch.Tensor]:
     """Normalisation statistics of the run, fitted once and kept beside its checkpoints."""
     from safetensors.torch import load_file, save_file
 
@@ -221,8 +220,7 @@ def fitted_tables(config: RunConfig, manifest: shards.Manifest, folder: Path) ->
     if path.is_file():
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}
-    reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views))
-    fitted = statistics.fit(config, reader).tensors()
+    fitted = statistics.fit(config, dataset.reader("train", config.data)).tensors()
     temporary = path.with_suffix(".tmp")
     save_file({k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}, temporary)
     os.replace(temporary, path)

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
-from kmtr.data import pipeline, shards
-from kmtr.data.batch import HostBatch
-from kmtr.data.plan import Plan
+from kmtr.data import pipeline
+from kmtr.data.batch import Batch, HostBatch
+from kmtr.data.reader import Dataset
 from kmtr.objectives import STAGES, Preparer, Pretraining, Step
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, validation
@@ -81,13 +81,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     tables = {name: torch.from_numpy(array) for name, array in job["tables"].items()}
 
-    manifest = shards.read_manifest(config.data.root)
-    columns = shards.columns_of(config.data.views)
-    reader = shards.Reader(config.data.root, manifest, "train", columns, config.data.verify_pages != "never")
-    plan = Plan(len(reader), config.data.global_batch, config.seed)
+    dataset = Dataset.open(config.data)
+    reader = dataset.reader("train", config.data)
+    plan = pipeline.plan_of(config, dataset)
     prepare = Preparer(config, tables, device)
     engine = ShardedEngine(Pretraining(config), config, world, device)
-    validate = validation.Validation(config, manifest, prepare, tables, rank, world, device)
+    validate = validation.Validation(config, dataset, prepare, tables, rank, world, device)
 
     start = 0
     last = ray.train.get_checkpoint()
@@ -128,7 +127,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         rate = learning_rate(config, step)
         engine.update(rate, freeze_images=stage == "align" and not config.align.train_image_encoder)
         done = step + 1
-        watch.stepped(batch.sampled)
+        watch.stepped(host, batch)
 
         end_of_stage = done in (config.reconstruct_steps, config.total_steps)
         if done % config.train.log_every == 0 or done == 1 or end_of_stage:
@@ -198,23 +197,27 @@ class _Watch:
 
     def reset(self) -> None:
         self.began = self.mark = time.perf_counter()
-        self.wait_s, self.steps, self.lines, self.cells = 0.0, 0, 0, 0
+        self.wait_s, self.steps, self.bytes, self.data = 0.0, 0, 0, 0.0
+        self.lines: Tensor | int = 0
+        self.existing: Tensor | int = 0
 
     def waited(self) -> None:
         now = time.perf_counter()
         self.wait_s += now - self.mark
 
-    def stepped(self, sampled: Tensor) -> None:
+    def stepped(self, host: HostBatch, batch: Batch) -> None:
         self.steps += 1
-        self.lines += int(sampled.sum())
-        self.cells += sampled.numel()
+        self.lines = self.lines + batch.sampled.sum()
+        self.existing = self.existing + batch.existing.sum()
+        self.bytes += host.stored.nbytes
+        self.data += (1 - host.padding) * host.stored.nbytes
         self.mark = time.perf_counter()
 
     def rates(self, config: RunConfig, world: int, device: torch.device) -> dict[str, float]:
-        """subjects/s and acquired lines/s over all workers, share of time waiting for data, true R, peak
-        memory in GiB.
+        """subjects/s and acquired lines/s over all workers, share of time waiting for data, true R, share of
+        the batches that is padding, peak memory in GiB.
         """
-        seconds = time.perf_counter() - self.began
+        seconds, lines = time.perf_counter() - self.began, int(self.lines)
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**30
         else:
@@ -223,9 +226,10 @@ class _Watch:
             )
         rates = {
             "subjects_per_s": self.steps * config.data.global_batch / seconds,
-            "tokens_per_s": self.lines * world / seconds,
+            "tokens_per_s": lines * world / seconds,
             "data_wait_fraction": self.wait_s / seconds,
-            "true_acceleration": self.cells / max(self.lines, 1),
+            "true_acceleration": int(self.existing) / max(lines, 1),
+            "padding_fraction": 1 - self.data / max(self.bytes, 1),
             "memory_gib": peak,
         }
         self.reset()

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from kmtr import figures
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
+from kmtr.data import pipeline
 from kmtr.data.batch import Batch
 from kmtr.data.plan import permutation
+from kmtr.data.reader import Dataset, Reader
 from kmtr.metrics import probe
 from kmtr.objectives import Preparer
 from kmtr.physics.fourier import magnitude_image
@@ -35,7 +36,7 @@ class Validation:
     def __init__(
         self,
         config: RunConfig,
-        manifest: shards.Manifest,
+        dataset: Dataset,
         prepare: Preparer,
         tables: dict[str, torch.Tensor],
         rank: int,
@@ -46,13 +47,12 @@ class Validation:
         self.config = override(config, fixed)
         self.prepare, self.device = prepare, device
         self.rank, self.world = rank, world
-        self.labels = [name for name in PROBED if manifest.labels.get(name)]
-        columns = shards.columns_of(config.data.views, self.labels)
+        self.labels = [name for name in PROBED if dataset.labels.get(name)]
         self.shown = "Held-out subject"
-        self.readers: dict[str, shards.Reader] = {}
+        self.readers: dict[str, Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
-            reader = shards.Reader(config.data.root, manifest, split, columns, config.data.verify_pages != "never")
+            reader = dataset.reader(split, config.data)
             count = min(len(reader), config.train.eval_subjects) // world * world
             if split == "val" and count == 0:  # a dataset without a split: validate on what there is
                 reader, count = self.readers["train"], len(self.rows["train"])
@@ -113,7 +113,7 @@ class Validation:
         present = (~batch.padded).sum(-1)[0]
         z = int(torch.argmax((present == present.max()).to(torch.uint8) * (1 + _middle(len(present), self.device))))
         queried = torch.zeros_like(batch.sampled)
-        queried[:, z] = ~batch.padded[:, z, :, None]
+        queried[:, z] = batch.existing[:, z]
         inputs = self.prepare.queries(batch, queried)
         values = engine(inputs, "predict")["values"]
         filled = self.prepare.lines.fill(batch.kspace, batch.sampled, values, inputs.line_targets.index)
@@ -121,6 +121,8 @@ class Validation:
             return None
         frames = slice(0, int(present[z]))
         sampled = batch.sampled[0, z, frames].cpu().numpy()
+        shown = (slice(0, 1), slice(z, z + 1), frames)
+        r = true_acceleration(batch.sampled[shown], batch.existing[shown])
 
         def image(kspace: torch.Tensor) -> np.ndarray:
             return magnitude_image(kspace[0, z])[frames].cpu().numpy()
@@ -132,7 +134,7 @@ class Validation:
             image(kept),
             image(filled),
             image(batch.kspace),
-            f"{self.shown}, R = {true_acceleration(sampled):.2f} (true), family {self.config.sampling.family}",
+            f"{self.shown}, R = {float(r):.2f} (true), family {self.config.sampling.family}",
         )
 
 

@@ -1,10 +1,8 @@
-"""A batch: the slices and frames chosen, padding flagged, draws that depend on the subject alone, threads that end."""
+"""A batch: the slices and frames chosen, padding flagged, draws that depend on the subject alone."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline, shards
-from kmtr.data.batch import Batch, ahead, check_shapes, choose, collate
-from kmtr.data.plan import Plan
+from kmtr.data.batch import Batch, check_shapes, choose, collate
+from kmtr.data.reader import Dataset, Loaded, Reader
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.types import InputError, Study, View
@@ -30,11 +28,12 @@ def table_of(*studies: Study, dtype: str = "float32") -> pa.Table:
 
 
 def batch_of(config: RunConfig, *studies: Study, labels: Sequence[str] = ()) -> Batch:
-    return collate(table_of(*studies), config, 0, labels).to(CPU)
+    return collate(Loaded(table_of(*studies)), config, labels=labels).to(CPU)
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch) if f.name != "labels")
+    tensors = [f.name for f in fields(Batch) if isinstance(getattr(a, f.name), torch.Tensor) and f.name != "labels"]
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_values_are_the_study_s(small: RunConfig, study: Study) -> None:
     batch = batch_of(small, study, labels=("lvedv_ml", "dcm"))
     expected = np.concatenate([study.views["sax"].kspace, study.views["lax_4ch"].kspace])
     np.testing.assert_array_equal(batch.kspace[0], expected)
-    stored = collate(table_of(study, dtype="float16"), small, epoch=0).to(CPU).kspace[0].numpy()
+    stored = collate(Loaded(table_of(study, dtype="float16")), small).to(CPU).kspace[0].numpy()
     np.testing.assert_allclose(stored, expected, atol=1e-3 * abs(expected).max())
     assert not batch.padded.any()
     np.testing.assert_allclose(batch.labels[0, 0], study.labels["lvedv_ml"], rtol=1e-6)
@@ -107,21 +106,21 @@ def test_draws_have_the_configured_counts(batch: Batch, small: RunConfig) -> Non
     assert batch.hidden_patches.shape == (8, 3, 2, 4, 4)
 
 
-def test_draws_do_not_depend_on_the_company(small: RunConfig, reader: shards.Reader, batch: Batch) -> None:
+def test_draws_do_not_depend_on_the_company(small: RunConfig, reader: Reader, batch: Batch) -> None:
     for row in (0, 5):
-        assert same(collate(reader.read([row]), small, epoch=0).to(CPU), batch[row : row + 1])
-    assert same(collate(reader.read([5, 3]), small, epoch=0).to(CPU)[1:], batch[3:4])
+        assert same(collate(reader.samples([row]), small).to(CPU), batch[row : row + 1])
+    assert same(collate(reader.samples([5, 3]), small).to(CPU)[1:], batch[3:4])
 
 
-def test_epochs_seeds_and_purposes_draw_anew(small: RunConfig, reader: shards.Reader, batch: Batch) -> None:
-    table = reader.read(range(8))
+def test_epochs_seeds_and_purposes_draw_anew(small: RunConfig, reader: Reader, batch: Batch) -> None:
+    samples = reader.samples(range(8))
     for other in (
-        collate(table, small, epoch=1),
-        collate(table, override(small, {"seed": 1}), epoch=0),
-        collate(table, small, epoch=0, purpose=sampling.VALIDATION),
+        collate(samples, small, visit=1),
+        collate(samples, override(small, {"seed": 1})),
+        collate(samples, small, purpose=sampling.VALIDATION),
     ):
-        assert not torch.equal(other.rest["sampled"], batch.sampled)
-    assert not torch.equal(collate(table, small, epoch=1).rest["hidden_patches"], batch.hidden_patches)
+        assert not torch.equal(other.to(CPU).sampled, batch.sampled)
+    assert not torch.equal(collate(samples, small, visit=1).to(CPU).hidden_patches, batch.hidden_patches)
 
 
 def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study) -> None:
@@ -158,20 +157,20 @@ def test_an_undersampled_source_is_cropped_along_the_readout_alone(small: RunCon
 def test_a_dataset_that_does_not_fit_is_refused(small: RunConfig, tmp_path: Path) -> None:
     pattern = np.ones((2, 4, 32), bool)
     views = {"sax": numbered(2, 4, sampled=pattern), "lax_4ch": numbered(1, 4)}
-    manifest = write(tmp_path, {"train": [Study("p-1", views)]})
-    check_shapes(small.data, manifest)
+    write(tmp_path, {"train": [Study("p-1", views)]})
+    dataset = Dataset.of(str(tmp_path))
+    check_shapes(small, dataset)
     both = {"sampling.accelerations": (2,), "evaluate.accelerations": (2,)}
     for changes, said in (
         ({"data.views": ("sax", "lax_2ch")}, "data.views: expected views of the dataset (sax,lax_4ch), got lax_2ch"),
-        ({"data.coils": 2}, "data.coils: sax of the dataset has 1 coils, got data.coils=2"),
-        ({"data.matrix": (32, 64)}, "data.matrix: sax of the dataset is 32 x 32, got 32 x 64; set data.matrix=32,32"),
+        ({"data.matrix": (32, 16)}, "data.matrix: sax of the dataset is 32 x 32, got 32 x 16; set data.matrix=32,32"),
         ({"data.matrix": (16, 32), "data.crop": True} | both, "so its 32 lines can't become 16"),
         ({"data.frames": 10}, "data.frames: sax of the dataset has 4 frames, got data.frames=10"),
     ):
         with pytest.raises(InputError) as error:
-            check_shapes(override(small, changes).data, manifest)
+            check_shapes(override(small, changes), dataset)
         assert said in str(error.value)
-    check_shapes(override(small, {"data.matrix": (32, 16), "data.crop": True}).data, manifest)
+    check_shapes(override(small, {"data.matrix": (32, 16), "data.crop": True}), dataset)
 
 
 def test_slicing_a_batch_slices_all_of_it(batch: Batch) -> None:
@@ -180,74 +179,28 @@ def test_slicing_a_batch_slices_all_of_it(batch: Batch) -> None:
     assert torch.equal(batch[2:5].key, batch.key[2:5])
 
 
-# ----------------------------------------------------------------------------------------------------------- threads
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "a thread goes on"
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_ahead_keeps_order_and_ends_its_thread(depth: int) -> None:
-    before = threading.active_count()
-    assert list(ahead(range(20), depth)) == list(range(20))
-    wait_for(lambda: threading.active_count() <= before)
-
-
-def test_ahead_raises_the_producer_s_error_after_what_came_before() -> None:
-    def items() -> Iterator[int]:
-        yield 1
-        raise shards.DamagedShard("shards/train-0.parquet: damaged")
-
-    before = threading.active_count()
-    got = ahead(items(), 2)
-    assert next(got) == 1
-    with pytest.raises(shards.DamagedShard, match="damaged"):
-        next(got)
-    wait_for(lambda: threading.active_count() <= before)
-
-
-def test_ahead_stops_when_nobody_listens_any_more() -> None:
-    made: list[int] = []
-
-    def items() -> Iterator[int]:
-        for n in range(10**9):
-            made.append(n)
-            yield n
-
-    before = threading.active_count()
-    got = ahead(items(), 2)
-    assert isinstance(got, Generator)
-    assert next(got) == 0
-    got.close()
-    wait_for(lambda: threading.active_count() <= before)
-    assert len(made) <= 5  # it never runs farther ahead than it was told
-
-
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_workers_shares_make_the_global_batch(small: RunConfig, reader: shards.Reader, world: int) -> None:
-    plan = Plan(len(reader), 8, small.seed)
+def test_workers_shares_make_the_global_batch(small: RunConfig, reader: Reader, world: int) -> None:
+    plan = pipeline.plan_of(small, reader.dataset)
     steps = range(2, 5)  # of epochs 0 and 1
     ranks = [list(pipeline.batches(small, reader, plan, steps, rank, world)) for rank in range(world)]
     for position, step in enumerate(steps):
-        whole = collate(reader.read(plan.batch(step)), small, plan.epoch(step)).to(CPU)
+        whole = collate(reader.samples(plan.batch(step).row), small, visit=plan.epoch(step)).to(CPU)
         parts = [batches[position].to(CPU) for batches in ranks]
-        joined = Batch(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Batch)})
-        assert same(joined, whole)
+        tensors = [f.name for f in fields(Batch) if isinstance(getattr(whole, f.name), torch.Tensor)]
+        assert same(replace(whole, **{name: torch.cat([getattr(p, name) for p in parts]) for name in tensors}), whole)
 
 
 def test_a_damaged_shard_reaches_the_consumer_of_batches(small: RunConfig, tmp_path: Path) -> None:
     write(tmp_path, {"train": [simulated(i, small) for i in range(8)]})
-    reader = shards.Reader(str(tmp_path), shards.read_manifest(str(tmp_path)), "train", None)
+    dataset = Dataset.of(str(tmp_path))
+    reader, plan = dataset.reader("train", small.data), pipeline.plan_of(small, dataset)
     next((tmp_path / "shards").glob("*.parquet")).unlink()
     with pytest.raises(shards.DamagedShard):
-        list(pipeline.batches(small, reader, Plan(8, 8), range(3), 0, 1))
+        list(pipeline.batches(small, reader, plan, range(3), 0, 1))
 
 
-def test_reading_in_order_ends_with_a_smaller_batch(small: RunConfig, reader: shards.Reader) -> None:
+def test_reading_in_order_ends_with_a_smaller_batch(small: RunConfig, reader: Reader) -> None:
     batches = [host.to(CPU) for host in pipeline.read_in_order(reader, range(10), 4, small)]
     assert [len(b) for b in batches] == [4, 4, 2]
     assert batches[2].key[1] == np.uint64(sampling.subject_key("sim-0-0000009")).astype(np.int64)

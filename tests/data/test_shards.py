@@ -16,6 +16,7 @@ from cohort import simulated
 
 from kmtr.config import RunConfig
 from kmtr.data import shards
+from kmtr.data.reader import Dataset, Reader
 from kmtr.types import UNLABELLED, InputError, Study, View
 
 ONES = np.ones((2, 1, 3, 8, 8), np.complex64)
@@ -34,10 +35,8 @@ def one_view(kspace: np.ndarray = ONES, sampled: np.ndarray | None = None) -> St
     return Study("p-1", {"sax": View(kspace, sampled=sampled)})
 
 
-def rows_of(
-    root: str, split: str = "train", columns: Sequence[str] | None = None, verify: bool = True
-) -> shards.Reader:
-    return shards.Reader(root, shards.read_manifest(root), split, columns, verify)
+def rows_of(root: str, split: str = "train", columns: Sequence[str] | None = None, verify: str = "always") -> Reader:
+    return Reader(Dataset.of(root), split, columns, verify)
 
 
 # ---------------------------------------------------------------------------------------------------- Study <-> row
@@ -202,7 +201,7 @@ def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
     [
         (lambda m: "{", "invalid content"),
         (lambda m: json.dumps({k: v for k, v in m.items() if k != "digest"}), "invalid content"),
-        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1, got 99"),
+        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1 to 2, got 99"),
         (lambda m: json.dumps(m | {"surprise": 1}), "invalid content"),
         (lambda m: json.dumps(m | {"shards": m["shards"][1:]}), "digest does not match"),
     ],
@@ -243,8 +242,8 @@ def spoil_footer(path: Path) -> None:
         (Path.unlink, "got no file"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "truncated or changed"),
         (lambda path: path.write_bytes(path.read_bytes() + b"0"), "truncated or changed"),
-        (spoil_footer, "damaged"),
-        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "damaged"),
+        (spoil_footer, "expected a Parquet footer"),
+        (lambda path: path.write_bytes(bytes(path.stat().st_size)), "expected a Parquet footer"),
     ],
 )
 def test_preflight_names_the_damaged_shard(copy: Path, damage: Callable[[Path], object], said: str) -> None:
@@ -264,12 +263,14 @@ def test_a_flipped_byte_is_found_by_whoever_reads_it(copy: Path) -> None:
     shards.preflight(str(copy), shards.read_manifest(str(copy)))
     reader = rows_of(str(copy))
     assert len(reader.read([0, 1])) == 2  # the other shard
-    with pytest.raises(shards.DamagedShard, match=r"shards/train-1\.parquet: expected readable pages") as error:
+    with pytest.raises(
+        shards.DamagedShard, match=r"shards/train-1\.parquet, row group 0: expected readable pages"
+    ) as error:
         reader.read([2])
     assert "\n" not in str(error.value)
     with pytest.raises(shards.DamagedShard):
         rows_of(str(copy), columns=shards.columns_of(("sax",))).read([2])
-    assert len(rows_of(str(copy), verify=False).read([2])) == 1
+    assert len(rows_of(str(copy), verify="never").read([2])) == 1
 
 
 def test_a_file_lost_while_training_is_a_damaged_shard(copy: Path) -> None:
@@ -283,7 +284,7 @@ def test_a_finished_shard_is_found_again(copy: Path) -> None:
     found = shards.finished_shard(str(copy), "train-1")
     assert found is not None
     assert found[0] == shards.read_manifest(str(copy)).shards[1]
-    assert found[1]["shapes"] == {"sax": [[2, 1, 3, 8, 8]]}
+    assert found[1]["subject_shapes"] == [{"sax": [2, 1, 3, 8, 8]}]
     assert shards.finished_shard(str(copy), "train-2") is None
     (copy / "shards" / "train-1.parquet").unlink()
     assert shards.finished_shard(str(copy), "train-1") is None
@@ -298,7 +299,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
         shards.write_shard(str(tmp_path), "train-0", "train", studies(), "float32")
     assert not list((tmp_path / "shards").iterdir())
     empty, summary = shards.write_shard(str(tmp_path), "train-0", "train", [], "float32")
-    assert (empty.rows, summary["shapes"]) == (0, {})
+    assert (empty.rows, summary["subject_shapes"]) == (0, [])
     assert not list((tmp_path / "shards").iterdir())
 
 
@@ -306,6 +307,7 @@ KILLED = """
 import resource, signal, sys
 import numpy as np
 from kmtr.data import shards
+from kmtr.data.reader import Dataset, Reader
 from kmtr.types import Study, View
 study = Study("p-1", {"sax": View(np.ones((2, 1, 3, 64, 64), np.complex64))})
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kmtr.data import shards
+from kmtr.data.reader import Dataset, Reader
 from kmtr.data.sources import discover, read
 from kmtr.data.sources.cmrxrecon import read_pattern
 from kmtr.physics.fourier import ifft2c
@@ -30,8 +31,8 @@ def stored(path: Path, dtype: str, root: Path) -> View:
     if dtype == "study":
         return study.views["sax"]
     parts = [shards.write_shard(str(root), "train-00000", "train", [study], dtype)]
-    manifest = shards.write_manifest(str(root), parts, dtype, "test")
-    return shards.to_study(shards.Reader(str(root), manifest, "train", None).read([0])).views["sax"]
+    shards.write_manifest(str(root), parts, dtype, "test")
+    return shards.to_study(Reader(Dataset.of(str(root)), "train").read([0])).views["sax"]
 
 
 @pytest.mark.parametrize("file", ["cmrxrecon2024/cine_sax.mat", "cmrxrecon2025/underkslice_ktGaussian8.mat"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data import shards, statistics
+from kmtr.data import statistics
 
 pytestmark = pytest.mark.ray
 
@@ -23,7 +23,7 @@ def losses(job: dict[str, Any]) -> dict[str, list[float]]:
 
     from kmtr.config import from_json
     from kmtr.data import pipeline
-    from kmtr.data.plan import Plan
+    from kmtr.data.reader import Dataset
     from kmtr.objectives import STAGES, Preparer, Pretraining
     from kmtr.train.engine import ShardedEngine, learning_rate, stage_of
     from kmtr.train.loop import reduce
@@ -34,9 +34,8 @@ def losses(job: dict[str, Any]) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for name, text in job["variants"].items():
         config = from_json(text)
-        manifest = shards.read_manifest(config.data.root)
-        reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views))
-        plan = Plan(len(reader), config.data.global_batch, config.seed)
+        dataset = Dataset.open(config.data)
+        reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
         torch.manual_seed(config.seed)
         tables = {key: torch.from_numpy(table) for key, table in job["tables"].items()}
         engine = ShardedEngine(Pretraining(config), config, world, device)
@@ -62,8 +61,8 @@ def run(variants: dict[str, RunConfig], workers: int, folder: str) -> dict[str, 
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
     config = next(iter(variants.values()))
-    manifest = shards.read_manifest(config.data.root)
-    reader = shards.Reader(config.data.root, manifest, "train", shards.columns_of(config.data.views))
+    dataset = Dataset.open(config.data)
+    reader = dataset.reader("train", config.data)
     tables = {key: table.numpy() for key, table in statistics.fit(config, reader).tensors().items()}
     result = TorchTrainer(
         losses,

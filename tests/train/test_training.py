@@ -14,6 +14,7 @@ import pytest
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data import shards
+from kmtr.data.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import driver
@@ -48,8 +49,8 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
 
 def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp_path: Path) -> None:
     config = override(config, {"reconstruct.steps": 30, "align.steps": 4, "train.eval_every": 10})
-    resolved, manifest = driver.resolve(config)
-    name, folder = driver.run_folder(resolved, manifest)
+    resolved, dataset = driver.resolve(config)
+    name, folder = driver.run_folder(resolved, dataset)
     killed: list[int] = []
     thread = threading.Thread(target=kill_after_checkpoint, args=(folder, killed))
     thread.start()
@@ -75,7 +76,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert again.reused
     assert again.run_id == outcome.run_id
     encoder = load_encoder(outcome.encoder)
-    reader = shards.Reader(resolved.data.root, manifest, "test", None)
+    reader = Reader(dataset, "test")
     embedding = encoder(shards.to_study(reader.read([0])), acceleration=4)
     assert embedding.ndim == 1
     assert abs(embedding).sum() > 0
@@ -83,13 +84,13 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert {"encoder/encoder.safetensors", "encoder/config.json"} <= artifacts
     assert client(resolved.tracking.uri).list_artifacts(outcome.run_id, "figures")
     inputs = client(resolved.tracking.uri).get_run(outcome.run_id).inputs.dataset_inputs
-    assert inputs[0].dataset.digest == manifest.digest[:36]
+    assert inputs[0].dataset.digest == dataset.digest[:36]
 
 
 def failed(config: RunConfig) -> tuple[str, str]:
     """Message and MLflow status of a run that must fail, without a second try."""
-    resolved, manifest = driver.resolve(config)
-    name, _ = driver.run_folder(resolved, manifest)
+    resolved, dataset = driver.resolve(config)
+    name, _ = driver.run_folder(resolved, dataset)
     with pytest.raises(KmtrError) as caught:
         driver.fit(config, quiet=True)
     run_id = tracking.find_run(resolved.tracking.uri, config.tracking.experiment, name)
@@ -117,10 +118,10 @@ def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConf
         (root / "shards" / file.name).write_bytes(content)
     tables = driver.fitted_tables
     healthy = override(config, {"train.workers": 2})
-    resolved, manifest = driver.resolve(healthy)
+    resolved, dataset = driver.resolve(healthy)
     damaged = override(config, {"data.root": str(root)})
     # The statistics of the healthy data: the damage must first be met in training.
-    _, folder = driver.run_folder(driver.resolve(damaged)[0], manifest)
+    _, folder = driver.run_folder(driver.resolve(damaged)[0], dataset)
     folder.mkdir(parents=True)
     tables(resolved, manifest, folder)
     message, status = failed(damaged)
