@@ -1,7 +1,7 @@
 """python jobs/bench.py data [RECIPE] [key=value ...]      speed of reading beside other loaders, on the same bytes
 
-data                                                   each loader's rate, first batch, longest wait and memory; the recipe
-                                                       (base, unless given) says what a row is
+data                                                   each loader's rate, first batch, longest wait, memory;
+                                                       the recipe (base, unless given) says what a row is
 data plan.subjects=10000000 [plan.world_size=1024]     no files: how long the plan of so many subjects takes
 """
 

@@ -12,6 +12,7 @@ path delivers each row once an epoch, by sums over their bytes.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -66,9 +67,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     }
     config = override(config, one_worker)
     installed = versions(config.bench.peers)
-    for peer in config.bench.peers:
-        print(f"bench: {peer}, {installed.get(peer, MISSING)}", flush=True)
-    count = max(4 * BATCH, round(config.bench.gib * 2**30 / rows_of(config).bytes / BATCH) * BATCH)
+    for name in config.bench.peers:
+        print(f"bench: {name}, {installed.get(name, MISSING)}", flush=True)
+    count = max(4 * BATCH, round(config.bench.gib * 2**30 / rows_of(config, 1).bytes / BATCH) * BATCH)
     whole = written(config, "the dataset", count)
     small = written(config, "the one for epochs", max(4 * BATCH, count // BORDERS_SHARE // BATCH * BATCH))
     for peer in installed:
@@ -90,25 +91,24 @@ class Bytes:
     """One dataset in the format of each loader: ``folder/ours``, ``folder/streaming``, ...
 
     Attributes:
-        count: rows, a multiple of `BATCH`.
+        rows: their number is a multiple of `BATCH`.
         fingerprint: sum of `bench_peers.fingerprint` over all rows, modulo 2^64.
     """
 
     folder: Path
     rows: Rows
-    count: int
     fingerprint: int
 
     @property
     def bytes(self) -> int:
-        return self.count * self.rows.bytes
+        return self.rows.count * self.rows.bytes
 
 
 def noise(number: int, config: RunConfig) -> Study:
     """A subject of the recipe's shapes: uniform noise, a function of its number."""
     d = config.data
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([SEED, number])))
-    views = {}
+    views: dict[str, View] = {}
     for view in d.views:
         values = rng.random((d.slots(view), d.coils, d.frames, *d.matrix, 2), np.float32) - np.float32(0.5)
         views[view] = View(values.view(np.complex64)[..., 0])
@@ -121,10 +121,11 @@ def written(config: RunConfig, name: str, count: int) -> Bytes:
     Raises:
         InputError: no room for it.
     """
-    rows = rows_of(config)
+    rows = rows_of(config, count)
     shape = "x".join(map(str, rows.shape))
-    folder = Path(storage.absolute(config.bench.folder)) / f"{count}x{shape}-{rows.dtype}"
-    data = Bytes(folder, rows, count, 0)
+    layout = hashlib.sha256(f"{config.data.views} {config.data.sax_slices} {config.shards.rows}".encode()).hexdigest()
+    folder = Path(storage.absolute(config.bench.folder)) / f"{count}x{shape}-{rows.dtype}-{layout[:6]}"
+    data = Bytes(folder, rows, 0)
     root, told = str(folder / "ours"), folder / "rows.json"
     if not told.is_file():
         check_room(folder, data.bytes)
@@ -145,7 +146,7 @@ def written(config: RunConfig, name: str, count: int) -> Bytes:
         total = sum(fingerprint(rows.tensor(array)[None]) for array in arrays(Path(root)))
         told.write_text(json.dumps({"fingerprint": total % 2**64}))
         print(f"bench: {name}, {count} rows of {rows.bytes / 1e6:.1f} MB written in {since(began)}", flush=True)
-    return Bytes(folder, rows, count, json.loads(told.read_text())["fingerprint"])
+    return Bytes(folder, rows, json.loads(told.read_text())["fingerprint"])
 
 
 def translated(data: Bytes, peer: str) -> None:
@@ -157,7 +158,7 @@ def translated(data: Bytes, peer: str) -> None:
     began = time.perf_counter()
     source = str(data.folder / "ours")
     ask_peer(peer, {"do": "write", "peer": peer, "rows": asdict(data.rows), "source": source, "folder": str(folder)})
-    print(f"bench: {data.count} rows as {PEERS[peer].folder} in {since(began)}", flush=True)
+    print(f"bench: {data.rows.count} rows as {PEERS[peer].folder} in {since(began)}", flush=True)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -316,24 +317,17 @@ def summarise(config: RunConfig, measured: dict[str, Measured]) -> dict[str, Any
 def table(measured: dict[str, Measured], failed: dict[str, str], data: Bytes) -> Table:
     rows: list[tuple[str | float | None, ...]] = []
     for path, entry in measured.items():
-        bound = path in BOUNDS
-        rows.append(
-            (
-                path,
-                entry.rate,
-                f"{min(entry.gb_s):.2f} to {max(entry.gb_s):.2f}",
-                None if bound else statistics.median(entry.first_batch_s),
-                None if bound else max(entry.gap_s),
-                None if bound else max(entry.border_gap_s),
-                max(entry.memory_gib),
-            )
-        )
+        waits = (statistics.median(entry.first_batch_s), max(entry.gap_s), max(entry.border_gap_s))
+        spread = f"{min(entry.gb_s):.2f} to {max(entry.gb_s):.2f}"
+        rows.append((path, entry.rate, spread, *((None,) * 3 if path in BOUNDS else waits), max(entry.memory_gib)))
+    notes = ["raw and pyarrow stack no batches. Ray itself had started before its first batch."]
+    notes += [f"{peer}: {why}" for peer, why in failed.items()]
     return Table(
         caption=f"Rows of {data.rows.bytes / 1e6:.1f} MB in random order, {BATCH} to a tensor; "
         f"{data.bytes / 2**30:.1f} GiB in a warm page cache, {os.cpu_count()} CPUs",
         columns=("path", "GB/s", "of all rounds", "first batch s", "longest wait s", "at borders s", "memory GiB"),
-        rows=tuple(rows) + tuple((path, None, why, None, None, None, None) for path, why in failed.items()),
-        note="raw and pyarrow stack no batches. Ray itself had started before its first batch.",
+        rows=tuple(rows),
+        note="\n".join(notes),
         digits=2,
     )
 
@@ -351,7 +345,7 @@ def keep(config: RunConfig, result: dict[str, Any], measured: dict[str, Measured
     figure.savefig(picture, format="png", dpi=144)
     whole = result | {
         "rounds": {path: asdict(entry) for path, entry in measured.items()},
-        "rows": data.count,
+        "rows": data.rows.count,
         "row_bytes": data.rows.bytes,
         "settings": {path: " ".join((PEERS[path].read.__doc__ or "").split()) for path in measured if path in PEERS},
         "cpus": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""python jobs/bench_paths.py REQUEST      our own paths and their bounds, each in a process of its own (see bench_data.py)
+"""python jobs/bench_paths.py REQUEST      our paths and their bounds, each in a process of its own; see bench_data.py
 
 REQUEST is JSON, the last line on stdout as well.
 """
@@ -23,29 +23,27 @@ from torch import Tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from kmtr.data.reader import Dataset
-
 from jobs._main import start_ray
 from jobs.bench_peers import BATCH, SEED, Rows, measure
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline, shards
 from kmtr.data.plan import Plan, Source
+from kmtr.data.reader import Dataset
 from kmtr.types import KmtrError
 
 OURS = ("threads", "ray")
 BOUNDS = ("raw", "pyarrow")
 
 
-def rows_of(config: RunConfig) -> Rows:
-    """A row: all that the recipe's batches hold of a subject, ``slice coil t ky kx 2``."""
+def rows_of(config: RunConfig, count: int) -> Rows:
+    """A row is all that the recipe's batches hold of a subject, ``slice coil t ky kx 2``."""
     d = config.data
-    return Rows((d.slices, d.coils, d.frames, *d.matrix, 2), config.shards.dtype)
+    return Rows((d.slices, d.coils, d.frames, *d.matrix, 2), config.shards.dtype, count)
 
 
 def raw(config: RunConfig, epochs: int) -> Generator[memoryview, None, None]:
     """The files of the dataset, one after the other, into one buffer of a batch's size."""
-    rows = rows_of(config)
-    buffer = memoryview(bytearray(BATCH * rows.bytes))
+    buffer = memoryview(bytearray(BATCH * rows_of(config, BATCH).bytes))
     for _ in range(epochs):
         for path in parquet_files(config):
             file = os.open(path, os.O_RDONLY)
@@ -90,8 +88,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
     """A plan for ``plan.subjects`` of the recipe's size, and every worker's share of two steps."""
     world, subjects = config.plan.world_size, config.plan.subjects
     batch = -(-config.data.global_batch // world) * world
-    rows = rows_of(config)
-    per_group = max(1, shards.ROW_GROUP_BYTES // (rows.bytes))
+    per_group = max(1, shards.ROW_GROUP_BYTES // rows_of(config, subjects).bytes)
     groups = [(subjects // per_group, per_group), (1, subjects % per_group)]
     before = peak_rss()
     began = time.perf_counter()

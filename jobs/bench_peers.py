@@ -34,7 +34,8 @@ BATCH = 4
 """Rows of one batch."""
 
 FILE_BYTES = 1 << 28
-"""Size of a peer's files, where it has files of many rows: several in a small dataset, so that two workers share it."""
+FILES = 8
+"""Files of many rows hold `FILE_BYTES`, less where those were fewer than `FILES`: workers share a dataset by files."""
 
 BUFFER = 16
 """Rows of a shuffle buffer, for peers that read in the order of the file."""
@@ -117,14 +118,20 @@ def fingerprint(rows: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """What every row of a dataset is: values of one shape and type."""
+    """`count` rows, each of them values of one shape and type."""
 
     shape: tuple[int, ...]
     dtype: str
+    count: int
 
     @property
     def bytes(self) -> int:
+        """Of one row."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def per_file(self) -> int:
+        return max(1, min(FILE_BYTES // self.bytes, self.count // FILES))
 
     def tensor(self, payload: Any) -> Tensor:
         """A row in the memory of `payload`, without a copy."""
@@ -132,21 +139,21 @@ class Rows:
 
 
 def complete_torchvision() -> None:
-    """mosaicml-streaming imports torchvision, whose usual wheel finds no kernels beside a CPU-only torch; its import then
-    fails where it describes them. Nobody calls them here.
+    """mosaicml-streaming imports torchvision, whose usual wheel finds no kernels beside a CPU-only torch; its import
+    then fails where it describes them. Nobody calls them here.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision  # type: ignore[import-not-found]  # noqa: F401
     except RuntimeError:
         sys.modules["torchvision._meta_registrations"] = ModuleType("torchvision._meta_registrations")
 
 
 def write_streaming(rows: Rows, arrays: Iterable[np.ndarray], folder: Path) -> None:
-    from streaming import MDSWriter
+    from streaming import MDSWriter  # type: ignore[import-not-found]
 
     # A column of fixed shape is the fastest: `bytes` carries its length, and slicing that off copies the payload.
     columns = {"kspace": f"ndarray:{rows.dtype}:{','.join(map(str, rows.shape))}"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=FILE_BYTES) as writer:
+    with MDSWriter(out=str(folder), columns=columns, size_limit=rows.per_file * (rows.bytes + 64)) as writer:
         for array in arrays:
             writer.write({"kspace": array})
 
@@ -154,7 +161,7 @@ def write_streaming(rows: Rows, arrays: Iterable[np.ndarray], folder: Path) -> N
 def read_streaming(rows: Rows, folder: Path, epochs: int, workers: int) -> Batches:
     """mosaicml-streaming: local MDS files without compression or hashes, py1e shuffle, StreamingDataLoader."""
     from streaming import StreamingDataLoader, StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
+    from streaming.base.util import clean_stale_shared_memory  # type: ignore[import-not-found]
 
     clean_stale_shared_memory()  # of a run that was killed; it refuses to start beside it
     dataset = StreamingDataset(
@@ -174,9 +181,9 @@ def read_streaming(rows: Rows, folder: Path, epochs: int, workers: int) -> Batch
 
 
 def write_webdataset(rows: Rows, arrays: Iterable[np.ndarray], folder: Path) -> None:
-    from webdataset import ShardWriter
+    from webdataset import ShardWriter  # type: ignore[import-not-found]
 
-    with ShardWriter(str(folder / "%05d.tar"), maxsize=FILE_BYTES, verbose=0) as writer:
+    with ShardWriter(str(folder / "%05d.tar"), maxcount=rows.per_file, maxsize=1 << 62, verbose=0) as writer:
         for number, array in enumerate(arrays):
             writer.write({"__key__": f"{number:08d}", "kspace": array.tobytes()})
 
@@ -212,7 +219,7 @@ def write_datasets(rows: Rows, arrays: Iterable[np.ndarray], folder: Path) -> No
                 use_dictionary=False,
                 write_statistics=False,
             )
-            left = max(1, FILE_BYTES // array.nbytes)
+            left = rows.per_file
         writer.write_table(pa.table([pa.array([array.tobytes()], pa.large_binary())], schema=schema))
         left -= 1
         if left == 0:
@@ -224,7 +231,7 @@ def write_datasets(rows: Rows, arrays: Iterable[np.ndarray], folder: Path) -> No
 
 def read_datasets(rows: Rows, folder: Path, epochs: int, workers: int) -> Batches:
     """Hugging Face datasets: streaming Parquet, one row a row group, shuffled by row groups, Arrow format."""
-    import datasets
+    import datasets  # type: ignore[import-not-found]
 
     files = sorted(map(str, folder.glob("*.parquet")))
     dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
@@ -362,7 +369,7 @@ def answer(request: dict[str, Any]) -> Any:
     peer = PEERS[request["peer"]]
     if request["do"] == "version":
         return version(peer)
-    rows = Rows(tuple(request["rows"]["shape"]), request["rows"]["dtype"])
+    rows = Rows(tuple(request["rows"]["shape"]), request["rows"]["dtype"], request["rows"]["count"])
     peer.load()
     if request["do"] == "write":
         write(peer, rows, Path(request["source"]), Path(request["folder"]))
