@@ -25,7 +25,7 @@ def run(words: list[str]) -> dict[str, Any]:
     what, *rest = words or [""]
     if what not in WHAT:
         state = "which is not built yet" if what in LATER else "which is none of them"
-        raise InputError(f"bench: expected one of {', '.join(WHAT)} first, got {what!r}, {state}")
+        raise InputError(f"bench: expected what to measure, one of {', '.join(WHAT)}, got {what!r}, {state}")
     if not rest or "=" in rest[0]:
         rest = ["base", *rest]
     return WHAT[what](recipe_config(rest, __doc__ or ""))

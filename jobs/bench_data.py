@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from jobs.bench_paths import BOUNDS, OURS, rows_of
-from jobs.bench_peers import BATCH, PEERS, SEED, Rows, arrays, fingerprint
+from jobs.bench_peers import BATCH, FOREVER, PEERS, SEED, Rows, arrays, fingerprint
 from jobs.bench_process import ROOT, ask
 from kmtr import figures
 from kmtr.config import RunConfig, override, to_json
@@ -44,6 +44,12 @@ BORDERS_SHARE = 8
 
 FASTEST = 20e9
 """Bytes a second that nobody reaches: so many epochs a path is asked for that time ends it."""
+
+WORKERS = (0, 1, 2, 4)
+"""Processes that a peer may read with; as many as there are CPUs at most."""
+
+TRIED_S = 1.5
+"""One trial of a number of workers; each has two, the better counts."""
 
 OPENING_S = 300
 """What a path may take to start and to end, on a busy machine."""
@@ -75,11 +81,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     for peer in installed:
         for data in (whole, small):
             translated(data, peer)
-    measured, failed = rounds(config, whole, small, tuple(installed))
+    workers = {peer: fastest_workers(peer, whole) for peer in installed}
+    measured, failed = rounds(config, whole, small, workers)
     summary = summarise(config, measured)
     missing = {peer: MISSING for peer in config.bench.peers if peer not in installed}
     print(text_table(table(measured, failed | missing, whole)))
-    result = summary | {"peers_failed": failed | missing, "versions": installed}
+    result = summary | {"peers_failed": failed | missing, "versions": installed, "workers": workers}
     return result | keep(config, result, measured, whole)
 
 
@@ -205,9 +212,12 @@ class Measured:
 
 
 def rounds(
-    config: RunConfig, whole: Bytes, small: Bytes, peers: tuple[str, ...]
+    config: RunConfig, whole: Bytes, small: Bytes, workers: dict[str, int]
 ) -> tuple[dict[str, Measured], dict[str, str]]:
     """Every path `bench.repeats` times, in turns.
+
+    Args:
+        workers: of each peer that is measured.
 
     Returns:
         What was measured, and the peers that failed with their last words.
@@ -218,13 +228,13 @@ def rounds(
     measured: dict[str, Measured] = {}
     failed: dict[str, str] = {}
     for number in range(config.bench.repeats):
-        for path in (*BOUNDS, *OURS, *peers):
+        for path in (*BOUNDS, *OURS, *workers):
             if path in failed:
                 continue
             try:
-                speeds, memory = once(config, path, whole, small)
+                speeds, memory = once(config, path, whole, small, workers.get(path, 0))
             except KmtrError as error:
-                if path not in peers:
+                if path not in workers:
                     raise KmtrError(f"bench: {path}: {error}") from None
                 failed[path] = str(error)
                 print(f"  {number + 1}/{config.bench.repeats}  {path:<12}failed: {error}", flush=True)
@@ -244,7 +254,7 @@ def rounds(
     return {path: entry for path, entry in measured.items() if path not in failed}, failed
 
 
-def once(config: RunConfig, path: str, whole: Bytes, small: Bytes) -> tuple[list[dict[str, Any]], float]:
+def once(config: RunConfig, path: str, whole: Bytes, small: Bytes, workers: int) -> tuple[list[dict[str, Any]], float]:
     """One path: a time on the whole dataset, then epochs of the small one; and its peak memory in GiB.
 
     Raises:
@@ -257,7 +267,8 @@ def once(config: RunConfig, path: str, whole: Bytes, small: Bytes) -> tuple[list
     runs = []
     for data, n, s in zip((whole, small), epochs, seconds, strict=True):
         warm(data.folder / folder)
-        runs.append({"folder": str(data.folder / folder), "epochs": n, "seconds": s, "epoch": data.bytes})
+        run = {"folder": str(data.folder / folder), "epochs": n, "seconds": s, "epoch": data.bytes, "workers": workers}
+        runs.append(run)
     if path in PEERS:
         request = {"do": "read", "peer": path, "rows": asdict(whole.rows), "runs": runs}
         speeds, memory = ask_peer(path, request, OPENING_S + 10 * bench.seconds)
@@ -267,6 +278,25 @@ def once(config: RunConfig, path: str, whole: Bytes, small: Bytes) -> tuple[list
     if path not in BOUNDS and speeds[1]["fingerprint"] != wanted:
         raise KmtrError(f"expected every row once in each of {bench.epochs} epochs, got others")
     return speeds, memory
+
+
+def fastest_workers(peer: str, data: Bytes) -> int:
+    """How many processes of its own a peer reads fastest with on this machine."""
+    fixed = PEERS[peer].workers
+    if fixed is not None:
+        return fixed
+    folder = data.folder / PEERS[peer].folder
+    warm(folder)
+    tried = [n for n in WORKERS if n <= (os.cpu_count() or 1)] * 2
+    run = {"folder": str(folder), "epochs": FOREVER, "seconds": TRIED_S, "epoch": 0}
+    runs = [run | {"workers": n} for n in tried]
+    try:
+        speeds, _ = ask_peer(peer, {"do": "read", "peer": peer, "rows": asdict(data.rows), "runs": runs}, OPENING_S)
+    except KmtrError:
+        return 0  # the measurement will say why
+    best = max(zip(speeds, tried, strict=True), key=lambda pair: pair[0]["gb_s"])
+    print(f"bench: {peer} reads fastest with {best[1]} worker(s) of its own", flush=True)
+    return best[1]
 
 
 def ask_ours(path: str, config: RunConfig, runs: list[dict[str, Any]]) -> tuple[Any, float]:

@@ -3,7 +3,7 @@
 Runs in the environment of the peers (`make bench`), so it imports nothing of ours; bench_data.py takes its clock from
 here, so that ours and theirs are measured by the same lines. The job is the same for all: rows in shuffled order,
 every row once an epoch, batches of rows stacked into ONE torch tensor of the stored values. Each peer gets the settings
-that were fastest for it on two cores with rows of 14.7 MB (see each function).
+that are fastest for it (see each function); the number of its workers is tried on the machine.
 """
 
 from __future__ import annotations
@@ -298,12 +298,12 @@ class Peer:
     Attributes:
         folder: of its files, shared by peers of one format.
         package: that it needs beside torch and pyarrow; empty: none.
-        workers: processes that read for it, 0: the caller's; the fastest number on two cores.
+        workers: processes that read for it, 0: the caller's; None: bench_data.py tries which number is the fastest.
     """
 
     folder: str
     package: str
-    workers: int
+    workers: int | None
     write: Callable[[Rows, Iterable[np.ndarray], Path], None]
     read: Callable[[Rows, Path, int, int], Batches]
 
@@ -316,9 +316,9 @@ class Peer:
 
 
 PEERS = {
-    "streaming": Peer("streaming", "mosaicml-streaming", 2, write_streaming, read_streaming),
-    "webdataset": Peer("webdataset", "webdataset", 2, write_webdataset, read_webdataset),
-    "datasets": Peer("datasets", "datasets", 2, write_datasets, read_datasets),
+    "streaming": Peer("streaming", "mosaicml-streaming", None, write_streaming, read_streaming),
+    "webdataset": Peer("webdataset", "webdataset", None, write_webdataset, read_webdataset),
+    "datasets": Peer("datasets", "datasets", None, write_datasets, read_datasets),
     "npz": Peer("npz", "", 2, write_npz, read_npz),
     "npz0": Peer("npz", "", 0, write_npz, read_npz),
 }
@@ -364,7 +364,7 @@ def answer(request: dict[str, Any]) -> Any:
 
     ``{"do": "version", "peer"}``: as `version`.
     ``{"do": "write", "peer", "rows", "source", "folder"}``: nothing, when it is written.
-    ``{"do": "read", "peer", "rows", "runs": [{"folder", "epochs", "seconds", "epoch"}, ...]}``: a `Speed` of each run.
+    ``{"do": "read", "peer", "rows", "runs": [{"folder", "epochs", "seconds", "epoch", "workers"}]}``: a `Speed` of each.
     """
     peer = PEERS[request["peer"]]
     if request["do"] == "version":
@@ -374,10 +374,13 @@ def answer(request: dict[str, Any]) -> Any:
     if request["do"] == "write":
         write(peer, rows, Path(request["source"]), Path(request["folder"]))
         return {}
-    workers = request.get("workers", peer.workers)
     return [
         asdict(
-            measure(partial(peer.read, rows, Path(run["folder"]), run["epochs"], workers), run["seconds"], run["epoch"])
+            measure(
+                partial(peer.read, rows, Path(run["folder"]), run["epochs"], run["workers"]),
+                run["seconds"],
+                run["epoch"],
+            )
         )
         for run in request["runs"]
     ]

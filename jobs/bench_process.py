@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -27,7 +26,6 @@ def ask(command: list[str], request: dict[str, Any], limit_s: float, environment
         KmtrError: it failed (its last words) or took longer than `limit_s`.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        shared = shared_memory()
         process = subprocess.Popen(
             [*command, json.dumps(request)],
             stdout=out,
@@ -39,8 +37,7 @@ def ask(command: list[str], request: dict[str, Any], limit_s: float, environment
         peak, end = 0, time.monotonic() + limit_s
         try:
             while process.poll() is None:
-                private, mapped = tree_memory(process.pid)
-                peak = max(peak, private + max(mapped, shared_memory() - shared))
+                peak = max(peak, tree_memory(process.pid))
                 if time.monotonic() > end:
                     raise KmtrError(f"took longer than {limit_s:.0f} s")
                 time.sleep(SAMPLED_S)
@@ -56,10 +53,11 @@ def ask(command: list[str], request: dict[str, Any], limit_s: float, environment
         return json.loads(out.read().splitlines()[-1]), peak / 2**30
 
 
-def tree_memory(root: int) -> tuple[int, int]:
-    """Memory of a process and its descendants in bytes, each shared page counted once: not shared-memory pages, those.
+def tree_memory(root: int) -> int:
+    """Bytes of a process and its descendants: the sum of their proportional set sizes, which counts a page that several
+    of them share (of the object store, or of batches on their way from worker to worker) once.
 
-    Where the system does not tell (no ``/proc``), 0.
+    0 where the system does not tell (no ``/proc``).
     """
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -68,7 +66,7 @@ def tree_memory(root: int) -> tuple[int, int]:
         except (OSError, IndexError):  # it has just ended
             continue
         children.setdefault(parent, []).append(int(stat.parent.name))
-    private = mapped = 0
+    total = 0
     queue = [root]
     while queue:
         process = queue.pop()
@@ -77,16 +75,5 @@ def tree_memory(root: int) -> tuple[int, int]:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        fields = {line.split()[0]: int(line.split()[1]) << 10 for line in lines[1:]}
-        private += fields["Pss:"] - fields["Pss_Shmem:"]
-        mapped += fields["Pss_Shmem:"]
-    return private, mapped
-
-
-def shared_memory() -> int:
-    """Bytes in use in ``/dev/shm``, by anybody."""
-    try:
-        usage = shutil.disk_usage("/dev/shm")
-    except OSError:
-        return 0
-    return usage.used
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return total

@@ -48,7 +48,7 @@ def config(tmp_path: Path, *words: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected one of data first, got ''"),
+        ([], "expected what to measure, one of data, got ''"),
         (["speed"], "got 'speed', which is none of them"),
         (["step"], "got 'step', which is not built yet"),
         (["scale", "base"], "got 'scale', which is not built yet"),
