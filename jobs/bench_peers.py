@@ -364,7 +364,7 @@ def answer(request: dict[str, Any]) -> Any:
 
     ``{"do": "version", "peer"}``: as `version`.
     ``{"do": "write", "peer", "rows", "source", "folder"}``: nothing, when it is written.
-    ``{"do": "read", "peer", "rows", "runs": [{"folder", "epochs", "seconds", "epoch", "workers"}]}``: a `Speed` of each.
+    ``{"do": "read", "peer", "rows", "runs": [{"folder", "epochs", "seconds", "epoch", "workers"}]}``: their `Speed`s.
     """
     peer = PEERS[request["peer"]]
     if request["do"] == "version":

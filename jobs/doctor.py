@@ -132,7 +132,7 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
     said: dict[str, Any] = {"clock": time.time(), "memory": 0, "gpu": 0, "storage": "", "data": "", "manifest": ""}
     try:
         store, base = storage.open_root(storage_root)
-        store.create_dir(base, recursive=True)
+        storage.make_folder(store, base)
         with store.open_output_stream(f"{base}/{token}") as stream:
             stream.write(token.encode())
     except (OSError, InputError) as error:

@@ -231,6 +231,18 @@ class Evaluate(Section):
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
 
 
+class Verify(Section):
+    workers: tuple[int, ...] = Field((), description="numbers of workers proved; empty: all up to 64 that can be")
+    epochs: int = Field(2, gt=0, description="epochs of the plan that are proved")
+
+    @pydantic.field_validator("workers")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and min(value) < 1:
+            raise ValueError(f"expected integers from 1, got {value}")
+        return value
+
+
 class Search(Section):
     trials: int = Field(8, gt=0, description="configurations tried")
     concurrent: int = Field(1, gt=0, description="trials at the same time")
@@ -278,6 +290,7 @@ class RunConfig(Section):
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
     bench: Bench = Bench()
+    verify: Verify = Verify()
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> RunConfig:

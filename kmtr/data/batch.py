@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -277,7 +280,10 @@ def collate(
     )
     dtype = samples.dtype if exact else np.dtype(np.float32)
     whole = (size, len(slots), coils, frames, ny, nx, 2)
-    tensor = torch.empty(whole, dtype=torch.float16 if dtype == np.float16 else torch.float32, pin_memory=pin)
+    if pin:
+        tensor = torch.empty(whole, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, pin_memory=True)
+    else:
+        tensor = torch.from_numpy(buffer(math.prod(whole) * dtype.itemsize).view(dtype).reshape(whole))
     stored = tensor.numpy()
     acquired = np.zeros((size, len(slots), frames, ny), bool)
     given = np.zeros((size, len(slots)), bool)
@@ -335,6 +341,27 @@ def collate(
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return HostBatch(config, tensor, tensors, shape, size if real is None else real, purpose)
+
+
+KEPT_BUFFERS = 8
+_buffers: list[np.ndarray] = []
+_buffers_lock = Lock()
+
+
+def buffer(size: int) -> np.ndarray:
+    """`size` bytes of host memory, used before where possible: fresh pages cost as much as the copy into them.
+
+    A buffer is free again when nobody refers to it or a view of it any more.
+    """
+    with _buffers_lock:
+        for kept in _buffers:
+            if kept.nbytes == size and sys.getrefcount(kept) <= 3:  # the list, this loop, the argument
+                return kept
+        fresh = np.empty(size, np.uint8)
+        if len(_buffers) == KEPT_BUFFERS:
+            _buffers.pop(0)
+        _buffers.append(fresh)
+        return fresh
 
 
 def _crop(values: np.ndarray, matrix: tuple[int, int], undersampled: bool) -> np.ndarray:

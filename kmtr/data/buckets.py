@@ -7,7 +7,7 @@ plan moves up to the largest shape included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,9 +69,10 @@ def product(shapes: Int[np.ndarray, "*_ axis"]) -> Float[np.ndarray, "*_"]:
 def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: int, cells: Cells = product) -> Buckets:
     """At most `limit` batch shapes, that of the overflow (the largest sizes of all) included.
 
-    Greedy: every class begins as a bucket of its own; the pair that costs least is merged until one bucket is left. Of
-    the states on that way with at most `limit` shapes the cheapest is taken, so that a larger limit never wastes more.
-    The cost is the cells of an epoch, where what fills no batch pays for the largest shape: too small a class merges.
+    Greedy: every class begins as a bucket of its own, and the pair whose union costs least is merged until one bucket
+    is left. Each state on that way with at most `limit` shapes is improved by moving single classes; the cheapest
+    result is taken, so that a larger limit never wastes more. The cost is the cells of an epoch, where what fills no
+    batch pays for the largest shape: a class too small for a batch merges readily.
 
     Args:
         shapes: one per class, all different.
@@ -84,48 +85,82 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
             f"and {len(counts)} counts"
         )
     top = tuple(np.max(np.asarray(shapes), axis=0).tolist())
-    order = sorted({*shapes, top}, key=lambda s: (s != top, s))  # the overflow is node 0
-    size = np.array(order)
-    number = np.zeros(len(order), np.int64)
-    member = np.array([order.index(shape) for shape in shapes])
-    np.add.at(number, member, np.asarray(counts))
-    alive = np.ones(len(order), bool)
-    most = float(cells(size[:1])[0])
+    nodes = sorted({*shapes, top}, key=lambda shape: (shape != top, shape))  # the overflow is the first
+    size, number = np.array(nodes), np.zeros(len(nodes), np.int64)
+    np.add.at(number, [nodes.index(shape) for shape in shapes], counts)
+    states = _merged(size, number, limit, batch, cells)
+    best = min((_improved(member, size, number, batch, cells) for member in states), key=lambda found: found[0])[1]
+    return _buckets(best[[nodes.index(shape) for shape in shapes]], best, size, cells)
 
-    def cost(n: np.ndarray, shape: np.ndarray) -> np.ndarray:
-        left = n % batch
-        return (n - left) * cells(shape) + left * most
+
+def _cost(number: np.ndarray, size: np.ndarray, batch: int, cells: Cells) -> np.ndarray:
+    """Cells of each bucket's subjects; the first is the overflow's."""
+    left = number % batch
+    return (number - left) * cells(size) + left * cells(size[:1])
+
+
+def _merged(size: np.ndarray, number: np.ndarray, limit: int, batch: int, cells: Cells) -> Iterator[np.ndarray]:
+    """Class -> bucket after every merge that leaves at most `limit`; a bucket is called after its first class."""
+    size, number = size.copy(), number.copy()
+    member, alive = np.arange(len(size)), np.ones(len(size), bool)
+    top = cells(size[:1])
 
     def gains(i: int) -> np.ndarray:
-        """Change of the cost when node i is merged with each other one."""
-        apart = cost(number, size)
-        change = cost(number + number[i], np.maximum(size, size[i])) - apart - apart[i]
-        return np.where(alive & (np.arange(len(order)) != i), change, np.inf)
+        """Change of the cost when bucket i is merged with each other one."""
+        union, together = np.maximum(size, size[i]), number + number[i]
+        left = together % batch
+        apart = _cost(number, size, batch, cells)
+        change = (together - left) * cells(union) + left * top - apart - apart[i]
+        return np.where(alive & (np.arange(len(size)) != i), change, np.inf)
 
-    merge = np.stack([gains(i) for i in range(len(order))])
-    total = cost(number, size).sum()
-    best, found = np.inf, (member, size)
+    merge = np.stack([gains(i) for i in range(len(size))])
     while True:
-        if alive.sum() <= limit and total < best:
-            best, found = total, (member.copy(), size.copy())
+        if alive.sum() <= limit:
+            yield member.copy()
         if alive.sum() == 1:
-            break
-        a, b = sorted(divmod(int(merge.argmin()), len(order)))
-        total += merge[a, b]
+            return
+        a, b = sorted(divmod(int(merge.argmin()), len(size)))
         size[a], number[a], alive[b] = np.maximum(size[a], size[b]), number[a] + number[b], False
         member[member == b] = a
         merge[b], merge[:, b] = np.inf, np.inf
         merge[a] = merge[:, a] = gains(a)
-    return _buckets(*found, cells)
 
 
-def _buckets(member: np.ndarray, size: np.ndarray, cells: Cells) -> Buckets:
-    many = cells(size).tolist()
-    used = sorted({0, *member.tolist()}, key=lambda node: (node == 0, many[node], size[node].tolist()))
+def _improved(
+    member: np.ndarray, size: np.ndarray, number: np.ndarray, batch: int, cells: Cells
+) -> tuple[float, np.ndarray]:
+    """Cost and state after moving single classes, each to where it costs least, until none wants to move."""
+    names = np.unique(np.append(member, 0))
+    member = np.searchsorted(names, member)
+
+    def total() -> float:
+        shape = np.tile(size[:1] * 0, (len(names), 1))
+        np.maximum.at(shape, member, size)
+        shape[0] = size[0]
+        return float(_cost(np.bincount(member, number, len(names)), shape, batch, cells).sum())
+
+    best, moved = total(), True
+    while moved:
+        moved = False
+        for node in np.flatnonzero(number):
+            home = member[node]
+            for bucket in range(len(names)):
+                member[node] = bucket
+                if (cost := total()) < best * (1 - 1e-12):
+                    best, home, moved = cost, bucket, True
+            member[node] = home
+    return best, names[member]
+
+
+def _buckets(of_class: np.ndarray, member: np.ndarray, size: np.ndarray, cells: Cells) -> Buckets:
+    """Named buckets in the order of their cells, the overflow (0) last."""
+    used = {name: size[member == name].max(0) for name in np.unique(of_class)} | {0: size[0]}
+    many = dict(zip(used, cells(np.stack(list(used.values()))).tolist(), strict=True))
+    order = sorted(used, key=lambda name: (name == 0, many[name], used[name].tolist()))
     return Buckets(
-        shapes=tuple(tuple(size[node].tolist()) for node in used),
-        of_class=tuple(used.index(node) for node in member.tolist()),
-        overflow=len(used) - 1,
+        shapes=tuple(tuple(used[name].tolist()) for name in order),
+        of_class=tuple(order.index(name) for name in of_class.tolist()),
+        overflow=len(order) - 1,
     )
 
 

@@ -112,6 +112,11 @@ def locate(file: pq.ParquetFile, columns: list[str]) -> dict[str, np.ndarray]:
     return places
 
 
+def places_of(index: pa.Table, column: str) -> np.ndarray:
+    """What `locate` found, out of a shard's index: int64 ``row 2``."""
+    return index.column(f"place_{column}").combine_chunks().flatten().to_numpy().reshape(-1, 2)
+
+
 def group_rows(metadata: pq.FileMetaData) -> list[list[int]]:
     """Rows of the row groups, run-length coded: [number of groups, rows in each]."""
     runs: list[list[int]] = []

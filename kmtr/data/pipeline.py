@@ -65,6 +65,8 @@ def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> 
                 for count, number in shard.shapes:
                     rows[number] += count
         for number, subject in enumerate(manifest.subject_shapes):
+            if not rows[number]:  # only in other splits: it must not make training's batches larger
+                continue
             at = of[d, number] = found.setdefault(shape_of(config, subject), len(found))
             if at == len(counts):
                 counts.append(0)

@@ -19,7 +19,7 @@ from kmtr.config import Data
 from kmtr.data import pages, shards, storage
 from kmtr.data.plan import Source
 from kmtr.data.shards import DamagedShard, Manifest, Shard
-from kmtr.types import InputError
+from kmtr.types import VIEWS, InputError
 
 OPEN_SHARDS = 256
 """Shards whose index and file a reader keeps open."""
@@ -97,6 +97,10 @@ class Dataset:
     def rows(self, split: str) -> int:
         return sum(manifest.rows(split) for manifest in self.manifests)
 
+    def __reduce__(self) -> Any:
+        """Travels as its paths: the manifests of millions of subjects are read where they are needed."""
+        return _reopen, (self.roots, self.digest)
+
     def preflight(self) -> None:
         """As `shards.preflight`, of all."""
         for root, manifest in zip(self.roots, self.manifests, strict=True):
@@ -111,13 +115,13 @@ class Dataset:
         found = []
         for d, manifest in enumerate(self.manifests):
             members = [shard for shard in manifest.shards if shard.split == split]
-            groups = [run for shard in members for run in shard.groups]
-            shapes = [(rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes]
+            groups = shards.merged(run for shard in members for run in shard.groups)
+            shapes = shards.merged((rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes)
             found.append(
                 Source(
                     rows=sum(shard.rows for shard in members),
-                    groups=np.array(groups, np.int64).reshape(-1, 2),
-                    shapes=np.array(shapes, np.int64).reshape(-1, 2),
+                    groups=groups,
+                    shapes=shapes,
                     weight=weights[d] if weights else 0.0,
                 )
             )
@@ -125,6 +129,13 @@ class Dataset:
 
     def reader(self, split: str, data: Data, columns: Sequence[str] | None = None) -> Reader:
         return Reader(self, split, columns, data.verify_pages, data.cache, data.cache_gib)
+
+
+def _reopen(roots: tuple[str, ...], digest: str) -> Dataset:
+    dataset = Dataset.of(*roots)
+    if dataset.digest != digest:
+        raise DamagedShard(f"{roots[0]}/manifest.json: expected the dataset that training began with, got another")
+    return dataset
 
 
 @runtime_checkable
@@ -269,11 +280,13 @@ class _OpenShard:
         self._lock = Lock()
         self._parquet: pq.ParquetFile | None = None
         self._groups: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
+        cache = storage.Cache(reader.cache, reader.cache_gib) if reader.cache else None
         try:
-            self.file = storage.File(root, shard.name)
-        except (pa.ArrowException, OSError) as error:
+            self.file = storage.open_file(root, shard.name, cache, shard.bytes, shard.sha256)
+        except (pa.ArrowException, OSError, EOFError) as error:
             raise self.damaged(shards.first_line(error)) from None
         self.index = self._index()
+        self.places = {view: pages.places_of(self.index, f"kspace_{view}") for view in VIEWS}
         sizes = np.repeat(*np.array(shard.groups, np.int64).reshape(-1, 2).T[::-1])
         self.group_first = np.cumsum([0, *sizes])
 
@@ -315,8 +328,7 @@ class _OpenShard:
         return table.slice(row - int(self.group_first[group]), 1)
 
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
-        place = self.index.column(f"place_kspace_{view}")
-        start, size = place.chunk(0).flatten().to_numpy()[2 * (place.chunk(0).offset + row) :][:2].tolist()
+        start, size = self.places[view][row].tolist()
         if start < 0:
             return self._decoded(row, view, shape, out)
         if out is None:
@@ -326,7 +338,7 @@ class _OpenShard:
             raise self.damaged(f"a page of {size} bytes for {len(payload)} bytes of {view}", row)
         head = bytearray(size - len(payload))
         try:
-            self.file.read_into(start, memoryview(head), payload)
+            self.file.read_into(start, head, payload)
             known = start in self._seen
             pages.check(bytes(head), payload, self.verify == "always" or (self.verify == "once" and not known))
         except (pages.BadPage, EOFError, OSError) as error:

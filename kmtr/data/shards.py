@@ -381,6 +381,17 @@ def _count(runs: list[list[int]], value: int) -> None:
         runs.append([1, value])
 
 
+def merged(runs: Iterable[Sequence[int]]) -> np.ndarray:
+    """Runs [count, value] with equal neighbours made one, int64 ``run 2``."""
+    found: list[list[int]] = []
+    for count, value in runs:
+        if found and found[-1][1] == value:
+            found[-1][0] += count
+        else:
+            found.append([count, value])
+    return np.array(found, np.int64).reshape(-1, 2)
+
+
 def _runs(runs: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b)) for a, b in runs)
 

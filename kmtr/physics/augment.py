@@ -17,6 +17,7 @@ extent's, the array only interpolates its pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Complex, Float, Int
@@ -25,8 +26,10 @@ from torch import Tensor
 from kmtr.config import Augment
 from kmtr.physics import random, sampling
 
-DRAWS_AT_A_TIME = 1 << 22
-"""Noise is drawn for as many samples at once as keep its integers below 100 MB; at least one subject."""
+SAMPLES_AT_A_TIME = 1 << 19
+"""Subjects are rotated, and given noise, in parts of about so many samples (one subject at least): intermediate results
+stay small beside the batch, and on a CPU it is faster too.
+"""
 
 
 def augment(
@@ -120,21 +123,32 @@ def rotate(
     of view returns opposite (Unser, Thevenaz and Yaroslavsky 1995; Larkin, Oldfield and Klemm 1997). Pixels are taken
     as square in the extent.
     """
-    ny, nx = kspace.shape[-2:]
     square = extent[:, 0] == extent[:, 1]
     quarters = torch.where(square, (angle * (2 / math.pi)).round(), 2 * (angle / math.pi).round())
-    kspace = _quarter_turns(kspace, quarters.long() % 4, extent)
     rest = angle - quarters * (math.pi / 2)
-    # From here the centre of both domains is at index 0, where the FFT has it. Each shear is applied where one axis is
+    turned = torch.empty_like(kspace)
+    for part in _parts(kspace):
+        turned[part] = _shear(
+            _quarter_turns(kspace[part], quarters[part].long() % 4, extent[part]), rest[part], extent[part]
+        )
+    return turned
+
+
+def _shear(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"], angle: Float[Tensor, " batch"], extent: Int[Tensor, "batch 2"]
+) -> Complex[Tensor, "batch slice coil t ky kx"]:
+    """Rotation by `angle` in rad as shears along x by -tan(angle / 2), along y by sin(angle), and along x again."""
+    ny, nx = kspace.shape[-2:]
+    # In here the centre of both domains is at index 0, where the FFT has it. Each shear is applied where one axis is
     # k-space and the other the image; row i of the array is row i * ny_extent / ny of the extent.
     i, j = (torch.fft.ifftshift(_signed(n, kspace.device)) for n in (ny, nx))
     aspect = extent[:, 0] / extent[:, 1]
-    by_row = _turn(-((rest / 2).tan() * aspect)[:, None, None] * (i / ny)[:, None] * j)[:, None, None, None]
-    by_column = _turn((rest.sin() / aspect)[:, None, None] * i[:, None] * (j / nx))[:, None, None, None]
+    by_row = _turn(-((angle / 2).tan() * aspect)[:, None, None] * (i / ny)[:, None] * j)[:, None, None, None]
+    by_column = _turn((angle.sin() / aspect)[:, None, None] * i[:, None] * (j / nx))[:, None, None, None]
     x = torch.fft.ifftshift(kspace, (-2, -1))
-    x = torch.fft.ifft(x, dim=-2, norm="ortho") * by_row
-    x = torch.fft.ifft(torch.fft.fft(x, dim=-2, norm="ortho"), dim=-1, norm="ortho") * by_column
-    x = torch.fft.ifft(torch.fft.fft(x, dim=-1, norm="ortho"), dim=-2, norm="ortho") * by_row
+    x = torch.fft.ifft(x, dim=-2, norm="ortho").mul_(by_row)
+    x = torch.fft.ifft(torch.fft.fft(x, dim=-2, norm="ortho"), dim=-1, norm="ortho").mul_(by_column)
+    x = torch.fft.ifft(torch.fft.fft(x, dim=-1, norm="ortho"), dim=-2, norm="ortho").mul_(by_row)
     return torch.fft.fftshift(torch.fft.fft(x, dim=-2, norm="ortho"), (-2, -1))
 
 
@@ -178,13 +192,17 @@ def _add_noise(
     shape = kspace.shape[1:]
     origin = (0, 0, 0, shape[-2] // 2, shape[-1] // 2)
     noisy = kspace.clone()
-    rows = max(1, DRAWS_AT_A_TIME // shape.numel())
-    for start in range(0, len(kspace), rows):
-        part = slice(start, start + rows)
+    for part in _parts(kspace):
         noise = random.complex_normal(seed, visit[part], key[part], random.NOISE, shape, origin)
         scale = level[part, None, None] * _own(shape[-1], extent[part, 1])[:, None]
         noisy[part] += noise.mul_(lines[part][..., None] * scale[:, None, None, None])
     return noisy
+
+
+def _parts(kspace: Tensor) -> Iterator[slice]:
+    """The batch in parts of SAMPLES_AT_A_TIME, of one subject at least."""
+    rows = max(1, SAMPLES_AT_A_TIME // max(1, kspace[0].numel()))
+    return (slice(start, start + rows) for start in range(0, len(kspace), rows))
 
 
 def _signed(n: int, device: torch.device) -> Int[Tensor, " n"]:

@@ -258,6 +258,16 @@ def test_noise_has_its_level_and_stays_on_acquired_lines() -> None:
     assert sigma.std().item() == pytest.approx(0.2 / math.sqrt(12), rel=0.15)
 
 
+def test_a_silent_coil_is_not_given_noise_and_the_level_is_that_of_all_coils() -> None:
+    kspace = noise(20, 2, 5, 2, 8, 8)
+    dropped, _ = run(kspace, Augment(coil_dropout=0.4))
+    both, _ = run(kspace, Augment(coil_dropout=0.4, noise=0.1))
+    noisy, _ = run(kspace, Augment(noise=0.1))
+    live = energy_of_coils(dropped) > 0
+    assert not both[~live].any()
+    torch.testing.assert_close(both[live], noisy[live])
+
+
 @pytest.mark.parametrize("config", [ALL, ALL.model_copy(update={"rotation_deg": 180.0})])
 def test_the_company_changes_nothing_and_no_energy_leaves_the_pattern(config: Augment) -> None:
     extent = extents((16, 16), (12, 16), (14, 12), (16, 16), (11, 13))
