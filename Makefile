@@ -48,9 +48,18 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: setup
-	@test -f jobs/bench.py || { echo "bench: jobs/bench.py does not exist yet" >&2; exit 2; }
-	@$(PY) jobs/bench.py data && $(PY) jobs/bench.py step
+##  bench        setup; then the speed of reading, beside other loaders in an environment of their own (runs/bench-env)
+bench: setup runs/bench-env/.installed
+	@$(PY) jobs/bench.py data
+
+PEERS := runs/bench-env/bin/python
+runs/bench-env/.installed: jobs/bench_peers.txt pyproject.toml
+	@test -x $(PEERS) || $(PYTHON) -m venv runs/bench-env
+	@echo "bench: 1 of 2, $(TORCH) for the peers"
+	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "bench: 2 of 2, the peers of jobs/bench_peers.txt"
+	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)" --requirement jobs/bench_peers.txt
+	@touch $@
 
 ##  ui           MLflow on http://127.0.0.1:5000 over the runs in runs/mlflow.db; PORT=... takes another port
 ui: setup
@@ -81,6 +90,3 @@ submit: setup
 help:
 	@echo "make ..."
 	@sed -n 's/^##//p' $(firstword $(MAKEFILE_LIST))
-ifneq ($(wildcard jobs/bench.py),)
-	@echo "  bench        setup; then the speed of reading and of a training step, beside their peers"
-endif

@@ -252,6 +252,18 @@ class Search(Section):
     accelerations: tuple[int, ...] = Field((4, 8, 12), description="choices for sampling.accelerations")
 
 
+class Bench(Section):
+    gib: float = Field(4.0, gt=0, description="bench.py data: bytes of the dataset, GiB; every loader reads as many")
+    folder: str = Field("runs/bench-data", description="local folder of that dataset in each loader's format; reused")
+    seconds: float = Field(8.0, gt=0, description="time of one measurement, from its first batch on")
+    epochs: int = Field(3, ge=2, description="epochs of a smaller dataset, for the waits at their borders")
+    repeats: int = Field(3, gt=0, description="measurements of each loader, in turns; the median counts")
+    peers: tuple[Literal["streaming", "webdataset", "datasets", "npz", "npz0"], ...] = Field(
+        ("streaming", "webdataset", "datasets", "npz", "npz0"),
+        description="loaders of others beside ours; npz: torch DataLoader with 2 workers, npz0: without; empty: none",
+    )
+
+
 class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
@@ -277,6 +289,7 @@ class RunConfig(Section):
     ingest: Ingest = Ingest()
     evaluate: Evaluate = Evaluate()
     search: Search = Search()
+    bench: Bench = Bench()
     verify: Verify = Verify()
 
     @pydantic.model_validator(mode="after")

@@ -301,6 +301,45 @@ def sampling_density(sampled: np.ndarray, title: str = "") -> Figure:
     return figure
 
 
+def speeds(
+    rates: Mapping[str, Sequence[float]], memory: Mapping[str, float], kinds: Mapping[str, str], title: str = ""
+) -> Figure:
+    """Bandwidth of several ways to read the same bytes, and beside it their memory: bars, the fastest at the top.
+
+    Args:
+        rates: name -> GB/s of every round; the bar is the median, dots are the rounds.
+        memory: name -> peak memory in GiB.
+        kinds: name -> group, one colour each.
+    """
+    if not rates:
+        raise InputError("speeds: expected at least one path, got none")
+    median = {name: float(np.median(values)) for name, values in rates.items()}
+    names = sorted(rates, key=lambda name: median[name])
+    groups = dict(zip(dict.fromkeys(kinds.values()), (COLOURS[5], COLOURS[0], COLOURS[3], *COLOURS[1:3]), strict=False))
+    figure = Figure(figsize=(8.0, 1.3 + 0.32 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1], sharey=True)
+    colours = [groups[kinds[name]] for name in names]
+    panels = ((left, [median[n] for n in names], "GB/s"), (right, [memory[n] for n in names], "peak memory, GiB"))
+    for axes, values, label in panels:
+        _clean(axes)
+        axes.barh(names, values, height=0.7, color=colours)
+        axes.set_xlabel(label, fontsize=_SMALL)
+        axes.set_xlim(0, 1.15 * max([*values, *(max(rates[n]) for n in names if axes is left)]))
+        axes.grid(axis="x", color="#e3e7eb", linewidth=0.7)
+        for at, value in enumerate(values):
+            most = max(rates[names[at]]) if axes is left else value
+            axes.annotate(
+                f"{value:.2f}", (most, at), (5, 0), textcoords="offset points", va="center", fontsize=_SMALL, color=INK
+            )
+    for at, name in enumerate(names):
+        left.plot(rates[name], [at] * len(rates[name]), "o", color=INK, markersize=2.5, alpha=0.7)
+    handles = [Patch(color=colour, label=group) for group, colour in groups.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=_SMALL)
+    if title:
+        figure.suptitle(title, fontsize=_LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
 def _show_kspace(axes: Any, magnitude: np.ndarray, kept: np.ndarray, withheld: np.ndarray) -> None:
     """Log magnitude in grey over four decades below its peak; what was not acquired or was hidden in its own colour."""
     top = max(float(magnitude.max()), 1e-30)
