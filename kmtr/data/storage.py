@@ -201,7 +201,8 @@ def _patiently(call: Callable[[], T], path: str) -> T:
                     ) from None
             elif _REFUSED.search(text):
                 raise InputError(
-                    f"{path}: expected a store that lets us in, got: {text}; check the credentials, what they allow, and the URI"
+                    f"{path}: expected a store that lets us in, got: {text}; "
+                    "check the credentials, what they allow, and the URI"
                 ) from None
             else:
                 raise StoreError(f"{path}: expected a store that answers, got: {text}") from None
