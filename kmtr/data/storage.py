@@ -168,9 +168,10 @@ _TRANSIENT = re.compile(
 )
 _REFUSED = re.compile(
     r"ACCESS_?DENIED|ACCESS_?KEY|SIGNATURE|TOKEN|UNRECOGNIZED_CLIENT|AUTHENTICAT|PERMISSION_?DENIED|CREDENTIAL|"
-    r"TIME_TOO_SKEWED|HTTP status 40[13]|Forbidden",
+    r"TIME_TOO_SKEWED|HTTP status 40[013]|Forbidden",
     re.IGNORECASE,
 )
+"""400 without a reason is S3's answer to an expired token where no body comes (HEAD), or where the client loses it."""
 _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '.*' not found|bucket does not exist", re.IGNORECASE)
 
 
@@ -200,7 +201,8 @@ def _patiently(call: Callable[[], T], path: str) -> T:
                     ) from None
             elif _REFUSED.search(text):
                 raise InputError(
-                    f"{path}: expected a store that lets us in, got: {text}; check the credentials and what they allow"
+                    f"{path}: expected a store that lets us in, got: {text}; "
+                    "check the credentials, what they allow, and the URI"
                 ) from None
             else:
                 raise StoreError(f"{path}: expected a store that answers, got: {text}") from None
