@@ -78,7 +78,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     load = os.getloadavg()[0]
     if load > BUSY * (os.cpu_count() or 1):
         print(
-            f"bench: the machine is busy (load {load:.1f}): rates will be low and uneven, ratios say little", flush=True
+            f"bench: the machine is busy (load {load:.1f}): don't trust rates and ratios", flush=True
         )
     installed = versions(config.bench.peers)
     for name in config.bench.peers:
