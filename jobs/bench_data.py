@@ -77,9 +77,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     config = override(config, one_worker)
     load = os.getloadavg()[0]
     if load > BUSY * (os.cpu_count() or 1):
-        print(
-            f"bench: the machine is busy (load {load:.1f}): don't trust rates and ratios", flush=True
-        )
+        print(f"bench: the machine is busy (load {load:.1f}): don't trust rates and ratios", flush=True)
     installed = versions(config.bench.peers)
     for name in config.bench.peers:
         print(f"bench: {name}, {installed.get(name, MISSING)}", flush=True)
