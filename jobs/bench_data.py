@@ -51,6 +51,9 @@ WORKERS = (0, 1, 2, 4)
 TRIED_S = 1.5
 """One trial of a number of workers; each has two, the better counts."""
 
+BUSY = 0.5
+"""Load for each CPU, before the first measurement, from which on numbers are not to be trusted."""
+
 OPENING_S = 300
 """What a path may take to start and to end, on a busy machine."""
 
@@ -72,6 +75,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         "train.accumulation": 1,
     }
     config = override(config, one_worker)
+    load = os.getloadavg()[0]
+    if load > BUSY * (os.cpu_count() or 1):
+        print(f"bench: the machine is busy (load {load:.1f}): don't trust rates and ratios", flush=True)
     installed = versions(config.bench.peers)
     for name in config.bench.peers:
         print(f"bench: {name}, {installed.get(name, MISSING)}", flush=True)
@@ -86,7 +92,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     summary = summarise(config, measured)
     missing = {peer: MISSING for peer in config.bench.peers if peer not in installed}
     print(text_table(table(measured, failed | missing, whole)))
-    result = summary | {"peers_failed": failed | missing, "versions": installed, "workers": workers}
+    result = summary | {
+        "peers_failed": failed | missing,
+        "versions": installed,
+        "workers": workers,
+        "load": round(load, 2),
+    }
     return result | keep(config, result, measured, whole)
 
 
