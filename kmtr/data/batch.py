@@ -231,8 +231,13 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
                 raise InputError(
                     f"data.frames: {view} of the dataset has {frames} frames, got data.frames={data.frames}"
                 )
-            for r in {*config.sampling.accelerations, *config.evaluate.accelerations}:
-                sampling.check(data.matrix[0] if data.crop else ny, r, config.sampling.acs_lines)
+            lines = data.matrix[0] if data.crop else ny
+            for key in ("sampling", "evaluate"):
+                for r in getattr(config, key).accelerations:
+                    try:
+                        sampling.check(lines, r, config.sampling.acs_lines)
+                    except InputError as error:
+                        raise InputError(f"{key}.accelerations: {view}: {error}") from None
 
 
 def choose(available: int, wanted: int, centred: bool) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A batch has one shape, and every shape is compiled once. So the classes of equal subjects are merged, always the two
 buckets whose union costs least, and the cells (complex values) that hold no data are counted, those of leftovers that a
-plan moves up to the largest shape included.
+plan moves up to the next shape that fits them included.
 """
 
 from __future__ import annotations
@@ -35,6 +35,11 @@ class Buckets:
     shapes: tuple[Shape, ...]
     of_class: tuple[int, ...]
     overflow: int
+
+    @property
+    def above(self) -> tuple[int, ...]:
+        """Bucket that takes what fills no batch of each: the next one whose shape fits; of the overflow itself."""
+        return _above(np.array(self.shapes))
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
     Greedy: every class begins as a bucket of its own, and the pair whose union costs least is merged until one bucket
     is left. Each state on that way with at most `limit` shapes is improved by moving single classes; the cheapest
     result is taken, so that a larger limit never wastes more. The cost is the cells of an epoch, where what fills no
-    batch pays for the largest shape: a class too small for a batch merges readily.
+    batch pays for the next shape that fits: a class too small for a batch merges readily.
 
     Args:
         shapes: one per class, all different.
@@ -89,7 +94,10 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
     size, number = np.array(nodes), np.zeros(len(nodes), np.int64)
     np.add.at(number, [nodes.index(shape) for shape in shapes], counts)
     states = _merged(size, number, limit, batch, cells)
-    best = min((_improved(member, size, number, batch, cells) for member in states), key=lambda found: found[0])[1]
+    improved = (_improved(member, size, number, batch, cells) for member in states)
+    best = min(improved, key=lambda found: (found[0], len(np.unique(found[1]))))[
+        1
+    ]  # few shapes where that costs nothing
     return _buckets(best[[nodes.index(shape) for shape in shapes]], best, size, cells)
 
 
@@ -137,7 +145,10 @@ def _improved(
         shape = np.tile(size[:1] * 0, (len(names), 1))
         np.maximum.at(shape, member, size)
         shape[0] = size[0]
-        return float(_cost(np.bincount(member, number, len(names)), shape, batch, cells).sum())
+        many = cells(shape)
+        order = np.lexsort((np.arange(len(many)) == 0, many))  # the overflow last
+        subjects = np.bincount(member, number, len(names))[order].astype(np.int64)
+        return float((_trained(subjects, _above(shape[order]), batch) * many[order]).sum())
 
     best, moved = total(), True
     while moved:
@@ -150,6 +161,23 @@ def _improved(
                     best, home, moved = cost, bucket, True
             member[node] = home
     return best, names[member]
+
+
+def _above(shapes: Int[np.ndarray, "bucket 5"]) -> tuple[int, ...]:
+    """The first later bucket that fits each one's subjects, else itself; shapes go from few cells to many."""
+    fits = np.triu((shapes[None] >= shapes[:, None]).all(-1), 1)
+    return tuple(int(row.argmax()) if row.any() else i for i, row in enumerate(fits))
+
+
+def _trained(subjects: Int[np.ndarray, " bucket"], above: Sequence[int], batch: int) -> Int[np.ndarray, " bucket"]:
+    """Subjects trained at each shape when what fills no batch moves up."""
+    found = np.asarray(subjects, np.int64).copy()
+    for bucket, other in enumerate(above):
+        if other != bucket:
+            left = found[bucket] % batch
+            found[bucket] -= left
+            found[other] += left
+    return found
 
 
 def _buckets(of_class: np.ndarray, member: np.ndarray, size: np.ndarray, cells: Cells) -> Buckets:
@@ -172,7 +200,7 @@ def waste(
     cells: Cells = product,
     held: Sequence[float] | None = None,
 ) -> Waste:
-    """What an epoch pads: full batches at their own shape, what fills none at the overflow's.
+    """What an epoch pads: full batches at their own shape, what fills none at that of the bucket above.
 
     Args:
         held: mean cells that hold data, per subject of each class; None: those of its shape.
@@ -181,11 +209,10 @@ def waste(
     count, of_class = np.asarray(counts), np.asarray(buckets.of_class)
     subjects = np.bincount(of_class, count, len(buckets.shapes)).astype(np.int64)
     data: np.ndarray = np.bincount(of_class, count * each, len(buckets.shapes))
-    left = np.where(np.arange(len(subjects)) == buckets.overflow, 0, subjects % batch)
-    moved = data * left / np.maximum(subjects, 1)
-    subjects -= left
-    data -= moved
-    subjects[buckets.overflow] += left.sum()
-    data[buckets.overflow] += moved.sum()
+    for bucket, above in enumerate(buckets.above):
+        left = subjects[bucket] % batch if above != bucket else 0
+        moved = data[bucket] * left / max(subjects[bucket], 1)
+        subjects[[bucket, above]] += [-left, left]
+        data[[bucket, above]] += [-moved, moved]
     padded = subjects * cells(np.asarray(buckets.shapes))
     return Waste(subjects, data / 1e6, padded / 1e6)

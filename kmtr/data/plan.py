@@ -5,7 +5,8 @@
     bucket    one shape of batch; the stretches of all sources, cut down to a bucket's rows, form its list
     lane      a bucket's list of ``batch * n`` rows is cut into `batch` equal lanes; batch k takes one row of each
     window    neighbouring row groups of a lane whose rows are shuffled among each other
-    overflow  the bucket of the largest shape takes what fills no batch of the others: the tail is under one batch
+    overflow  what fills no batch of a bucket moves up to the next shape that fits, in the end to the largest, the
+              overflow: the tail of an epoch is under one batch
 
 So each row comes exactly once a pass, a source has the same share of every batch of a bucket up to one row, reads in a
 lane run along the row groups, and a worker owns a contiguous range of lanes: the global batch at step k is the same at
@@ -252,7 +253,8 @@ class Plan:
             kept, left = self._cut(epoch, bucket, pools[bucket])
             lanes[bucket] = self._lanes(epoch, bucket, kept, row)
             if bucket != self._overflow:
-                pools[self._overflow] = [_join(a, b) for a, b in zip(pools[self._overflow], left, strict=True)]
+                above = self.buckets.above[bucket] if self.buckets else bucket
+                pools[above] = [_join(a, b) for a, b in zip(pools[above], left, strict=True)]
         steps = np.repeat(np.arange(len(lanes), dtype=np.int16), [lane.shape[1] for lane in lanes])
         if len(lanes) > 1:
             _rng(self.seed, _STEPS, epoch).shuffle(steps)

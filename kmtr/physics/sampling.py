@@ -47,7 +47,7 @@ def check(lines: int, acceleration: int, acs_lines: int) -> None:
     if acceleration > 1 and count <= acs_lines:
         raise InputError(
             f"sampling: R = {acceleration} leaves {count} of {lines} lines, expected more than {acs_lines} ACS; "
-            "lower sampling.accelerations or sampling.acs_lines"
+            "lower R or sampling.acs_lines"
         )
 
 
