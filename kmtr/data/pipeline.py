@@ -30,8 +30,10 @@ MAX_BLOCKS = 500
 MIN_AHEAD_BYTES = 64 << 20
 """Object store of a worker's reading: room for blocks that are small beside it."""
 
-EXECUTOR_PAUSE_S = 0.02
-"""Far below a training step, far above a turn of the executor (1 to 2 ms)."""
+EXECUTOR_PAUSE_S = (0.002, 0.02)
+"""At least and at most: far above a turn of the executor (1 ms) where steps allow it."""
+
+PAUSES_PER_STEP = 10
 
 
 # ------------------------------------------------------------------------------------------------ plan -> batches
@@ -198,7 +200,11 @@ def _with_ray(make: MakeBatch, steps: int) -> Iterator[HostBatch]:
     context.target_max_block_size = block_size  # the dataset has its copy
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=data.prefetch):
+            asked = time.perf_counter()
             yield unpack(table, make.config)
+            # What the consumer took, not what it waited for: else a slow executor would slow itself down.
+            least, most = EXECUTOR_PAUSE_S
+            Breathe.pause_s = min(max((time.perf_counter() - asked) / PAUSES_PER_STEP, least), most)
     except Exception as error:
         damage = find_cause(error, shards.DamagedShard)
         if damage is None:
@@ -211,10 +217,13 @@ class Breathe:
 
     Its loop spins at full load as long as a finished block waits for room, which is always where reading is faster than
     training, and it shares the interpreter lock of the training worker: without the pause that costs half of the steps.
+    The pause follows the time between the batches that training asks for.
     """
 
+    pause_s = EXECUTOR_PAUSE_S[1]
+
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(EXECUTOR_PAUSE_S)
+        time.sleep(Breathe.pause_s)
 
     def before_execution_starts(self, executor: Any) -> None:
         pass
