@@ -135,12 +135,12 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
         storage.make_folder(store, base)
         with store.open_output_stream(f"{base}/{token}") as stream:
             stream.write(token.encode())
-    except (OSError, InputError) as error:
+    except (OSError, KmtrError) as error:
         said["storage"] = _brief(error)
     try:
         store, base = storage.open_root(data_root)
         said["manifest"] = hashlib.sha256(storage.read_bytes(store, f"{base}/manifest.json")).hexdigest()
-    except (OSError, InputError) as error:
+    except (OSError, KmtrError) as error:
         said["data"] = _brief(error)
     said["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes = _lines("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")

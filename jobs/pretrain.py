@@ -13,6 +13,7 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jobs._main import main, recipe_config, start_ray
+from kmtr.data import pipeline
 from kmtr.train import driver
 
 
@@ -30,6 +31,12 @@ def run(words: list[str]) -> dict[str, Any]:
         f"ZeRO-{config.train.zero_stage}, {'bf16' if config.train.bf16 else 'fp32'}",
         flush=True,
     )
+    plan = pipeline.plan_of(config, dataset)
+    if len(shapes := pipeline.shapes_of(plan)) > 1:
+        padding = pipeline.padding_of(config, dataset, plan).total
+        print(
+            f"pretrain: {len(shapes)} batch shapes, {100 * padding:.1f} % of them padding (jobs/verify.py lists them)"
+        )
     start_ray()
     began = time.perf_counter()
     outcome = driver.fit(config)

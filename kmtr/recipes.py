@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kmtr.config import Align, Data, Evaluate, Model, Reconstruct, RunConfig, Sampling, Simulate, Train
+from kmtr.config import Align, Data, Evaluate, Model, Reconstruct, RunConfig, Sampling, Shards, Simulate, Train
 
 
 def tiny() -> RunConfig:
@@ -46,6 +46,7 @@ def base() -> RunConfig:
     return RunConfig(
         recipe="base",
         data=Data(root="runs/base"),
+        shards=Shards(rows=32),  # of 14.7 MB: files of half a GB, footers of 0.1 MB
         model=Model(width=768, depth=6),
         train=Train(zero_stage=1, bf16=True),
     )
@@ -56,6 +57,7 @@ def large() -> RunConfig:
     return RunConfig(
         recipe="large",
         data=Data(root="runs/large", global_batch=256),
+        shards=Shards(rows=32),
         model=Model(width=1024, depth=24, decoder_width=512, decoder_depth=4),
         reconstruct=Reconstruct(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
         train=Train(workers=8, zero_stage=3, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),

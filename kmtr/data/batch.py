@@ -6,8 +6,9 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Data, RunConfig
-from kmtr.data import pages, shards
+from kmtr.data import pages, shards, storage
 from kmtr.data.buckets import Shape
 from kmtr.data.reader import Dataset, Samples
 from kmtr.physics import random, sampling
@@ -294,6 +295,7 @@ def collate(
     given = np.zeros((size, len(slots)), bool)
     padded = np.ones((size, len(slots), frames), bool)
     extent = np.zeros((size, len(slots), 3), np.int64)
+    reads: list[Callable[[], object]] = []
     columns = {c: meta.column(c).to_pylist() for v in data.views for c in (f"shape_{v}", f"acquired_{v}")}
     for row in range(size):
         first = 0
@@ -307,7 +309,7 @@ def collate(
                 continue
             packed = columns[f"acquired_{view}"][row]
             if list(here.shape[:-1]) == source:
-                samples.fetch(row, view, source, here)
+                reads.append(partial(samples.fetch, row, view, source, here))
                 z, t = np.arange(count), np.arange(frames)
                 y0, lines, seen = 0, ny, (coils, ny, nx)
             else:
@@ -331,6 +333,7 @@ def collate(
                 pattern = shards.unpack(packed, (source[0], source[2], source[3]))
                 acquired[row, where, : len(t), y0 : y0 + lines] = pattern[z][:, t]
                 given[row, where] = True
+    storage.run_many(reads, samples.in_flight)
     keys = [sampling.subject_key(value) for value in meta.column("subject_id").to_pylist()]
     named = [meta.column(name).to_numpy() for name in labels]
     arrays = {

@@ -24,6 +24,9 @@ from kmtr.types import VIEWS, InputError
 OPEN_SHARDS = 256
 """Shards whose index and file a reader keeps open."""
 
+READS_IN_FLIGHT = 16
+"""Of one batch from an object store: each waits for the network. Of local files one thread copies as fast as several."""
+
 KEPT_ROW_GROUPS = 64
 """Row groups of several subjects (of `shards.ROW_GROUP_BYTES` at most) that are kept of each open shard."""
 
@@ -148,6 +151,11 @@ class Samples(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
+    @property
+    def in_flight(self) -> int:
+        """Fetches that are worth having under way at once."""
+        ...
+
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
         """Stored values ``slice coil t ky kx 2`` of a row's view, in `out` (contiguous, that shape) where given.
 
@@ -160,7 +168,7 @@ class Loaded:
     """Samples out of a whole table."""
 
     def __init__(self, table: pa.Table):
-        self.meta, self.dtype = table, shards.stored_dtype(table.schema)
+        self.meta, self.dtype, self.in_flight = table, shards.stored_dtype(table.schema), 1
 
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
         found = shards.raw_kspace(self.meta, row, view)
@@ -259,6 +267,7 @@ class RowSamples:
 
     def __init__(self, reader: Reader, rows: Sequence[int]):
         self.reader, self.dtype = reader, reader.dtype
+        self.in_flight = READS_IN_FLIGHT if any("://" in root for root in reader.dataset.roots) else 1
         self.places = [reader._shard(row) for row in rows]
 
     @cached_property

@@ -525,15 +525,17 @@ def _bytes(target: Any) -> memoryview:
 
 
 def read_many(ranges: Iterable[tuple[File, int, Any]], threads: int = 8) -> None:
-    """Fill many targets, several reads in flight: (file, offset, target) as in `File.read_into`.
+    """Fill many targets, several reads in flight: (file, offset, target) as in `File.read_into`; see `run_many`."""
+    run_many([partial(file.read_into, offset, target) for file, offset, target in ranges], threads)
 
-    On return, and also after an error, no read is in flight any more.
-    """
+
+def run_many(calls: Iterable[Callable[[], object]], threads: int) -> None:
+    """Make all calls, `threads` of them at a time; on return, and also after an error, none is under way any more."""
     if threads == 1:
-        for file, offset, target in ranges:
-            file.read_into(offset, target)
+        for call in calls:
+            call()
         return
-    running = [_pool(threads).submit(file.read_into, offset, target) for file, offset, target in ranges]
+    running = [_pool(threads).submit(call) for call in calls]
     try:
         for read in running:
             read.result()
