@@ -35,7 +35,7 @@ from kmtr.data.reader import Dataset
 from kmtr.objectives import Pretraining
 from kmtr.tracking.store import local_path, reaching
 from kmtr.train import driver
-from kmtr.types import InputError, KmtrError
+from kmtr.types import KmtrError
 
 GIB = 2**30
 NODE_TIMEOUT_S = 120

@@ -22,6 +22,14 @@ Cells = Callable[[np.ndarray], np.ndarray]
 """Shapes ``... 5`` -> complex values of one subject ``...``; must not fall where a size grows."""
 
 
+CROWDED = 3
+"""So many classes a shape that greedy merging ends far from the best."""
+
+SLACKS = (0.003, 0.006, 0.01)
+WANDER, MOST_MOVES = 100, 4000
+"""Random moves per class, and at most: a second or two."""
+
+
 @dataclass(frozen=True)
 class Buckets:
     """Batch shapes.
@@ -75,8 +83,8 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
     """At most `limit` batch shapes, that of the overflow (the largest sizes of all) included.
 
     Greedy: every class begins as a bucket of its own, and the pair whose union costs least is merged until one bucket
-    is left. Each state on that way with at most `limit` shapes is improved by moving single classes; the cheapest
-    result is taken, so that a larger limit never wastes more. The cost is the cells of an epoch, where what fills no
+    is left. Each state on that way with at most `limit` shapes is improved by moving single classes, and the cheapest
+    is taken; where classes are many, it is improved further by random moves. The cost is the cells of an epoch, where what fills no
     batch pays for the next shape that fits: a class too small for a batch merges readily.
 
     Args:
@@ -95,9 +103,11 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
     np.add.at(number, [nodes.index(shape) for shape in shapes], counts)
     states = _merged(size, number, limit, batch, cells)
     improved = (_improved(member, size, number, batch, cells) for member in states)
-    best = min(improved, key=lambda found: (found[0], len(np.unique(found[1]))))[
-        1
-    ]  # few shapes where that costs nothing
+    # Of states that cost the same, that of the fewest shapes.
+    cost, best = min(improved, key=lambda state: (state[0], len(np.unique(state[1]))))
+    if limit > 1 and len(nodes) > CROWDED * limit:
+        wandered = [_wandered(best, size, number, batch, cells, slack) for slack in SLACKS]
+        best = min([(cost, best), *wandered], key=lambda state: state[0])[1]
     return _buckets(best[[nodes.index(shape) for shape in shapes]], best, size, cells)
 
 
@@ -140,27 +150,53 @@ def _improved(
     """Cost and state after moving single classes, each to where it costs least, until none wants to move."""
     names = np.unique(np.append(member, 0))
     member = np.searchsorted(names, member)
-
-    def total() -> float:
-        shape = np.tile(size[:1] * 0, (len(names), 1))
-        np.maximum.at(shape, member, size)
-        shape[0] = size[0]
-        many = cells(shape)
-        order = np.lexsort((np.arange(len(many)) == 0, many))  # the overflow last
-        subjects = np.bincount(member, number, len(names))[order].astype(np.int64)
-        return float((_trained(subjects, _above(shape[order]), batch) * many[order]).sum())
-
-    best, moved = total(), True
+    best, moved = _total(member, len(names), size, number, batch, cells), True
     while moved:
         moved = False
         for node in np.flatnonzero(number):
             home = member[node]
             for bucket in range(len(names)):
                 member[node] = bucket
-                if (cost := total()) < best * (1 - 1e-12):
+                if (cost := _total(member, len(names), size, number, batch, cells)) < best * (1 - 1e-12):
                     best, home, moved = cost, bucket, True
             member[node] = home
     return best, names[member]
+
+
+def _wandered(
+    member: np.ndarray, size: np.ndarray, number: np.ndarray, batch: int, cells: Cells, slack: float
+) -> tuple[float, np.ndarray]:
+    """As `_improved`, after random moves that may also cost a little more, at first up to `slack` of the whole:
+    threshold accepting (Dueck and Scheuer 1990). No exponentials: every machine must find the same.
+    """
+    names = np.unique(np.append(member, 0))
+    member = np.searchsorted(names, member)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([len(size), len(names)])))
+    moves = min(WANDER * len(size), MOST_MOVES)
+    nodes, homes = rng.integers(len(size), size=moves), rng.integers(len(names), size=moves)
+    now = best = start = _total(member, len(names), size, number, batch, cells)
+    kept = member.copy()
+    for i, (node, home) in enumerate(zip(nodes, homes, strict=True)):
+        before, member[node] = member[node], home
+        cost = _total(member, len(names), size, number, batch, cells)
+        if cost - now < slack * start * (1 - i / moves):
+            now = cost
+            if cost < best:
+                best, kept = cost, member.copy()
+        else:
+            member[node] = before
+    return _improved(names[kept], size, number, batch, cells)
+
+
+def _total(member: np.ndarray, count: int, size: np.ndarray, number: np.ndarray, batch: int, cells: Cells) -> float:
+    """Cells of an epoch; bucket 0 is the overflow."""
+    shape = np.zeros((count, size.shape[1]), size.dtype)
+    np.maximum.at(shape, member, size)
+    shape[0] = size[0]
+    many = cells(shape)
+    order = np.lexsort((np.arange(count) == 0, many))  # the overflow last
+    subjects = np.bincount(member, number, count)[order].astype(np.int64)
+    return float((_trained(subjects, _above(shape[order]), batch) * many[order]).sum())
 
 
 def _above(shapes: Int[np.ndarray, "bucket 5"]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ OPEN_SHARDS = 256
 """Shards whose index and file a reader keeps open."""
 
 READS_IN_FLIGHT = 16
-"""Of one batch from an object store: each waits for the network. Of local files one thread copies as fast as several."""
+"""Of one batch from an object store, where each waits for the network; local files are copied by one thread."""
 
 KEPT_ROW_GROUPS = 64
 """Row groups of several subjects (of `shards.ROW_GROUP_BYTES` at most) that are kept of each open shard."""
