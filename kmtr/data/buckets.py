@@ -84,8 +84,8 @@ def choose(shapes: Sequence[Shape], counts: Sequence[int], limit: int, batch: in
 
     Greedy: every class begins as a bucket of its own, and the pair whose union costs least is merged until one bucket
     is left. Each state on that way with at most `limit` shapes is improved by moving single classes, and the cheapest
-    is taken; where classes are many, it is improved further by random moves. The cost is the cells of an epoch, where what fills no
-    batch pays for the next shape that fits: a class too small for a batch merges readily.
+    is taken; where classes are many, it is improved further by random moves. The cost is the cells of an epoch, where
+    what fills no batch pays for the next shape that fits: a class too small for a batch merges readily.
 
     Args:
         shapes: one per class, all different.
