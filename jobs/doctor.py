@@ -30,7 +30,7 @@ from jobs._main import main, recipe_config, start_ray
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline, shards, storage
-from kmtr.data.batch import check_shapes, collate
+from kmtr.data.batch import check_shapes, collate, unreached
 from kmtr.data.reader import Dataset
 from kmtr.objectives import Pretraining
 from kmtr.tracking.store import local_path, reaching
@@ -303,6 +303,8 @@ def shapes(config: RunConfig) -> Check:
     batch = collate(reader.samples(range(min(2, len(reader)))), config).to(torch.device("cpu"))
     if not bool(torch.isfinite(torch.view_as_real(batch.kspace)).all()):
         return Check("shapes", "FAIL", "the first subjects hold values that are not finite: ingest them again")
+    if advice := unreached(config.data, data):
+        return Check("shapes", "warn", advice)
     return Check("shapes", "ok", "slice coil t ky kx = " + " x ".join(map(str, batch.kspace.shape[1:])))
 
 

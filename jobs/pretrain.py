@@ -14,6 +14,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jobs._main import main, recipe_config, start_ray
 from kmtr.data import pipeline
+from kmtr.data.batch import unreached
 from kmtr.train import driver
 
 
@@ -31,6 +32,8 @@ def run(words: list[str]) -> dict[str, Any]:
         f"ZeRO-{config.train.zero_stage}, {'bf16' if config.train.bf16 else 'fp32'}",
         flush=True,
     )
+    if advice := unreached(config.data, dataset):
+        print(f"pretrain: note: {advice}")
     plan = pipeline.plan_of(config, dataset)
     if len(shapes := pipeline.shapes_of(plan)) > 1:
         padding = pipeline.padding_of(config, dataset, plan).total

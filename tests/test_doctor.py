@@ -103,9 +103,14 @@ def test_no_dataset(config: RunConfig) -> None:
 
 
 def test_shapes_that_do_not_fit(config: RunConfig) -> None:
-    failed, found = state("shapes", lambda: doctor.shapes(override(config, {"data.matrix": "64,64"})))
+    small = {"sampling.accelerations": 2, "evaluate.accelerations": 2, "data.matrix": "32,16"}
+    failed, found = state("shapes", lambda: doctor.shapes(override(config, small)))
     assert failed == "FAIL"
     assert "set data.matrix=32,32" in found
+    for key, value, said in (("data.matrix", "64,64", "set data.matrix=32,32"), ("data.coils", 2, "set data.coils=1")):
+        warned, found = state("shapes", lambda k=key, v=value: doctor.shapes(override(config, {k: v})))
+        assert warned == "warn"
+        assert said in found
 
 
 def test_more_than_the_dataset_has(config: RunConfig) -> None:

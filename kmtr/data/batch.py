@@ -241,6 +241,22 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
                         raise InputError(f"{key}.accelerations: {view}: {error}") from None
 
 
+def unreached(data: Data, dataset: Dataset) -> str:
+    """What of the configuration's full shape no subject fills, as a line of advice; empty: all is filled."""
+    shapes = [shape for view in data.views for shape in dataset.shapes.get(view, [])]
+    if not shapes or data.crop:
+        return ""
+    _, coils, _, ny, nx = (max(sizes) for sizes in zip(*shapes, strict=True))
+    if coils < data.coils:
+        return f"data.coils: no subject has more than {coils} coils, got {data.coils}; set data.coils={coils}"
+    if (ny, nx) != data.matrix:
+        return (
+            f"data.matrix: no subject is larger than {ny} x {nx}, got {data.matrix[0]} x {data.matrix[1]}, so images "
+            f"are interpolated; set data.matrix={ny},{nx}"
+        )
+    return ""
+
+
 def choose(available: int, wanted: int, centred: bool) -> np.ndarray:
     """Indices of `wanted` of `available` items, evenly spread; all of them where there are fewer.
 

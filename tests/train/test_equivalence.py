@@ -11,6 +11,7 @@ import pytest
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data import statistics
+from kmtr.data.reader import Dataset
 
 pytestmark = pytest.mark.ray
 
