@@ -103,7 +103,7 @@ def test_no_dataset(config: RunConfig) -> None:
 
 
 def test_shapes_that_do_not_fit(config: RunConfig) -> None:
-    small = {"sampling.accelerations": 2, "evaluate.accelerations": 2, "data.matrix": "32,16"}
+    small = {"sampling.accelerations": "2", "evaluate.accelerations": "2", "data.matrix": "32,16"}
     failed, found = state("shapes", lambda: doctor.shapes(override(config, small)))
     assert failed == "FAIL"
     assert "set data.matrix=32,32" in found
