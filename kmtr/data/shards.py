@@ -536,6 +536,9 @@ def _preflight(store: Any, base: str, shard: Shard) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says, without the path that the system's own errors hold."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
