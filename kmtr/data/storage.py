@@ -176,7 +176,7 @@ _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|NoSuchBucket|Bucket '.*' not found|buck
 
 
 def _patiently(call: Callable[[], T], path: str) -> T:
-    """The call's result, tried again after transient errors: waits of up to 0.5, 1, 2 and 4 s, drawn at random.
+    """The call's result, tried again after transient errors: waits of 0.5, 1, 2 and 4 s, half of each at random.
 
     Raises:
         InputError: the store refuses, or there is no such bucket.
@@ -206,7 +206,7 @@ def _patiently(call: Callable[[], T], path: str) -> T:
                 ) from None
             else:
                 raise StoreError(f"{path}: expected a store that answers, got: {text}") from None
-        time.sleep(random.uniform(0, 2.0 ** (tried - 2)))
+        time.sleep(random.uniform(0.5, 1.0) * 2.0 ** (tried - 2))  # never near zero: five tries outlast 3.7 s
     raise AssertionError("count never ends")  # for the type checker
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -24,8 +25,12 @@ pytestmark = pytest.mark.ray
 
 
 def training_workers() -> list[psutil.Process]:
-    me = psutil.Process()
-    return [p for p in me.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended since it was listed, or a zombie
+            if "RayTrainWorker" in " ".join(process.cmdline() or [process.name()]):
+                found.append(process)
+    return found
 
 
 def kill_after_checkpoint(folder: Path, killed: list[int]) -> None:
