@@ -22,13 +22,9 @@ from kmtr.types import InputError, Study
 
 def ingested(item: int, items: list[sources.Item], config: RunConfig, subject_key: bytes) -> Study:
     """The study of one source item."""
-    return sources.read(
-        items[item],
-        matrix=config.ingest.matrix,
-        seed=config.seed,
-        subject_key=subject_key,
-        axes=config.ingest.axes or None,
-    )
+    i = config.ingest
+    options = sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30))
+    return sources.read(items[item], options, subject_key=subject_key)
 
 
 def run(words: list[str]) -> dict[str, Any]:

@@ -105,7 +105,10 @@ class Augment(Section):
 
 
 class Sampling(Section):
-    family: Literal["gaussian"] = Field("gaussian", description="k-t pattern family (METHOD: Gaussian density + floor)")
+    family: Literal["gaussian", "gaussian-wide", "equispaced", "kt-gaussian-acs", "file"] = Field(
+        "gaussian", description="k-t pattern family (README: Sampling); file: the patterns of sampling.file"
+    )
+    file: str = Field("", description="pattern file (.txt, .npy, .mat) of family file; its R is measured")
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R drawn per subject during training")
     acs_lines: int = Field(4, ge=0, description="central lines sampled in every frame, counted in the budget")
 
@@ -203,9 +206,10 @@ class Shards(Section):
         "none", description="of k-space; none is read straight into the batch, lz4 saves where much is zero"
     )
     rows: int = Field(64, gt=0, description="subjects per shard file")
-    split: Literal["auto", "hash", "train"] = Field(
+    split: Literal["auto", "hash", "stratified", "train"] = Field(
         "auto", description="hash: 70/10/20 % train/val/test by subject; train: no split; auto: train below 20 subjects"
     )
+    split_from: str = Field("", description="dataset whose subjects keep the split that they have there")
 
 
 class Ingest(Section):
@@ -215,10 +219,22 @@ class Ingest(Section):
     axes: str = Field(
         "", description="axis order of a .mat k-space where the rules are wrong, as in 't slice coil ky kx'"
     )
+    oversampling: Literal["keep", "remove"] = Field(
+        "remove", description="readout oversampling of raw data (ismrmrd), where the header tells it"
+    )
+    coils: int = Field(0, ge=0, description="virtual coils that raw data is compressed to at reading; 0: as acquired")
+    labels: str = Field("", description="table (.csv, .parquet) of phenotypes and diseases, joined by subject")
+    columns: str = Field("", description="its columns where names differ: 'subject=eid lvedv_ml=f24100_2_0 ...'")
+    gib: float = Field(4.0, gt=0, description="largest array that a source may hold, GiB: larger claims are refused")
 
 
 class Simulate(Section):
     subjects: int = Field(2000, gt=0, description="simulated subjects, over all splits")
+    difficulty: Literal["easy", "medium", "hard"] = Field(
+        "medium", description="how much nuisance and detail stand between the k-space and the labels (README: Cohort)"
+    )
+    coils: int = Field(1, gt=0, le=32, description="receiver coils; 1: a uniform one")
+    oversampling: float = Field(1.0, ge=1, le=4, description="readout field of view over the image's; 1: none")
     snr_db: float = Field(30.0, description="power of the signal over that of the complex noise in k-space, dB")
     seed: int = Field(0, ge=0, description="a subject is a pure function of (seed, index)")
 

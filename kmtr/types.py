@@ -43,11 +43,26 @@ PHENOTYPES = {
     "rasv_ml": "mL",
     "raef_pct": "%",
     "wall_thickness_mm": "mm",
+    "wall_thickness_max_mm": "mm",
+    "thickening_min_pct": "%",
+    "gcs_pct": "%",
 }
-"""Regression targets: name (its ending is the unit) -> unit. Missing values are NaN / null."""
+"""Regression targets: name (its ending is the unit) -> unit. Missing values are NaN / null.
 
-DISEASES = ("cad", "infarct", "stroke", "hypertension", "diabetes", "dcm", "hcm", "rv_disease")
+Wall: `wall_thickness_mm` is the LV's mean at end-diastole and `wall_thickness_max_mm` that of its thickest segment;
+`thickening_min_pct` is the systolic thickening of the segment that thickens least; `gcs_pct` the global circumferential
+strain at end-systole (negative where the wall shortens). Segments: the 16 of the American Heart Association (Cerqueira
+2002).
+"""
+
+DISEASES = ("cad", "infarct", "stroke", "hypertension", "diabetes", "dcm", "hcm", "rv_disease", "dilated_atria")
 """Binary targets; missing values are NaN / null."""
+
+COVARIATES = {"male": "0 or 1", "age_y": "years", "bsa_m2": "m2", "heart_rate_bpm": "1/min"}
+"""Known of the person beside the heart: for strata and for indexing, no targets."""
+
+LABELS = (*PHENOTYPES, *DISEASES, *COVARIATES)
+"""All numbers that a study may carry."""
 
 SEGMENTATION_CLASSES = ("background", "lv_cavity", "lv_myocardium", "rv", "la", "ra")
 """Names of the segmentation values 0 to 5."""
@@ -74,6 +89,8 @@ class View:
         segmentation: uint8, ``slice t y x``; see SEGMENTATION_CLASSES and UNLABELLED. None: no contours at all.
         spacing_mm: distance between slices, pixel height, pixel width (z, y, x) in mm; None: unknown.
         frame_time_s: time between two frames in s; None: unknown.
+        contoured: the classes that the source draws, ascending, of 1 to 5; a class that is not among them may be
+            anywhere in the background. None: all that the view shows.
     """
 
     kspace: np.ndarray
@@ -81,6 +98,7 @@ class View:
     segmentation: np.ndarray | None = None
     spacing_mm: tuple[float, float, float] | None = None
     frame_time_s: float | None = None
+    contoured: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         k = self.kspace
@@ -93,6 +111,13 @@ class View:
         ):
             if array is not None and (array.shape != shape or array.dtype != dtype):
                 raise InputError(f"{name}: expected {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
+        drawn = range(1, len(SEGMENTATION_CLASSES))
+        if self.contoured is not None and (
+            list(self.contoured) != sorted(set(self.contoured)) or not set(self.contoured) <= set(drawn)
+        ):
+            raise InputError(
+                f"contoured: expected ascending classes of {drawn[0]} to {drawn[-1]}, got {self.contoured}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +127,7 @@ class Study:
     Attributes:
         subject_id: pseudonym; never a name, a date or a path.
         views: view group (one of VIEWS) -> View.
-        labels: phenotype or disease -> value in its unit; absent or NaN = unknown.
+        labels: one of LABELS -> value in its unit; absent or NaN = unknown.
         source: the format or simulator it came from, with its version.
         vendor, field_strength_t: of the scanner; field strength in tesla.
     """
@@ -119,7 +144,7 @@ class Study:
             raise InputError("study: expected at least one view, got none")
         for what, names, known in (
             ("view", self.views, VIEWS),
-            ("label", self.labels, (*PHENOTYPES, *DISEASES)),
+            ("label", self.labels, LABELS),
         ):
             unknown = set(names) - set(known)
             if unknown:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.data import pages, storage
-from kmtr.types import DISEASES, PHENOTYPES, VIEWS, InputError, KmtrError, Study, View
+from kmtr.types import LABELS, VIEWS, InputError, KmtrError, Study, View
 
 SCHEMA_VERSION = 2
 """1 had neither shapes nor the sizes of row groups in its manifest; `read_manifest` adds them."""
@@ -37,7 +37,6 @@ ROW_GROUP_BYTES = 1 << 20
 
 SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
 MIN_SPLIT_SUBJECTS = 20
-LABELS = (*PHENOTYPES, *DISEASES)
 
 
 class DamagedShard(KmtrError):

@@ -13,7 +13,7 @@ import pytest
 import scipy.io
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import Item, discover, read
+from kmtr.data.sources import Item, Options, discover, read
 from kmtr.data.sources.cmrxrecon import infer_axes, read_pattern
 from kmtr.data.sources.nifti import orientation, volumes
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
@@ -91,7 +91,7 @@ def test_registry_refuses_in_one_line(tmp_path: Path) -> None:
         lambda: discover("nifti", str(tmp_path)),
         lambda: discover("cmrxrecon", str(tmp_path)),
         lambda: read(tmp_path),
-        lambda: read(tmp_path, matrix=(0, 8)),
+        lambda: read(tmp_path, Options(matrix=(0, 8))),
     ):
         with pytest.raises(InputError) as caught:
             call()
@@ -133,11 +133,11 @@ def test_cine_round_trip(tmp_path: Path, rng: np.random.Generator) -> None:
 def test_phase_is_shared_by_frames_and_a_pure_function(tmp_path: Path) -> None:
     path = save_nifti(tmp_path / "case_4d.nii.gz", np.full((16, 16, 2, 3), 100, np.int16))
     image = ifft2c(read(path).views["sax"].kspace)
-    np.testing.assert_array_equal(read(path).views["sax"].kspace, read(path, seed=0).views["sax"].kspace)
+    np.testing.assert_array_equal(read(path).views["sax"].kspace, read(path, Options(seed=0)).views["sax"].kspace)
     np.testing.assert_allclose(image[:, :, 0], image[:, :, 2], rtol=1e-5)
     assert np.abs(np.angle(image[0] / image[1])).max() > 0.1  # slices differ
     assert np.ptp(np.angle(image[0, 0, 0])) > 0.1  # and no phase is flat
-    for other in (read(path, seed=1), read(path, subject_key=b"other")):
+    for other in (read(path, Options(seed=1)), read(path, subject_key=b"other")):
         assert not np.allclose(other.views["sax"].kspace, read(path).views["sax"].kspace)
 
 
@@ -146,7 +146,7 @@ def test_matrix_crops_the_image_and_its_contours(tmp_path: Path, rng, matrix: tu
     image = rng.integers(0, 900, (20, 24, 3, 5)).astype(np.int16)
     path = save_nifti(tmp_path / "case_4d.nii.gz", image)
     save_nifti(tmp_path / "case_seg_4d.nii.gz", heart())
-    study = read(path, matrix=matrix)
+    study = read(path, Options(matrix=matrix))
     view = study.views["sax"]
     expected = crop_or_pad(image.transpose(2, 3, 1, 0), matrix, (-2, -1))
     np.testing.assert_allclose(np.abs(ifft2c(view.kspace))[:, 0], expected, atol=1e-2)
@@ -377,11 +377,11 @@ def test_mat73_in_either_order_and_v5_agree(tmp_path: Path, rng, matlab_order: b
 def test_axes_override(tmp_path: Path, rng) -> None:
     array = complex_array(rng, 16, 12, 4)
     path = write_mat73(tmp_path / "cine_sax.mat", "kspace", array)
-    kspace = read(path, axes="ky kx t").views["sax"].kspace
+    kspace = read(path, Options(axes="ky kx t")).views["sax"].kspace
     np.testing.assert_array_equal(kspace[0, 0], array.transpose(2, 0, 1))
     for wrong in ("ky kx", "ky ky kx", "ky kx time", "coil slice t"):
         with pytest.raises(InputError, match="axes: expected 3 different names"):
-            read(path, axes=wrong)
+            read(path, Options(axes=wrong))
 
 
 def test_sampled_is_told_by_zeros(tmp_path: Path, rng) -> None:
@@ -393,17 +393,17 @@ def test_sampled_is_told_by_zeros(tmp_path: Path, rng) -> None:
     view = read(path).views["sax"]
     np.testing.assert_array_equal(view.sampled, lines.transpose(1, 0, 2))
     # A crop along the readout keeps the pattern; one along ky would mix lines.
-    cropped = read(path, matrix=(12, 8)).views["sax"]
+    cropped = read(path, Options(matrix=(12, 8))).views["sax"]
     np.testing.assert_array_equal(cropped.sampled, view.sampled)
     np.testing.assert_array_equal((cropped.kspace != 0).any((1, -1)), view.sampled)
     with pytest.raises(InputError, match=r"matrix=12,8.*undersampled"):
-        read(path, matrix=(8, 8))
+        read(path, Options(matrix=(8, 8)))
 
 
 def test_matrix_crops_full_kspace_in_the_image(tmp_path: Path, rng) -> None:
     image = complex_array(rng, 1, 1, 1, 13, 16)
     path = write_mat73(tmp_path / "cine_sax.mat", "kspace", fft2c(image)[0, 0, 0])
-    view = read(path, matrix=(8, 10)).views["sax"]
+    view = read(path, Options(matrix=(8, 10))).views["sax"]
     np.testing.assert_allclose(ifft2c(view.kspace), crop_or_pad(image, (8, 10), (-2, -1)), atol=1e-5)
 
 

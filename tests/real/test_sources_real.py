@@ -11,7 +11,7 @@ import pytest
 
 from kmtr.data import shards
 from kmtr.data.reader import Dataset, Reader
-from kmtr.data.sources import discover, read
+from kmtr.data.sources import Options, discover, read
 from kmtr.data.sources.cmrxrecon import read_pattern
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, View
@@ -95,7 +95,7 @@ def test_cmrxrecon2025_undersampled_multi_coil(dtype: str, tmp_path: Path) -> No
     np.testing.assert_array_equal(read_pattern(path.with_name("mask_from_zeros_ktGaussian8.npy")), view.sampled[0, 0])
     assert view.sampled[0, 0, 71:91].all()
     # The readout is complete, so taking off its oversampling leaves the lines and their pattern alone.
-    cropped = read(path, matrix=(ny, nx // 2)).views["sax"]
+    cropped = read(path, Options(matrix=(ny, nx // 2))).views["sax"]
     np.testing.assert_array_equal(cropped.sampled, view.sampled)
 
 
@@ -111,7 +111,7 @@ def test_sunnybrook_volumes(name: str) -> None:
     """Voxel counts against volumes from the contours, which were measured independently of the reader."""
     want = golden("sunnybrook", "derived_meta.json")[name]
     path = SHARED / "sunnybrook" / name / f"{name}_4d.nii.gz"
-    study = read(path, matrix=(128, 128))
+    study = read(path, Options(matrix=(128, 128)))
     view, labels = study.views["sax"], study.labels
     assert view.kspace.shape == (want["slices"], 1, want["frames"], 128, 128)
     assert labels["lvedv_ml"] == pytest.approx(want["EDV_ml"], rel=1e-3)

@@ -2,8 +2,8 @@
 
 `discover` finds the subjects under a file or folder, `read` reads one of them. A reader's module has
 
-    find(source) -> list[Item]                                          which files belong to which subject
-    read(item, where, subject_id, matrix=, seed=, axes=) -> Study       `where` is what messages call the source
+    find(source) -> list[Item]                              which files belong to which subject
+    read(item, where, subject_id, options) -> Study         `where` is what messages call the source
 
 It is imported when it is used, and what it needs beyond numpy is the extra ``kmtr[readers]``.
 """
@@ -11,9 +11,12 @@ It is imported when it is used, and what it needs beyond numpy is the extra ``km
 from __future__ import annotations
 
 import importlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
 from kmtr.types import InputError, Study
@@ -33,11 +36,55 @@ class Item:
         format: one of FORMATS.
         subject: the source's own name of the subject. Private, as are the paths: neither is shown by `repr`.
         files: the files that belong to the subject, sorted.
+        problem: why the subject can't be read, found while looking for files: `read` refuses it with these words, and
+            the others are read all the same. Empty: nothing is wrong so far.
     """
 
     format: str
     subject: str = field(repr=False)
     files: tuple[Path, ...] = field(repr=False)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How sources are read, beside what the files say.
+
+    Attributes:
+        matrix: (ny, nx) that the image is cropped or zero-padded to about its centre, never rescaled. None: as stored.
+        seed: of what is simulated (the phase of magnitude images), together with subject and slice.
+        axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
+            reader guess wrong (cmrxrecon only). Empty: by the rules.
+        oversampling: readout oversampling, where the header tells it (ismrmrd), is kept or removed.
+        coils: virtual coils that raw data is compressed to; 0: as acquired.
+        most_bytes: largest array that a file may claim to hold.
+    """
+
+    matrix: tuple[int, int] | None = None
+    seed: int = 0
+    axes: str = ""
+    oversampling: Literal["keep", "remove"] = "remove"
+    coils: int = 0
+    most_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        if self.matrix is not None and min(self.matrix) < 1:
+            raise InputError(f"matrix: expected (ny, nx) of at least 1, got {self.matrix}")
+
+
+def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, options: Options) -> None:
+    """Refuse what a header claims before memory is asked for it.
+
+    Raises:
+        InputError: an empty array, or one of more than `options.most_bytes`.
+    """
+    if not shape or min(shape) < 1:
+        raise InputError(f"{where}: {what}: expected an array that holds something, got shape {tuple(shape)}")
+    if (size := math.prod(shape) * itemsize) > options.most_bytes:
+        raise InputError(
+            f"{where}: {what}: expected at most {options.most_bytes / 2**30:.3g} GiB, the header claims "
+            f"{size / 2**30:.3g} GiB {tuple(shape)}; if that is true, raise ingest.gib"
+        )
 
 
 def discover(format: str, source: str) -> list[Item]:
@@ -61,30 +108,23 @@ def discover(format: str, source: str) -> list[Item]:
 
 def read(
     item_or_path: Item | str | Path,
+    options: Options | None = None,
     *,
     format: str | None = None,
-    matrix: tuple[int, int] | None = None,
-    seed: int = 0,
     subject_key: bytes = b"kmtr",
-    axes: str | None = None,
 ) -> Study:
     """One subject as a `Study`.
 
     Args:
         item_or_path: an item of `discover`, or a file or folder that holds exactly one subject.
+        options: None: the defaults of `Options`.
         format: one of FORMATS; None: told by the file ending.
-        matrix: (ny, nx) that the image is cropped or zero-padded to about its centre, never rescaled. None: as stored.
-        seed: of what is simulated (the phase of magnitude images), together with subject and slice.
         subject_key: key of the pseudonym, 1 to 64 bytes. The default hides names from a reader, not from an attacker.
-        axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
-            reader guess wrong (cmrxrecon only).
 
     Raises:
         InputError: unreadable, ambiguous or unsupported source; the message names what the caller named, never
             a subject.
     """
-    if matrix is not None and min(matrix) < 1:
-        raise InputError(f"matrix: expected (ny, nx) of at least 1, got {matrix}")
     if isinstance(item_or_path, Item):
         item = item_or_path
         subject_id = pseudonym(item.subject, subject_key)
@@ -96,7 +136,9 @@ def read(
             raise InputError(f"{where}: expected one subject, got {len(items)}; read them with discover()")
         item = items[0]
         subject_id = pseudonym(item.subject, subject_key)
-    return _reader(item.format).read(item, where, subject_id, matrix=matrix, seed=seed, axes=axes)
+    if item.problem:
+        raise InputError(f"{where}: {item.problem}")
+    return _reader(item.format).read(item, where, subject_id, options or Options())
 
 
 def optional(module: str) -> ModuleType:

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmtr.data.sources import Item, optional
+from kmtr.data.sources import Item, Options, optional
 from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 from kmtr.types import InputError, Study, View
 
@@ -86,26 +86,24 @@ def find(source: Path) -> list[Item]:
     return [Item("cmrxrecon", _subject(paths[0]), tuple(paths)) for paths in files.values()]
 
 
-def read(
-    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int, axes: str | None
-) -> Study:
+def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, one view per file; see `kmtr.data.sources.read`. Nothing is random here."""
-    views = {_view(path, where): read_view(path, where, matrix=matrix, axes=axes) for path in item.files}
+    views = {_view(path, where): read_view(path, where, options) for path in item.files}
     return Study(subject_id, views, source=SOURCE)
 
 
-def read_view(path: Path, where: str, *, matrix: tuple[int, int] | None = None, axes: str | None = None) -> View:
+def read_view(path: Path, where: str, options: Options) -> View:
     """The k-space of one file and the pattern that it was acquired with; messages call the file `where`."""
     stored, key, readout_first = _load(path, where, _kspace_key)
-    names = _check_axes(axes, stored.ndim) if axes else infer_axes(stored.shape, key, readout_first)
+    names = _check_axes(options.axes, stored.ndim) if options.axes else infer_axes(stored.shape, key, readout_first)
     if names is None:
         raise InputError(f"{where}: cannot tell the axes of {key} {stored.shape}; give axes= such as 'coil ky kx'")
     kspace = _complex64(_arrange(stored, names), where, key)
     if not np.isfinite(kspace).all():
         raise InputError(f"{where}: {key}: expected finite k-space, got NaN or infinity")
     sampled = _sampled(kspace, where, key)
-    if matrix is not None:
-        kspace = _crop(kspace, matrix, where, undersampled=sampled is not None)
+    if options.matrix is not None:
+        kspace = _crop(kspace, options.matrix, where, undersampled=sampled is not None)
     return View(kspace, sampled)
 
 

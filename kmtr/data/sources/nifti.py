@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, optional
+from kmtr.data.sources import Item, Options, optional
 from kmtr.physics.coils import phase_map
 from kmtr.physics.fourier import crop_or_pad, fft2c
 from kmtr.types import UNLABELLED, InputError, Study, View
@@ -90,24 +90,22 @@ def find(source: Path) -> list[Item]:
     return items
 
 
-def read(
-    item: Item, where: str, subject_id: str, *, matrix: tuple[int, int] | None, seed: int, axes: str | None
-) -> Study:
+def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, view ``sax``, one coil; see `kmtr.data.sources.read`."""
-    if axes is not None:
+    if options.axes:
         raise InputError("axes: NIfTI names its axes itself; the key is for cmrxrecon only")
     acdc = any(_FRAME.fullmatch(path.name) for path in item.files)
     cine = _read_acdc(item, where) if acdc else _read_cine(item, where)
     magnitude, codes = cine.magnitude, cine.codes
     classes = None if codes is None else CLASS_OF_CODE[codes]
     labels = cine.labels | ({} if classes is None else volumes(classes, cine.spacing_mm))
-    if matrix is not None:
+    if (matrix := options.matrix) is not None:
         magnitude = crop_or_pad(magnitude, matrix, (-2, -1))
     segmentation = None if classes is None else _segmentation(classes, matrix)
     subject = int(subject_id.removeprefix("p-"), 16)
     kspace = np.empty((magnitude.shape[0], 1, *magnitude.shape[1:]), np.complex64)
     for index, frames in enumerate(magnitude):
-        phase = phase_map(frames.shape[1:], seed=seed, subject=subject, slice_index=index)
+        phase = phase_map(frames.shape[1:], seed=options.seed, subject=subject, slice_index=index)
         kspace[index, 0] = fft2c(frames * np.exp(1j * phase))
     view = View(kspace, None, segmentation, cine.spacing_mm, cine.frame_time_s)
     return Study(subject_id, {"sax": view}, labels, SOURCE)
