@@ -116,7 +116,7 @@ def test_maps_are_the_same_function_of_position_at_every_size() -> None:
 
 
 def test_a_loops_field_is_that_of_biot_and_savart() -> None:
-    """Against the sum over short straight pieces, and the textbook's field on the axis, mu0 I a^2 / 2 (a^2 + z^2)^1.5."""
+    """Against the sum over short straight pieces, and the textbook's one on the axis."""
     rng = np.random.default_rng(1)
     normal, radius = np.array([0.6, 0.0, 0.8]), 0.7
     points = rng.normal(size=(50, 3)) * 2
