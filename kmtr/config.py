@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from kmtr.types import VIEWS, InputError
+from kmtr.types import PHENOTYPES, VIEWS, InputError
 
 
 class Section(BaseModel):
@@ -240,11 +240,23 @@ class Simulate(Section):
 
 
 class Evaluate(Section):
-    encoder: str = Field("", description="exported encoder; empty: the one of the run with this configuration")
+    encoder: str = Field(
+        "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
+    )
+    targets: tuple[str, ...] = Field(
+        ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
+    )
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(PHENOTYPES):
+            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+        return value
 
 
 class Verify(Section):
