@@ -156,6 +156,8 @@ class Reconstruct(Section):
 class Align(Section):
     steps: int = Field(5_000, ge=0, description="optimizer steps of alignment (stage c)")
     temperature: float = Field(0.1, gt=0, description="contrastive temperature of InfoNCE")
+    learn_temperature: bool = Field(False, description="the temperature is where learning starts, 0.01 its least")
+    chunk: int = Field(0, ge=0, description="anchors whose similarities are held at once; 0: all of a worker's")
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
     reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
