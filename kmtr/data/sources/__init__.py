@@ -12,18 +12,23 @@ from __future__ import annotations
 
 import importlib
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
+
 from kmtr.data.pseudonym import pseudonym
+from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 from kmtr.types import InputError, Study
 
 FORMATS = {
     "nifti": (".nii", ".nii.gz"),
     "cmrxrecon": (".mat",),
+    "ismrmrd": (".h5", ".mrd"),
 }
 """Format, which is also the name of its module here -> endings of its files."""
 
@@ -55,7 +60,7 @@ class Options:
         seed: of what is simulated (the phase of magnitude images), together with subject and slice.
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
             reader guess wrong (cmrxrecon only). Empty: by the rules.
-        oversampling: readout oversampling, where the header tells it (ismrmrd), is kept or removed.
+        oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
         coils: virtual coils that raw data is compressed to; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
     """
@@ -85,6 +90,47 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
             f"{where}: {what}: expected at most {options.most_bytes / 2**30:.3g} GiB, the header claims "
             f"{size / 2**30:.3g} GiB {tuple(shape)}; if that is true, raise ingest.gib"
         )
+
+
+def check_finite(kspace: np.ndarray, where: str, what: str) -> None:
+    """Raises InputError where raw data has NaN or infinity."""
+    if not np.isfinite(kspace).all():
+        raise InputError(f"{where}: {what}: expected finite k-space, got NaN or infinity")
+
+
+def check_raw(kspace: np.ndarray, sampled: np.ndarray | None, where: str) -> None:
+    """Refuse raw data ``slice coil t ky kx`` that cannot be one complete recording.
+
+    Raises:
+        InputError: a frame without any acquired line, or two slices that agree in every sample (noise never does).
+    """
+    if sampled is not None and not (acquired := sampled.any(-1)).all():
+        n, t = (int(index[0]) for index in np.nonzero(~acquired))
+        raise InputError(f"{where}: expected every frame of every slice, got no line of slice {n}, frame {t}")
+    seen: dict[int, int] = {}
+    for n, values in enumerate(kspace):
+        if (first := seen.setdefault(zlib.crc32(np.ascontiguousarray(values)), n)) < n:
+            raise InputError(f"{where}: slices {first} and {n} hold the same samples; is one a copy?")
+
+
+def crop_kspace(kspace: np.ndarray, matrix: tuple[int, int], where: str, *, undersampled: bool) -> np.ndarray:
+    """Raw k-space ``... ky kx`` whose image is cropped or zero-padded about its centre to `matrix` (ny, nx).
+
+    The readout is complete, so this is exact along kx. Along ky it needs all lines, as a crop mixes them.
+
+    Raises:
+        InputError: the source is undersampled and has another number of lines.
+    """
+    ny, nx = matrix
+    if undersampled and kspace.shape[-2] != ny:
+        raise InputError(
+            f"{where}: expected matrix={kspace.shape[-2]},{nx}: the source is undersampled, so its "
+            f"{kspace.shape[-2]} lines cannot become {ny}"
+        )
+    for axis, size in ((-1, nx), (-2, ny)):
+        if kspace.shape[axis] != size:
+            kspace = fftc(crop_or_pad(ifftc(kspace, (axis,)), (size,), (axis,)), (axis,))
+    return np.ascontiguousarray(kspace)
 
 
 def discover(format: str, source: str) -> list[Item]:
@@ -138,7 +184,10 @@ def read(
         subject_id = pseudonym(item.subject, subject_key)
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
-    return _reader(item.format).read(item, where, subject_id, options or Options())
+    try:
+        return _reader(item.format).read(item, where, subject_id, options or Options())
+    except MemoryError:
+        raise InputError(f"{where}: needs more memory than there is; lower ingest.gib to refuse it earlier") from None
 
 
 def optional(module: str) -> ModuleType:
