@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import scipy.io
 
+from kmtr.data.patterns import read_pattern
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read
-from kmtr.data.sources.cmrxrecon import infer_axes, read_pattern
+from kmtr.data.sources.cmrxrecon import infer_axes
 from kmtr.data.sources.nifti import orientation, volumes
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
 from kmtr.types import UNLABELLED, InputError
@@ -102,7 +103,7 @@ def test_missing_reader_package_names_the_extra(tmp_path: Path) -> None:
     """In a fresh interpreter that cannot import the optional packages; importing the registry needs none of them."""
     path = save_nifti(tmp_path / "a_4d.nii.gz", np.ones((8, 8, 1, 2), np.int16))
     code = (
-        "import sys; sys.modules.update(nibabel=None, h5py=None, scipy=None)\n"
+        "import sys; sys.modules.update(nibabel=None, h5py=None)\n"
         "from kmtr.data.sources import read\nfrom kmtr.types import InputError\n"
         f"try: read({str(path)!r})\n"
         "except InputError as error: print(error)"
