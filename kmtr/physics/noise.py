@@ -94,3 +94,31 @@ def add_noise(kspace: np.ndarray, snr_db: float, *, seed: int, subject: int, sli
     noise = white_noise(seed=seed, subject=subject, slice_index=slice_index)(sigma, kspace.shape)
     noise += kspace
     return noise
+
+
+def whitening(samples: np.ndarray) -> np.ndarray:
+    """The matrix, complex64 ``coil coil``, that makes noise white: mixed by it, covariance is the identity.
+
+    Inverse of the covariance's Cholesky factor, W C W^H = 1 (Pruessmann 2001; as the prewhitening of ISMRMRD's tools and
+    of Gadgetron). Lower triangular: coil n becomes a sum of coils up to n. SNR units follow only if noise and signal
+    were sampled with the same bandwidth; else all coils are off by one common factor, which changes no image's shape.
+
+    Args:
+        samples: complex ``coil sample`` with no signal in it, its mean zero.
+
+    Raises:
+        InputError: fewer samples than twice the coils, values that are not finite, or a silent coil.
+    """
+    coils, count = samples.shape
+    if count < 2 * coils:
+        raise InputError(f"noise: expected at least {2 * coils} samples of {coils} coils, got {count}")
+    values = samples.astype(np.complex128)
+    covariance = values @ values.conj().T / count
+    try:
+        if not np.isfinite(covariance).all():
+            raise np.linalg.LinAlgError
+        return np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.complex64)
+    except np.linalg.LinAlgError:
+        raise InputError(
+            "noise: expected finite noise in every coil, got a silent coil, one that repeats others, or NaN"
+        ) from None

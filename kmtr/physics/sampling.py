@@ -257,7 +257,7 @@ def true_acceleration(
     Args:
         existing: lines that a fully sampled scan would have; None: all.
     """
-    return (sampled.numel() if existing is None else existing.sum()) / sampled.sum()
+    return (torch.ones_like(sampled) if existing is None else existing).sum().double() / sampled.sum()
 
 
 def measured_acs_lines(sampled: Bool[Tensor, "*rest ky"]) -> int:
