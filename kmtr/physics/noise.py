@@ -94,3 +94,13 @@ def add_noise(kspace: np.ndarray, snr_db: float, *, seed: int, subject: int, sli
     noise = white_noise(seed=seed, subject=subject, slice_index=slice_index)(sigma, kspace.shape)
     noise += kspace
     return noise
+
+
+def whitening(noise: np.ndarray) -> np.ndarray:
+    """Complex ``coil coil`` W such that ``W @ noise`` has identity covariance: the inverse of its Cholesky factor."""
+    if noise.ndim != 2 or noise.shape[1] < 2 * noise.shape[0]:
+        raise InputError(f"noise: expected at least two samples per coil, coil sample, got {noise.shape}")
+    try:
+        return np.linalg.inv(np.linalg.cholesky(noise @ noise.conj().T / noise.shape[1]))
+    except np.linalg.LinAlgError:
+        raise InputError("noise: its covariance is singular; is a channel dead or doubled?") from None

@@ -43,7 +43,8 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_finite, check_raw, check_size, crop_kspace, hdf5, optional
+from kmtr.data.sources import Item, Options, check_size, hdf5, optional
+from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
 from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 from kmtr.physics.noise import whitening
 from kmtr.types import InputError, Study, View
@@ -328,7 +329,7 @@ def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
     """One acquisition, complex64 ``coil sample``, of exactly the size that its header claims."""
     head = heads[number]
     shape = int(head["active_channels"]), int(head["number_of_samples"])
-    values = rows.fields("data")[int(number)]
+    values = rows.fields("data")[number]
     if values.size != 2 * shape[0] * shape[1]:
         raise InputError(f"{where}: acquisition {number}: expected {shape} complex samples, got {values.size / 2:g}")
     return values.view(np.complex64).reshape(shape)
@@ -340,7 +341,7 @@ def _whitening(rows: Any, heads: np.ndarray, noise: np.ndarray, coils: int, wher
         return None
     if (heads["active_channels"][noise] != coils).any():
         raise InputError(f"{where}: expected noise of the image's {coils} channels, got another number")
-    samples = np.concatenate([_row(rows, heads, number, where) for number in noise], 1)
+    samples = np.concatenate([_row(rows, heads, number, where) for number in noise.tolist()], 1)
     check_finite(samples, where, "noise measurements")
     try:
         return whitening(samples)
@@ -374,8 +375,8 @@ def _gridded(
     np.add.at(times, (slice_of, frame_of, line_of), 1)
     for n in range(len(slices)):
         grid = np.zeros((coils, frames, ny, nx), np.complex64)
-        for i in np.flatnonzero(slice_of == n):
-            line = _row(rows, heads, used[i], where)[:, first[i] : first[i] + length[i]]
+        for i in np.flatnonzero(slice_of == n).tolist():
+            line = _row(rows, heads, int(used[i]), where)[:, first[i] : first[i] + length[i]]
             grid[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
         grid /= np.maximum(times[n], 1)[..., None].astype(np.float32)
         if weights is not None:
