@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import scipy.io
 
+from kmtr.data.patterns import read_pattern
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read
-from kmtr.data.sources.cmrxrecon import read_pattern
 from kmtr.data.sources.nifti import orientation, volumes
 from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.types import UNLABELLED, InputError

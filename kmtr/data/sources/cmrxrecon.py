@@ -39,6 +39,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kmtr.data.patterns import read_pattern
 from kmtr.data.sources import Item, Options, matlab
 from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
 from kmtr.types import InputError, Study, View
@@ -139,55 +140,6 @@ def infer_axes(shape: Sequence[int], key: str, readout_first: bool) -> tuple[str
     return None
 
 
-def read_pattern(path: str | Path) -> np.ndarray:
-    """A sampling pattern from a ``.mat`` (v5, v7.3) or ``.npy`` file: bool, ``ky`` or ``t ky``, True = sampled.
-
-    The file has one array of zeros and ones: one line of them (ky), a matrix with the readout (each line all zeros or
-    all ones), or a series of such matrices, whose frames are the smallest dimension, first or last. The readout is the
-    dimension along which nothing changes, so either order of the axes is read.
-
-    Raises:
-        InputError: no such array, other values, or a pattern that is not made of whole lines.
-    """
-    path, where = Path(path), str(path)
-    if not path.is_file():
-        raise InputError(f"{where}: expected a pattern file, .mat or .npy, found none")
-    if path.suffix == ".npy":
-        stored, readout_first = _load_npy(path), False
-    else:
-        stored, _, readout_first = matlab.load(path, where, _pattern_key)
-    if stored.dtype.kind not in "biuf" or not np.isin(stored, (0, 1)).all():
-        raise InputError(f"{where}: expected a pattern of zeros and ones, got other values ({stored.dtype})")
-    if not stored.any():
-        raise InputError(f"{where}: expected a pattern that samples something, got only zeros")
-    pattern = stored.astype(bool)
-    if pattern.ndim != 3:
-        pattern = pattern.squeeze()
-    if pattern.ndim == 1:
-        return pattern
-    if pattern.ndim == 2:
-        return _lines(pattern[None], where, readout_first)[0]
-    if pattern.ndim != 3:
-        raise InputError(f"{where}: expected a pattern of 1 to 3 dimensions (t, ky, kx), got {stored.shape}")
-    first, middle, last = pattern.shape
-    if min(first, last) >= min(middle, max(first, last)):
-        raise InputError(f"{where}: expected fewer frames than lines, first or last, got {pattern.shape}")
-    return _lines(pattern if first < last else pattern.transpose(2, 0, 1), where, readout_first)
-
-
-def _lines(pattern: np.ndarray, where: str, readout_first: bool) -> np.ndarray:
-    """``t`` and two dimensions, one of them the readout -> ``t ky``."""
-    constant = [bool((pattern == pattern.take([0], axis)).all()) for axis in (1, 2)]
-    if not any(constant):
-        raise InputError(
-            f"{where}: a two-dimensional pattern {pattern.shape[1:]}: expected whole lines, zero or one all along the "
-            "readout; pseudo-radial patterns are not supported"
-        )
-    # All ones: constant along both, so only the container tells which dimension is the readout.
-    readout = (1 if readout_first else 2) if all(constant) else 1 + constant.index(True)
-    return pattern.take(0, readout)
-
-
 def _subject(path: Path) -> str:
     """The set and the folder, from ``Center`` on if there is one; a file with a name of its own is its own subject."""
     if not path.name.startswith("cine_"):
@@ -258,22 +210,8 @@ def _kspace_key(names: Sequence[str], where: str) -> str:
     return name
 
 
-def _pattern_key(names: Sequence[str], where: str) -> str:
-    found = [name for name in names if "mask" in name.lower()] or list(names)
-    if len(found) != 1:
-        raise InputError(f"{where}: expected one pattern, such as the variable mask, got {_listed(names)}")
-    return found[0]
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "no array at all"
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: expected a plain .npy array; cannot be read ({type(error).__name__})") from None
 
 
 def _check_axes(axes: str, dimensions: int) -> tuple[str, ...]:
