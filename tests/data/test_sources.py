@@ -15,7 +15,7 @@ import scipy.io
 from kmtr.data.patterns import read_pattern
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read
-from kmtr.data.sources.nifti import orientation, volumes
+from kmtr.data.sources.cine import orientation, volumes
 from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.types import UNLABELLED, InputError
 
@@ -277,13 +277,13 @@ def test_nifti_discovery_is_sorted_and_complete(tmp_path: Path, rng) -> None:
 def test_files_named_alike_are_told_by_their_folder(tmp_path: Path) -> None:
     """And what is beside them, long axes and contours of another convention, is not taken for a short axis."""
     for subject in ("1002", "1001"):
-        for name in ("sa", "seg_sa", "la_2ch", "la_4ch"):
+        for name in ("sax", "seg_sax", "lax_2ch", "lax_4ch"):
             save_nifti(tmp_path / subject / f"{name}.nii.gz", np.ones((8, 8, 1, 2), np.int16))
     items = discover("nifti", str(tmp_path))
     assert [(item.subject, len(item.files)) for item in items] == [("1001", 1), ("1002", 1)]
-    assert read(items[0]).subject_id == read(tmp_path / "1001" / "sa.nii.gz").subject_id
+    assert read(items[0]).subject_id == read(tmp_path / "1001" / "sax.nii.gz").subject_id
     with pytest.raises(InputError, match="not contours, long axis"):
-        read(tmp_path / "1001" / "la_4ch.nii.gz")
+        read(tmp_path / "1001" / "lax_4ch.nii.gz")
 
 
 def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
