@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import importlib
 import math
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-import numpy as np
-
 from kmtr.data.pseudonym import pseudonym
-from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
+from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
 FORMATS = {
@@ -61,7 +58,7 @@ class Options:
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
             reader guess wrong (cmrxrecon only). Empty: by the rules.
         oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
-        coils: virtual coils that raw data is compressed to; 0: as acquired.
+        coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
     """
 
@@ -90,47 +87,6 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
             f"{where}: {what}: expected at most {options.most_bytes / 2**30:.3g} GiB, the header claims "
             f"{size / 2**30:.3g} GiB {tuple(shape)}; if that is true, raise ingest.gib"
         )
-
-
-def check_finite(kspace: np.ndarray, where: str, what: str) -> None:
-    """Raises InputError where raw data has NaN or infinity."""
-    if not np.isfinite(kspace).all():
-        raise InputError(f"{where}: {what}: expected finite k-space, got NaN or infinity")
-
-
-def check_raw(kspace: np.ndarray, sampled: np.ndarray | None, where: str) -> None:
-    """Refuse raw data ``slice coil t ky kx`` that cannot be one complete recording.
-
-    Raises:
-        InputError: a frame without any acquired line, or two slices that agree in every sample (noise never does).
-    """
-    if sampled is not None and not (acquired := sampled.any(-1)).all():
-        n, t = (int(index[0]) for index in np.nonzero(~acquired))
-        raise InputError(f"{where}: expected every frame of every slice, got no line of slice {n}, frame {t}")
-    seen: dict[int, int] = {}
-    for n, values in enumerate(kspace):
-        if (first := seen.setdefault(zlib.crc32(np.ascontiguousarray(values)), n)) < n:
-            raise InputError(f"{where}: slices {first} and {n} hold the same samples; is one a copy?")
-
-
-def crop_kspace(kspace: np.ndarray, matrix: tuple[int, int], where: str, *, undersampled: bool) -> np.ndarray:
-    """Raw k-space ``... ky kx`` whose image is cropped or zero-padded about its centre to `matrix` (ny, nx).
-
-    The readout is complete, so this is exact along kx. Along ky it needs all lines, as a crop mixes them.
-
-    Raises:
-        InputError: the source is undersampled and has another number of lines.
-    """
-    ny, nx = matrix
-    if undersampled and kspace.shape[-2] != ny:
-        raise InputError(
-            f"{where}: expected matrix={kspace.shape[-2]},{nx}: the source is undersampled, so its "
-            f"{kspace.shape[-2]} lines cannot become {ny}"
-        )
-    for axis, size in ((-1, nx), (-2, ny)):
-        if kspace.shape[axis] != size:
-            kspace = fftc(crop_or_pad(ifftc(kspace, (axis,)), (size,), (axis,)), (axis,))
-    return np.ascontiguousarray(kspace)
 
 
 def discover(format: str, source: str) -> list[Item]:
@@ -185,9 +141,26 @@ def read(
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
     try:
-        return _reader(item.format).read(item, where, subject_id, options or Options())
+        study = _reader(item.format).read(item, where, subject_id, options or Options())
+        return with_coils(study, options.coils) if options and options.coils else study
     except MemoryError:
         raise InputError(f"{where}: needs more memory than there is; lower ingest.gib to refuse it earlier") from None
+
+
+def with_coils(study: Study, coils: int) -> Study:
+    """The study with at most `coils` virtual coils per slice (`physics.coils`).
+
+    They are the leading principal directions of its acquired lines; one coil of a fully sampled view is the adaptive
+    combination instead, which loses nothing that other coils see.
+    """
+    views = {}
+    for name, view in study.views.items():
+        if coils == 1 < view.kspace.shape[1] and (view.sampled is None or view.sampled.all()):
+            kspace = combined(view.kspace)
+        else:
+            kspace = compress(view.kspace, view.sampled, coils)
+        views[name] = replace(view, kspace=kspace)
+    return replace(study, views=views)
 
 
 def optional(module: str) -> ModuleType:

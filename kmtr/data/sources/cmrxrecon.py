@@ -40,7 +40,8 @@ from pathlib import Path
 import numpy as np
 
 from kmtr.data.patterns import read_pattern
-from kmtr.data.sources import Item, Options, check_finite, check_raw, crop_kspace, matlab
+from kmtr.data.sources import Item, Options, matlab
+from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
 from kmtr.types import InputError, Study, View
 
 SOURCE = "cmrxrecon/1"

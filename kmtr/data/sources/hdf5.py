@@ -27,14 +27,14 @@ DEFLATE, SHUFFLE = 1, 2
 
 @contextmanager
 def opened(path: Path, where: str) -> Iterator[Any]:
-    """The file, an `h5py.File` for reading; whatever the library says of its content becomes an InputError."""
+    """The file, an `h5py.File` for reading; what the library cannot read, then or later, becomes an InputError."""
     h5py = optional("h5py")
     try:
         with h5py.File(path, "r") as file:
             yield file
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError) as error:
         raise InputError(f"{where}: the HDF5 file cannot be read ({type(error).__name__}); fetch it again") from None
 
 
