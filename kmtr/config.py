@@ -162,6 +162,10 @@ class Align(Section):
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
     reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
+    guard: bool = Field(
+        True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
+    )
+    tolerance: float = Field(0.03, ge=0, description="R2 that a probe may lose before the guard stops")
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
