@@ -98,7 +98,13 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
 
 def test_the_guard_ends_alignment_that_costs_what_was_learnt(cluster: None, config: RunConfig, tmp_path: Path) -> None:
     """A learning rate that wrecks the encoder: what is exported is stage b's."""
-    changes = {"align.steps": 20, "align.learning_rate": 0.5, "train.eval_every": 2, "reconstruct.image_weight": 0.0}
+    changes = {
+        "align.guard": True,
+        "align.steps": 20,
+        "align.learning_rate": 0.5,
+        "train.eval_every": 2,
+        "reconstruct.image_weight": 0.0,
+    }
     wrecked = driver.fit(override(config, changes | {"optimizer.clip_norm": 1e3}), quiet=True)
     assert 6 < wrecked.metrics["align_stopped"] < 26
     kept = load_encoder(wrecked.encoder).module.state_dict()
