@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,9 @@ def family(format: str, name: str, said: str, build: Callable[[Path], Path]) -> 
 
 
 RNG = np.random.default_rng(0)
-BOMB = zlib.compress(bytes(1 << 29), 9)
-"""Half a MB that inflates to 512 MB."""
+LARGE = 160 << 20
+BOMB = zlib.compress(bytes(LARGE), 1)
+"""Less than a MB that inflates to `LARGE`."""
 
 
 def cut(path: Path, share: float = 0.5) -> Path:
@@ -112,6 +113,7 @@ for name, said, build in (
     ("no_slices", "expected an array that holds something", lambda f: mat(f, FULL[:, :0])),
     ("text_as_kspace", "expected an array of numbers",
      lambda f: hdf5(f, lambda h: h.create_dataset("kspace", data="x"))),
+    ("checksum_wrong", "damaged or not of the size", lambda f: flipped(mat(f, chunks=FULL.shape, fletcher32=True))),
     ("unknown_filter", "expected gzip", lambda f: mat(f, compression="lzf")),
     ("claims_terabytes_in_chunks", "raise ingest.gib", lambda f: hdf5(f, claimed(chunks=(1, 16, 16)))),
     ("claims_terabytes_at_once", "raise ingest.gib", lambda f: hdf5(f, claimed(chunks=None))),
@@ -169,7 +171,7 @@ def chunk_packed_twice(folder: Path) -> Path:
         settings.set_deflate(9)
         space = h5py.h5s.create_simple((64, 64))
         data = h5py.h5d.create(file.id, b"kspace", h5py.h5t.py_create(np.dtype("c8")), space, settings)
-        data.write_direct_chunk((0, 0), zlib.compress(BOMB, 9))
+        data.write_direct_chunk((0, 0), zlib.compress(BOMB, 1))
 
     return hdf5(folder, fill)
 
@@ -181,7 +183,11 @@ def chunk_larger_than_memory(folder: Path) -> Path:
 
 @bad("cmrxrecon", "damaged or not of the size")
 def chunk_damaged(folder: Path) -> Path:
-    path = mat(folder, compression=4, chunks=FULL.shape)
+    return flipped(mat(folder, compression=4, chunks=FULL.shape))
+
+
+def flipped(path: Path) -> Path:
+    """Bits of one byte turned over, in the middle of the only chunk."""
     with h5py.File(path, "r+") as file:
         packed = bytearray(file["kspace"].id.read_direct_chunk((0,) * 5)[1])
         packed[len(packed) // 2] ^= 0xFF
@@ -198,7 +204,7 @@ def pattern_of_another(folder: Path) -> Path:
 
 @bad("cmrxrecon", "compressed variable is larger")
 def v5_that_inflates(folder: Path) -> Path:
-    """One compressed element whose array says 2 x 2 and whose numbers go on for 512 MB."""
+    """One compressed element whose array says 2 x 2 and whose numbers go on for 160 MB."""
     head = v5(folder, kspace=np.ones((2, 2))).read_bytes()[:128]
     return written(folder / "cine_sax.mat", head + struct.pack("<II", 15, len(BOMB)) + BOMB)
 
@@ -293,10 +299,12 @@ for name, said, build in (
     ("header_in_utf16", "plain XML without entities",
      replaced("xml", lambda group: np.array([LAUGHS.decode().encode("utf-16")]))),
     ("header_without_end", "at most 1 MiB", xml(b"<!-- " + b"x" * (2 << 20))),
-    ("header_with_words_for_numbers", "XML header cannot be read",
+    ("header_with_words_for_numbers", "matrix size and field of view",
      lambda f: mrd(f, edit=lambda x: x.replace("<x>16</x>", "<x>many</x>"))),
-    ("header_without_matrix", "matrix size and field of view",
+    ("header_without_matrix_size", "do not fit",
      lambda f: mrd(f, edit=lambda x: x.replace("<x>16</x>", ""))),
+    ("header_without_reconstruction", "XML header cannot be read",
+     lambda f: mrd(f, edit=lambda x: x.replace("reconSpace>", "otherSpace>"))),
     ("header_of_no_lines", "2D encoded matrix", lambda f: mrd(f, edit=lambda x: x.replace("<y>12</y>", "<y>0</y>"))),
     ("header_of_a_vast_matrix", "raise ingest.gib",
      lambda f: mrd(f, edit=lambda x: x.replace("<y>12</y>", "<y>2000000000</y>"))),
@@ -374,16 +382,13 @@ def patched(offset: int, code: str, *values: float, packed: bool = True) -> Call
 
 @bad("nifti", "cannot be read|extensions|header")
 def header_that_inflates(folder: Path) -> Path:
-    """A header whose extension is 512 MB of zeros, packed into half a MB."""
+    """A header whose extension is 160 MB of zeros, packed into less than one."""
     head = bytearray(nifti(folder, name="case_4d.nii").read_bytes()[:352])
     (folder / "case_4d.nii").unlink()
-    struct.pack_into("<f", head, 108, float(1 << 29))
+    struct.pack_into("<f", head, 108, float(LARGE))
     head[348] = 1
-    with gzip.open(folder / "case_4d.nii.gz", "wb", 9) as file:
-        file.write(bytes(head) + struct.pack("<ii", (1 << 29) - 352, 0))
-        for _ in range(512):
-            file.write(bytes(1 << 20))
-    return folder / "case_4d.nii.gz"
+    content = bytes(head) + struct.pack("<ii", LARGE - 352, 0) + bytes(LARGE)
+    return written(folder / "case_4d.nii.gz", gzip.compress(content, 1))
 
 
 @bad("nifti", "shape")
@@ -400,7 +405,7 @@ def contoured(codes: np.ndarray) -> Callable[[Path], Path]:
     return build
 
 
-def acdc(folder: Path, shapes: Iterator[tuple[int, ...]] | list[tuple[int, ...]], group: str = "NOR") -> Path:
+def acdc(folder: Path, shapes: list[tuple[int, ...]], group: str = "NOR") -> Path:
     folder = folder / "patient001"
     for number, shape in enumerate(shapes, 1):
         nifti(folder, np.ones(shape, np.int16), f"patient001_frame{number:02d}.nii.gz")
@@ -426,10 +431,10 @@ for name, said, build in (
     ("claims_all_dimensions", "4D|raise ingest.gib", patched(40, "8h", 7, *[32767] * 7)),
     ("negative_dimension", "cannot be read|holds something|4D", patched(40, "8h", 4, -16, 18, 3, 4, 1, 1, 1)),
     ("no_frames", "cannot be read|holds something|4D", patched(40, "8h", 4, 16, 18, 3, 0, 1, 1, 1)),
-    ("data_far_away", "cannot be read|extensions|cut short", patched(108, "f", 1e9)),
+    ("data_far_away", "voxels at byte", patched(108, "f", 1e9)),
     ("data_before_the_header", "cannot be read|extensions|header", patched(108, "f", -352.0)),
     ("unknown_numbers", "cannot be read|numbers", patched(70, "h", 1777)),
-    ("scaled_by_infinity", "finite|cannot be read", patched(112, "ff", np.inf, 0.0)),
+    ("scaled_beyond_numbers", "finite|cannot be read", patched(112, "ff", 3e38, 0.0)),
     ("voxels_of_nan", "finite", lambda f: nifti(f, np.full((16, 18, 3, 4), np.nan, np.float32))),
     ("one_volume", "4D", lambda f: nifti(f, CINE[..., 0])),
     ("contours_of_other_values", "values 0 to", contoured(np.full(CINE.shape, 9, np.uint8))),

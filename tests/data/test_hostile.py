@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from hostile_files import CORPUS, Case
 
-ROOM_BYTES = 256 << 20
-MOST_BYTES = 64 << 20
+ROOM_BYTES = 128 << 20
+MOST_BYTES = 16 << 20
 """As `Options.most_bytes`."""
 SECONDS = 20
 """Longer than any takes by a factor of ten, on a busy machine."""
