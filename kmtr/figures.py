@@ -305,8 +305,8 @@ def sampling(config: RunConfig, table: torch.Tensor | None = None) -> Figure:
     figure = Figure(figsize=(0.4 + 2.6 * max(len(drawn), 2), 4.0), layout="constrained")
     grid = figure.subplots(2, len(drawn), squeeze=False, sharey="row", height_ratios=(1, 1))
     for (above, below), (name, sampled) in zip(grid.T, drawn.items(), strict=True):
-        r, acs = float(patterns.true_acceleration(sampled)), patterns.measured_acs_lines(sampled)
-        above.set_title(f"{name}: true R {r:.2f}, {acs} ACS", fontsize=_NORMAL, color=INK)
+        true_r, acs = float(patterns.true_acceleration(sampled)), patterns.measured_acs_lines(sampled)
+        above.set_title(f"{name}: true R {true_r:.2f}, {acs} ACS", fontsize=_NORMAL, color=INK)
         kept = sampled[0, 0].numpy()
         _show_pattern(above, kept, np.zeros_like(kept), None)
         above.set(xticks=[], yticks=[], xlabel="frame")
