@@ -17,6 +17,7 @@ from kmtr.data.batch import Batch, check_shapes, collate, full_shape, token_coun
 from kmtr.data.patterns import read_pattern
 from kmtr.data.reader import Dataset, Reader
 from kmtr.encoder import KSpaceEncoder
+from kmtr.objectives import Preparer
 from kmtr.physics import sampling
 from kmtr.types import InputError
 
@@ -229,6 +230,22 @@ def test_families_do_not_depend_on_how_subjects_are_dealt_or_padded(
     assert padded.sampled[..., 8:40].equal(whole.sampled)
     assert not padded.sampled[..., :8].any()
     assert not padded.sampled[..., 40:].any()
+
+
+@pytest.mark.parametrize("family", ["kt-gaussian-acs", "file"])
+def test_tokens_are_the_lines_whatever_their_number(
+    small: RunConfig, of_file: RunConfig, reader: Reader, tables: dict[str, torch.Tensor], family: str
+) -> None:
+    config = of_file if family == "file" else override(small, {"sampling.family": family})
+    batch = collate(reader.samples(range(8)), config).to(CPU)
+    inputs = Preparer(config, tables, CPU)(batch, "align")
+    assert inputs.all_lines is not None
+    for tokens, lines in (
+        (inputs.lines, batch.sampled & ~batch.hidden),
+        (inputs.line_targets, batch.hidden),
+        (inputs.all_lines, batch.sampled),
+    ):
+        assert (~tokens.padded).sum(1).equal(lines.sum((1, 2, 3)))
 
 
 def test_a_family_that_leaves_too_little_of_a_smaller_view_is_refused(small: RunConfig, tmp_path: Path) -> None:
