@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from kmtr.data.reader import Dataset, Reader
 from kmtr.data.sources import Options, discover, read
 from kmtr.data.sources.cmrxrecon import read_pattern
 from kmtr.physics.fourier import ifft2c
-from kmtr.types import UNLABELLED, View
+from kmtr.types import UNLABELLED, Study, View
 
 SHARED = Path(os.environ.get("KMTR_SHARED", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -104,6 +106,46 @@ def test_vista_patterns(file: str, lines: int) -> None:
     sampled = read_pattern(SHARED / "vista_masks" / file)
     assert sampled.shape == (18, 192)
     assert (sampled.sum(-1) == lines).all()
+
+
+@pytest.fixture(scope="module")
+def sunnybrook_dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DICOM files of SC-HF-I-4 (their patient id is SCD0000301), all contours, and the table that links the two."""
+    pytest.importorskip("pydicom")
+    folder, shared = tmp_path_factory.mktemp("sunnybrook"), SHARED / "sunnybrook"
+    with tarfile.open(shared / "dicom" / "SCD0000301.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    shutil.copytree(shared / "contours", folder / "contours")
+    shutil.copy(shared / "link.csv", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_dicom(sunnybrook_dicom: Path) -> Study:
+    return read(sunnybrook_dicom, format="dicom")
+
+
+def test_sunnybrook_by_nifti_and_by_dicom_is_the_same(from_dicom: Study) -> None:
+    """Stored values and contours, pixel by pixel, and where they lie; the phase belongs to the subject's name."""
+    path = SHARED / "sunnybrook" / "SC-HF-I-4" / "SC-HF-I-4_4d.nii.gz"
+    one, other = from_dicom.views["sax"], read(path).views["sax"]
+    np.testing.assert_array_equal(one.segmentation, other.segmentation)
+    assert one.contoured == other.contoured == (1, 2)
+    stored = [np.abs(ifft2c(view.kspace)) for view in (one, other)]
+    assert np.abs(stored[0] - stored[0].round()).max() < 0.01  # so the integers of the files are back, exactly
+    np.testing.assert_array_equal(stored[0].round(), stored[1].round())
+    assert one.spacing_mm == pytest.approx(other.spacing_mm, rel=1e-5)
+    assert one.frame_time_s == pytest.approx(other.frame_time_s, rel=2e-3)  # trigger times are whole milliseconds
+    assert from_dicom.vendor == "GE"
+    assert from_dicom.field_strength_t == 1.5
+    assert from_dicom.labels["heart_rate_bpm"] == 65
+
+
+def test_sunnybrook_volumes_by_dicom_contours(from_dicom: Study) -> None:
+    want, labels = golden("sunnybrook", "derived_meta.json")["SC-HF-I-4"], from_dicom.labels
+    assert labels["lvedv_ml"] == pytest.approx(want["EDV_ml"], rel=0.02)
+    assert labels["lvesv_ml"] == pytest.approx(want["ESV_ml"], rel=0.02)
+    assert labels["lvef_pct"] == pytest.approx(100 * want["EF"], abs=1)
 
 
 @pytest.mark.parametrize("name", ["SC-HF-I-1", "SC-HF-I-4"])

@@ -197,13 +197,13 @@ def segmentation(
     which is decided on the whole frames; (None, None) where nothing is drawn at all.
     """
     drawn = np.stack([(classes == c).any((0, 2, 3)) for c in range(1, len(SEGMENTATION_CLASSES))])  # class t
-    contoured = drawn.any(1)
-    if not contoured.any():
+    contoured = np.flatnonzero(drawn.any(1))
+    if not len(contoured):
         return None, None
     complete = drawn[contoured].all(0)
     cropped = classes if matrix is None else crop_or_pad(classes, matrix, (-2, -1))
-    unknown = ~complete[None, :, None, None] & (cropped == 0)
-    return np.where(unknown, np.uint8(UNLABELLED), cropped), tuple(int(c) + 1 for c in np.flatnonzero(contoured))
+    unknown = ~complete.reshape(1, -1, 1, 1) & (cropped == 0)
+    return np.where(unknown, np.uint8(UNLABELLED), cropped), tuple(int(c) + 1 for c in contoured)
 
 
 def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:

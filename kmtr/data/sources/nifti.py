@@ -40,7 +40,7 @@ VENTRICLE_CODES = (0, LV_CAVITY, LV_MYOCARDIUM, RV)
 HEART_CODES = (0, LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA)
 ATRIA_CODES = (0, LA, RA)
 
-BIOBANK = {
+BIOBANK: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "sa": ("sax", {"label_sa": VENTRICLE_CODES, "seg_sa": VENTRICLE_CODES}),
     "la_2ch": ("lax_2ch", {"label_la_2ch": ATRIA_CODES, "seg_la_2ch": ATRIA_CODES}),
     "la_3ch": ("lax_3ch", {}),
