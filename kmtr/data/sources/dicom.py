@@ -274,10 +274,10 @@ def _frames(content: bytes, where: str, options: Options) -> tuple[str, list[ser
 
 def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, options: Options) -> Cine:
     """Stored values and contours of a stack, rescaled and oriented."""
-    counts = sorted({len(plane) for plane in stack.slices})
+    slices = [series.by_time(plane, where) for plane in stack.slices]
+    counts = sorted({len(frames) for frames in slices})
     if len(counts) > 1:
         raise InputError(f"{where}: {view}: expected slices with equally many frames, got {counts}: some are missing")
-    slices = [series.by_time(plane, where) for plane in stack.slices]
     first, shape = slices[0][0], (len(slices), counts[0], *stack.first.shape)
     check_size(where, view, shape, 8, options)
     step, between_mm = _step(slices, view, where)

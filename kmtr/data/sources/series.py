@@ -107,6 +107,7 @@ def frames(dataset: Any, count: int) -> list[Frame]:
         axes = orientation.reshape(2, 3)
         if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not (spacing > 0).all():
             raise ValueError("orientation or pixel spacing")
+        axes /= np.linalg.norm(axes, axis=1, keepdims=True)  # some write few digits
         times = (
             _one(groups, "TriggerTime", "NominalCardiacTriggerDelayTime"),
             _one(groups, "TemporalPositionIdentifier", "TemporalPositionIndex"),
