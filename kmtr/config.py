@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from kmtr.types import VIEWS, InputError
+from kmtr.types import PHENOTYPES, VIEWS, InputError
 
 
 class Section(BaseModel):
@@ -156,6 +156,8 @@ class Reconstruct(Section):
 class Align(Section):
     steps: int = Field(5_000, ge=0, description="optimizer steps of alignment (stage c)")
     temperature: float = Field(0.1, gt=0, description="contrastive temperature of InfoNCE")
+    learn_temperature: bool = Field(False, description="the temperature is where learning starts, 0.01 its least")
+    chunk: int = Field(0, ge=0, description="anchors whose similarities are held at once; 0: all of a worker's")
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
     reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
@@ -240,11 +242,23 @@ class Simulate(Section):
 
 
 class Evaluate(Section):
-    encoder: str = Field("", description="exported encoder; empty: the one of the run with this configuration")
+    encoder: str = Field(
+        "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
+    )
+    targets: tuple[str, ...] = Field(
+        ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
+    )
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(PHENOTYPES):
+            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+        return value
 
 
 class Verify(Section):
