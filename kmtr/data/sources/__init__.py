@@ -141,6 +141,11 @@ def read(
     return _reader(item.format).read(item, where, subject_id, options or Options())
 
 
+def version(format: str) -> str:
+    """Format and version of its reader: the same text, the same reading."""
+    return str(_reader(format).SOURCE)
+
+
 def optional(module: str) -> ModuleType:
     """An import from the extra ``readers``. Raises InputError, naming the extra, where it is not installed."""
     try:
