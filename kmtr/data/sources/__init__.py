@@ -172,6 +172,11 @@ def with_coils(study: Study, coils: int) -> Study:
     return replace(study, views=views)
 
 
+def version(format: str) -> str:
+    """Format and version of its reader: the same text, the same reading."""
+    return str(_reader(format).SOURCE)
+
+
 def optional(module: str) -> ModuleType:
     """An import from the extra ``readers``. Raises InputError, naming the extra, where it is not installed."""
     try:
