@@ -1,4 +1,4 @@
-"""python jobs/ingest.py FORMAT SOURCE [key=value ...]      nifti | cmrxrecon -> data.root
+"""python jobs/ingest.py FORMAT SOURCE [key=value ...]      nifti | dicom | cmrxrecon | ismrmrd -> data.root
 
 SOURCE is a file or a folder of them. Subjects get pseudonyms by a keyed hash; KMTR_SUBJECT_KEY is the key (keep it: the
 same key gives the same pseudonyms). Fewer than 20 subjects are not split (shards.split).
@@ -7,10 +7,14 @@ A subject that can't be read is refused and listed in refused.json beside the da
 Killed at any time, the same command goes on behind the finished shards and ends with the same bytes.
 
 When subjects were added to SOURCE, write it to another folder with shards.split_from=OLD_DATASET: whoever was in that
-one keeps the split, so that nobody moves between training and test."""
+one keeps the split, so that nobody moves between training and test.
+
+ingest.labels=TABLE (CSV or Parquet) joins phenotypes, diseases and covariates by the source's own name of a subject,
+before the pseudonym; ingest.columns says which column is which. They go before what contours tell."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import sys
@@ -22,12 +26,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from jobs._dataset import write
 from jobs._main import main, refuse_relative_under_submit
 from kmtr.config import RunConfig, override
-from kmtr.data import sources, splits, storage
+from kmtr.data import sources, splits, storage, tables
 from kmtr.types import InputError, KmtrError, Study
 
 
-def ingested(item: int, items: list[sources.Item], config: RunConfig, subject_key: bytes) -> Study:
-    """The study of one source item.
+def ingested(
+    item: int, items: list[sources.Item], labels: list[dict[str, float]], config: RunConfig, subject_key: bytes
+) -> Study:
+    """The study of one source item, with the labels of its row in the table.
 
     Raises:
         InputError: it can't be read; the line names no file.
@@ -35,7 +41,8 @@ def ingested(item: int, items: list[sources.Item], config: RunConfig, subject_ke
     i = config.ingest
     options = sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30))
     try:
-        return sources.read(items[item], options, subject_key=subject_key)
+        study = sources.read(items[item], options, subject_key=subject_key)
+        return dataclasses.replace(study, labels=study.labels | labels[item])
     except KmtrError as error:
         raise InputError(without_names(str(error), items[item])) from None
 
@@ -62,10 +69,10 @@ def run(words: list[str]) -> dict[str, Any]:
     subject_key = os.environ.get("KMTR_SUBJECT_KEY", "kmtr").encode()
     items = sources.discover(words[0], storage.absolute(words[1]))
     ids = [sources.pseudonym(item.subject, subject_key) for item in items]
-    make = partial(ingested, items=items, config=config, subject_key=subject_key)
-    manifest, said = write(
-        "ingest", config, ids, make, made_by(config, words[0], ids), lambda: [splits.stratum({}) for _ in items]
-    )
+    labels = table_of(config, items)
+    make = partial(ingested, items=items, labels=labels, config=config, subject_key=subject_key)
+    source = made_by(config, words[0], ids, labels)
+    manifest, said = write("ingest", config, ids, make, source, lambda: [splits.stratum(row) for row in labels])
     for view, shapes in manifest.shapes.items():
         print(f"ingest: {view} (slice coil t ky kx): " + ", ".join(" x ".join(map(str, s)) for s in shapes))
     if len(items) < splits.MIN_SPLIT_SUBJECTS and config.shards.split == "auto":
@@ -73,13 +80,29 @@ def run(words: list[str]) -> dict[str, Any]:
     return said
 
 
-def made_by(config: RunConfig, format: str, ids: list[str]) -> str:
+def table_of(config: RunConfig, items: list[sources.Item]) -> list[dict[str, float]]:
+    """The labels of each item in the table of ingest.labels; how many matched is printed.
+
+    Raises:
+        InputError: the table is no good, or knows none of the subjects.
+    """
+    if not config.ingest.labels:
+        if config.ingest.columns:
+            raise InputError("ingest.columns: expected ingest.labels=TABLE, whose columns these are")
+        return [{} for _ in items]
+    table = tables.read_table(storage.absolute(config.ingest.labels), config.ingest.columns)
+    labels = tables.join([item.subject for item in items], table)
+    print(f"ingest: {tables.summary(labels)}; the table has {len(table)}")
+    return labels
+
+
+def made_by(config: RunConfig, format: str, ids: list[str], labels: list[dict[str, float]]) -> str:
     """What decides the content, without the names of patients or their files."""
     subjects = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     i = config.ingest
     return (
         f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} "
-        f"oversampling={i.oversampling} coils={i.coils} seed={config.seed}"
+        f"oversampling={i.oversampling} coils={i.coils} seed={config.seed} labels={tables.digest(labels)}"
     )
 
 
