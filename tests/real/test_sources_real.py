@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import tarfile
 from pathlib import Path
 
+import h5py
+import nibabel
 import numpy as np
 import pytest
 
 from kmtr.data import shards
 from kmtr.data.patterns import read_pattern
 from kmtr.data.reader import Dataset, Reader
-from kmtr.data.sources import Options, discover, read
+from kmtr.data.sources import Options, cine, discover, read
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, Study, View
 
@@ -183,6 +186,37 @@ def test_acdc_layout_without_geometry() -> None:
     assert view.segmentation is not None
     counts = [[int((view.segmentation[:, t] == c).sum()) for c in (3, 2, 1)] for t in (0, 1)]
     assert counts == [[5723, 6728, 12104], [2439, 7990, 9241]]
+
+
+def acdc_patients() -> list[dict[str, str]]:
+    summary = SHARED / "acdc_h5" / "summary.csv"
+    return list(csv.DictReader(summary.open())) if summary.is_file() else []
+
+
+@pytest.mark.parametrize("row", acdc_patients(), ids=lambda row: row["patient"])
+def test_acdc_contours_equal_the_summary(row: dict[str, str], tmp_path: Path) -> None:
+    """Ten patients, two of each group, in the challenge's layout; their HDF5 copies have lost the spacing."""
+    name, group, frames = row["patient"], row["group"], {"ed": int(row["ed_frame"]), "es": int(row["es_frame"])}
+    for number in frames.values():
+        with h5py.File(SHARED / "acdc_h5" / f"{name}_frame{number:02d}.h5") as file:
+            for key, ending in (("image", ""), ("label", "_gt")):
+                path = tmp_path / name / f"{name}_frame{number:02d}{ending}.nii"
+                path.parent.mkdir(exist_ok=True)
+                nibabel.save(nibabel.Nifti1Image(np.asarray(file[key]).T, np.eye(4)), path)
+    (tmp_path / name / "Info.cfg").write_text(f"ED: {frames['ed']}\nES: {frames['es']}\nGroup: {group}\n")
+    study = read(tmp_path)
+    view = study.views["sax"]
+    assert view.kspace.shape == (int(row["nz"]), 1, 2, int(row["ny"]), int(row["nx"]))
+    assert view.contoured == (1, 2, 3)
+    assert view.segmentation is not None
+    order = sorted(frames, key=lambda phase: frames[phase])
+    for chamber, value in (("lv", 1), ("myo", 2), ("rv", 3)):
+        counts = {phase: int((view.segmentation[:, t] == value).sum()) for t, phase in enumerate(order)}
+        assert counts == {phase: int(row[f"{chamber}_{phase}"]) for phase in frames}
+    labels = cine.volumes(view.segmentation, (1.0, 1.0, 1.0))  # any spacing: ratios only
+    assert labels["lvef_pct"] == pytest.approx(100 * float(row["lvef_voxel"]), abs=0.01)
+    assert labels["rvef_pct"] == pytest.approx(100 * float(row["rvef_voxel"]), abs=0.01)
+    assert sum(study.labels.values()) == (group != "NOR")
 
 
 def test_discovery_over_everything() -> None:

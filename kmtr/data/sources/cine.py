@@ -214,20 +214,17 @@ def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:
     if matrix is not None:
         magnitude = crop_or_pad(magnitude, matrix, (-2, -1))
     subject = int(subject_id.removeprefix("p-"), 16)
-    kspace = np.stack(
-        [
-            acquire(
-                frames,
-                coils=1,
-                snr_db=np.inf,  # the images have a noise of their own
-                oversampling=1.0,
-                seed=options.seed,
-                subject=subject,
-                slice_index=VIEWS.index(view) * SLICES_OF_A_VIEW + index,
-            )
-            for index, frames in enumerate(magnitude)
-        ]
-    )
+    kspace = np.empty((magnitude.shape[0], 1, *magnitude.shape[1:]), np.complex64)
+    for index, frames in enumerate(magnitude):
+        kspace[index] = acquire(
+            frames,
+            coils=1,
+            snr_db=np.inf,  # the images have a noise of their own
+            oversampling=1.0,
+            seed=options.seed,
+            subject=subject,
+            slice_index=VIEWS.index(view) * SLICES_OF_A_VIEW + index,
+        )
     classes, contoured = (None, None) if cine.classes is None else segmentation(cine.classes, matrix)
     return View(kspace, None, classes, cine.spacing_mm, cine.frame_time_s, contoured)
 

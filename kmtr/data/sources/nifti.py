@@ -256,19 +256,23 @@ def _open(path: Path, where: str) -> Any:
 
 
 def _check_extensions(path: Path, where: str) -> None:
-    """Refuse a header that claims more extensions than anybody writes (NIfTI-1: vox_offset at byte 108; -2: at 168)."""
+    """Refuse a header that claims more extensions than anybody writes (NIfTI-1: vox_offset at byte 108; -2: at 168).
+
+    Raises:
+        ValueError: no NIfTI header at all, or half of one.
+    """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         head = file.read(540)
-    for order in "<>":
-        (size,) = struct.unpack(f"{order}i", head[:4].ljust(4, b"\0"))
-        if size in (348, 540) and len(head) >= size:
-            (offset,) = (
-                struct.unpack_from(f"{order}f", head, 108)
-                if size == 348
-                else struct.unpack_from(f"{order}q", head, 168)
-            )
-            if not 0 <= offset <= size + EXTENSIONS_BYTES:
-                raise InputError(f"{where}: a NIfTI header claims voxels at byte {offset:g}: damaged, fetch it again")
+    for size, at, kind in ((348, 108, "f"), (540, 168, "q")):
+        for order in "<>":
+            if head[:4] == struct.pack(f"{order}i", size) and len(head) >= size:
+                (offset,) = struct.unpack_from(order + kind, head, at)
+                if not 0 <= offset <= size + EXTENSIONS_BYTES:
+                    raise InputError(
+                        f"{where}: a NIfTI header claims voxels at byte {offset:g}: damaged, fetch it again"
+                    )
+                return
+    raise ValueError("no NIfTI header")
 
 
 def _voxels(image: Any, where: str, options: Options) -> np.ndarray:
