@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +102,19 @@ def lines_of(
             yield acquisition(np.ascontiguousarray(kspace[n, :, t, ky]), **changed)
 
 
-def write_ismrmrd(path: Path, xml: str, lines: Iterator[ismrmrd.Acquisition] | list[ismrmrd.Acquisition]) -> Path:
-    """A file by the `ismrmrd` package."""
+def write_ismrmrd(path: Path, xml: str, lines: Iterable[ismrmrd.Acquisition], *, append: bool = False) -> Path:
+    """A file of the `ismrmrd` package's layout; `append`: by its own slow method, one acquisition after the other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with ismrmrd.Dataset(str(path), mode="w") as file:
         file.write_xml_header(xml.encode())
-        for line in lines:
-            file.append_acquisition(line)
+        if append:
+            for line in lines:
+                file.append_acquisition(line)
+            return path
+        every = list(lines)
+        rows = np.empty(len(every), ismrmrd.hdf5.acquisition_dtype)
+        for row, line in zip(rows, every, strict=True):
+            row["head"] = np.frombuffer(line.getHead(), ismrmrd.hdf5.acquisition_header_dtype)[0]
+            row["data"], row["traj"] = line.data.reshape(-1).view(np.float32), np.empty(0, np.float32)
+        file._dataset.create_dataset("data", data=rows, chunks=(1,), maxshape=(None,), dtype=rows.dtype)
     return path

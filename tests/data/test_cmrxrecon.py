@@ -225,7 +225,7 @@ def test_oversampling_by_the_table_beside(tmp_path: Path, rng) -> None:
 
 
 @pytest.mark.parametrize("layout", [{}, {"chunks": (1, 1, 3, 5, 7)}, {"chunks": (2, 2, 4, 12, 16)}])
-@pytest.mark.parametrize("packing", [{}, {"compression": 4}, {"compression": 9, "shuffle": True}])
+@pytest.mark.parametrize("packing", [{}, {"compression": 4}, {"compression": 9, "shuffle": True, "fletcher32": True}])
 def test_chunks_are_put_together_as_hdf5_does(tmp_path: Path, rng, layout: dict, packing: dict) -> None:
     shown = complex_array(rng, 3, 2, 4, 12, 16)
     path = write_mat73(tmp_path / "cine_sax.mat", "kspace_full", shown, **layout, **packing)

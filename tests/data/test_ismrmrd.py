@@ -49,7 +49,7 @@ def test_a_simulated_study_reads_back(tmp_path: Path, rng) -> None:
 
     over, plain = measured(2.0), measured(1.0)
     assert over.shape[-1] == 2 * plain.shape[-1]
-    path = write_ismrmrd(tmp_path / "subject.h5", xml_header((24, 64), oversampling=2.0), lines_of(over))
+    path = write_ismrmrd(tmp_path / "subject.h5", xml_header((24, 64), oversampling=2.0), lines_of(over), append=True)
     kept = read(path, Options(oversampling="keep")).views["sax"]
     removed = read(path, Options(oversampling="remove"))
     assert nmse(kept.kspace, over) < 1e-12
@@ -278,3 +278,14 @@ def test_hdf5_files_of_others_are_left_out(tmp_path: Path, kspace) -> None:
         discover("ismrmrd", str(tmp_path))
     write_ismrmrd(tmp_path / "a.h5", xml_header(SHAPE[3:]), lines_of(kspace[:1, :, :1]))
     assert [item.subject for item in discover("ismrmrd", str(tmp_path))] == ["a"]
+
+
+def test_only_what_is_used_of_the_header_must_be_right(tmp_path: Path, kspace) -> None:
+    """Dates that de-identification has spoilt, and elements of a newer schema."""
+    xml = xml_header(SHAPE[3:]).replace(
+        "<measurementInformation>",
+        "<studyInformation><studyDate>XX.YY.2019</studyDate></studyInformation><new>1</new><measurementInformation>",
+    )
+    np.testing.assert_array_equal(
+        read(write_ismrmrd(tmp_path / "a.h5", xml, lines_of(kspace))).views["sax"].kspace, kspace
+    )

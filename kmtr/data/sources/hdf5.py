@@ -21,8 +21,8 @@ import numpy as np
 from kmtr.data.sources import Options, check_size, optional
 from kmtr.types import InputError
 
-DEFLATE, SHUFFLE = 1, 2
-"""Filters that are undone here, by their numbers in HDF5: gzip, and the sorting of bytes before it."""
+DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3
+"""Filters that are undone here, by their numbers in HDF5: gzip, the sorting of bytes before it, and a checksum."""
 
 
 @contextmanager
@@ -95,8 +95,10 @@ def _filters(dataset: Any, where: str, what: str) -> list[int]:
     """Numbers of the filters, in the order in which they were applied; each at most once."""
     settings = dataset.id.get_create_plist()
     found = [settings.get_filter(n)[0] for n in range(settings.get_nfilters())]
-    if not set(found) <= {DEFLATE, SHUFFLE} or len(set(found)) < len(found):
-        raise InputError(f"{where}: {what}: expected gzip (and shuffle) as compression, got HDF5 filters {found}")
+    if not set(found) <= {DEFLATE, SHUFFLE, FLETCHER32} or len(set(found)) < len(found):
+        raise InputError(
+            f"{where}: {what}: expected gzip (with shuffle, fletcher32) as compression, got HDF5 filters {found}"
+        )
     return found
 
 
@@ -113,6 +115,22 @@ def _unpacked(packed: bytes, filters: list[int], shape: tuple[int, ...], dtype: 
                 return None
             if more or not stream.eof:
                 return None
+        elif code == FLETCHER32:
+            packed, stored = packed[:-4], packed[-4:]
+            if len(stored) < 4 or [int(n) % 65535 for n in np.frombuffer(stored, "<u2")] != fletcher32(packed):
+                return None
         elif len(packed) == size:
             packed = np.frombuffer(packed, np.uint8).reshape(dtype.itemsize, -1).T.tobytes()
     return np.frombuffer(packed, dtype).reshape(shape) if len(packed) == size else None
+
+
+def fletcher32(data: bytes) -> list[int]:
+    """HDF5's checksum of bytes: two sums over big-endian 16-bit words, modulo 65535."""
+    words = np.frombuffer(data + b"\0" * (len(data) % 2), ">u2")
+    plain, weighted = 0, 0
+    for start in range(0, len(words), 1 << 16):
+        part = words[start : start + (1 << 16)].astype(np.uint64)
+        weights = np.arange(len(part), 0, -1, dtype=np.uint64)
+        weighted = (weighted + len(part) * plain + int(part @ weights)) % 65535
+        plain = (plain + int(part.sum())) % 65535
+    return [plain, weighted]

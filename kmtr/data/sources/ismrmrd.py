@@ -35,6 +35,7 @@ three times (4.9 ms against 0.3 ms a row), and believes what they claim. The pac
 from __future__ import annotations
 
 import re
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def _recording(path: Path, where: str, options: Options) -> _Recording:
 
 
 def _header(dataset: Any, where: str) -> _Header:
-    """The XML header, read leniently: what the schema does not know is left out."""
+    """The XML header, read leniently: only what is used must be right."""
     h5py, schema = optional("h5py"), optional("ismrmrd.xsd")
     parsers, config = optional("xsdata.formats.dataclass.parsers"), optional("xsdata.formats.dataclass.parsers.config")
     exceptions = optional("xsdata.exceptions")
@@ -216,9 +217,11 @@ def _header(dataset: Any, where: str) -> _Header:
     # Entities are the one way in which a short document becomes a long one; the standard has no use for them.
     if len(text) > _XML_BYTES or b"<!DOCTYPE" in text or b"<!ENTITY" in text or b"\0" in text:
         raise InputError(f"{where}: expected an ISMRMRD header of at most 1 MiB of plain XML without entities")
-    lenient = config.ParserConfig(fail_on_unknown_properties=False, fail_on_converter_warnings=True)
+    lenient = config.ParserConfig(fail_on_unknown_properties=False)
     try:
-        header = parsers.XmlParser(config=lenient).from_bytes(text, schema.ismrmrdHeader)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", exceptions.ConverterWarning)
+            header = parsers.XmlParser(config=lenient).from_bytes(text, schema.ismrmrdHeader)
     except (exceptions.ParserError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"{where}: the XML header cannot be read ({type(error).__name__})") from None
     names = [getattr(header.measurementInformation, key, None) for key in ("protocolName", "seriesDescription")]
@@ -230,7 +233,7 @@ def _header(dataset: Any, where: str) -> _Header:
         view=next((view for name in names if name and (view := _view_in(name))), None),
         spaces=tuple(_space(encoding, where) for encoding in header.encoding),
         vendor=vendor,
-        field_strength_t=float(tesla) if tesla and 0 < tesla < 30 else None,
+        field_strength_t=tesla if isinstance(tesla, float) and 0 < tesla < 30 else None,
         siemens=vendor == "Siemens",
     )
 
@@ -251,17 +254,18 @@ def _space(encoding: Any, where: str) -> _Space:
         nx, ny, nz = (int(getattr(encoded.matrixSize, axis)) for axis in "xyz")
         field = [float(getattr(encoded.fieldOfView_mm, axis)) for axis in "xyz"]
         ratio = float(wanted.fieldOfView_mm.x) / field[0] if field[0] > 0 else 1.0
-    except (AttributeError, TypeError):
+        limits = getattr(encoding.encodingLimits, "kspace_encoding_step_1", None)
+        centre = ny // 2 if limits is None or limits.center is None else int(limits.center)
+    except (AttributeError, TypeError, ValueError):
         raise InputError(f"{where}: expected matrix size and field of view of both spaces in the XML header") from None
     if min(nx, ny) < 1 or nz > 1:
         raise InputError(f"{where}: expected a 2D encoded matrix, got {nx} x {ny} x {nz}")
     known = all(np.isfinite(field)) and min(field) > 0
-    limits = getattr(encoding.encodingLimits, "kspace_encoding_step_1", None)
     mode = getattr(encoding.parallelImaging, "calibrationMode", None)
     return _Space(
         matrix=(ny, nx),
         samples=max(1, round(nx * ratio)) if 0 < ratio < 1 else nx,
-        centre=ny // 2 if limits is None or limits.center is None else int(limits.center),
+        centre=centre,
         spacing_mm=(field[2], field[1] / ny, field[0] / nx) if known else None,
         embedded=str(getattr(mode, "value", mode)) == "embedded",
     )
