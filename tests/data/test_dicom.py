@@ -17,7 +17,7 @@ from kmtr.types import UNLABELLED, InputError, Study
 
 pydicom = pytest.importorskip("pydicom")
 from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
-from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid  # noqa: E402
 
 FRAMES, ROWS, COLUMNS = 8, 12, 10
 MR, ENHANCED = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"
@@ -57,9 +57,9 @@ def image(z: int = 0, t: int = 0, axes: np.ndarray = SHORT, **header: Any) -> Da
     return dataset
 
 
-def save(path: Path, dataset: Dataset) -> Path:
+def save(path: Path, dataset: Dataset, syntax: str = ExplicitVRLittleEndian) -> Path:
     dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.TransferSyntaxUID = syntax
     path.parent.mkdir(parents=True, exist_ok=True)
     pydicom.dcmwrite(path, dataset, enforce_file_format=True)
     return path
@@ -193,6 +193,16 @@ def test_order_without_trigger_times(tmp_path: Path) -> None:
         assert study.views["sax"].frame_time_s is None
 
 
+def test_run_length_encoding(tmp_path: Path) -> None:
+    datasets = stack(1)
+    for dataset in datasets:
+        dataset.file_meta = FileMetaDataset()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        dataset.compress(RLELossless, generate_instance_uid=False)
+        save(tmp_path / f"{dataset.InstanceNumber}.dcm", dataset, dataset.file_meta.TransferSyntaxUID)
+    np.testing.assert_allclose(magnitude(read(tmp_path)), short_axis(1), atol=1e-2)
+
+
 def test_enhanced_multi_frame(tmp_path: Path) -> None:
     """One file with all slices and frames, their geometry, times and rescaling in functional groups."""
     dataset = image(SOPClassUID=ENHANCED, NumberOfFrames=str(3 * FRAMES), NominalInterval=800)
@@ -250,7 +260,8 @@ def test_subjects_by_patient_or_by_folder(tmp_path: Path) -> None:
 def test_uk_biobank_archives(tmp_path: Path) -> None:
     """Long and short axes of the first visit make one study, named by the participant."""
     plain = write(tmp_path / "plain", stack(PatientID="scanner"))
-    long = [image(0, t, FOUR_CHAMBERS, SeriesDescription="CINE_segmented_LAX_4Ch") for t in range(FRAMES)]
+    header = {"SeriesDescription": "CINE_segmented_LAX_4Ch", "PatientID": "scanner's code of another day"}
+    long = [image(0, t, FOUR_CHAMBERS, **header) for t in range(FRAMES)]
     for name, datasets in (("1000001_20209_2_0", stack()), ("1000001_20208_2_0", long), ("1000001_20209_3_0", long)):
         folder = write(tmp_path / "out" / name, datasets)
         with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -291,7 +302,7 @@ def test_polygons_cover_their_outline() -> None:
 
 def test_contours_of_the_subject_and_of_no_other(tmp_path: Path) -> None:
     write(tmp_path / "images", stack())
-    (tmp_path / "link.csv").write_text("patient_id,original_id\nP7,SC-1\n")
+    (tmp_path / "patients.csv").write_text("PatientID,Age,OriginalID\nP7,60,SC-1\n")
     contour(tmp_path / "contours" / "SC-1" / "i", 9 + 2, "i", CORE)  # slice 1, frame 2
     contour(tmp_path / "contours" / "SC-1" / "o", 9 + 2, "o", SQUARE)
     contour(tmp_path / "contours" / "SC-1" / "i", 9 + 5, "i", "4 4\n5 4\n5 5\n4 5\n")
@@ -341,6 +352,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Dataset]], str]] = {
     ),
     "an image twice": (lambda: [*stack(), image(1, 3)], "same"),
     "no order": (lambda: stack(TriggerTime=None, InstanceNumber=None), "tells their order"),
+    "two visits": (lambda: [*stack(), image(StudyInstanceUID="1.2.9")], "2 studies"),
     "two patients": (lambda: [*stack(), image(PatientID="P8")], "2 patients"),
     "too few frames": (lambda: stack(frames=5), "at least 8 frames"),
     "a long axis without a name": (lambda: [image(0, t, FOUR_CHAMBERS) for t in range(FRAMES)], "description names"),

@@ -18,8 +18,8 @@ series that are not plain cine. `kmtr.data.sources.series` has these rules.
 
 Stored values become rescale slope x value + intercept. Nothing that identifies is kept: of the header only geometry,
 times, vendor, field strength and heart rate leave this module; sex and age come by a table (`kmtr.data.tables`).
-Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as
-``link.csv`` (patient_id,original_id) in the source says, or below the images' own folder.
+Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as a
+table in the source says (``*.csv`` with the columns PatientID and OriginalID), or below the images' own folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,15 @@ def _folder_items(source: Path, images: dict[Path, Path], contours: list[Path]) 
 
 
 def _aliases(source: Path) -> dict[str, str]:
-    """PatientID -> the name that contours know it by."""
-    path = source / "link.csv"
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        rows = list(csv.DictReader(file))
-    return {row["patient_id"]: row["original_id"] for row in rows if row.get("patient_id") and row.get("original_id")}
+    """PatientID -> the name that contours know it by, from tables at the top of the source."""
+    found: dict[str, str] = {}
+    for path in sorted(source.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, suppress(csv.Error):  # of others
+            rows = csv.DictReader(file)
+            of = {name.lower().replace("_", ""): name for name in rows.fieldnames or () if name}
+            if {"patientid", "originalid"} <= set(of):
+                found |= {row[of["patientid"]]: row[of["originalid"]] for row in rows}
+    return found
 
 
 def _is_image(path: Path) -> bool:
@@ -193,14 +195,19 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     contours = [path for path in contours if polygons.is_contour(path)]
     with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header
         frames: list[series.Frame] = []
-        patients = set()
-        for content in _contents(item.files, where, options):
+        patients: dict[Path | None, set[tuple[str, str]]] = defaultdict(set)
+        for path, content in _contents(item.files, where, options):
             with _damage(where):
-                patient, found = _frames(content, where, options)
-            patients.add(patient)
+                identity, found = _frames(content, where, options)
+            patients[path if path.suffix == ".zip" else None].add(identity)  # an archive may have a code of its own
             frames += found
-        if len(patients) > 1:
-            raise InputError(f"{where}: images of {len(patients)} patients in one place; give each a folder")
+        for people in patients.values():
+            for what, different in (
+                ("patients", {p for p, _ in people}),
+                ("studies (visits?)", {s for _, s in people}),
+            ):
+                if len(different) > 1:
+                    raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
         stacks = series.views(frames)
         if not stacks:
             raise InputError(
@@ -230,8 +237,8 @@ def _damage(where: str) -> Iterator[None]:
         raise InputError(f"{where}: a DICOM file cannot be read ({type(error).__name__}); fetch it again") from None
 
 
-def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[bytes]:
-    """The bytes of every image of a subject, all together no more than `options.most_bytes`."""
+def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[tuple[Path, bytes]]:
+    """Every image of a subject, no more than `options.most_bytes` all together, and the item's path that it lies in."""
     left = options.most_bytes
 
     def spend(size: int) -> None:
@@ -249,27 +256,27 @@ def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[b
                         spend(member.file_size)
                         content = archive.read(member)  # never more than file_size
                         if _starts_image(name, content):
-                            yield content
+                            yield path, content
         else:
             for image in sorted(path.iterdir()) if path.is_dir() else [path]:
                 if _is_image(image):
                     spend(image.stat().st_size)
-                    yield image.read_bytes()
+                    yield path, image.read_bytes()
 
 
-def _frames(content: bytes, where: str, options: Options) -> tuple[str, list[series.Frame]]:
-    """The patient and the usable frames of one file; none of what is not an MR image in shades of grey."""
+def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame]]:
+    """Patient and study, and the usable frames of one file; none of what is not an MR image in shades of grey."""
     if _DEFLATED in content:
         raise InputError(f"{where}: deflated DICOM is not supported; store it uncompressed")
     dataset = optional("pydicom").dcmread(BytesIO(content))
-    patient = str(dataset.get("PatientID") or "").strip()
+    identity = str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
     if str(dataset.get("SOPClassUID")) not in MR_IMAGES or int(dataset.get("SamplesPerPixel") or 1) != 1:
-        return patient, []
+        return identity, []
     count = int(dataset.get("NumberOfFrames") or 1)
     check_size(where, "image", (count, int(dataset.Rows), int(dataset.Columns)), 8, options)
     if count > MOST_FRAMES:
         raise InputError(f"{where}: expected at most {MOST_FRAMES} frames in a file, the header claims {count}")
-    return patient, series.frames(dataset, count)
+    return identity, series.frames(dataset, count)
 
 
 def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, options: Options) -> Cine:
