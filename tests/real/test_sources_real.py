@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -190,7 +191,7 @@ def test_acdc_layout_without_geometry() -> None:
 
 def acdc_patients() -> list[dict[str, str]]:
     summary = SHARED / "acdc_h5" / "summary.csv"
-    return list(csv.DictReader(summary.open())) if summary.is_file() else []
+    return list(csv.DictReader(io.StringIO(summary.read_text()))) if summary.is_file() else []
 
 
 @pytest.mark.parametrize("row", acdc_patients(), ids=lambda row: row["patient"])
