@@ -52,7 +52,7 @@ class Heart:
         base: w of the base plane; centre: w of the LV's equator.
         endo_radius, endo_half: equatorial radius and polar half-axis of the LV cavity's spheroid.
         epi_radius, epi_half: of the epicardium's, same centre.
-        rv_apex: w; rv_square: K at the base plane, mm^2.
+        rv_apex: w; rv_square: K's unit, mm^2; see _rv_rise.
         la, ra: (centre u, v, w, half-axes u, v, w), each an array ``t``.
         twist: angle of the apex and of the base, rad.
         who: whose it is.
@@ -139,8 +139,8 @@ def heart(who: Anatomy, phase: np.ndarray) -> Heart:
     wall = _wall(lv, 1000 * who.lvm_g / MYOCARDIAL_DENSITY, base)
     endo_radius, endo_half, epi_half = _ventricle(lv, base, wall)
     rv_apex = who.rv_apex * base
-    # Volume of the RV: the integral over w of K(w) times half the integral of q over the angle, 8/5 rv_half.
-    rv_square = rv / (who.rv_half * 4 / 5 * _RV_RISE_MEAN * (base - rv_apex))
+    # Volume of the RV: the integral over w of K(w) times half the integral of q over the angle, 22/15 rv_half.
+    rv_square = rv / (who.rv_half * 11 / 15 * _RV_RISE_MEAN * (base - rv_apex))
     atria = []
     for least, most, side, v, aspect in (
         (who.lav_min_ml, who.lav_max_ml, -1, -8.0, who.atrial_aspect[0]),
@@ -191,11 +191,11 @@ def _wall(volume: np.ndarray, myocardium: float, base: np.ndarray) -> np.ndarray
 
 
 def _rv_rise(height: np.ndarray) -> np.ndarray:
-    """K over K at the base plane, `height` from 0 at the RV's apex to 1 there."""
-    return height * (1.6 - np.float32(0.6) * height)
+    """K over its unit, `height` from 0 at the RV's apex to 1 at the base plane; widest at three quarters."""
+    return height * (np.float32(2.2) - np.float32(1.45) * height)
 
 
-_RV_RISE_MEAN = 0.6
+_RV_RISE_MEAN = 2.2 / 2 - 1.45 / 3
 
 
 # ---------------------------------------------------------------------------------------------------------- surfaces
@@ -295,20 +295,22 @@ def _first_order(f: np.ndarray, steep: np.ndarray, slope: np.ndarray) -> np.ndar
 def _right_ventricle(
     s: Heart, wall: Walls, square: np.ndarray, radius: np.ndarray, angle: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Distance to the RV's free wall; q = (1 - x^4) (1 + skew x), x the angle over the half-width, so that q's integral
-    does not depend on the skew."""
+    """Distance to the RV's free wall; q = p (1 + skew x) with p = 1 - x^2 / 2 - x^4 / 2 and x the angle over the
+    half-width, so that q's integral does not depend on the skew."""
     who = s.who
     turn = angle - np.float32(who.rv_centre)
     turn -= np.float32(2 * math.pi) * np.round(turn * np.float32(1 / (2 * math.pi)))
     x = np.clip(turn * np.float32(1 / who.rv_half), -1, 1)
     skew = np.float32(who.rv_skew)
-    profile = (1 - x**4) * (1 + skew * x)
-    bend = (-4 * x**3 * (1 + skew * x) + skew * (1 - x**4)) / (np.float32(who.rv_half) * radius)
+    xx = x * x
+    even = 1 - np.float32(0.5) * (xx + xx * xx)
+    profile = even * (1 + skew * x)
+    bend = (skew * even - (x + 2 * xx * x) * (1 + skew * x)) / (np.float32(who.rv_half) * radius)
     span = 1 / (s.base - s.rv_apex)
     height = (w - s.rv_apex) * span
     kept = np.maximum(height, 0)
     rise = _rv_rise(kept) * s.rv_square
-    slope = (np.float32(1.6) - np.float32(1.2) * kept) * (s.rv_square * span)
+    slope = (np.float32(2.2) - np.float32(2.9) * kept) * (s.rv_square * span)
     slope *= profile
     slope += wall.epi_slope
     rv = square - wall.epi

@@ -18,20 +18,20 @@ PREVALENCE = {
 """Share of the simulated population with each disease: higher than in UK Biobank, so that there is something to learn."""
 
 RISK: dict[str, tuple[float, dict[str, float]]] = {
-    "dcm": (-6.0, {"lvedv_ml": 1.2, "lvef_pct": -1.2}),
-    "hcm": (-6.0, {"wall_thickness_max_mm": 1.6, "lvedv_ml": -0.4}),
-    "infarct": (-5.0, {"thickening_min_pct": -1.6, "lvef_pct": -0.4, "age_y": 0.3}),
-    "hypertension": (-1.5, {"lvm_g": 0.9, "wall_thickness_mm": 0.7, "age_y": 0.5}),
-    "rv_disease": (-5.0, {"rvedv_ml": 0.8, "rvef_pct": -1.6}),
-    "dilated_atria": (-5.0, {"lav_max_ml": 1.1, "rav_max_ml": 0.9, "laef_pct": -0.5}),
+    "dcm": (-5.1, {"lvedv_ml": 1.2, "lvef_pct": -1.2}),
+    "hcm": (-5.9, {"wall_thickness_max_mm": 1.6, "lvedv_ml": -0.4}),
+    "infarct": (-4.36, {"thickening_min_pct": -1.6, "lvef_pct": -0.4, "age_y": 0.3}),
+    "hypertension": (-2.56, {"lvm_g": 0.9, "wall_thickness_mm": 0.7, "age_y": 0.5}),
+    "rv_disease": (-4.9, {"rvedv_ml": 0.8, "rvef_pct": -1.6}),
+    "dilated_atria": (-4.56, {"lav_max_ml": 1.1, "rav_max_ml": 0.9, "laef_pct": -0.5}),
 }
 """Log odds of each disease: a constant, found so that `PREVALENCE` holds, and a weight for each label's deviation from
 the healthy of the same sex, in standard deviations. Plausible choices, no epidemiology."""
 
 _OWN: dict[str, dict[str, Spread]] = {
-    "wall_thickness_mm": {"male": (6.1, 0.9), "female": (5.1, 0.7)},
-    "wall_thickness_max_mm": {"male": (7.1, 1.1), "female": (5.9, 0.9)},
-    "thickening_min_pct": {"male": (38, 12), "female": (43, 12)},
+    "wall_thickness_mm": {"male": (5.9, 0.8), "female": (4.9, 0.6)},
+    "wall_thickness_max_mm": {"male": (7.1, 1.0), "female": (5.9, 0.8)},
+    "thickening_min_pct": {"male": (41, 9), "female": (47, 9)},
     "age_y": {"male": (60, 8), "female": (60, 8)},
 }
 """As `REFERENCE`, of the simulated healthy themselves."""

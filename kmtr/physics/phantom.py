@@ -30,7 +30,7 @@ LAX_ANGLE_DEG = {"lax_4ch": 0.0, "lax_3ch": 50.0, "lax_2ch": 92.0}
 """Angle from u to the plane's second direction, about the LV axis; 2ch passes beside the RV's tips."""
 TOWARDS_RV_MM = 16.0
 """From the LV's axis to the middle of both ventricles, where a view is centred."""
-RV_WALL_MM = 2.5
+RV_WALL_MM, ATRIAL_WALL_MM = 2.5, 1.2
 FRAMES_AT_ONCE = 5
 """So that all arrays of a block stay in a core's cache."""
 
@@ -208,7 +208,7 @@ def _render(
         points = plane.points(matrix, scene.pixel, offset)
         around, gain = render(scene.body, scene.looks, *patient(scene.body, *points, shape.who.length_mm), scene.pixel)
         gain *= np.float32(1 / LAYERS)
-        rows, columns = _window(shape, points, RV_WALL_MM + 2 * scene.body.sac_mm + 4 + scene.pixel)
+        rows, columns = _window(shape, points, RV_WALL_MM + 2.3 * scene.body.sac_mm + 4 + scene.pixel)
         still = around * gain
         image += still
         if rows.start == rows.stop:
@@ -236,12 +236,9 @@ def _beating(
     signal, pixel, who = scene.looks.signal, scene.pixel, shape.who
     above = w - s.base
     aorta, trunk = _great_vessels(u, v, above, s)
-    chambers = np.minimum(np.minimum(d.la, d.ra), d.rv)
-    walls = np.minimum(d.epi, chambers - np.float32(RV_WALL_MM))
-    # There is more fat in the groove between atria and ventricles.
-    groove = np.exp(np.float32(-1 / 60) * above * above)
-    groove += np.float32(0.5)
-    groove *= np.float32(scene.body.sac_mm)
+    walls = np.minimum(d.epi, d.rv - np.float32(RV_WALL_MM))
+    np.minimum(walls, np.minimum(d.la, d.ra) - np.float32(ATRIAL_WALL_MM), out=walls)
+    groove = _fat_mm(scene.body.sac_mm, u, v, w, who)
     paint(image, signal["fat"], walls - groove, pixel)
     vessels = np.minimum(aorta, trunk)
     paint(image, signal["muscle"], vessels - np.float32(1.5), pixel)
@@ -266,6 +263,17 @@ def _beating(
     blend(image, left * (np.float32(0.88) + np.float32(0.14) * np.clip(d.height, 0, 1)), lumen)
 
 
+def _fat_mm(sac_mm: float, u: np.ndarray, v: np.ndarray, w: np.ndarray, who: Anatomy) -> np.ndarray:
+    """Thickness of the fat on the heart, ``y x``: most in the grooves between the ventricles, and between them and the
+    atria, and at the apex; little elsewhere."""
+    angle = np.arctan2(v, u)
+    fat = np.exp(np.float32(-1 / 120) * (w - np.float32(who.length_mm - who.base_motion_mm / 2)) ** 2)
+    for tip in (who.rv_centre + who.rv_half, who.rv_centre - who.rv_half):
+        fat += np.exp(np.float32(7) * (np.cos(angle - np.float32(tip)) - 1))
+    fat += np.float32(0.35) + np.float32(0.8) * np.exp(np.float32(-1 / 20) * np.maximum(w, 0))
+    return np.float32(1.6 * sac_mm) * np.minimum(fat, np.float32(1.4))
+
+
 def _trabeculae(looks: Look, d: Distances) -> np.ndarray:
     """Ridges along the walls, 0 to 1."""
     first, second = looks.trabeculae
@@ -279,16 +287,17 @@ def _papillary(s: Heart, d: Distances, u: np.ndarray, v: np.ndarray) -> np.ndarr
     """Distance to the two papillary muscles: rods beside the wall in the lower half of the cavity, which turn with it
     and keep their size while the cavity shrinks around them."""
     size, *angles, _ = s.who.papillary
-    thick = np.float32(size * 0.5 * (s.who.lvedv_ml ** (1 / 3)) * 10 * 0.48)
-    along = (d.height - np.float32(0.47)) * np.float32(1 / 0.22)
+    thick = np.float32(size)
+    along = (d.height - np.float32(0.45)) * np.float32(1 / 0.25)
     radius = thick * (1 - along * along)
-    place = np.sqrt(np.maximum(d.cavity, 1)) * np.float32(0.98) - thick * np.float32(0.9)
-    place = np.maximum(place, thick * np.float32(0.6))
+    place = np.sqrt(np.maximum(d.cavity, 1)) * np.float32(0.97) - thick
+    np.maximum(place, thick * np.float32(0.6), out=place)
     turn = s.twist[0] * (1 - d.height) + s.twist[1] * d.height
     nearest = None
     for angle in angles:
         at = turn + np.float32(angle)
-        gap = np.hypot(u - place * np.cos(at), v - place * np.sin(at)) - radius
+        gap = _length(u - place * np.cos(at), v - place * np.sin(at))
+        gap -= radius
         nearest = gap if nearest is None else np.minimum(nearest, gap)
     assert nearest is not None
     return nearest
@@ -298,10 +307,21 @@ def _great_vessels(u: np.ndarray, v: np.ndarray, above: np.ndarray, s: Heart) ->
     """Distances to the aortic root, a tube that leaves the base beside the mitral valve and leans to the right, and to
     the pulmonary trunk in front of it."""
     angle = math.radians(LAX_ANGLE_DEG["lax_3ch"])
-    axis = np.float32(0.22) * above + 14
-    root = np.hypot(u - axis * np.float32(math.cos(angle)), v - axis * np.float32(math.sin(angle))) - 13
-    trunk = np.hypot(u - (20 - np.float32(0.35) * above), v - (38 + np.float32(0.1) * above)) - 11
+    out, aside = np.float32(0.22) * above + 14, np.float32(1 / 150) * above * above
+    root = _length(
+        u - out * np.float32(math.cos(angle)) + aside * np.float32(math.sin(angle)),
+        v - out * np.float32(math.sin(angle)) - aside * np.float32(math.cos(angle)),
+    )
+    root -= 13
+    trunk = _length(u - (20 - np.float32(0.35) * above), v - (38 + np.float32(0.1) * above)) - 11
     return np.maximum(root, -above - 1), np.maximum(trunk, -above - 1)
+
+
+def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of vectors; numpy's hypot, which can't overflow, costs several times as much."""
+    square = x * x
+    square += y * y
+    return np.sqrt(square, out=square)
 
 
 def _window(shape: Heart, points: tuple[np.ndarray, ...], margin: float) -> tuple[slice, slice]:

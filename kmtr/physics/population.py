@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -45,6 +46,9 @@ BSA_M2: dict[str, Spread] = {"male": (1.95, 0.16), "female": (1.68, 0.14)}
 """Body surface: what the reference's LV mass is with and without it."""
 HEART_RATE: dict[str, Spread] = {"male": (61, 9), "female": (64, 9)}
 """Plausible at rest in that age; not in the reference."""
+
+_CHOSEN = 1.03
+"""Of LVEDV and LV mass as drawn over the reference: who is healthy has no disease, and the larger hearts are at risk."""
 
 LATENT = ("bsa", "lvedv", "lvef", "lvm", "rvef", "lav", "laef", "rav", "raef", "heart_rate", "age")
 _CORRELATED = {
@@ -122,8 +126,7 @@ class Anatomy:
         rv_centre, rv_half: middle and half-width of the RV's attachment, rad; rv_skew: how much wider it is at its
             anterior end; rv_apex: its lowest point over the LV's length.
         atrial_aspect: depth over width of LA and RA.
-        papillary: radius of the papillary muscles over the cavity's, their angles (rad), and how trabeculated the
-            walls are.
+        papillary: radius of the papillary muscles (mm), their angles (rad), and how trabeculated the walls are.
         es_phase, filling_phase, plateau_phase, kick_phase: end-systole, begin of early filling, begin of diastasis,
             begin of the atrial kick; fractions of the cycle.
         kick: part of the stroke volume that the kick adds.
@@ -181,14 +184,14 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     load = burden["load"] * math.exp(0.03 * (age - 60))  # of pressure: grows with age
     dcm, hcm, scar, right, stretch = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "atria"))
     bsa = _positive(BSA_M2[sex], z["bsa"])
-    lvedv = _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.3 * dcm - 0.05 * hcm + 0.07 * scar)
-    lvm = _positive(REFERENCE["lvm_g"][sex], z["lvm"]) * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
+    lvedv = _CHOSEN * _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.26 * dcm - 0.05 * hcm + 0.07 * scar)
+    lvm = _CHOSEN * _positive(REFERENCE["lvm_g"][sex], z["lvm"]) * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
     lvef = _normal(REFERENCE["lvef_pct"][sex], z["lvef"]) - 14 * dcm + 2.5 * hcm - 7 * scar + 0.5 * load
     lvef = min(max(lvef, 15.0), 78.0)
     stroke = lvedv * lvef / 100
     rv_stroke = stroke * math.exp(0.03 * next(n))
-    rvef = _normal(REFERENCE["rvef_pct"][sex], z["rvef"]) - 9 * right - 5 * dcm - 1.5 * scar
-    rvedv = rv_stroke / min(max(rvef, 18.0), 75.0) * 100
+    rvef = _normal(REFERENCE["rvef_pct"][sex], z["rvef"]) - 8 * right - 5 * dcm - 1.5 * scar
+    rvedv = rv_stroke / min(max(rvef, 20.0), 75.0) * 100
     # A stiff or failing ventricle fills its atrium more and is emptied into less.
     strain = 0.14 * (dcm + hcm) + 0.06 * (scar + load)
     lav_max = _positive(REFERENCE["lav_max_ml"][sex], z["lav"]) * math.exp(strain + 0.27 * stretch)
@@ -221,20 +224,20 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
         twist_rad=tuple(math.radians(a) * lvef / 59 * math.exp(0.25 * next(n)) for a in (9.0, -4.0)),
         regions=_bounded(
             (
-                Region(0.15 * next(n), 1.6, 0.6, 0.35, 0.1 + 0.13 * next(n) + 0.55 * hcm, 0.05 * next(n) - 0.1 * right,
-                       0.2 * next(n) + 0.1 * right),
-                Region(2.1 + 0.3 * next(n), 1.2, 0.5, 0.4, 0.16 * next(n), 0.06 * next(n), 0.2 * next(n)),
-                Region(-2.1 + 0.3 * next(n), 1.2, 0.55, 0.4, 0.16 * next(n), 0.06 * next(n), 0.2 * next(n)),
+                Region(0.15 * next(n), 1.6, 0.6, 0.35, 0.3 + 0.22 * next(n) + 0.5 * hcm, 0.05 * next(n) - 0.1 * right,
+                       0.28 * next(n) + 0.1 * right),
+                Region(2.1 + 0.3 * next(n), 1.2, 0.5, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n)),
+                Region(-2.1 + 0.3 * next(n), 1.2, 0.55, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n)),
                 Region(math.radians(territory[0] + 12 * next(n)), 2.5, territory[1] + 0.07 * next(n), 0.24,
                        -0.3 * min(scar, 1.5), 0.0, slack * min(0.9 * scar, 1.2)),
             )
         ),
         rv_centre=math.radians(5 + 3 * next(n)),
-        rv_half=math.radians(71 + 2 * next(n)),
+        rv_half=math.radians(75 + 2 * next(n)),
         rv_skew=-0.15 + 0.12 * next(n),
         rv_apex=0.12 + 0.025 * next(n),
         atrial_aspect=(0.85 * math.exp(0.08 * next(n)), 0.95 * math.exp(0.08 * next(n))),
-        papillary=(0.2 + 0.02 * next(n), 2.2 + 0.15 * next(n), -1.75 + 0.15 * next(n), math.exp(0.25 * next(n))),
+        papillary=(4.3 * (lvedv / 145) ** (1 / 3) * math.exp(0.1 * next(n)), 2.2 + 0.15 * next(n), -1.75 + 0.15 * next(n), math.exp(0.25 * next(n))),
         es_phase=es_phase,
         filling_phase=es_phase + 0.05,
         plateau_phase=es_phase + 0.24 + 0.015 * next(n),
@@ -252,7 +255,7 @@ def _burdens(rng: np.random.Generator) -> dict[str, float]:
     }
 
 
-def _bounded(regions: tuple[Region, ...], most: float = 0.6) -> tuple[Region, ...]:
+def _bounded(regions: tuple[Region, ...], most: float = 0.65) -> tuple[Region, ...]:
     """The regions scaled down where all together could leave a wall or a cavity less than 1 - `most` of its mean."""
 
     def depth(amplitude: float, region: Region) -> float:
@@ -267,6 +270,7 @@ def _bounded(regions: tuple[Region, ...], most: float = 0.6) -> tuple[Region, ..
     )
 
 
+@lru_cache(256)
 def bump_mean(focus: float) -> float:
     """Mean over the angle of exp(focus (cos angle - 1)): exp(-focus) I0(focus)."""
     return float(np.i0(focus)) * math.exp(-focus)

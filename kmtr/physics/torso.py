@@ -55,14 +55,14 @@ def torso(who: Anatomy, difficulty: Difficulty, *, seed: int, subject: int) -> T
     size = (who.bsa_m2 / 1.82) ** 0.5 * math.exp(0.02 * spread * next(n))
     return Torso(
         axes=np.stack([to_rv, np.cross(to_base, to_rv), to_base]),
-        position=np.array(around(24.0, -30.0, 0.0, by=4.0)),
+        position=np.array(around(24.0, -34.0, 0.0, by=4.0)),
         half=(size * (162 + 5 * spread * next(n)), size * (108 + 4 * spread * next(n))),
         fat_mm=max(14 + 5 * who.weight_z + 2 * spread * next(n), 4.0),
         wall_mm=max(13 + 1.5 * spread * next(n), 8.0),
         sac_mm=max(2.5 + who.weight_z + 0.7 * spread * next(n), 0.3),
-        diaphragm=-40 + 5 * spread * next(n),
-        liver=(*around(-48.0, -4.0, -100.0, by=7.0), *around(105.0, 88.0, 66.0, by=4.0)),
-        stomach=(*around(62.0, -14.0, -92.0, by=8.0), *around(42.0, 40.0, 34.0, by=5.0)),
+        diaphragm=-33 + 5 * spread * next(n),
+        liver=(*around(-48.0, -4.0, -94.0, by=7.0), *around(105.0, 88.0, 66.0, by=4.0)),
+        stomach=(*around(62.0, -14.0, -86.0, by=8.0), *around(42.0, 40.0, 34.0, by=5.0)),
         spleen=(*around(100.0, 52.0, -78.0, by=7.0), *around(32.0, 40.0, 32.0, by=3.0)),
         gas=float(rng.random()),
         ribs=float(2 * math.pi * rng.random()),
@@ -98,11 +98,11 @@ def render(
     bone = signal["muscle"] + (signal["marrow"] - signal["muscle"]) * np.clip(2 * rib - 0.6, 0, 1)
     dome = body.diaphragm - ((x - 55) ** 2 * (x > 55) + (x + 60) ** 2 * (x < -60) + (y + 5) ** 2) * np.float32(1 / 220)
     belly = np.maximum(inside, (z - dome) * np.float32(0.85))
-    fat = signal["fat"] * (1 + np.float32(0.12) * grain)
+    fat = signal["fat"] * (1 + np.float32(0.07) * grain)
     lung = signal["lung"] * (1 + np.float32(0.2) * grain) + np.float32(0.4 * signal["blood"]) * vessels
     liver = signal["liver"] * (1 + np.float32(0.05) * grain) + np.float32(0.35 * signal["blood"]) * vessels
     stomach = signal["muscle"] * body.gas * (1 + np.float32(0.5) * grain)
-    gut = signal["fat"] * (np.float32(0.55) + np.float32(0.3) * np.clip(grain, -1.6, 2))
+    gut = signal["fat"] * (np.float32(0.55) + np.float32(0.17) * np.clip(grain, -2, 2))
     image = np.zeros_like(x)
     organ = [np.maximum(belly, _ellipsoid((x, y, z), b[:3], b[3:])) for b in (body.liver, body.spleen, body.stomach)]
     for value, surface in (
