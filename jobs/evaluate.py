@@ -2,7 +2,8 @@
 
 Ridge probes of frozen k-space embeddings on held-out subjects, beside an untrained encoder, ridge on the zero-filled
 low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration, or
-evaluate.encoder."""
+evaluate.encoder; evaluate.encoder=none shows what a dataset gives away without any: linear controls of labels and
+masks."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from kmtr import figures, tracking
 from kmtr.config import RunConfig
 from kmtr.data.reader import Dataset
 from kmtr.encoder import load_encoder
-from kmtr.report import evaluate
+from kmtr.report import controls, evaluate
 from kmtr.report.html import text_table, write_report
 from kmtr.train import driver
 from kmtr.types import PHENOTYPES, InputError
@@ -33,6 +34,8 @@ from kmtr.types import PHENOTYPES, InputError
 def run(words: list[str]) -> dict[str, Any]:
     config = recipe_config(words, __doc__ or "")
     config, dataset = driver.resolve(config)
+    if config.evaluate.encoder == "none":
+        return run_controls(config, dataset)
     name, folder = driver.run_folder(config, dataset)
     done = driver.finished(folder)
     encoder_path = Path(config.evaluate.encoder) if config.evaluate.encoder else None
@@ -49,11 +52,12 @@ def run(words: list[str]) -> dict[str, Any]:
         return result
 
     device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    encoders = {
-        evaluate.TRAINED: load_encoder(encoder_path, device),
-        evaluate.UNTRAINED: load_encoder(encoder_path, device, untrained=True),
+    sources = {
+        evaluate.TRAINED: evaluate.embedding(load_encoder(encoder_path, device)),
+        evaluate.UNTRAINED: evaluate.embedding(load_encoder(encoder_path, device, untrained=True)),
+        evaluate.RIDGE: controls.low_resolution,
     }
-    scores = evaluate.score(config, dataset, encoders, Bar("evaluate: subjects"))
+    scores = evaluate.score(config, dataset, sources, Bar("evaluate: subjects"), torch.device(device))
     tables = [evaluate.r2_table(scores, config), evaluate.gain_table(scores, config), evaluate.error_table(scores)]
     metrics = evaluate.metrics_of(scores, config)
     text = "\n\n".join(map(text_table, tables))
@@ -78,6 +82,21 @@ def run(words: list[str]) -> dict[str, Any]:
     last.write_text(json.dumps(result | {"asked": asked}))
     print(f"report: {report}\nMLflow: {config.tracking.uri} (make ui)")
     return result
+
+
+def run_controls(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the dataset gives away to a linear map, and to no input at all."""
+    sources = {evaluate.CENTRAL: controls.central, evaluate.RIDGE: controls.low_resolution}
+    scores = evaluate.score(config, dataset, sources, Bar("controls: subjects"), torch.device("cpu"))
+    masks = controls.score_masks(config, dataset, Bar("controls: masks"))
+    tables = [evaluate.r2_table(scores, config)] + ([controls.mask_table(masks)] if masks else [])
+    print("\n\n".join(map(text_table, tables)))
+    r2 = {
+        name: {str(s.acceleration): {t: round(p.r2, 4) for t, p in s.probes[name].items()} for s in scores}
+        for name in sources
+    }
+    overlap = {str(s.acceleration): {"mean mask": s.mean.mean(), "ridge": s.ridge.mean()} for s in masks}
+    return {"data": config.data.root, "r2": r2, "dice": overlap}
 
 
 def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from kmtr.types import VIEWS, InputError
+from kmtr.types import PHENOTYPES, VIEWS, InputError
 
 
 class Section(BaseModel):
@@ -133,6 +133,7 @@ class Model(Section):
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
     normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
 
     @pydantic.model_validator(mode="after")
@@ -150,23 +151,30 @@ class Reconstruct(Section):
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
     image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
-    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
 
 
 class Align(Section):
     steps: int = Field(5_000, ge=0, description="optimizer steps of alignment (stage c)")
     temperature: float = Field(0.1, gt=0, description="contrastive temperature of InfoNCE")
+    learn_temperature: bool = Field(False, description="the temperature is where learning starts, 0.01 its least")
+    chunk: int = Field(0, ge=0, description="anchors whose similarities are held at once; 0: all of a worker's")
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
     reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
-    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
 
 
 class Optimizer(Section):
     weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices (not of biases, norms, tables)")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
+    schedule: Literal["cosine", "plateau"] = Field(
+        "cosine", description="after the warm-up: cosine to zero, or a plateau with a cooldown, the same however long"
+    )
+    cooldown: float = Field(0.2, gt=0, le=1, description="last share of the steps, linear to zero, of a plateau")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the one above it")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
 
 
@@ -240,11 +248,23 @@ class Simulate(Section):
 
 
 class Evaluate(Section):
-    encoder: str = Field("", description="exported encoder; empty: the one of the run with this configuration")
+    encoder: str = Field(
+        "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
+    )
+    targets: tuple[str, ...] = Field(
+        ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
+    )
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(PHENOTYPES):
+            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+        return value
 
 
 class Verify(Section):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kmtr.types import UNLABELLED
+
 RIDGE_PENALTIES = tuple(10.0**e for e in np.arange(-3, 5.1, 0.5))
 
 
@@ -44,26 +46,57 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
     Raises:
         ValueError: fewer than 3 subjects.
     """
-    n = len(target)
+    mean, sd = _scales(features)
+    x, bias = ((features - mean) / sd).astype(np.float64), float(target.mean())
+    penalty, dual = _dual(x @ x.T / x.shape[1], target.astype(np.float64)[:, None] - bias)
+    return Ridge(mean, sd, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
+
+
+def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """What `fit_ridge` on (`features`, `targets`) says of `others`, for many targets with one penalty.
+
+    Weights are never formed, so that a target may be every pixel of an image.
+
+    Args:
+        features, others: ``subject feature``; targets: ``subject output``; all finite.
+
+    Returns:
+        float32 ``subject output`` of `others`.
+    """
+    mean, sd = _scales(features)
+    x, y = ((values - mean) / sd for values in (features, others))
+    bias = targets.mean(0)
+    _, dual = _dual((x @ x.T / x.shape[1]).astype(np.float64), targets - bias)
+    return (y @ x.T / x.shape[1]).astype(np.float32) @ dual.astype(np.float32) + bias.astype(np.float32)
+
+
+def _scales(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, sd = features.mean(0), features.std(0)
+    return mean, np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, np.ones_like(sd))
+
+
+def _dual(gram: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Penalty with the least leave-one-out error over all outputs, and the dual weights ``subject output``.
+
+    Args:
+        gram: ``subject subject`` over the number of features: it serves any number of them, and
+            H = K (K + p I)^-1 in its eigenbasis, plus the mean.
+        y: ``subject output``, of mean zero.
+    """
+    n = len(y)
     if n < 3:
         raise ValueError(f"ridge: expected at least 3 subjects with this label, got {n}")
-    mean, sd = features.mean(0), features.std(0)
-    sd = np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, 1.0)
-    x, bias = ((features - mean) / sd).astype(np.float64), float(target.mean())
-    y = target.astype(np.float64) - bias
-    # The Gram matrix of subjects serves any number of features: H = K (K + p I)^-1 in its eigenbasis, plus the mean.
-    values, vectors = np.linalg.eigh(x @ x.T / x.shape[1])
+    values, vectors = np.linalg.eigh(gram)
+    values = np.clip(values, 0, None)
     rotated = vectors.T @ y
     best: tuple[float, float] = (np.inf, 0.0)
     for penalty in RIDGE_PENALTIES:
-        shrink = penalty / (np.clip(values, 0, None) + penalty)
-        residual = vectors @ (shrink * rotated)
+        shrink = penalty / (values + penalty)
+        residual = vectors @ (shrink[:, None] * rotated)
         leverage = 1 - (vectors**2) @ shrink + 1 / n
-        error = float(np.mean((residual / np.clip(1 - leverage, 1e-6, None)) ** 2))
+        error = float(np.mean((residual / np.clip(1 - leverage, 1e-6, None)[:, None]) ** 2))
         best = min(best, (error, penalty))
-    penalty = best[1]
-    dual = vectors @ (rotated / (np.clip(values, 0, None) + penalty))
-    return Ridge(mean, sd, x.T @ dual / x.shape[1], bias, penalty)
+    return best[1], vectors @ (rotated / (values + best[1])[:, None])
 
 
 @dataclass(frozen=True)
@@ -112,6 +145,47 @@ def bootstrap_r2(a: Probe, resamples: int, seed: int = 0) -> tuple[float, float]
     return paired_bootstrap(a, mean, resamples, seed)
 
 
+def effective_rank(embeddings: np.ndarray) -> float:
+    """Directions that embeddings ``subject feature`` really use: exp of the entropy of their normalised singular values
+    (Roy and Vetterli 2007) after the mean is taken off. Between 1, all on one line, and the lesser of subjects - 1 and
+    features; 0 where all are alike.
+    """
+    singular = np.linalg.svd(embeddings.astype(np.float64) - embeddings.mean(0, dtype=np.float64), compute_uv=False)
+    if singular.sum() <= 1e-9 * max(float(np.abs(embeddings).max(initial=0)), 1e-30):
+        return 0.0
+    share = singular / singular.sum()
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def embedding_deviation(embeddings: np.ndarray) -> float:
+    """Mean SD of the features of L2-normalised embeddings ``subject feature``, times sqrt(features): 1 where they are
+    spread evenly over the sphere, 0 where they collapse (Chen and He 2021).
+    """
+    norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = embeddings / np.where(norm > 0, norm, 1)
+    return float(unit.std(0).mean() * np.sqrt(embeddings.shape[1]))
+
+
 def nmse(estimate: np.ndarray, reference: np.ndarray) -> float:
     """Energy of the error over energy of the reference."""
     return float(np.sum(np.abs(estimate - reference) ** 2) / np.sum(np.abs(reference) ** 2))
+
+
+def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """Overlap 2 |A and B| / (|A| + |B|) of each class but the background, per subject.
+
+    Args:
+        truth, predicted: uint8 ``subject ...`` of class values; where `truth` is UNLABELLED nothing is counted.
+
+    Returns:
+        float64 ``subject class - 1``; NaN where neither holds the class.
+    """
+    counted = truth != UNLABELLED
+    axes = tuple(range(1, truth.ndim))
+    scores = np.full((len(truth), classes - 1), np.nan)
+    for value in range(1, classes):
+        a, b = truth == value, (predicted == value) & counted
+        size = a.sum(axes) + b.sum(axes)
+        np.divide(2 * (a & b).sum(axes), size, out=scores[:, value - 1], where=size > 0)
+    return scores

@@ -5,7 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kmtr.metrics import RIDGE_PENALTIES, Probe, bootstrap_r2, fit_ridge, nmse, paired_bootstrap, probe, r2
+from kmtr.metrics import (
+    RIDGE_PENALTIES,
+    Probe,
+    bootstrap_r2,
+    dice,
+    effective_rank,
+    embedding_deviation,
+    fit_ridge,
+    nmse,
+    paired_bootstrap,
+    probe,
+    r2,
+    ridge_predictions,
+)
+from kmtr.types import UNLABELLED
 
 
 def problem(seed: int, subjects: int, features: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +150,35 @@ def test_nmse_is_energy_over_energy() -> None:
     assert nmse(reference, reference) == 0
     assert nmse(np.zeros(2), reference) == 1
     assert nmse(np.array([3 + 4j, 5j]), reference) == pytest.approx(1)
+
+
+def test_many_targets_by_the_dual_are_the_ridge_of_each() -> None:
+    x, y = problem(3, 30, 50, 1.0)
+    others, _ = problem(4, 7, 50, 1.0)
+    alone = fit_ridge(x, y)(others)
+    np.testing.assert_allclose(ridge_predictions(x, y[:, None], others)[:, 0], alone, rtol=1e-5)
+    twice = ridge_predictions(x, np.stack([y, 2 * y + 3], 1), others)
+    np.testing.assert_allclose(twice, np.stack([alone, 2 * alone + 3], 1), rtol=1e-5)
+
+
+def test_dice_in_closed_form_without_what_nobody_contoured() -> None:
+    truth = np.array([[0, 1, 1, 2, UNLABELLED, UNLABELLED]], np.uint8)
+    predicted = np.array([[1, 1, 1, 0, 1, 2]], np.uint8)
+    scores = dice(truth, predicted, classes=4)
+    np.testing.assert_allclose(scores[0, :2], [2 * 2 / (2 + 3), 0])
+    assert np.isnan(scores[0, 2])
+    assert dice(truth, truth, classes=3).tolist() == [[1.0, 1.0]]
+
+
+def test_effective_rank_and_deviation_see_a_collapse() -> None:
+    rng = np.random.default_rng(0)
+    directions = np.eye(6)[:3]
+    even = np.concatenate([directions, -directions]) + 5  # three directions, each as strong
+    assert effective_rank(even) == pytest.approx(3)
+    assert effective_rank(rng.standard_normal((50, 1)) * directions[:1]) == pytest.approx(1)
+    assert effective_rank(np.full((9, 4), 2.5)) == 0
+    sphere = rng.standard_normal((4000, 64))
+    assert embedding_deviation(sphere) == pytest.approx(1, abs=0.02)
+    assert embedding_deviation(3 * sphere) == pytest.approx(embedding_deviation(sphere))
+    assert embedding_deviation(np.tile(sphere[:1], (9, 1))) == pytest.approx(0, abs=1e-12)
+    assert embedding_deviation(sphere * 0.01 + 1) < 0.02

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,17 +15,17 @@ from kmtr.data.plan import permutation
 from kmtr.data.reader import Dataset
 from kmtr.encoder import KSpaceEncoder
 from kmtr.metrics import Probe, bootstrap_r2, paired_bootstrap, probe
-from kmtr.physics.fourier import crop_or_pad, magnitude_image
-from kmtr.physics.lines import gauge, static_part
 from kmtr.physics.sampling import VALIDATION
 from kmtr.report.html import Cell, Table
 from kmtr.types import PHENOTYPES, InputError
 
-TARGETS = ("lvedv_ml", "lvef_pct", "lvm_g")
-LOW_RESOLUTION = 16
 CHUNK = 32
 
 TRAINED, UNTRAINED, RIDGE, MEAN = "k-MTR encoder", "untrained encoder", "ridge on low-res image", "mean"
+CENTRAL = "ridge on central lines"
+
+Features = Callable[[Batch], np.ndarray]
+"""Batch -> float32 ``subject feature``."""
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,17 @@ class Scores:
     probes: dict[str, dict[str, Probe]]
 
 
-def low_resolution(batch: Batch) -> np.ndarray:
-    """View-shared zero-filled magnitude images of 16 x 16, per frame: float32 ``subject feature``.
-
-    A line that a frame lacks is taken from the mean over the frames that have it; what no frame has is zero. Phase and
-    gain are removed first. METHOD calls this the control to beat.
-    """
-    kspace = batch.kspace / gauge(batch.kspace, batch.sampled)[..., None, None, None]
-    shared = torch.where(
-        batch.sampled[:, :, None, :, :, None], kspace, static_part(kspace, batch.sampled)[:, :, :, None]
-    )
-    size = tuple(min(LOW_RESOLUTION, n) for n in shared.shape[-2:])
-    return magnitude_image(crop_or_pad(shared, size, (-2, -1))).flatten(1).cpu().numpy()
+def embedding(encoder: KSpaceEncoder) -> Features:
+    """The frozen encoder's."""
+    return lambda batch: encoder.embed(batch).float().cpu().numpy()
 
 
 def score(
     config: RunConfig,
     dataset: Dataset,
-    encoders: dict[str, KSpaceEncoder],
+    sources: Mapping[str, Features],
     progress: Callable[[int, int], None],
+    device: torch.device,
 ) -> list[Scores]:
     """Fit probes on labelled training subjects and score them on the test split, at each `evaluate.accelerations`.
 
@@ -64,9 +56,13 @@ def score(
     Raises:
         InputError: no test subjects, or none of the targets is labelled.
     """
-    targets = [name for name in TARGETS if dataset.labels.get(name)]
+    targets = [name for name in config.evaluate.targets if dataset.labels.get(name)]
     if not targets:
-        raise InputError(f"evaluate: expected at least one label of {', '.join(TARGETS)} in the dataset, got none")
+        wanted = ", ".join(config.evaluate.targets)
+        raise InputError(
+            f"evaluate.targets: expected at least one that the dataset has, got {wanted}; it has "
+            f"{', '.join(dataset.labels) or 'no labels'}"
+        )
     rows, readers = {}, {}
     for split, count in (("train", config.evaluate.labels), ("test", config.evaluate.subjects)):
         reader = dataset.reader(split, config.data)
@@ -83,11 +79,9 @@ def score(
         lines = cells = 0
         for split in ("train", "test"):
             for host in pipeline.read_in_order(readers[split], rows[split], CHUNK, fixed, targets, VALIDATION):
-                batch = host.to(next(iter(encoders.values())).device)
-                made = {name: encoder.embed(batch).float().cpu().numpy() for name, encoder in encoders.items()}
-                made[RIDGE] = low_resolution(batch)
-                for name, values in made.items():
-                    features.setdefault(name, {}).setdefault(split, []).append(values)
+                batch = host.to(device)
+                for name, make in sources.items():
+                    features.setdefault(name, {}).setdefault(split, []).append(make(batch))
                 labels.setdefault(split, []).append(batch.labels.cpu().numpy())
                 lines, cells = lines + int(batch.sampled.sum()), cells + int(batch.existing.sum())
                 done += len(batch)

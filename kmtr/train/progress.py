@@ -114,7 +114,8 @@ class Display:
         if self.quiet:
             return
         if any(name.startswith("val/") for name in metrics):
-            text = "  ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in metrics.items() if k.startswith("val/"))
+            shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k.startswith("val/")}
+            text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if k.endswith(("_loss", "_r2")))
             self._line(f"  step {step:>6}  validation   {text}")
             return
         parts = [f"{shown} {metrics[f'{stage}/{n}']:.4f}" for n, shown in SHOWN.items() if f"{stage}/{n}" in metrics]

@@ -69,6 +69,8 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     undisturbed = override(config, {"storage.root": str(tmp_path / "undisturbed")})
     other = driver.fit(undisturbed, quiet=True)
     assert other.metrics == pytest.approx(outcome.metrics, rel=1e-6)
+    collapse = {"val/effective_rank", "val/embedding_deviation", "val/lvef_r2_static", "val/lvef_r2_dynamic"}
+    assert collapse <= outcome.metrics.keys()
     for metric in ("reconstruct/loss", "align/infonce_dynamic"):
         ours = curve(resolved, outcome.run_id, metric)
         assert all(len(values) == 1 for values in ours.values()), "a step is in MLflow twice"
