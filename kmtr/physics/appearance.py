@@ -116,7 +116,7 @@ _VESSEL_WAVES, _GRAIN_WAVES = 4, 10
 
 
 def look(difficulty: Difficulty, *, seed: int, subject: int) -> Look:
-    """The appearance of a subject, drawn independently of the anatomy; levels differ in spread, not in what is drawn."""
+    """A subject's, drawn independently of the anatomy; levels differ in spread, not in what is drawn."""
     rng = generator(seed, subject, Purpose.APPEARANCE)
     n = iter(np.clip(rng.standard_normal(64), -2.5, 2.5).tolist())
     spread = difficulty.contrast

@@ -35,7 +35,10 @@ APEX_TO_WALL = 0.7
 """Thickness of the apex over that of the wall at the equator."""
 VALVE_MM = 2.0
 """Between the base plane and an atrium."""
-ATRIAL_SEPTUM_U_MM = 16.0
+ATRIAL_SEPTUM_U_MM = 19.0
+
+FASTEST = 7.0
+"""Stroke volumes per cycle at which blood flows about as fast as it ever does."""
 
 RINGS = ((0.75, 0.85, 0.95), (0.42, 0.5, 0.58), (0.15, 0.22, 0.29))
 """Heights over the cavity's length at which the basal, middle and apical segments are measured."""
@@ -48,7 +51,8 @@ class Heart:
     """The shape at some phases of the cycle; arrays ``t`` in mm unless said otherwise.
 
     Attributes:
-        squeeze: how far the ventricles have emptied, 0 to 1; opening: how far the valves to them are open, 0 to 1.
+        squeeze: how far the ventricles have emptied; flow: how fast their volume changes; opening: how far the valves
+            to them are open; each 0 to 1.
         base: w of the base plane; centre: w of the LV's equator.
         endo_radius, endo_half: equatorial radius and polar half-axis of the LV cavity's spheroid.
         epi_radius, epi_half: of the epicardium's, same centre.
@@ -59,6 +63,7 @@ class Heart:
     """
 
     squeeze: np.ndarray
+    flow: np.ndarray
     opening: np.ndarray
     base: np.ndarray
     centre: np.ndarray
@@ -143,7 +148,7 @@ def heart(who: Anatomy, phase: np.ndarray) -> Heart:
     rv_square = rv / (who.rv_half * 11 / 15 * _RV_RISE_MEAN * (base - rv_apex))
     atria = []
     for least, most, side, v, aspect in (
-        (who.lav_min_ml, who.lav_max_ml, -1, -8.0, who.atrial_aspect[0]),
+        (who.lav_min_ml, who.lav_max_ml, -1, -6.0, who.atrial_aspect[0]),
         (who.rav_min_ml, who.rav_max_ml, 1, -3.0, who.atrial_aspect[1]),
     ):
         volume = 1000 * (least + (most - least) * filled)
@@ -158,11 +163,25 @@ def heart(who: Anatomy, phase: np.ndarray) -> Heart:
         (0.0, 0.02, who.filling_phase, who.filling_phase + 0.03, 0.99, 1.0),
         (0.4, 0.0, 0.0, 1.0, 1.0, 0.4),
     )
+    flow = np.minimum(np.abs(contraction(who, phase + 0.01) - contraction(who, phase - 0.01)) / 0.02 / FASTEST, 1)
     twist = np.stack([angle * s for angle in who.twist_rad])
     return Heart(
-        s, opening, base, epi_half, endo_radius, endo_half, endo_radius + wall, epi_half, rv_apex, rv_square, *atria,
-        twist, who,
-    )  # fmt: skip
+        squeeze=s,
+        flow=flow,
+        opening=opening,
+        base=base,
+        centre=epi_half,
+        endo_radius=endo_radius,
+        endo_half=endo_half,
+        epi_radius=endo_radius + wall,
+        epi_half=epi_half,
+        rv_apex=rv_apex,
+        rv_square=rv_square,
+        la=atria[0],
+        ra=atria[1],
+        twist=twist,
+        who=who,
+    )
 
 
 def _fullness(truncation: float) -> float:
@@ -229,7 +248,8 @@ def walls(shape: Heart, cosine: np.ndarray, sine: np.ndarray, w: np.ndarray) -> 
 
 def _regions(shape: Heart, cosine: np.ndarray, sine: np.ndarray, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """1 + a and m, float as the inputs."""
-    swell = share = np.ones(1, np.float32)
+    swell: np.ndarray = np.ones(1, np.float32)
+    share = swell
     for region in shape.who.regions:
         if not (region.muscle or region.shape or region.motion):
             continue
@@ -242,7 +262,7 @@ def _regions(shape: Heart, cosine: np.ndarray, sine: np.ndarray, height: np.ndar
 
 def _bump(region: Region, cosine: np.ndarray, sine: np.ndarray, height: np.ndarray) -> np.ndarray:
     focus = np.float32(region.focus)
-    bump = cosine * (focus * np.float32(math.cos(region.angle)))
+    bump: np.ndarray = cosine * (focus * np.float32(math.cos(region.angle)))
     bump = bump + sine * (focus * np.float32(math.sin(region.angle)))
     bump -= focus
     np.exp(bump, out=bump)
@@ -327,7 +347,7 @@ def _right_ventricle(
 
 def _ellipsoid(u: np.ndarray, v: np.ndarray, w: np.ndarray, body: np.ndarray) -> np.ndarray:
     """First-order distance to an ellipsoid: |q| (|q| - 1) / |grad|, q the point over the half-axes (exact sign)."""
-    square = slope = np.float32(1e-9)
+    square = slope = np.full(1, 1e-9, np.float32)
     for c, middle, half in zip((u, v, w), body[:3], body[3:], strict=True):
         inverse = half**-2
         part = c - middle
@@ -365,10 +385,9 @@ def wall_measures(who: Anatomy) -> dict[str, float]:
     w = apex + fraction * (shape.base - apex)
     angle = (np.arange(48, dtype=np.float32) + 0.5) * np.float32(2 * math.pi / 48)
     wall = walls(shape, np.cos(angle), np.sin(angle), w)
-    inner, outer = np.sqrt(wall.endo), np.sqrt(wall.epi)
     middle = np.sqrt((wall.endo + wall.epi) / 2)
     slope = (wall.endo_slope + wall.epi_slope) / (4 * middle)
-    thickness = _by_segment((outer - inner) / np.sqrt(1 + slope**2))
+    thickness = _by_segment((np.sqrt(wall.epi) - np.sqrt(wall.endo)) / np.sqrt(1 + slope**2))
     ring = _by_segment(middle)
     return {
         "wall_thickness_mm": float(thickness[0].mean()),
@@ -380,10 +399,10 @@ def wall_measures(who: Anatomy) -> dict[str, float]:
 
 def _by_segment(values: np.ndarray) -> np.ndarray:
     """``t height angle`` (heights of RINGS in order, 48 angles from the septum on) -> means ``t segment``."""
-    means = []
+    means, angles = [], 48
     for ring, (heights, count) in enumerate(zip(RINGS, SEGMENTS, strict=True)):
         start = len(heights) * ring
-        part = values[:, start : start + len(heights)].mean(1)
+        part = np.broadcast_to(values[:, start : start + len(heights)].mean(1), (len(values), angles))
         # Six segments begin in the middle of the septum, four a quarter of the circle around it.
         part = np.roll(part, 6, 1) if count == 4 else part
         means.append(part.reshape(len(part), count, -1).mean(2))

@@ -15,7 +15,7 @@ PREVALENCE = {
     "rv_disease": 0.06,
     "dilated_atria": 0.08,
 }
-"""Share of the simulated population with each disease: higher than in UK Biobank, so that there is something to learn."""
+"""Share of the simulated population with each disease: more than in UK Biobank, so that there is something to learn."""
 
 RISK: dict[str, tuple[float, dict[str, float]]] = {
     "dcm": (-5.1, {"lvedv_ml": 1.2, "lvef_pct": -1.2}),
@@ -31,8 +31,8 @@ the healthy of the same sex, in standard deviations. Plausible choices, no epide
 _OWN: dict[str, dict[str, Spread]] = {
     "wall_thickness_mm": {"male": (5.9, 0.8), "female": (4.9, 0.6)},
     "wall_thickness_max_mm": {"male": (7.1, 1.0), "female": (5.9, 0.8)},
-    "thickening_min_pct": {"male": (41, 9), "female": (47, 9)},
-    "age_y": {"male": (60, 8), "female": (60, 8)},
+    "thickening_min_pct": {"male": (41.0, 9.0), "female": (47.0, 9.0)},
+    "age_y": {"male": (60.0, 8.0), "female": (60.0, 8.0)},
 }
 """As `REFERENCE`, of the simulated healthy themselves."""
 
@@ -65,8 +65,7 @@ def labels(who: Anatomy) -> dict[str, float]:
         "heart_rate_bpm": who.heart_rate,
     }
     return out | {
-        disease: float(chance < risk(disease, out))
-        for disease, chance in zip(PREVALENCE, who.chance, strict=False)
+        disease: float(chance < risk(disease, out)) for disease, chance in zip(PREVALENCE, who.chance, strict=False)
     }
 
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kmtr.physics.acquire import acquire
 from kmtr.physics.appearance import Difficulty, Look, blend, cover, level, look, paint
-from kmtr.physics.coils import phase_map
-from kmtr.physics.fourier import fft2c
+from kmtr.physics.fourier import crop_or_pad
 from kmtr.physics.heart import VALVE_MM, Distances, Heart, distances, heart, segment
 from kmtr.physics.labels import labels
-from kmtr.physics.noise import Purpose, add_noise, generator
+from kmtr.physics.noise import Purpose, generator
 from kmtr.physics.population import Anatomy, anatomy
-from kmtr.physics.torso import Torso, patient, render, torso
+from kmtr.physics.torso import Points, Torso, patient, render, torso
 from kmtr.types import VIEWS, InputError, Study, View
 
 SOURCE = "kmtr-phantom-2"
@@ -62,9 +62,8 @@ def simulate(
     Args:
         views: of types.VIEWS; the study holds them in this order.
         matrix: pixels along y and x over a field of view of 240 mm for the longer side.
-        snr_db: see noise.add_noise.
         difficulty: of appearance.LEVELS.
-        coils, oversampling: see acquire.acquire.
+        snr_db, coils, oversampling: see acquire.acquire.
 
     Raises:
         InputError: an argument that makes no study.
@@ -80,18 +79,26 @@ def simulate(
     done: dict[str, View] = {}
     for view in views:
         count = sax_slices if view == "sax" else 1
-        kspace = np.empty((count, 1, frames, *matrix), np.complex64)
         classes = np.empty((count, frames, *matrix), np.uint8)
+        kspace = []
         for n, plane in enumerate(_planes(who, view, count, hard, scene.body, seed=seed, index=index)):
             magnitude, classes[n] = _render(shape, scene, plane, THICKNESS_MM[view], matrix)
             # A slice's number is the same whatever other views are asked for.
-            key = {"seed": seed, "subject": index, "slice_index": VIEWS.index(view) * 1024 + n}
-            clean = fft2c(magnitude * np.exp(1j * phase_map(matrix, **key, wraps=hard.wraps)))[None]
-            kspace[n] = add_noise(clean, snr_db, **key)
+            measured = acquire(
+                magnitude,
+                coils=coils,
+                snr_db=snr_db,
+                oversampling=oversampling,
+                seed=seed,
+                subject=index,
+                slice_index=VIEWS.index(view) * 1024 + n,
+                wraps=hard.wraps,
+            )
+            kspace.append(measured)
         distance = who.length_mm / count if view == "sax" else 10.0
         done[view] = View(
-            kspace=kspace,
-            segmentation=classes,
+            kspace=np.stack(kspace),
+            segmentation=crop_or_pad(classes, kspace[0].shape[-1:], (-1,)),
             spacing_mm=(distance, scene.pixel, scene.pixel),
             frame_time_s=frame_time,
         )
@@ -124,13 +131,12 @@ class Plane:
     right: np.ndarray
     normal: np.ndarray
 
-    def points(self, matrix: tuple[int, int], pixel: float, offset: float) -> tuple[np.ndarray, ...]:
+    def points(self, matrix: tuple[int, int], pixel: float, offset: float) -> Points:
         """(u, v, w) of every pixel, float32 ``y x`` each, of the parallel plane at `offset` mm."""
         y, x = np.meshgrid(*((np.arange(n) - n // 2) * pixel for n in matrix), indexing="ij")
-        return tuple(
-            (c + offset * n + y * d + x * r).astype(np.float32)
-            for c, n, d, r in zip(self.centre, self.normal, self.down, self.right, strict=True)
-        )
+        origin = self.centre + offset * self.normal
+        u, v, w = ((origin[i] + y * self.down[i] + x * self.right[i]).astype(np.float32) for i in range(3))
+        return u, v, w
 
 
 def _planes(
@@ -206,7 +212,7 @@ def _render(
     for layer in range(LAYERS):
         offset = thickness * ((layer + 0.5) / LAYERS - 0.5)
         points = plane.points(matrix, scene.pixel, offset)
-        around, gain = render(scene.body, scene.looks, *patient(scene.body, *points, shape.who.length_mm), scene.pixel)
+        around, gain = render(scene.body, scene.looks, patient(scene.body, points, shape.who.length_mm), scene.pixel)
         gain *= np.float32(1 / LAYERS)
         rows, columns = _window(shape, points, RV_WALL_MM + 2.3 * scene.body.sac_mm + 4 + scene.pixel)
         still = around * gain
@@ -244,8 +250,7 @@ def _beating(
     paint(image, signal["muscle"], vessels - np.float32(1.5), pixel)
     paint(image, signal["myocardium"], walls, pixel)
     # Blood that flows fast through the slice is fresh, hence brighter.
-    speed = np.abs(np.gradient(shape.squeeze)) if shape.squeeze.size > 1 else np.zeros(1)
-    fresh = 1 + scene.looks.inflow * np.minimum(speed * 4, 1)[:, None, None].astype(np.float32)
+    fresh = 1 + np.float32(scene.looks.inflow) * s.flow
     left, right = signal["blood"] * fresh, signal["venous"] * fresh
     blend(image, left, cover(aorta, pixel))
     blend(image, right, cover(trunk, pixel))
@@ -255,7 +260,7 @@ def _beating(
     blend(image, left, cover(d.la - gap * at_valve, pixel))
     blend(image, right, cover(d.ra - gap * at_valve, pixel))
     ridges = _trabeculae(scene.looks, d)
-    depth = np.float32(who.papillary[3]) * ridges
+    depth = np.float32(who.trabeculation) * ridges
     depth *= np.maximum(np.float32(1.1) - d.height, 0)
     blend(image, right, cover(d.rv + np.float32(4) * depth, pixel))
     lumen = cover(d.endo + np.float32(3) * depth, pixel)
@@ -286,20 +291,18 @@ def _trabeculae(looks: Look, d: Distances) -> np.ndarray:
 def _papillary(s: Heart, d: Distances, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Distance to the two papillary muscles: rods beside the wall in the lower half of the cavity, which turn with it
     and keep their size while the cavity shrinks around them."""
-    size, *angles, _ = s.who.papillary
-    thick = np.float32(size)
+    thick = np.float32(s.who.papillary_mm)
     along = (d.height - np.float32(0.45)) * np.float32(1 / 0.25)
     radius = thick * (1 - along * along)
     place = np.sqrt(np.maximum(d.cavity, 1)) * np.float32(0.97) - thick
     np.maximum(place, thick * np.float32(0.6), out=place)
     turn = s.twist[0] * (1 - d.height) + s.twist[1] * d.height
-    nearest = None
-    for angle in angles:
-        at = turn + np.float32(angle)
-        gap = _length(u - place * np.cos(at), v - place * np.sin(at))
-        gap -= radius
-        nearest = gap if nearest is None else np.minimum(nearest, gap)
-    assert nearest is not None
+    first, second = (turn + np.float32(angle) for angle in s.who.papillary_rad)
+    nearest = np.minimum(
+        _length(u - place * np.cos(first), v - place * np.sin(first)),
+        _length(u - place * np.cos(second), v - place * np.sin(second)),
+    )
+    nearest -= radius
     return nearest
 
 
@@ -324,7 +327,7 @@ def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(square, out=square)
 
 
-def _window(shape: Heart, points: tuple[np.ndarray, ...], margin: float) -> tuple[slice, slice]:
+def _window(shape: Heart, points: Points, margin: float) -> tuple[slice, slice]:
     """Rows and columns beyond which the heart, or anything within `margin` mm of it, never reaches: spares time."""
     u, v, w = points
     wide = float(np.sqrt((1.6 * shape.epi_radius**2 + 1.15 * shape.rv_square).max()))
@@ -335,4 +338,6 @@ def _window(shape: Heart, points: tuple[np.ndarray, ...], margin: float) -> tupl
     near = (u > -left - margin) & (u < right + margin) & (np.abs(v) < front + margin)
     near &= (w > -margin) & (w < roof + margin)
     rows, columns = (np.flatnonzero(near.any(axis)) for axis in (1, 0))
-    return (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else (slice(0, 0), slice(0, 0))
+    return (
+        (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)) if rows.size else (slice(0, 0), slice(0, 0))
+    )

@@ -8,7 +8,8 @@ somebody *has* a disease is not said here: labels.py draws it from a risk model 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,19 +20,19 @@ Spread = tuple[float, float]
 """Mean and standard deviation."""
 
 REFERENCE: dict[str, dict[str, Spread]] = {
-    "lvedv_ml": {"male": (166, 32), "female": (124, 21)},
-    "lvesv_ml": {"male": (69, 16), "female": (49, 11)},
-    "lvsv_ml": {"male": (96, 20), "female": (75, 14)},
-    "lvef_pct": {"male": (58, 5), "female": (61, 5)},
-    "lvm_g": {"male": (103, 21), "female": (70, 13)},
-    "rvedv_ml": {"male": (182, 36), "female": (130, 24)},
-    "rvesv_ml": {"male": (85, 22), "female": (55, 15)},
-    "rvsv_ml": {"male": (97, 20), "female": (75, 14)},
-    "rvef_pct": {"male": (54, 6), "female": (58, 6)},
-    "lav_max_ml": {"male": (71, 19), "female": (62, 17)},
-    "laef_pct": {"male": (60, 8), "female": (61, 8)},
-    "rav_max_ml": {"male": (93, 27), "female": (69, 17)},
-    "raef_pct": {"male": (46, 9), "female": (49, 9)},
+    "lvedv_ml": {"male": (166.0, 32.0), "female": (124.0, 21.0)},
+    "lvesv_ml": {"male": (69.0, 16.0), "female": (49.0, 11.0)},
+    "lvsv_ml": {"male": (96.0, 20.0), "female": (75.0, 14.0)},
+    "lvef_pct": {"male": (58.0, 5.0), "female": (61.0, 5.0)},
+    "lvm_g": {"male": (103.0, 21.0), "female": (70.0, 13.0)},
+    "rvedv_ml": {"male": (182.0, 36.0), "female": (130.0, 24.0)},
+    "rvesv_ml": {"male": (85.0, 22.0), "female": (55.0, 15.0)},
+    "rvsv_ml": {"male": (97.0, 20.0), "female": (75.0, 14.0)},
+    "rvef_pct": {"male": (54.0, 6.0), "female": (58.0, 6.0)},
+    "lav_max_ml": {"male": (71.0, 19.0), "female": (62.0, 17.0)},
+    "laef_pct": {"male": (60.0, 8.0), "female": (61.0, 8.0)},
+    "rav_max_ml": {"male": (93.0, 27.0), "female": (69.0, 17.0)},
+    "raef_pct": {"male": (46.0, 9.0), "female": (49.0, 9.0)},
 }
 """Healthy adults of 45 to 74 years by sex: label -> sex -> mean, standard deviation.
 
@@ -44,11 +45,11 @@ atria's ejection fractions are rounded: check them at the source before resting 
 
 BSA_M2: dict[str, Spread] = {"male": (1.95, 0.16), "female": (1.68, 0.14)}
 """Body surface: what the reference's LV mass is with and without it."""
-HEART_RATE: dict[str, Spread] = {"male": (61, 9), "female": (64, 9)}
+HEART_RATE: dict[str, Spread] = {"male": (61.0, 9.0), "female": (64.0, 9.0)}
 """Plausible at rest in that age; not in the reference."""
 
 _CHOSEN = 1.03
-"""Of LVEDV and LV mass as drawn over the reference: who is healthy has no disease, and the larger hearts are at risk."""
+"""LVEDV and LV mass as drawn, over the reference: the larger hearts are at risk, the healthy are what remains."""
 
 LATENT = ("bsa", "lvedv", "lvef", "lvm", "rvef", "lav", "laef", "rav", "raef", "heart_rate", "age")
 _CORRELATED = {
@@ -82,8 +83,8 @@ PROCESSES = {"dcm": 0.09, "hcm": 0.09, "infarct": 0.12, "rv": 0.09, "load": 0.4,
 """Processes of disease and the share of people that they touch at all, mostly mildly."""
 
 LV_TERRITORIES = {"lad": (35.0, 0.35), "rca": (-95.0, 0.7), "lcx": (-165.0, 0.6)}
-"""Middle of the walls that each coronary artery feeds: angle from the septum towards the anterior wall (degrees), height
-over the LV's length; after the segments of Cerqueira et al., Circulation 2002;105:539."""
+"""Middle of the walls that each coronary artery feeds: angle from the septum towards the anterior wall (degrees), and
+height over the LV's length; after the segments of Cerqueira et al., Circulation 2002;105:539."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Anatomy:
         rv_centre, rv_half: middle and half-width of the RV's attachment, rad; rv_skew: how much wider it is at its
             anterior end; rv_apex: its lowest point over the LV's length.
         atrial_aspect: depth over width of LA and RA.
-        papillary: radius of the papillary muscles (mm), their angles (rad), and how trabeculated the walls are.
+        papillary_mm, papillary_rad: radius of the papillary muscles and their angles; trabeculation: of the walls, 1 on
+            average. No label depends on them.
         es_phase, filling_phase, plateau_phase, kick_phase: end-systole, begin of early filling, begin of diastasis,
             begin of the atrial kick; fractions of the cycle.
         kick: part of the stroke volume that the kick adds.
@@ -156,7 +158,9 @@ class Anatomy:
     rv_skew: float
     rv_apex: float
     atrial_aspect: tuple[float, float]
-    papillary: tuple[float, float, float, float]
+    papillary_mm: float
+    papillary_rad: tuple[float, float]
+    trabeculation: float
     es_phase: float
     filling_phase: float
     plateau_phase: float
@@ -184,8 +188,14 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     load = burden["load"] * math.exp(0.03 * (age - 60))  # of pressure: grows with age
     dcm, hcm, scar, right, stretch = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "atria"))
     bsa = _positive(BSA_M2[sex], z["bsa"])
-    lvedv = _CHOSEN * _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.26 * dcm - 0.05 * hcm + 0.07 * scar)
-    lvm = _CHOSEN * _positive(REFERENCE["lvm_g"][sex], z["lvm"]) * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
+    lvedv = (
+        _CHOSEN * _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.26 * dcm - 0.05 * hcm + 0.07 * scar)
+    )
+    lvm = (
+        _CHOSEN
+        * _positive(REFERENCE["lvm_g"][sex], z["lvm"])
+        * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
+    )
     lvef = _normal(REFERENCE["lvef_pct"][sex], z["lvef"]) - 14 * dcm + 2.5 * hcm - 7 * scar + 0.5 * load
     lvef = min(max(lvef, 15.0), 78.0)
     stroke = lvedv * lvef / 100
@@ -202,7 +212,7 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     # Systole lasts about a third of a second at rest, whatever the rate.
     es_phase = min(max(0.335 * heart_rate / 60, 0.28), 0.45) + 0.01 * next(n)
     length = 95 * (lvedv / 145) ** (1 / 3) * math.exp(0.04 * next(n) - 0.03 * dcm)
-    descent = 0.15 * (lvef / 59) * math.exp(0.1 * next(n) - 0.08 * (load + hcm))
+    descent = 0.162 * (lvef / 59) * math.exp(0.1 * next(n) - 0.08 * (load + hcm))
     slack = (1 - descent) / (1 - lvef / 100) - 1  # by how much the cavity's squared radius shrinks, over what is left
     return Anatomy(
         male=male,
@@ -221,30 +231,44 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
         lvm_g=lvm,
         length_mm=length,
         base_motion_mm=length * descent,
-        twist_rad=tuple(math.radians(a) * lvef / 59 * math.exp(0.25 * next(n)) for a in (9.0, -4.0)),
-        regions=_bounded(
-            (
-                Region(0.15 * next(n), 1.6, 0.6, 0.35, 0.3 + 0.22 * next(n) + 0.5 * hcm, 0.05 * next(n) - 0.1 * right,
-                       0.28 * next(n) + 0.1 * right),
-                Region(2.1 + 0.3 * next(n), 1.2, 0.5, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n)),
-                Region(-2.1 + 0.3 * next(n), 1.2, 0.55, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n)),
-                Region(math.radians(territory[0] + 12 * next(n)), 2.5, territory[1] + 0.07 * next(n), 0.24,
-                       -0.3 * min(scar, 1.5), 0.0, slack * min(0.9 * scar, 1.2)),
-            )
+        twist_rad=(
+            math.radians(9) * lvef / 59 * math.exp(0.25 * next(n)),
+            math.radians(-4) * lvef / 59 * math.exp(0.25 * next(n)),
         ),
+        regions=_regions(n, hcm, right, scar, slack, territory),
         rv_centre=math.radians(5 + 3 * next(n)),
         rv_half=math.radians(75 + 2 * next(n)),
         rv_skew=-0.15 + 0.12 * next(n),
         rv_apex=0.12 + 0.025 * next(n),
         atrial_aspect=(0.85 * math.exp(0.08 * next(n)), 0.95 * math.exp(0.08 * next(n))),
-        papillary=(4.3 * (lvedv / 145) ** (1 / 3) * math.exp(0.1 * next(n)), 2.2 + 0.15 * next(n), -1.75 + 0.15 * next(n), math.exp(0.25 * next(n))),
+        papillary_mm=4.3 * (lvedv / 145) ** (1 / 3) * math.exp(0.1 * next(n)),
+        papillary_rad=(2.2 + 0.15 * next(n), -1.75 + 0.15 * next(n)),
+        trabeculation=math.exp(0.25 * next(n)),
         es_phase=es_phase,
         filling_phase=es_phase + 0.05,
         plateau_phase=es_phase + 0.24 + 0.015 * next(n),
         kick_phase=0.84,
         kick=min(max(0.24 + 0.04 * next(n) + 0.04 * load + 0.002 * (age - 60), 0.1), 0.5),
         chance=chance,
-    )  # fmt: skip
+    )
+
+
+def _regions(
+    n: Iterator[float], hypertrophy: float, right: float, scar: float, slack: float, territory: tuple[float, float]
+) -> tuple[Region, ...]:
+    """Of the LV's wall: septum, anterolateral and inferolateral wall differ in everybody; a scar in a coronary artery's
+    territory is thin and stands still. `slack` is the motion at which the squared radius stays as at end-diastole."""
+    muscle = 0.3 + 0.5 * hypertrophy  # the septum is the thickest part, the more so in HCM
+    septum = Region(0.15 * next(n), 1.6, 0.6, 0.35, muscle + 0.22 * next(n), 0.05 * next(n), 0.28 * next(n))
+    # A loaded right ventricle flattens it.
+    septum = replace(septum, shape=septum.shape - 0.1 * right, motion=septum.motion + 0.1 * right)
+    lateral = [
+        Region(side + 0.3 * next(n), 1.2, height, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n))
+        for side, height in ((2.1, 0.5), (-2.1, 0.55))
+    ]
+    angle, height = math.radians(territory[0] + 12 * next(n)), territory[1] + 0.07 * next(n)
+    infarct = Region(angle, 2.5, height, 0.24, -0.3 * min(scar, 1.5), 0.0, slack * min(0.9 * scar, 1.2))
+    return _bounded((septum, *lateral, infarct))
 
 
 def _burdens(rng: np.random.Generator) -> dict[str, float]:
@@ -265,8 +289,7 @@ def _bounded(regions: tuple[Region, ...], most: float = 0.65) -> tuple[Region, .
     muscle = min(1.0, most / max(sum(depth(r.muscle, r) for r in regions), 1e-9))
     cavity = min(1.0, most / max(sum(depth(r.shape, r) + depth(r.motion, r) for r in regions), 1e-9))
     return tuple(
-        Region(r.angle, r.focus, r.height, r.extent, r.muscle * muscle, r.shape * cavity, r.motion * cavity)
-        for r in regions
+        replace(r, muscle=r.muscle * muscle, shape=r.shape * cavity, motion=r.motion * cavity) for r in regions
     )
 
 

@@ -13,6 +13,9 @@ from kmtr.physics.appearance import Difficulty, Look, paint, shading, textures
 from kmtr.physics.noise import Purpose, generator
 from kmtr.physics.population import Anatomy
 
+Points = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Three coordinates, arrays of one shape."""
+
 
 @dataclass(frozen=True)
 class Torso:
@@ -73,19 +76,18 @@ def _unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-def patient(body: Torso, u: np.ndarray, v: np.ndarray, w: np.ndarray, length_mm: float) -> tuple[np.ndarray, ...]:
-    """Heart coordinates (of a heart of that length) to patient coordinates, mm."""
-    middle = w - np.float32(length_mm / 2)
-    return tuple(
-        u * a + v * b + middle * c + start
-        for start, (a, b, c) in zip(body.position.astype(np.float32), body.axes.T.astype(np.float32), strict=True)
-    )
+def patient(body: Torso, points: Points, length_mm: float) -> Points:
+    """Heart coordinates u, v, w (of a heart of that length) to patient coordinates x, y, z; mm."""
+    u, v, w = points
+    w = w - np.float32(length_mm / 2)
+    axes, start = body.axes.astype(np.float32), body.position.astype(np.float32)
+    x, y, z = (u * axes[0, i] + v * axes[1, i] + w * axes[2, i] + start[i] for i in range(3))
+    return x, y, z
 
 
-def render(
-    body: Torso, looks: Look, x: np.ndarray, y: np.ndarray, z: np.ndarray, pixel: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Intensity of all that does not beat, and the coil's gain; float32 like the patient coordinates x, y, z (mm)."""
+def render(body: Torso, looks: Look, place: Points, pixel: float) -> tuple[np.ndarray, np.ndarray]:
+    """Intensity of all that does not beat, and the coil's gain; float32, at `place` in patient coordinates."""
+    x, y, z = place
     signal = looks.signal
     vessels, grain = textures(looks, x, y, z)
     grain *= np.float32(looks.texture)
@@ -122,7 +124,10 @@ def render(
         (liver, organ[0] + np.float32(2.5)),
         (signal["muscle"], _ellipsoid((x, y), (20.0, 0.5 * back), (13.5, 13.5))),
         (0.95 * signal["blood"], _ellipsoid((x, y), (20.0, 0.5 * back), (12.0, 12.0))),  # descending aorta
-        (0.9 * signal["venous"], np.maximum(_ellipsoid((x, y), (-28.0, 8.0), (11.0, 9.0)), np.abs(z + 25) - 75)),  # cava
+        (
+            0.9 * signal["venous"],
+            np.maximum(_ellipsoid((x, y), (-28.0, 8.0), (11.0, 9.0)), np.abs(z + 25) - 75),
+        ),  # cava
     ):
         paint(image, value, surface, pixel)
     return image, shading(looks, x, y, z)
@@ -130,7 +135,7 @@ def render(
 
 def _ellipsoid(point: tuple[np.ndarray, ...], centre: tuple[float, ...], half: tuple[float, ...]) -> np.ndarray:
     """Distance (mm) to an ellipsoid, or to a cylinder where only two coordinates are given, to first order."""
-    square = slope = np.float32(1e-9)
+    square = slope = np.full(1, 1e-9, np.float32)
     for c, m, h in zip(point, centre, half, strict=True):
         part = (c - np.float32(m)) ** 2 * np.float32(h**-2)
         square, slope = square + part, slope + part * np.float32(h**-2)
