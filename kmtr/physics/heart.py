@@ -144,8 +144,8 @@ def heart(who: Anatomy, phase: np.ndarray) -> Heart:
     wall = _wall(lv, 1000 * who.lvm_g / MYOCARDIAL_DENSITY, base)
     endo_radius, endo_half, epi_half = _ventricle(lv, base, wall)
     rv_apex = who.rv_apex * base
-    # Volume of the RV: the integral over w of K(w) times half the integral of q over the angle, 22/15 rv_half.
-    rv_square = rv / (who.rv_half * 11 / 15 * _RV_RISE_MEAN * (base - rv_apex))
+    # Volume of the RV: the integral over w of K(w) times half the integral of q over the angle, 16/15 rv_half.
+    rv_square = rv / (who.rv_half * 8 / 15 * _RV_RISE_MEAN * (base - rv_apex))
     atria = []
     for least, most, side, v, aspect in (
         (who.lav_min_ml, who.lav_max_ml, -1, -6.0, who.atrial_aspect[0]),
@@ -315,17 +315,17 @@ def _first_order(f: np.ndarray, steep: np.ndarray, slope: np.ndarray) -> np.ndar
 def _right_ventricle(
     s: Heart, wall: Walls, square: np.ndarray, radius: np.ndarray, angle: np.ndarray, w: np.ndarray
 ) -> np.ndarray:
-    """Distance to the RV's free wall; q = p (1 + skew x) with p = 1 - x^2 / 2 - x^4 / 2 and x the angle over the
-    half-width, so that q's integral does not depend on the skew."""
+    """Distance to the RV's free wall; q = (1 - x^2)^2 (1 + skew x) with x the angle over the half-width: its integral
+    does not depend on the skew, and the free wall leaves the LV's tangentially."""
     who = s.who
     turn = angle - np.float32(who.rv_centre)
     turn -= np.float32(2 * math.pi) * np.round(turn * np.float32(1 / (2 * math.pi)))
     x = np.clip(turn * np.float32(1 / who.rv_half), -1, 1)
     skew = np.float32(who.rv_skew)
     xx = x * x
-    even = 1 - np.float32(0.5) * (xx + xx * xx)
+    even = (1 - xx) ** 2
     profile = even * (1 + skew * x)
-    bend = (skew * even - (x + 2 * xx * x) * (1 + skew * x)) / (np.float32(who.rv_half) * radius)
+    bend = (skew * even - 4 * x * (1 - xx) * (1 + skew * x)) / (np.float32(who.rv_half) * radius)
     span = 1 / (s.base - s.rv_apex)
     height = (w - s.rv_apex) * span
     kept = np.maximum(height, 0)

@@ -18,11 +18,11 @@ PREVALENCE = {
 """Share of the simulated population with each disease: more than in UK Biobank, so that there is something to learn."""
 
 RISK: dict[str, tuple[float, dict[str, float]]] = {
-    "dcm": (-5.1, {"lvedv_ml": 1.2, "lvef_pct": -1.2}),
-    "hcm": (-5.9, {"wall_thickness_max_mm": 1.6, "lvedv_ml": -0.4}),
-    "infarct": (-4.36, {"thickening_min_pct": -1.6, "lvef_pct": -0.4, "age_y": 0.3}),
-    "hypertension": (-2.56, {"lvm_g": 0.9, "wall_thickness_mm": 0.7, "age_y": 0.5}),
-    "rv_disease": (-4.9, {"rvedv_ml": 0.8, "rvef_pct": -1.6}),
+    "dcm": (-5.3, {"lvedv_ml": 1.2, "lvef_pct": -1.2}),
+    "hcm": (-5.96, {"wall_thickness_max_mm": 1.6, "lvedv_ml": -0.4}),
+    "infarct": (-4.25, {"thickening_min_pct": -1.6, "lvef_pct": -0.4, "age_y": 0.3}),
+    "hypertension": (-2.78, {"lvm_g": 0.9, "wall_thickness_mm": 0.7, "age_y": 0.5}),
+    "rv_disease": (-4.95, {"rvedv_ml": 0.8, "rvef_pct": -1.6}),
     "dilated_atria": (-4.56, {"lav_max_ml": 1.1, "rav_max_ml": 0.9, "laef_pct": -0.5}),
 }
 """Log odds of each disease: a constant, found so that `PREVALENCE` holds, and a weight for each label's deviation from

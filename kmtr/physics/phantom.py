@@ -261,9 +261,9 @@ def _beating(
     blend(image, right, cover(d.ra - gap * at_valve, pixel))
     ridges = _trabeculae(scene.looks, d)
     depth = np.float32(who.trabeculation) * ridges
-    depth *= np.maximum(np.float32(1.1) - d.height, 0)
-    blend(image, right, cover(d.rv + np.float32(4) * depth, pixel))
-    lumen = cover(d.endo + np.float32(3) * depth, pixel)
+    depth *= np.clip(np.float32(2.5) * (1 - d.height), 0, 1)
+    blend(image, right, cover(d.rv + np.float32(4.5) * depth, pixel))
+    lumen = cover(d.endo + np.float32(3.5) * depth, pixel)
     lumen *= 1 - cover(_papillary(s, d, u, v), pixel)
     blend(image, left * (np.float32(0.88) + np.float32(0.14) * np.clip(d.height, 0, 1)), lumen)
 
@@ -273,7 +273,7 @@ def _fat_mm(sac_mm: float, u: np.ndarray, v: np.ndarray, w: np.ndarray, who: Ana
     atria, and at the apex; little elsewhere."""
     angle = np.arctan2(v, u)
     fat = np.exp(np.float32(-1 / 120) * (w - np.float32(who.length_mm - who.base_motion_mm / 2)) ** 2)
-    for tip in (who.rv_centre + who.rv_half, who.rv_centre - who.rv_half):
+    for tip in (who.rv_centre + 0.85 * who.rv_half, who.rv_centre - 0.85 * who.rv_half):
         fat += np.exp(np.float32(7) * (np.cos(angle - np.float32(tip)) - 1))
     fat += np.float32(0.35) + np.float32(0.8) * np.exp(np.float32(-1 / 20) * np.maximum(w, 0))
     return np.float32(1.6 * sac_mm) * np.minimum(fat, np.float32(1.4))
@@ -282,10 +282,11 @@ def _fat_mm(sac_mm: float, u: np.ndarray, v: np.ndarray, w: np.ndarray, who: Ana
 def _trabeculae(looks: Look, d: Distances) -> np.ndarray:
     """Ridges along the walls, 0 to 1."""
     first, second = looks.trabeculae
-    ridges = np.cos(9 * d.angle + np.float32(first) + 14 * d.height)
-    ridges += np.cos(14 * d.angle + np.float32(second) - 22 * d.height)
-    ridges *= np.float32(0.5)
-    return np.maximum(ridges, 0, out=ridges)
+    ridges = np.cos(5 * d.angle + np.float32(first + second) + 9 * d.height)
+    ridges += np.cos(8 * d.angle + np.float32(first) - 14 * d.height)
+    ridges += np.cos(13 * d.angle + np.float32(second) + 22 * d.height)
+    ridges *= np.float32(0.4)
+    return np.clip(ridges, 0, 1, out=ridges)
 
 
 def _papillary(s: Heart, d: Distances, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -237,8 +237,8 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
         ),
         regions=_regions(n, hcm, right, scar, slack, territory),
         rv_centre=math.radians(5 + 3 * next(n)),
-        rv_half=math.radians(75 + 2 * next(n)),
-        rv_skew=-0.15 + 0.12 * next(n),
+        rv_half=math.radians(83 + 1.5 * next(n)),
+        rv_skew=-0.25 + 0.2 * next(n),
         rv_apex=0.12 + 0.025 * next(n),
         atrial_aspect=(0.85 * math.exp(0.08 * next(n)), 0.95 * math.exp(0.08 * next(n))),
         papillary_mm=4.3 * (lvedv / 145) ** (1 / 3) * math.exp(0.1 * next(n)),
@@ -259,11 +259,11 @@ def _regions(
     """Of the LV's wall: septum, anterolateral and inferolateral wall differ in everybody; a scar in a coronary artery's
     territory is thin and stands still. `slack` is the motion at which the squared radius stays as at end-diastole."""
     muscle = 0.3 + 0.5 * hypertrophy  # the septum is the thickest part, the more so in HCM
-    septum = Region(0.15 * next(n), 1.6, 0.6, 0.35, muscle + 0.22 * next(n), 0.05 * next(n), 0.28 * next(n))
+    septum = Region(0.15 * next(n), 1.6, 0.6, 0.35, muscle + 0.22 * next(n), 0.08 * next(n), 0.28 * next(n))
     # A loaded right ventricle flattens it.
     septum = replace(septum, shape=septum.shape - 0.1 * right, motion=septum.motion + 0.1 * right)
     lateral = [
-        Region(side + 0.3 * next(n), 1.2, height, 0.4, 0.28 * next(n), 0.06 * next(n), 0.28 * next(n))
+        Region(side + 0.3 * next(n), 1.2, height, 0.4, 0.28 * next(n), 0.1 * next(n), 0.28 * next(n))
         for side, height in ((2.1, 0.5), (-2.1, 0.55))
     ]
     angle, height = math.radians(territory[0] + 12 * next(n)), territory[1] + 0.07 * next(n)
