@@ -94,8 +94,8 @@ class Heart:
 class Distances:
     """Distance to each surface, mm, negative inside; float32 ``t ...``. The sign is exact, the size to first order.
 
-    `angle` (rad) and `height` (over the LV's length) are the place on the LV's wall, turned with its twist; `square` is
-    the squared radius over that of the cavity's surface there.
+    The place on the LV's wall: `angle` (rad) turned back with the twist, `height` over the LV's length. `turn` is the
+    twist there, its cosine and sine; `cavity` the squared radius of the cavity's surface.
     """
 
     endo: np.ndarray
@@ -105,6 +105,7 @@ class Distances:
     ra: np.ndarray
     angle: np.ndarray
     height: np.ndarray
+    turn: tuple[np.ndarray, np.ndarray]
     cavity: np.ndarray
 
 
@@ -214,7 +215,7 @@ def _rv_rise(height: np.ndarray) -> np.ndarray:
     return height * (np.float32(2.2) - np.float32(1.45) * height)
 
 
-_RV_RISE_MEAN = 2.2 / 2 - 1.45 / 3
+_RV_RISE_MEAN, _RV_RISE_MOST = 2.2 / 2 - 1.45 / 3, 2.2**2 / (4 * 1.45)
 
 
 # ---------------------------------------------------------------------------------------------------------- surfaces
@@ -288,8 +289,10 @@ def distances(shape: Heart, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> Dist
     radius = np.sqrt(square) + np.float32(1e-3)
     angle = np.arctan2(v, u)
     height = w / s.base
-    turned = angle - (s.twist[0] * (1 - height) + s.twist[1] * height)
-    wall = walls(s, np.cos(turned), np.sin(turned), w)
+    twist = s.twist[0] + (s.twist[1] - s.twist[0]) * height
+    turn = np.cos(twist), np.sin(twist)
+    along, across = u / radius, v / radius
+    wall = walls(s, along * turn[0] + across * turn[1], across * turn[0] - along * turn[1], w)
     below = w - s.base
     steep = 4 * square + np.float32(1e-2)
     endo = _first_order(square - wall.endo, steep, wall.endo_slope)
@@ -301,7 +304,7 @@ def distances(shape: Heart, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> Dist
     np.maximum(rv, below, out=rv)
     above = np.float32(VALVE_MM) - below
     la, ra = (np.maximum(_ellipsoid(u, v, w, atrium), above) for atrium in (s.la, s.ra))
-    return Distances(endo, epi, rv, la, ra, turned, height, wall.endo)
+    return Distances(endo, epi, rv, la, ra, angle - twist, height, turn, wall.endo)
 
 
 def _first_order(f: np.ndarray, steep: np.ndarray, slope: np.ndarray) -> np.ndarray:
@@ -312,20 +315,27 @@ def _first_order(f: np.ndarray, steep: np.ndarray, slope: np.ndarray) -> np.ndar
     return f
 
 
-def _right_ventricle(
-    s: Heart, wall: Walls, square: np.ndarray, radius: np.ndarray, angle: np.ndarray, w: np.ndarray
-) -> np.ndarray:
-    """Distance to the RV's free wall; q = (1 - x^2)^2 (1 + skew x) with x the angle over the half-width: its integral
-    does not depend on the skew, and the free wall leaves the LV's tangentially."""
-    who = s.who
+def _rv_profile(who: Anatomy, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How far the angle is beyond the RV's attachment (rad), q there, and q's derivative.
+
+    q = (1 - x^2)^2 (1 + skew x) with x the angle over the half-width: its integral does not depend on the skew, and the
+    free wall leaves the LV tangentially.
+    """
     turn = angle - np.float32(who.rv_centre)
     turn -= np.float32(2 * math.pi) * np.round(turn * np.float32(1 / (2 * math.pi)))
     x = np.clip(turn * np.float32(1 / who.rv_half), -1, 1)
-    skew = np.float32(who.rv_skew)
-    xx = x * x
-    even = (1 - xx) ** 2
-    profile = even * (1 + skew * x)
-    bend = (skew * even - 4 * x * (1 - xx) * (1 + skew * x)) / (np.float32(who.rv_half) * radius)
+    lean = 1 + np.float32(who.rv_skew) * x
+    flat = 1 - x * x
+    bend = (np.float32(who.rv_skew) * flat - 4 * x * lean) * flat * np.float32(1 / who.rv_half)
+    return np.maximum(np.abs(turn) - np.float32(who.rv_half), 0), flat * flat * lean, bend
+
+
+def _right_ventricle(
+    s: Heart, wall: Walls, square: np.ndarray, radius: np.ndarray, angle: np.ndarray, w: np.ndarray
+) -> np.ndarray:
+    """Distance to the RV's free wall."""
+    beyond, profile, bend = _rv_profile(s.who, angle)
+    bend /= radius
     span = 1 / (s.base - s.rv_apex)
     height = (w - s.rv_apex) * span
     kept = np.maximum(height, 0)
@@ -340,7 +350,7 @@ def _right_ventricle(
     rise += 4 * square
     rv = _first_order(rv, rise, slope)
     # Where the crescent has no thickness its surfaces would meet at distance 0: beyond its tips and below its apex.
-    rv += np.maximum(np.abs(turn) - np.float32(who.rv_half), 0) * radius
+    rv += beyond * radius
     np.maximum(rv, height * (s.rv_apex - s.base), out=rv)
     return rv
 
@@ -359,6 +369,25 @@ def _ellipsoid(u: np.ndarray, v: np.ndarray, w: np.ndarray, body: np.ndarray) ->
     square -= np.sqrt(square)
     square /= np.sqrt(slope, out=slope)
     return square
+
+
+def reach(shape: Heart) -> tuple[float, float, float, float]:
+    """How far the ventricles and atria ever extend along -u, u, -v and v, mm."""
+    angle = np.linspace(-math.pi, math.pi, 64, endpoint=False)
+    columns = shape.frames(slice(None), 2)
+    wall = walls(columns, np.cos(angle), np.sin(angle), columns.base * np.array([[0.3], [0.5], [0.7], [0.85], [1.0]]))
+    epi = wall.epi.max((0, 1)) * np.ones(angle.size)
+    epi = np.max([np.roll(epi, shift) for shift in range(-2, 3)], 0)  # whatever the twist
+    radius = np.sqrt(epi + shape.rv_square.max() * _RV_RISE_MOST * _rv_profile(shape.who, angle)[1])
+    u, v = radius * np.cos(angle), radius * np.sin(angle)
+    sides = []
+    for low, high, axis in ((-u.min(), u.max(), 0), (-v.min(), v.max(), 1)):
+        atria = [(body[axis], body[axis + 3]) for body in (shape.la, shape.ra)]
+        sides += [
+            max(low, *(float((half - middle).max()) for middle, half in atria)),
+            max(high, *(float((half + middle).max()) for middle, half in atria)),
+        ]
+    return sides[0], sides[1], sides[2], sides[3]
 
 
 def segment(d: Distances) -> np.ndarray:

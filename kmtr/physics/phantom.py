@@ -12,7 +12,7 @@ import numpy as np
 from kmtr.physics.acquire import acquire
 from kmtr.physics.appearance import Difficulty, Look, blend, cover, level, look, paint
 from kmtr.physics.fourier import crop_or_pad
-from kmtr.physics.heart import VALVE_MM, Distances, Heart, distances, heart, segment
+from kmtr.physics.heart import VALVE_MM, Distances, Heart, distances, heart, reach, segment
 from kmtr.physics.labels import labels
 from kmtr.physics.noise import Purpose, generator
 from kmtr.physics.population import Anatomy, anatomy
@@ -31,6 +31,8 @@ LAX_ANGLE_DEG = {"lax_4ch": 0.0, "lax_3ch": 50.0, "lax_2ch": 92.0}
 TOWARDS_RV_MM = 16.0
 """From the LV's axis to the middle of both ventricles, where a view is centred."""
 RV_WALL_MM, ATRIAL_WALL_MM = 2.5, 1.2
+TRUNK_V_MM = 36.0
+"""Of the pulmonary trunk where it leaves the base."""
 FRAMES_AT_ONCE = 5
 """So that all arrays of a block stay in a core's cache."""
 
@@ -71,10 +73,13 @@ def simulate(
     _check(views, sax_slices, frames, matrix)
     who = anatomy(index, seed=seed)
     hard = level(difficulty)
-    scene = Scene(
-        torso(who, hard, seed=seed, subject=index), look(hard, seed=seed, subject=index), FIELD_OF_VIEW_MM / max(matrix)
-    )
     shape = heart(who, np.arange(frames) / frames)
+    scene = Scene(
+        body=torso(who, hard, seed=seed, subject=index),
+        looks=look(hard, seed=seed, subject=index),
+        pixel=FIELD_OF_VIEW_MM / max(matrix),
+        reach=reach(shape),
+    )
     frame_time = 60 / who.heart_rate / frames
     done: dict[str, View] = {}
     for view in views:
@@ -194,11 +199,12 @@ def _rotation(axis: np.ndarray, angle: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that an image shows beside the heart's shape; `pixel` in mm."""
+    """All that an image shows beside the heart's shape; `pixel` in mm, `reach` as of heart.reach."""
 
     body: Torso
     looks: Look
     pixel: float
+    reach: tuple[float, float, float, float]
 
 
 def _render(
@@ -214,18 +220,20 @@ def _render(
         points = plane.points(matrix, scene.pixel, offset)
         around, gain = render(scene.body, scene.looks, patient(scene.body, points, shape.who.length_mm), scene.pixel)
         gain *= np.float32(1 / LAYERS)
-        rows, columns = _window(shape, points, RV_WALL_MM + 2.3 * scene.body.sac_mm + 4 + scene.pixel)
+        rows, columns = _window(shape, scene.reach, points, RV_WALL_MM + 2.3 * scene.body.sac_mm + 4 + scene.pixel)
         still = around * gain
         image += still
         if rows.start == rows.stop:
             continue
-        inner = tuple(np.ascontiguousarray(c[rows, columns]) for c in points)
+        u, v, w = (np.ascontiguousarray(c[rows, columns]) for c in points)
+        inner = (u, v, w)
+        fat_mm = _fat_mm(scene.body.sac_mm, u, v, w, shape.who)
         for start in range(0, frames, FRAMES_AT_ONCE):
             block = slice(start, start + FRAMES_AT_ONCE)
             moving = shape.frames(block)
             d = distances(moving, *inner)
             drawn = np.repeat(around[rows, columns][None], moving.base.size, 0)
-            _beating(drawn, moving, d, scene, *inner)
+            _beating(drawn, moving, d, scene, inner, fat_mm)
             drawn *= gain[rows, columns]
             drawn -= still[rows, columns]
             image[block, rows, columns] += drawn
@@ -234,18 +242,16 @@ def _render(
     return image, classes
 
 
-def _beating(
-    image: np.ndarray, shape: Heart, d: Distances, scene: Scene, u: np.ndarray, v: np.ndarray, w: np.ndarray
-) -> None:
+def _beating(image: np.ndarray, shape: Heart, d: Distances, scene: Scene, points: Points, fat_mm: np.ndarray) -> None:
     """Paint the heart into `image` (``t y x``): fat, great vessels, muscle, blood, papillary muscles."""
+    u, v, w = points
     s = shape.frames(slice(None), 2)
     signal, pixel, who = scene.looks.signal, scene.pixel, shape.who
     above = w - s.base
     aorta, trunk = _great_vessels(u, v, above, s)
     walls = np.minimum(d.epi, d.rv - np.float32(RV_WALL_MM))
     np.minimum(walls, np.minimum(d.la, d.ra) - np.float32(ATRIAL_WALL_MM), out=walls)
-    groove = _fat_mm(scene.body.sac_mm, u, v, w, who)
-    paint(image, signal["fat"], walls - groove, pixel)
+    paint(image, signal["fat"], walls - fat_mm, pixel)
     vessels = np.minimum(aorta, trunk)
     paint(image, signal["muscle"], vessels - np.float32(1.5), pixel)
     paint(image, signal["myocardium"], walls, pixel)
@@ -297,12 +303,12 @@ def _papillary(s: Heart, d: Distances, u: np.ndarray, v: np.ndarray) -> np.ndarr
     radius = thick * (1 - along * along)
     place = np.sqrt(np.maximum(d.cavity, 1)) * np.float32(0.97) - thick
     np.maximum(place, thick * np.float32(0.6), out=place)
-    turn = s.twist[0] * (1 - d.height) + s.twist[1] * d.height
-    first, second = (turn + np.float32(angle) for angle in s.who.papillary_rad)
-    nearest = np.minimum(
-        _length(u - place * np.cos(first), v - place * np.sin(first)),
-        _length(u - place * np.cos(second), v - place * np.sin(second)),
-    )
+    cosine, sine = d.turn
+    gaps = []
+    for angle in s.who.papillary_rad:
+        c, n = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+        gaps.append(_length(u - place * (c * cosine - n * sine), v - place * (n * cosine + c * sine)))
+    nearest = np.minimum(*gaps)
     nearest -= radius
     return nearest
 
@@ -317,7 +323,7 @@ def _great_vessels(u: np.ndarray, v: np.ndarray, above: np.ndarray, s: Heart) ->
         v - out * np.float32(math.sin(angle)) - aside * np.float32(math.cos(angle)),
     )
     root -= 13
-    trunk = _length(u - (20 - np.float32(0.35) * above), v - (38 + np.float32(0.1) * above)) - 11
+    trunk = _length(u - (20 - np.float32(0.35) * above), v - (np.float32(TRUNK_V_MM) + np.float32(0.1) * above)) - 11
     return np.maximum(root, -above - 1), np.maximum(trunk, -above - 1)
 
 
@@ -328,15 +334,16 @@ def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.sqrt(square, out=square)
 
 
-def _window(shape: Heart, points: Points, margin: float) -> tuple[slice, slice]:
+def _window(
+    shape: Heart, sides: tuple[float, float, float, float], points: Points, margin: float
+) -> tuple[slice, slice]:
     """Rows and columns beyond which the heart, or anything within `margin` mm of it, never reaches: spares time."""
     u, v, w = points
-    wide = float(np.sqrt((1.6 * shape.epi_radius**2 + 1.15 * shape.rv_square).max()))
-    left = max(1.3 * float(shape.epi_radius.max()), float((shape.la[3] - shape.la[0]).max()))
-    right = max(wide, float((shape.ra[3] + shape.ra[0]).max()))
-    front = max(wide, float((np.maximum(shape.la[4], shape.ra[4]) + np.abs(shape.la[1])).max()))
+    left, right, back, front = sides
+    if w.max() > shape.base.min() - margin:
+        front = max(front, TRUNK_V_MM + 20)
     roof = float(np.maximum(shape.la[2] + shape.la[5], shape.ra[2] + shape.ra[5]).max())
-    near = (u > -left - margin) & (u < right + margin) & (np.abs(v) < front + margin)
+    near = (u > -left - margin) & (u < right + margin) & (v > -back - margin) & (v < front + margin)
     near &= (w > -margin) & (w < roof + margin)
     rows, columns = (np.flatnonzero(near.any(axis)) for axis in (1, 0))
     return (

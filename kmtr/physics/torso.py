@@ -104,7 +104,7 @@ def render(body: Torso, looks: Look, place: Points, pixel: float) -> tuple[np.nd
     lung = signal["lung"] * (1 + np.float32(0.2) * grain) + np.float32(0.4 * signal["blood"]) * vessels
     liver = signal["liver"] * (1 + np.float32(0.05) * grain) + np.float32(0.35 * signal["blood"]) * vessels
     stomach = signal["muscle"] * body.gas * (1 + np.float32(0.5) * grain)
-    gut = signal["fat"] * (np.float32(0.55) + np.float32(0.17) * np.clip(grain, -2, 2))
+    gut = signal["fat"] * (np.float32(0.55) + np.float32(0.12) * np.clip(grain, -2, 2))
     image = np.zeros_like(x)
     organ = [np.maximum(belly, _ellipsoid((x, y, z), b[:3], b[3:])) for b in (body.liver, body.spleen, body.stomach)]
     for value, surface in (
