@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 HDR_EPS = 0.5
 
@@ -44,25 +45,57 @@ def masked_reconstruction(
     return (per_token * present).sum(-1) / present.sum(-1).clamp(min=1)
 
 
+class Contrast(NamedTuple):
+    """What InfoNCE says of each anchor.
+
+    Attributes:
+        loss: in nats.
+        nearest: whether the positive was the nearest candidate (retrieval top-1).
+        margin: cosine of the positive less that of the hardest negative, in [-2, 2]; without a negative, as if one lay
+            opposite.
+    """
+
+    loss: Float[Tensor, "slice local"]
+    nearest: Bool[Tensor, "slice local"]
+    margin: Float[Tensor, "slice local"]
+
+
 def info_nce(
     anchor: Float[Tensor, "slice local channel"],
     candidate: Float[Tensor, "slice all channel"],
     positive: Int[Tensor, " local"],
     excluded: Bool[Tensor, "slice local all"],
-    temperature: float,
-) -> tuple[Float[Tensor, "slice local"], Bool[Tensor, "slice local"]]:
+    temperature: float | Float[Tensor, ""],
+    chunk: int = 0,
+) -> Contrast:
     """InfoNCE (van den Oord 2018) of local anchors against all candidates, per slice.
 
     Args:
         positive: index of each anchor's own candidate.
         excluded: candidates that are no negatives of an anchor: of the same subject, or absent. Never the positive.
-
-    Returns:
-        loss per anchor, in nats, and whether the positive was the nearest candidate (retrieval top-1).
+        temperature: a tensor gets its gradient.
+        chunk: anchors whose similarities are held at once; the backward pass makes them again. 0: all.
     """
     anchor, candidate = F.normalize(anchor.float(), dim=-1), F.normalize(candidate.float(), dim=-1)
-    logits = torch.einsum("slc,sgc->slg", anchor, candidate) / temperature
-    logits = logits.masked_fill(excluded, -torch.inf)
+    if not chunk or chunk >= len(positive):
+        return Contrast(*_info_nce(anchor, candidate, positive, excluded, temperature))
+    pieces = [
+        checkpoint(
+            _info_nce, anchor[:, rows], candidate, positive[rows], excluded[:, rows], temperature, use_reentrant=False
+        )
+        for rows in (slice(first, first + chunk) for first in range(0, len(positive), chunk))
+    ]
+    return Contrast(*(torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True)))
+
+
+def _info_nce(
+    anchor: Tensor, candidate: Tensor, positive: Tensor, excluded: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    cosine = torch.einsum("slc,sgc->slg", anchor, candidate)
+    logits = (cosine / temperature).masked_fill(excluded, -torch.inf)
     local = torch.arange(len(positive), device=positive.device)
-    matched = logits[:, local, positive]
-    return logits.logsumexp(-1) - matched, matched >= logits.amax(-1)
+    matched, own = logits[:, local, positive], cosine.detach()[:, local, positive]
+    negative = excluded.clone()
+    negative[:, local, positive] = True
+    hardest = cosine.detach().masked_fill(negative, -1.0).amax(-1)
+    return logits.logsumexp(-1) - matched, matched >= logits.amax(-1), own - hardest

@@ -8,6 +8,7 @@ and accumulated micro-batches, as DeepSpeed's does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -28,6 +29,8 @@ from kmtr.model.encoder import (
     static_dynamic_embedding,
 )
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+
+MIN_TEMPERATURE = 0.01
 
 
 @runtime_checkable
@@ -115,11 +118,14 @@ class Pretraining(nn.Module):
         self.image_encoder = patch_encoder(data, model)
         self.image_decoder = patch_decoder(data, model)
         width = {"static": model.width, "dynamic": 2 * model.width}
+        if config.align.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.align.temperature)]))
         self.kspace_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
         self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
 
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``.
+        """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``, and
+        the ``temperature`` where it is learnt.
 
         z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised. Two stages of no
         loss: ``embed`` gives the ``embedding`` ``batch feature`` of `lines`, ``predict`` the ``values`` at
@@ -153,6 +159,9 @@ class Pretraining(nn.Module):
                 pairs = zip((heads["static"], heads["dynamic"]), parts, strict=True)
                 z += [head(x.to(end.frames.dtype)) for head, x in pairs]
             out["z"] = torch.stack(z, dim=2)
+            if self.config.align.learn_temperature:
+                # As in CLIP (Radford 2021): its logarithm is learnt, and a floor of 0.01 keeps the softmax finite.
+                out["temperature"] = self.log_temperature[0].float().exp().clamp(min=MIN_TEMPERATURE)
         return out
 
 
@@ -190,25 +199,27 @@ def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: Run
     """
     total = _Sums()
     inputs = [prepare(batch, "align") for batch in micro]
-    if len(micro) > 1:
-        with torch.no_grad():
-            z = torch.cat([engine(x, "align")["z"] for x in inputs])
-    outs: list[dict[str, Tensor]] = []
-    if len(micro) == 1:
-        outs = [engine(inputs[0], "align")]
-        z = outs[0]["z"]
+    with torch.set_grad_enabled(len(micro) == 1):
+        outs = [engine(x, "align") for x in inputs]
+    z = torch.cat([out["z"] for out in outs])
+    learnt = outs[0].get("temperature")
+    temperature = None if learnt is None else learnt.detach().requires_grad_()
     present = ~torch.cat([x.absent for x in inputs]).all(-1) & ~torch.cat([b.repeated for b in micro])[:, None]
     key = torch.cat([batch.key for batch in micro])
     leaf = z.detach().float().requires_grad_()
-    contrast = contrastive(leaf, present, key, config, total)
-    (dz,) = torch.autograd.grad(contrast, leaf)
+    contrast = contrastive(leaf, present, key, config, total, temperature)
+    dz, *rest = torch.autograd.grad(contrast, [leaf] if temperature is None else [leaf, temperature])
     weight = config.align.reconstruct_weight
     first = 0
     for i, batch in enumerate(micro):
-        out = outs[i] if outs else engine(inputs[i], "align")
+        out = outs[0] if len(micro) == 1 else engine(inputs[i], "align")
         rows = slice(first, first + len(batch))
         first += len(batch)
         loss = (out["z"].float() * dz[rows]).sum() * _world() * len(micro)
+        if rest:
+            loss = (
+                loss + out["temperature"] * rest[0] * _world()
+            )  # each micro-batch passes on its share of one gradient
         if "kspace" in out:
             total.add("kspace_loss", out["kspace"], ~batch.repeated)
             kept = _weigh(out, {"kspace": weight, "image": weight * config.reconstruct.image_weight})
@@ -223,8 +234,13 @@ def contrastive(
     key: Int[Tensor, " batch"],
     config: RunConfig,
     total: _Sums,
+    temperature: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
-    """This worker's part of the symmetric global InfoNCE: summed over workers it is the one-process loss."""
+    """This worker's part of the symmetric global InfoNCE: summed over workers it is the one-process loss.
+
+    Args:
+        temperature: that is learnt; None: `align.temperature`.
+    """
     everything, everyone = gather(z), gather(key)
     everywhere = gather(present.to(torch.uint8)).bool()
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -237,17 +253,23 @@ def contrastive(
     for i, part in enumerate(("static", "dynamic")):
         weight = config.align.static_weight if part == "static" else config.align.dynamic_weight
         for anchor, candidate in ((i, i + 2), (i + 2, i)):
-            per_anchor, top = info_nce(
+            contrast = info_nce(
                 z[:, :, anchor].transpose(0, 1),
                 everything[:, :, candidate].transpose(0, 1),
                 positive,
                 excluded.masked_fill(~present.T[..., None], False),
-                config.align.temperature,
+                config.align.temperature if temperature is None else temperature,
+                config.align.chunk,
             )
-            counted = per_anchor.masked_fill(~present.T, 0.0)
+            counted = contrast.loss.masked_fill(~present.T, 0.0)
             total.add(f"infonce_{part}", counted, present.T)
-            total.add(f"top1_{part}", top, present.T)
+            total.add(f"top1_{part}", contrast.nearest, present.T)
+            total.add(f"margin_{part}", contrast.margin, present.T)
             loss = loss + weight * counted.sum() / (2 * anchors)
+    rivals = (~excluded).sum(-1)
+    total.add("top1_chance", 1 / rivals.clamp(min=1), present.T)
+    if temperature is not None:
+        total.add("temperature", temperature, torch.ones_like(temperature))
     return loss
 
 

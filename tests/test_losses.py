@@ -84,11 +84,43 @@ def test_info_nce_is_its_formula(temperature: float) -> None:
     excluded = rng.random((3, 4, 6)) < 0.3
     excluded[:, np.arange(4), positive] = False
     t = torch.from_numpy
-    loss, top = info_nce(t(anchor), t(candidate), t(positive), t(excluded), temperature)
+    loss, top, margin = info_nce(t(anchor), t(candidate), t(positive), t(excluded), temperature)
     expected, nearest = numpy_info_nce(anchor, candidate, positive, excluded, temperature)
     np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(top, nearest)
     assert 0 < nearest.mean() < 1
+    np.testing.assert_array_equal(margin >= 0, nearest)
+    chunked = info_nce(t(anchor), t(candidate), t(positive), t(excluded), temperature, chunk=3)
+    for part, whole in zip(chunked, (loss, top, margin), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
+def test_chunks_have_the_gradients_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchor, candidate = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 9, 8, generator=generator)
+    excluded = torch.rand(2, 5, 9, generator=generator) < 0.2
+    excluded[:, torch.arange(5), torch.arange(5)] = False
+    gradients = []
+    for chunk in (0, 2):
+        leaves = [
+            anchor.clone().requires_grad_(),
+            candidate.clone().requires_grad_(),
+            torch.tensor(0.2).requires_grad_(),
+        ]
+        a, c, temperature = leaves
+        loss = info_nce(a, c, torch.arange(5), excluded, temperature, chunk).loss
+        gradients.append(torch.autograd.grad((loss * torch.arange(10).view(2, 5)).sum(), leaves))
+    for whole, pieces in zip(*gradients, strict=True):
+        assert whole.abs().max() > 0.1
+        torch.testing.assert_close(pieces, whole)
+
+
+def test_the_margin_is_to_the_hardest_negative() -> None:
+    unit = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]])
+    margin = info_nce(unit[:, :1], unit, torch.tensor([0]), torch.zeros(1, 1, 3, dtype=torch.bool), 0.1).margin
+    torch.testing.assert_close(margin, torch.tensor([[1.0 - 0.6]]))
+    alone = torch.tensor([[[False, True, True]]])
+    torch.testing.assert_close(info_nce(unit[:, :1], unit, torch.tensor([0]), alone, 0.1).margin, torch.tensor([[2.0]]))
 
 
 def test_excluded_candidates_do_not_matter() -> None:
@@ -110,9 +142,10 @@ def test_excluded_candidates_do_not_matter() -> None:
 def test_limits_of_info_nce() -> None:
     same = torch.ones(1, 4, 8)
     none = torch.zeros(1, 4, 4, dtype=torch.bool)
-    loss, _ = info_nce(same, same, torch.arange(4), none, 0.1)
+    loss, *_ = info_nce(same, same, torch.arange(4), none, 0.1)
     torch.testing.assert_close(loss, torch.full((1, 4), math.log(4)))  # nothing told apart
     apart = torch.eye(4)[None]
-    loss, top = info_nce(apart, apart, torch.arange(4), none, 0.01)
+    loss, top, margin = info_nce(apart, apart, torch.arange(4), none, 0.01)
     assert loss.max() < 1e-6
     assert top.all()
+    torch.testing.assert_close(margin, torch.ones(1, 4))

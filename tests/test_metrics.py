@@ -10,6 +10,8 @@ from kmtr.metrics import (
     Probe,
     bootstrap_r2,
     dice,
+    effective_rank,
+    embedding_deviation,
     fit_ridge,
     nmse,
     paired_bootstrap,
@@ -166,3 +168,17 @@ def test_dice_in_closed_form_without_what_nobody_contoured() -> None:
     np.testing.assert_allclose(scores[0, :2], [2 * 2 / (2 + 3), 0])
     assert np.isnan(scores[0, 2])
     assert dice(truth, truth, classes=3).tolist() == [[1.0, 1.0]]
+
+
+def test_effective_rank_and_deviation_see_a_collapse() -> None:
+    rng = np.random.default_rng(0)
+    directions = np.eye(6)[:3]
+    even = np.concatenate([directions, -directions]) + 5  # three directions, each as strong
+    assert effective_rank(even) == pytest.approx(3)
+    assert effective_rank(rng.standard_normal((50, 1)) * directions[:1]) == pytest.approx(1)
+    assert effective_rank(np.full((9, 4), 2.5)) == 0
+    sphere = rng.standard_normal((4000, 64))
+    assert embedding_deviation(sphere) == pytest.approx(1, abs=0.02)
+    assert embedding_deviation(3 * sphere) == pytest.approx(embedding_deviation(sphere))
+    assert embedding_deviation(np.tile(sphere[:1], (9, 1))) == pytest.approx(0, abs=1e-12)
+    assert embedding_deviation(sphere * 0.01 + 1) < 0.02

@@ -26,6 +26,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "align": {},
     "align, teacher trained": {"align.train_image_encoder": True},
     "align alone": {"align.reconstruct_weight": 0.0, "align.static_weight": 1.0},
+    "align, temperature learnt": {"align.learn_temperature": True, "align.chunk": 2},
 }
 CASES = [(name.split(",")[0].split()[0], micro, CHANGES[name]) for name in CHANGES for micro in (1, 2, 4)]
 
@@ -147,6 +148,23 @@ def test_contrast_is_its_formula(small: RunConfig, embedded: tuple[Tensor, Tenso
     assert float(loss) == pytest.approx(numpy_contrast(z.numpy(), present.numpy(), key.numpy(), small), rel=1e-5)
     assert float(sums.counts["infonce_static"]) == 2 * 16
     assert float(sums.counts["top1_dynamic"]) == 2 * 16
+    # one over the candidates: slice 0 has six subjects, the others five; the one that is there twice is not its own
+    chance = (4 / 6 + 2 / 5) + 2 * (3 / 5 + 2 / 4)
+    assert float(sums.sums["top1_chance"] / sums.counts["top1_chance"]) == pytest.approx(chance / 16)
+
+
+def test_the_learnt_temperature_has_the_gradient_of_the_formula(
+    small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    z, present, key = embedded
+    temperature = torch.tensor(0.1).requires_grad_()
+    loss = contrastive(z, present, key, small, _Sums(), temperature)
+    (slope,) = torch.autograd.grad(loss, temperature)
+    warmer, colder = (
+        numpy_contrast(z.numpy(), present.numpy(), key.numpy(), override(small, {"align.temperature": 0.1 + step}))
+        for step in (1e-4, -1e-4)
+    )
+    assert float(slope) == pytest.approx((warmer - colder) / 2e-4, rel=1e-3)
 
 
 def test_a_subject_is_no_negative_of_itself(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:

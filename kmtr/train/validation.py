@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from kmtr.data import pipeline
 from kmtr.data.batch import Batch
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Dataset, Reader
-from kmtr.metrics import probe
+from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.objectives import Preparer
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
@@ -79,14 +80,26 @@ class Validation:
             train, train_labels = self._embed(engine, "train")
             held, held_labels = self._embed(engine, "val")
             scores = {}
-            for i, label in enumerate(self.labels):
-                result = probe(train, train_labels[:, i], held, held_labels[:, i])
+            parts = {"": slice(None)} | self._contents()
+            for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
+                result = probe(train[:, features], train_labels[:, i], held[:, features], held_labels[:, i])
                 if result is not None:
-                    scores[label.rsplit("_", 1)[0]] = result.r2
-            metrics |= {f"val/{name}_r2": value for name, value in scores.items()}
+                    metrics[f"val/{label.rsplit('_', 1)[0]}_r2{part}"] = result.r2
+                    if not part:
+                        scores[label] = result.r2
             if scores:
                 metrics["val/probe_r2"] = float(np.mean(list(scores.values())))
+            metrics["val/effective_rank"] = effective_rank(held)
+            metrics["val/embedding_deviation"] = embedding_deviation(held)
         return metrics, self._figure(engine)
+
+    def _contents(self) -> dict[str, np.ndarray]:
+        """Which features of the embedding are static and which dynamic: a probe that knows only the anatomy's says
+        whether the motion was thrown away.
+        """
+        width, slices = self.config.model.width, self.config.data.slices
+        place = np.tile(np.arange(3 * width), slices)  # of each slice: static, then cosine and sine
+        return {"_static": place < width, "_dynamic": place >= width}
 
     def _batches(self, split: str) -> list[Batch]:
         mine = self.rows[split][self.rank :: self.world]
