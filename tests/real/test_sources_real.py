@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kmtr.data import shards
+from kmtr.data.patterns import read_pattern
 from kmtr.data.reader import Dataset, Reader
 from kmtr.data.sources import Options, discover, read
-from kmtr.data.sources.cmrxrecon import read_pattern
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, View
 
