@@ -4,8 +4,8 @@ Reads all shards whole: SHA-256, page checksums. Each damaged file is one line (
 status 1. Then looks at what the bytes say: schema and counts, finite values, the energy of k-space against the image's,
 labels in their units, segmentations and what they make of the volumes, subjects that come twice or in two splits. What
 is wrong ends with status 1, what is doubtful is said. A contact sheet of random subjects and histograms of all labels
-are drawn under storage.root. Last it proves the order of training: each subject once an epoch, the same global batches and as many steps at
-every number of workers (verify.workers), the same again from any cursor."""
+are drawn under storage.root. Last it proves the order of training: each subject once an epoch, the same global batches
+and as many steps at every number of workers (verify.workers), the same again from any cursor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from kmtr.physics.population import REFERENCE
 
 from jobs._main import Bar, main, recipe_config
 from kmtr import figures
@@ -33,6 +32,7 @@ from kmtr.data.mixing import Mixing, mixing
 from kmtr.data.plan import Plan, Slot
 from kmtr.data.reader import Dataset
 from kmtr.data.splits import SPLITS
+from kmtr.physics.population import REFERENCE
 from kmtr.report import contact
 from kmtr.types import InputError, KmtrError
 

@@ -239,7 +239,7 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
         if raw is None:
             continue
         stored, _ = raw
-        digest.update(memoryview(stored).cast("B"))
+        digest.update(stored.data)
         worst = max(worst, _energy(stored, what, findings))
         slices, _, frames, ny, nx, _ = stored.shape
         packed = table.column(f"acquired_{view}")[row].as_py()

@@ -116,6 +116,7 @@ def _block(axes: Any, study: Study, slices: Sequence[tuple[str, int]], rows: int
         view = study.views[name]
         image = _image(view, number)
         top = max(float(np.percentile(image, 99.5)), 1e-30)
+        style = {"cmap": "gray", "vmin": 0, "vmax": top, "interpolation": "bicubic"}
         frames, ny, nx = image.shape
         chosen = np.unique(np.round(np.linspace(0, frames, min(FRAMES, frames), endpoint=False)).astype(int))
         y, half = -row - 0.5, 0.5 - _GAP / 2
@@ -138,8 +139,7 @@ def _block(axes: Any, study: Study, slices: Sequence[tuple[str, int]], rows: int
         if frames > 1:
             left = FRAMES + 0.05
             box = (left, left + 1 - _GAP, y - wide, y + wide)
-            profile = image[:, middle].T
-            axes.imshow(profile, cmap="gray", vmin=0, vmax=top, extent=box, origin="lower", interpolation="bicubic")
+            axes.imshow(image[:, middle].T, **style, extent=box, origin="lower")
         count = len(view.kspace)
         label = f"{name.replace('lax_', '')}" + (f"\n{number + 1}/{count}" if count > 1 else "")
         if view.sampled is not None:
