@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kmtr.physics.fourier import ifft2c
-from kmtr.types import DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, Study, View
+from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, Study, View
 
 CLASS_COLOURS = {1: "#ffd166", 2: "#06d6a0", 3: "#4cc9f0", 4: "#f78c6b", 5: "#c77dff"}
 """Of the outlines, by segmentation value: bright on grey, and told apart without green against red."""
@@ -28,7 +28,7 @@ _GAP, _SMALL, _NORMAL, _INK = 0.04, 7, 9, "#1b1f24"
 
 
 def contact_sheet(studies: Sequence[tuple[str, Study]], title: str) -> Figure:
-    """Subjects side by side: a row for each slice shown, frames from left to right, the outlines of masks drawn in.
+    """Subjects side by side: a row for each slice shown, frames from left to right, masks as outlines.
 
     The last column follows one image row (dashed in the first frame) through the cycle: contraction is a wave there,
     noise and ghosts are not. Each slice has its own window, [0, 99.5th percentile over its frames]. Of multi-coil data
@@ -41,7 +41,7 @@ def contact_sheet(studies: Sequence[tuple[str, Study]], title: str) -> Figure:
     across = min(2, len(blocks))
     down = math.ceil(len(blocks) / across)
     rows = max(len(slices) for _, _, slices in blocks)
-    tile = 1.05  # inches
+    tile = 1.2  # inches
     size = (across * (FRAMES + 1.6) * tile + 0.3, down * (rows * tile + 0.45) + 0.75)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left", fontweight="bold")
@@ -118,19 +118,18 @@ def _block(axes: Any, study: Study, slices: Sequence[tuple[str, int]], rows: int
         top = max(float(np.percentile(image, 99.5)), 1e-30)
         style = {"cmap": "gray", "vmin": 0, "vmax": top, "interpolation": "bicubic"}
         frames, ny, nx = image.shape
-        chosen = np.unique(np.round(np.linspace(0, frames, min(FRAMES, frames), endpoint=False)).astype(int))
+        chosen, outlined = _frames(view, number)
         y, half = -row - 0.5, 0.5 - _GAP / 2
         pixel_y, pixel_x = view.spacing_mm[1:] if view.spacing_mm else (1.0, 1.0)
         long = max(ny * pixel_y, nx * pixel_x)
         high, wide = half * ny * pixel_y / long, half * nx * pixel_x / long
         middle = _row_of_motion(image)
-        for column, frame in enumerate(chosen.tolist()):
+        for column, frame in enumerate(chosen):
             x = column + 0.5
             box = (x - wide, x + wide, y - high, y + high)
-            axes.imshow(
-                image[frame], cmap="gray", vmin=0, vmax=top, extent=box, origin="upper", interpolation="bicubic"
-            )
-            _outlines(axes, view, number, frame, box)
+            axes.imshow(image[frame], **style, extent=box, origin="upper")
+            if frame in outlined and view.segmentation is not None:
+                _outlines(axes, view.segmentation[number, frame], box)
             said = f"{1000 * frame * view.frame_time_s:.0f} ms" if view.frame_time_s else f"frame {frame}"
             axes.text(x - half, y + half, said, fontsize=5, color="#ffd166", ha="left", va="top")
             if not column and frames > 1:
@@ -154,25 +153,38 @@ def _image(view: View, number: int) -> np.ndarray:
 
 
 def _row_of_motion(image: np.ndarray) -> int:
-    """y where the image changes most over time, smoothed over a sixteenth of the rows."""
-    motion = image.std(0).sum(1)
-    width = max(1, len(motion) // 16)
-    return int(np.argmax(np.convolve(motion, np.ones(width) / width, mode="same")))
+    """y of the centre of what moves: the tenth of the pixels that change most over time."""
+    motion = image.std(0)
+    motion = np.clip(motion - np.percentile(motion, 90), 0, None).sum(1)
+    return round(float(np.average(np.arange(len(motion)), weights=motion))) if motion.any() else len(motion) // 2
 
 
-def _outlines(axes: Any, view: View, number: int, frame: int, box: tuple[float, float, float, float]) -> None:
+def _frames(view: View, number: int) -> tuple[list[int], set[int]]:
+    """Frames shown of a slice, and those of them with outlines.
+
+    Where all frames are contoured, every second one shows the bare image; where few are (end-diastole and end-systole,
+    as a rule), those are among the ones shown.
+    """
+    frames = view.kspace.shape[2]
+    even = sorted({round(frame) for frame in np.linspace(0, frames, min(FRAMES, frames), endpoint=False)})
     if view.segmentation is None:
-        return
-    classes = view.segmentation[number, frame]
+        return even, set()
+    contoured = np.flatnonzero((view.segmentation[number] != UNLABELLED).any((1, 2))).tolist()
+    if len(contoured) == frames:
+        return even, set(even[1::2]) or set(even)
+    contoured = contoured[:FRAMES]
+    others = [frame for frame in even if frame not in contoured][: FRAMES - len(contoured)]
+    return sorted([*contoured, *others]), set(contoured)
+
+
+def _outlines(axes: Any, classes: np.ndarray, box: tuple[float, float, float, float]) -> None:
     ny, nx = classes.shape
     x = box[0] + (np.arange(nx) + 0.5) / nx * (box[1] - box[0])
     y = box[3] - (np.arange(ny) + 0.5) / ny * (box[3] - box[2])
     for value, colour in CLASS_COLOURS.items():
         inside = classes == value
         if inside.any() and not inside.all():
-            axes.contour(x, y, inside.astype(float), levels=[0.5], colors=[colour], linewidths=0.7)
-    if (classes == UNLABELLED).all():
-        axes.text(box[1], box[2], "no contours", fontsize=4, color="#c8ccd0", ha="right", va="bottom")
+            axes.contour(x, y, inside.astype(float), levels=[0.5], colors=[colour], linewidths=0.6)
 
 
 def _caption(split: str, study: Study) -> str:
@@ -180,11 +192,8 @@ def _caption(split: str, study: Study) -> str:
     said = [study.subject_id, split]
     if "male" in known:
         said.append("male" if known["male"] else "female")
-    said += [
-        f"{n} {known[key]:.0f}"
-        for n, key in (("EF", "lvef_pct"), ("EDV", "lvedv_ml"), ("LVM", "lvm_g"))
-        if key in known
-    ]
+    numbers = {"EF": "lvef_pct", "EDV": "lvedv_ml", "LVM": "lvm_g"}
+    said += [f"{name} {known[key]:.0f}" for name, key in numbers.items() if key in known]
     return ", ".join([*said, *(name for name in DISEASES if known.get(name) == 1)])
 
 
@@ -192,9 +201,10 @@ def _caption(split: str, study: Study) -> str:
 
 
 def _title(name: str) -> str:
-    unit = PHENOTYPES.get(name)
-    ending = {"mL": "_ml", "%": "_pct", "L/min": "_l_min", "g": "_g", "mm": "_mm"}.get(unit or "", "")
-    return f"{name.removesuffix(ending).replace('_', ' ')} ({unit})" if unit else name.replace("_", " ")
+    unit = (PHENOTYPES | COVARIATES)[name]
+    endings = {"mL": "_ml", "%": "_pct", "L/min": "_l_min", "g": "_g", "mm": "_mm"}
+    endings |= {"years": "_y", "m2": "_m2", "1/min": "_bpm"}
+    return f"{name.removesuffix(endings.get(unit, '')).replace('_', ' ')} ({unit})"
 
 
 def _histogram(
