@@ -273,6 +273,12 @@ def _energy(stored: np.ndarray, what: str, findings: Findings) -> float:
     return worst
 
 
+def _sum_of_squares(values: np.ndarray) -> float:
+    """Of complex64 ``coil t y x``: float32 within a frame, float64 over all."""
+    frames = values.reshape(-1, values.shape[-2] * values.shape[-1])
+    return math.fsum(float(np.vdot(frame, frame).real) for frame in frames)
+
+
 def _segmentation(table: pa.Table, row: int, view: str, shape: tuple[int, ...], what: str, findings: Findings) -> None:
     content = table.column(f"segmentation_{view}")[row].as_py()
     contoured = table.column(f"contoured_{view}")[row].as_py()
