@@ -53,7 +53,7 @@ def write(
     task = writing.WriteShards(root, writing.shard_jobs(assigned, s.rows), list(ids), make, s, source)
     manifest, refused, cost = pipeline.write_dataset(task, Bar(f"{what}: subjects"))
     seconds = time.perf_counter() - began
-    _say_refused(what, root, refused, len(ids))
+    _say_refused(what, refused, len(ids))
     said = summary(root, manifest) | {"seconds": round(seconds, 1)}
     if cost.subjects:
         frames = cost.subjects * _frames(manifest)
@@ -92,11 +92,9 @@ def _reused(what: str, root: str, source: str) -> tuple[shards.Manifest, dict[st
     return manifest, summary(root, manifest) | {"reused": True}
 
 
-def _say_refused(what: str, root: str, refused: Sequence[dict[str, str]], subjects: int) -> None:
+def _say_refused(what: str, refused: Sequence[dict[str, str]], subjects: int) -> None:
     if refused:
-        print(
-            f"{what}: refused {len(refused)} of {subjects} subjects, listed in {storage.shown(root)}/{writing.REPORT}:"
-        )
+        print(f"{what}: refused {len(refused)} of {subjects} subjects, all of them in {writing.REPORT}:")
         for line in writing.reasons(refused):
             print(f"  {line}")
 

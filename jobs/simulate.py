@@ -17,6 +17,8 @@ from jobs._main import main, recipe_config
 from kmtr.config import RunConfig
 from kmtr.data import splits
 from kmtr.physics import phantom
+from kmtr.physics.labels import labels
+from kmtr.physics.population import anatomy
 from kmtr.types import Study
 
 
@@ -30,6 +32,9 @@ def simulated(item: int, config: RunConfig) -> Study:
         frames=config.data.frames,
         matrix=config.data.matrix,
         snr_db=config.simulate.snr_db,
+        difficulty=config.simulate.difficulty,
+        coils=config.simulate.coils,
+        oversampling=config.simulate.oversampling,
     )
 
 
@@ -46,7 +51,7 @@ def made_by(config: RunConfig) -> str:
 def strata(config: RunConfig) -> list[str]:
     """Sex and diseases of every subject, known without its images."""
     s = config.simulate
-    return [splits.stratum(phantom.labels(phantom.anatomy(i, seed=s.seed))) for i in range(s.subjects)]
+    return [splits.stratum(labels(anatomy(i, seed=s.seed))) for i in range(s.subjects)]
 
 
 def run(words: list[str]) -> dict[str, Any]:

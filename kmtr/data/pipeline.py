@@ -351,6 +351,22 @@ def write_dataset(
     return *writing.complete(write, parts), cost
 
 
+@dataclasses.dataclass(frozen=True)
+class _WriteTask:
+    """What a task of Ray Data does: numbers of missing shards in, what became of them out."""
+
+    write: writing.WriteShards
+    missing: Sequence[int]
+    journal: RemoteJournal
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        results = []
+        for number in block["id"]:
+            shard, summary, cost = self.write(self.missing[number], self.journal)
+            results.append(json.dumps([dataclasses.asdict(shard), summary, dataclasses.asdict(cost)]))
+        return {"number": [self.missing[number] for number in block["id"]], "result": results}
+
+
 def _written(
     write: writing.WriteShards, missing: Sequence[int], progress: Callable[[int], None]
 ) -> Iterator[tuple[int, tuple[shards.Shard, dict[str, Any]], writing.Cost]]:
@@ -361,18 +377,12 @@ def _written(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # ends with the job only
     ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
-    def task(block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        results = []
-        for number in block["id"]:
-            shard, summary, cost = write(missing[number], RemoteJournal(ledger))
-            results.append(json.dumps([dataclasses.asdict(shard), summary, dataclasses.asdict(cost)]))
-        return {"number": [missing[n] for n in block["id"]], "result": results}
-
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    task = _WriteTask(write, missing, RemoteJournal(ledger))
     dataset = ray.data.range(len(missing), override_num_blocks=min(len(missing), MAX_BLOCKS)).map_batches(
-        task, batch_size=1, num_cpus=1
+        task.__call__, batch_size=1, num_cpus=1
     )
     with _every_second(lambda: progress(ray.get(ledger.count.remote()))):
         try:

@@ -170,7 +170,7 @@ def reason_of(error: Exception, subject_id: str) -> str:
     """Why a subject was refused, in one line. What an unforeseen error says stays out: it may name patient or path."""
     if isinstance(error, KmtrError):
         return " ".join(str(error).split()).removeprefix(f"{subject_id}: ")
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without our own call
     ours = [frame for frame in frames if "kmtr" in frame.filename.split("/")] or frames
     place = f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}"
     return f"{type(error).__name__} at {place}: an error that the reader does not foresee; please report it"
@@ -203,9 +203,7 @@ def complete(
     storage.write_atomic(store, f"{base}/{REPORT}", json.dumps(report, indent=1).encode())
     if not any(shard.rows for shard, _ in ordered):
         first = f"{refused[0]['subject']}: {refused[0]['reason']}" if refused else "got none"
-        raise InputError(
-            f"expected at least one subject that can be read, {len(refused)} were refused; the first: {first}"
-        )
+        raise InputError(f"expected at least one subject that can be read, {len(refused)} refused; the first: {first}")
     _sweep(store, base)
     return shards.write_manifest(write.root, ordered, write.settings.dtype, write.source), refused
 
