@@ -106,10 +106,12 @@ for name, said, build in (
     ("infinity", "finite", lambda f: mat(f, changed((0, 0, 0, 0, 0), np.inf))),
     ("lines_and_samples_exchanged", "ky and kx are exchanged", lambda f: mat(f, FULL * (np.arange(16) % 3 == 0))),
     ("pseudo_radial", "pseudo-radial", lambda f: mat(f, FULL * (RNG.random((12, 16)) < 0.4))),
+    ("v5_name_that_is_none", "a name that is none", lambda f: renamed(v5u(f), b"kspace", b"k\nx\x00\xff!")),
     ("ambiguous_axes", "give axes=", lambda f: mat(f, complex_array(RNG, 3, 12, 2, 16, 4))),
     ("seven_dimensions", "give axes=", lambda f: mat(f, complex_array(RNG, 1, 1, 1, 1, 2, 8, 9))),
     ("missing_frame", "no line of slice 1, frame 2", lambda f: mat(f, changed((2, 1), 0) * LINES[:, None])),
     ("slice_copied", "slices 0 and 1 hold the same", lambda f: mat(f, np.repeat(FULL[:, :1], 2, 1))),
+    ("name_of_many_lines", "got no array at all", lambda f: mat(f, key="kspace\nTraceback")),
     ("no_slices", "expected an array that holds something", lambda f: mat(f, FULL[:, :0])),
     ("text_as_kspace", "expected an array of numbers",
      lambda f: hdf5(f, lambda h: h.create_dataset("kspace", data="x"))),
@@ -202,18 +204,35 @@ def pattern_of_another(folder: Path) -> Path:
     return path
 
 
-@bad("cmrxrecon", "compressed variable is larger")
+@bad("cmrxrecon", "a part larger than its array")
 def v5_that_inflates(folder: Path) -> Path:
-    """One compressed element whose array says 2 x 2 and whose numbers go on for 160 MB."""
+    """One compressed variable whose shape is 2 x 2 and whose numbers go on for 160 MB."""
+    head = v5(folder, kspace=np.ones((2, 2))).read_bytes()[:128]
+    shape = struct.pack("<IIII", 6, 8, 6, 0) + struct.pack("<IIii", 5, 8, 2, 2)
+    numbers = struct.pack("<II6s2x", 1, 6, b"kspace") + struct.pack("<II", 9, LARGE) + bytes(LARGE)
+    packed = zlib.compress(struct.pack("<II", 14, len(shape + numbers)) + shape + numbers, 1)
+    return written(folder / "cine_sax.mat", head + struct.pack("<II", 15, len(packed)) + packed)
+
+
+@bad("cmrxrecon", "no array|cannot be read")
+def v5_that_is_not_what_it_says(folder: Path) -> Path:
     head = v5(folder, kspace=np.ones((2, 2))).read_bytes()[:128]
     return written(folder / "cine_sax.mat", head + struct.pack("<II", 15, len(BOMB)) + BOMB)
 
 
+def v5u(folder: Path) -> Path:
+    """Not compressed, of 1357 x 2."""
+    scipy.io.savemat(folder / "cine_sax.mat", {"kspace": np.ones((1357, 2), complex)})
+    return folder / "cine_sax.mat"
+
+
+def renamed(path: Path, old: bytes, new: bytes) -> Path:
+    return written(path, path.read_bytes().replace(old, new, 1))
+
+
 @bad("cmrxrecon", "raise ingest.gib")
 def v5_claims_terabytes(folder: Path) -> Path:
-    path = folder / "cine_sax.mat"
-    scipy.io.savemat(path, {"kspace": np.ones((1357, 2), complex)})
-    return written(path, path.read_bytes().replace(struct.pack("<i", 1357), struct.pack("<i", 1 << 30), 1))
+    return renamed(v5u(folder), struct.pack("<i", 1357), struct.pack("<i", 1 << 30))
 
 
 # ISMRMRD
@@ -325,7 +344,9 @@ for name, said, build in (
     ("slice_copied_elsewhere", "hold the same samples", lambda f: mrd(f, kspace=np.repeat(KSPACE[:1], 2, 0))),
     ("mixed_spacing", "10.0 to 20.0 mm apart",
      lambda f: mrd(f, lambda h: h | {"position": SPREAD[h["slice"]]}, kspace=complex_array(RNG, 3, *SHAPE[1:]))),
-    ("tilted_slices", "parallel", lambda f: mrd(f, lambda h: h | {"slice_dir": (0, h["slice"], 1)})),
+    ("tilted_slices", "parallel",
+     lambda f: mrd(f, lambda h: h | {"slice_dir": (0.0, 0.6, 0.8) if h["slice"] else (0, 0, 1)})),
+    ("normal_of_no_direction", "of length 1", lambda f: mrd(f, lambda h: h | {"slice_dir": (0, 0, 0)})),
     ("position_of_no_place", "numbers that are none", lambda f: mrd(f, lambda h: h | {"position": (np.inf, 1, 1)})),
     ("moving_slice", "at several places", lambda f: mrd(f, with_(position=(0, 0, 90)))),
     ("two_contrasts", "2 contrasts", lambda f: mrd(f, with_(contrast=1))),
