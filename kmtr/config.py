@@ -133,6 +133,7 @@ class Model(Section):
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
     normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
 
     @pydantic.model_validator(mode="after")
@@ -150,7 +151,7 @@ class Reconstruct(Section):
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
     image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
-    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
 
 
 class Align(Section):
@@ -161,14 +162,23 @@ class Align(Section):
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
     reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
+    guard: bool = Field(
+        True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
+    )
+    tolerance: float = Field(0.03, ge=0, description="R2 that a probe may lose before the guard stops")
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
-    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then cosine to zero")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
 
 
 class Optimizer(Section):
     weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices (not of biases, norms, tables)")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")
+    schedule: Literal["cosine", "plateau"] = Field(
+        "cosine", description="after the warm-up: cosine to zero, or a plateau with a cooldown, the same however long"
+    )
+    cooldown: float = Field(0.2, gt=0, le=1, description="last share of the steps, linear to zero, of a plateau")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the one above it")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
 
 

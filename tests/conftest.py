@@ -44,6 +44,7 @@ SMALL = {
     "reconstruct.warmup_steps": 1,
     "align.steps": 2,
     "align.warmup_steps": 1,
+    "align.guard": False,
     "train.log_every": 1,
     "train.checkpoint_every": 2,
     "train.eval_every": 2,

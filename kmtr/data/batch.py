@@ -297,7 +297,8 @@ def collate(
         real: see `HostBatch`; all of these samples where not given.
         pin: page-locked memory, for a copy to the device that does not wait.
     """
-    data = config.data
+    patterns.check(config)
+    data, table = config.data, patterns.table(config.sampling)
     shape = full_shape(data) if shape is None else shape
     sax, coils, frames, ny, nx = shape
     meta, slots = samples.meta, slots_of(data, sax)
@@ -349,6 +350,8 @@ def collate(
             extent[row, where] = seen
             padded[row, where, : len(t)] = False
             if packed is None:
+                if table is not None:
+                    patterns.check_lines(table, view, lines)
                 acquired[row, where, : len(t), y0 : y0 + lines] = True
             else:
                 pattern = shards.unpack(packed, (source[0], source[2], source[3]))

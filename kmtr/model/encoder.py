@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kmtr.config import Data, Model
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
@@ -96,7 +97,7 @@ class Encoder(nn.Module):
     def __init__(self, grid: Grid, embed: nn.Module, model: Model):
         super().__init__()
         width, heads = model.width, model.width // model.head_width
-        self.grid_shape = grid.shape
+        self.grid_shape, self.checkpointing = grid.shape, model.checkpointing
         self.embed = embed
         self.position = Position(grid, width)
         self.blocks = nn.ModuleList(Block(width, heads, model.mlp_ratio) for _ in range(model.depth))
@@ -107,7 +108,11 @@ class Encoder(nn.Module):
     def forward(self, tokens: Tokens, absent: Bool[Tensor, "batch slice t"]) -> Encoded:
         x = self.embed(tokens.values, tokens.index) + self.position(tokens.index)
         for block in self.blocks:
-            x = block(x, tokens.padded)
+            if self.checkpointing and torch.is_grad_enabled():
+                # The reentrant kind would end a weight's gradient twice where an encoder runs twice in a step (ZeRO-3).
+                x = checkpoint(block, x, tokens.padded, use_reentrant=False)
+            else:
+                x = block(x, tokens.padded)
         x = self.norm(x)
         slices, frames = self.grid_shape
         cell = tokens.index[..., 0] * frames + tokens.index[..., 1]

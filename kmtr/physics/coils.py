@@ -1,4 +1,8 @@
-"""What the receiver adds to an image: a smooth phase, and the sensitivities of its coils.
+"""Receiver coils: the phase and the sensitivities that they give to an image, and the ways back to fewer coils or one.
+
+    acquired:   mix (prewhitening), compress (virtual coils), combined
+    images:     adaptive_sensitivities, combine, root_sum_of_squares
+    simulated:  phase_map, sensitivities
 
 Positions are in halves of the field of view, so that the image covers [-1, 1] along either axis and pixel n // 2 sits
 at 0: a map is the same function of position at every matrix size.
@@ -9,8 +13,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy.ndimage import uniform_filter
 from scipy.special import ellipe, ellipkm1
 
+from kmtr.physics.fourier import fft2c, ifft2c
 from kmtr.physics.noise import Purpose, generator
 from kmtr.types import InputError
 
@@ -67,6 +73,92 @@ def sensitivities(matrix: tuple[int, int], coils: int, *, seed: int, subject: in
     fields = [_loop_field(points - c, n, radius) for c, n in zip(centres, normals, strict=True)]
     maps = np.stack([field[..., 0] - 1j * field[..., 1] for field in fields])
     return (maps / np.sqrt((np.abs(maps) ** 2).sum(0))).astype(np.complex64)
+
+
+def mix(kspace: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Other coils as weighted sums of these: complex64 ``slice coil t ky kx`` by ``new coil`` or ``slice new coil``.
+
+    Its adjoint is mixing by the matrix's conjugate transpose.
+    """
+    flat = kspace.reshape(*kspace.shape[:2], -1)
+    return (matrix.astype(np.complex64) @ flat).reshape(len(kspace), matrix.shape[-2], *kspace.shape[2:])
+
+
+def compress(kspace: np.ndarray, sampled: np.ndarray | None, coils: int) -> np.ndarray:
+    """The most energetic `coils` virtual coils of each slice, complex64 ``slice coil t ky kx``; never more than given.
+
+    Each slice's coils are projected on their leading principal directions, told by its acquired lines alone (Huang
+    2008, "A software channel compression technique"). What is left out is orthogonal to what stays, and
+    white noise stays white. A direction has no phase of its own, so its largest weight is real and positive: the same
+    study always gives the same virtual coils.
+
+    Args:
+        sampled: acquired lines, bool ``slice t ky``; None: all.
+    """
+    if coils >= kspace.shape[1]:
+        return kspace
+    matrices = []
+    for n, slice_ in enumerate(kspace):
+        lines = slice_.reshape(len(slice_), -1) if sampled is None else slice_[:, sampled[n]].reshape(len(slice_), -1)
+        _, vectors = np.linalg.eigh((lines @ lines.conj().T).astype(np.complex128))
+        leading = vectors[:, ::-1][:, :coils]
+        largest = np.take_along_axis(leading, np.abs(leading).argmax(0)[None], 0)
+        matrices.append((leading * np.exp(-1j * np.angle(largest))).conj().T)
+    return mix(kspace, np.stack(matrices))
+
+
+def combined(kspace: np.ndarray) -> np.ndarray:
+    """One coil, complex64 ``slice 1 t ky kx``, of fully sampled k-space: its adaptive combination, frames sharing maps.
+
+    Unlike the one virtual coil of `compress` it loses no part of the image that other coils see. It needs all lines,
+    since sensitivities multiply the image.
+    """
+    joined = np.empty((len(kspace), 1, *kspace.shape[2:]), np.complex64)
+    for slice_, out in zip(kspace, joined, strict=True):
+        images = ifft2c(slice_)
+        out[0] = fft2c(combine(images, adaptive_sensitivities(images)[:, None]))
+    return joined
+
+
+def adaptive_sensitivities(images: np.ndarray, window: int = 5) -> np.ndarray:
+    """Sensitivities told from the images alone, complex64 ``coil y x``; the sum of squares is 1 in each pixel.
+
+    The leading eigenvector of the coils' correlations over all frames and `window` x `window` pixels (Walsh, Gmitro and
+    Marcellin 2000), by power iteration. Its phase is free in each pixel: that of the coil of most energy is taken off,
+    so that the combined image has that coil's phase.
+
+    Args:
+        images: complex ``coil t y x``.
+    """
+    coils = len(images)
+    correlation = np.empty((*images.shape[2:], coils, coils), np.complex64)
+    for a in range(coils):
+        for b in range(a + 1):
+            product = (images[a] * images[b].conj()).sum(0)
+            smooth = uniform_filter(product.real, window) + 1j * uniform_filter(product.imag, window)
+            correlation[..., a, b], correlation[..., b, a] = smooth, smooth.conj()
+    reference = int(np.abs(images).sum((1, 2, 3)).argmax())
+    vector = correlation[..., reference, None]  # never orthogonal to the answer where the reference coil sees anything
+    for _ in range(8):
+        length = np.linalg.norm(vector, axis=-2, keepdims=True)
+        vector = correlation @ (vector / np.where(length > 0, length, 1))
+    maps = np.moveaxis(vector[..., 0], -1, 0)
+    maps = maps * np.exp(-1j * np.angle(maps[reference]))
+    length = np.linalg.norm(maps, axis=0)
+    return np.where(length > 0, maps / np.where(length > 0, length, 1), 1 / math.sqrt(coils)).astype(np.complex64)
+
+
+def combine(images: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Sum over the first axis, weighted by sensitivities: the SNR is the highest where noise is white (Roemer 1990).
+
+    The adjoint of multiplying by `maps`, and for maps of unit sum of squares its inverse.
+    """
+    return (maps.conj() * images).sum(0)
+
+
+def root_sum_of_squares(images: np.ndarray) -> np.ndarray:
+    """Magnitude over all coils, the first axis."""
+    return np.sqrt((images.real**2 + images.imag**2).sum(0))
 
 
 def _positions(matrix: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

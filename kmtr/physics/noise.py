@@ -23,6 +23,10 @@ class Purpose(IntEnum):
     SLICE_IN_ARRAY = 6
 
 
+LEAST_OWN_NOISE = 1e-6
+"""Share of a coil's noise power that no sum of the others may explain: below it is rounding, to be blown up."""
+
+
 def generator(
     seed: int,
     subject: int,
@@ -96,11 +100,27 @@ def add_noise(kspace: np.ndarray, snr_db: float, *, seed: int, subject: int, sli
     return noise
 
 
-def whitening(noise: np.ndarray) -> np.ndarray:
-    """Complex ``coil coil`` W such that ``W @ noise`` has identity covariance: the inverse of its Cholesky factor."""
-    if noise.ndim != 2 or noise.shape[1] < 2 * noise.shape[0]:
-        raise InputError(f"noise: expected at least two samples per coil, coil sample, got {noise.shape}")
-    try:
-        return np.linalg.inv(np.linalg.cholesky(noise @ noise.conj().T / noise.shape[1]))
-    except np.linalg.LinAlgError:
-        raise InputError("noise: its covariance is singular; is a channel dead or doubled?") from None
+def whitening(samples: np.ndarray) -> np.ndarray:
+    """The matrix, complex64 ``coil coil``, that makes noise white: mixed by it, covariance is the identity.
+
+    Inverse of the covariance's Cholesky factor, W C W^H = 1 (Pruessmann 2001), as in the tools of ISMRMRD and in
+    Gadgetron. Lower triangular: coil n becomes a sum of coils up to n. Images are in units of SNR only if noise and
+    signal were sampled with the same bandwidth; else they are off by one factor that all coils share.
+
+    Args:
+        samples: complex ``coil sample`` without signal, of mean zero.
+
+    Raises:
+        InputError: fewer samples than twice the coils, values that are not finite, or a coil that is silent or says
+            what others say.
+    """
+    if samples.ndim != 2 or samples.shape[1] < 2 * samples.shape[0]:
+        raise InputError(f"noise: expected coil sample, at least two samples per coil, got {samples.shape}")
+    values = samples.astype(np.complex128)
+    covariance = values @ values.conj().T / values.shape[1]
+    level = np.sqrt(covariance.diagonal().real)
+    if not np.isfinite(covariance).all() or not level.all():
+        raise InputError("noise: expected finite noise in every coil, got a silent coil, or NaN or infinity")
+    if np.linalg.eigvalsh(covariance / np.outer(level, level))[0] < LEAST_OWN_NOISE:
+        raise InputError("noise: expected coils with noise of their own, got one that is a sum of others (doubled?)")
+    return np.linalg.inv(np.linalg.cholesky(covariance)).astype(np.complex64)

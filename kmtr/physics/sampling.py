@@ -257,16 +257,15 @@ def true_acceleration(
     Args:
         existing: lines that a fully sampled scan would have; None: all.
     """
-    return (sampled.numel() if existing is None else existing.sum()) / sampled.sum()
+    return (torch.ones_like(sampled) if existing is None else existing).sum().double() / sampled.sum()
 
 
 def measured_acs_lines(sampled: Bool[Tensor, "*rest ky"]) -> int:
     """Lines around the centre ``n // 2``, without a gap, that every frame samples; 0 where not even the centre is."""
     always = sampled.flatten(0, -2).all(0)
     centre = len(always) // 2
-    return int(always[centre:].long().cumprod(0).sum() + always[:centre].flip(0).long().cumprod(0).sum()) * int(
-        always[centre]
-    )
+    after, before = (int(part.long().cumprod(0).sum()) for part in (always[centre:], always[:centre].flip(0)))
+    return after + before if after else 0
 
 
 def _own(lines: Int[Tensor, " batch"], size: int) -> tuple[Int[Tensor, " ky"], Bool[Tensor, "batch ky"]]:

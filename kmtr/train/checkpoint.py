@@ -2,7 +2,7 @@
 
 engine/                DeepSpeed's shards, one set per worker
 encoder/               the exported k-space encoder (safetensors + JSON), without optimizer
-progress.json          step, workers and ZeRO stage that wrote it
+progress.json          step, what the guard knows, workers and ZeRO stage that wrote it
 sha256-rankNN.json     hashes of the files of one worker
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,23 +32,23 @@ def save(
     engine: ShardedEngine,
     config: RunConfig,
     tables: dict[str, torch.Tensor],
-    step: int,
+    progress: dict[str, Any],
     rank: int,
     world: int,
 ) -> None:
-    """Write this worker's part of the checkpoint after `step` updates."""
+    """Write this worker's part of the checkpoint; `progress` is what `restore` returns, with the ``step`` in it."""
     engine.save(str(folder))
     weights = engine.weights("kspace_encoder")
     if rank == 0:
         export_encoder(folder / "encoder", config, weights, tables)
-        progress = {"step": step, "workers": world, "zero_stage": config.train.zero_stage}
+        progress = progress | {"workers": world, "zero_stage": config.train.zero_stage}
         (folder / PROGRESS).write_text(json.dumps(progress))
     hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / f"sha256-rank{rank:02d}.json").write_text(json.dumps(hashes))
 
 
-def restore(folder: Path, engine: ShardedEngine, config: RunConfig, world: int) -> int:
-    """Load a checkpoint and return its step.
+def restore(folder: Path, engine: ShardedEngine, config: RunConfig, world: int) -> dict[str, Any]:
+    """Load a checkpoint and return its progress.
 
     Raises:
         CheckpointError: a file is missing or changed, or another number of workers or ZeRO stage wrote it.
@@ -70,7 +71,7 @@ def restore(folder: Path, engine: ShardedEngine, config: RunConfig, world: int) 
             if not (folder / name).is_file() or _sha256(folder / name) != digest:
                 raise CheckpointError(f"checkpoint at step {progress['step']}: {name} is missing or changed; refused")
     engine.load(str(folder))
-    return int(progress["step"])
+    return dict(progress)
 
 
 def _sha256(path: Path) -> str:

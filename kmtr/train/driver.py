@@ -18,7 +18,7 @@ from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data import pipeline, statistics, storage
 from kmtr.data.reader import Dataset
-from kmtr.train.loop import train_worker
+from kmtr.train.loop import RECONSTRUCT_ENCODER, train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
 
@@ -36,7 +36,8 @@ class Outcome:
         name: of the run, its folder in storage.root.
         folder: everything that the run wrote.
         encoder: folder of the exported encoder, for `kmtr.load_encoder`.
-        metrics: of the last validation, and ``step``.
+        metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
+            alignment) encoder and metrics are those of stage b's end.
         reused: it was finished before; nothing was trained.
     """
 
@@ -186,7 +187,7 @@ def fit(
             raise KmtrError(f"run {name}: it ended without a checkpoint")
         encoder = folder / "encoder"
         with result.checkpoint.as_directory() as last:
-            _copy_tree(Path(last) / "encoder", encoder)
+            _copy_tree(folder / RECONSTRUCT_ENCODER if returned["stopped"] else Path(last) / "encoder", encoder)
         spooled = tracking.Spool(spool, uri, run_id)
         for file in sorted(encoder.iterdir()):
             spooled.artifact(file, "encoder")
@@ -195,6 +196,8 @@ def fit(
         if unsent:
             log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, spool)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
+        if returned["stopped"]:
+            metrics["align_stopped"] = metrics["step"]
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
         (folder / f"{RESULT}.tmp").write_text(json.dumps(asdict(outcome)))
         os.replace(folder / f"{RESULT}.tmp", folder / RESULT)

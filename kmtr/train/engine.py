@@ -30,19 +30,33 @@ def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Groups by domain and decay: matrices decay; biases, norms, gates and embeddings of view types do not.
+    """Groups by domain, decay and share of the learning rate.
 
-    The heads of alignment count as k-space: they learn also where the image encoder is a frozen teacher.
+    Matrices decay; biases, norms, gates and embeddings of view types do not. The heads of alignment count as k-space:
+    they learn also where the image encoder is a frozen teacher. With `optimizer.layer_decay` d, block l of an encoder's
+    L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the whole.
     """
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(("gate", "view.weight"))
         domain = "image" if name.startswith(("image_encoder", "image_decoder")) else "kspace"
-        groups.setdefault((domain, decays), []).append(parameter)
+        share = config.optimizer.layer_decay ** (config.model.depth - _block(name, config.model.depth))
+        groups.setdefault((domain, decays, share), []).append(parameter)
+    weight_decay = config.optimizer.weight_decay
     return [
-        {"params": members, "domain": domain, "weight_decay": config.optimizer.weight_decay if decays else 0.0}
-        for (domain, decays), members in groups.items()
+        {"params": members, "domain": domain, "share": share, "weight_decay": weight_decay if decays else 0.0}
+        for (domain, decays, share), members in groups.items()
     ]
+
+
+def _block(name: str, depth: int) -> int:
+    """Number of the encoder's block that a parameter belongs to: -1 before them, `depth` behind them and elsewhere."""
+    encoder, _, rest = name.partition(".")
+    if encoder not in ("kspace_encoder", "image_encoder"):
+        return depth
+    if rest.startswith(("embed.", "position.")):
+        return -1
+    return int(rest.split(".")[1]) if rest.startswith("blocks.") else depth
 
 
 def stage_of(config: RunConfig, step: int) -> tuple[str, int]:
@@ -53,10 +67,17 @@ def stage_of(config: RunConfig, step: int) -> tuple[str, int]:
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up, then cosine to zero; every stage has its own."""
+    """Linear warm-up, then the schedule; every stage has its own.
+
+    ``cosine`` falls to zero. ``plateau`` stays, and falls linearly over the last `optimizer.cooldown` of its steps: up
+    to there it is the same for a run of any length (warmup-stable-decay, Hu 2024).
+    """
     stage, local = stage_of(config, step)
     part = config.reconstruct if stage == "reconstruct" else config.align
     warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
+    if config.optimizer.schedule == "plateau":
+        left = (part.steps - local) / max(config.optimizer.cooldown * part.steps, 1)
+        return part.learning_rate * min(warm, left)
     share = max(0.0, local - part.warmup_steps) / max(part.steps - part.warmup_steps, 1)
     return part.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
@@ -97,7 +118,8 @@ class ShardedEngine:
     def update(self, rate: float, freeze_images: bool) -> None:
         """Change the weights by what `backward` accumulated, at this learning rate."""
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0 if freeze_images and group["domain"] == "image" else rate
+            frozen = freeze_images and group["domain"] == "image"
+            group["lr"] = 0.0 if frozen else rate * group["share"]
         self.wrapped.step()
         self._pending = False
 

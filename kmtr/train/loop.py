@@ -21,12 +21,16 @@ from kmtr.config import RunConfig, from_json
 from kmtr.data import pipeline
 from kmtr.data.batch import Batch, HostBatch
 from kmtr.data.reader import Dataset
+from kmtr.encoder import export_encoder
 from kmtr.objectives import STAGES, Preparer, Pretraining, Step
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, validation
+from kmtr.train import checkpoint, guard, validation
 from kmtr.train.engine import ShardedEngine, learning_rate, stage_of
 from kmtr.train.progress import Sender
 from kmtr.types import KmtrError
+
+RECONSTRUCT_ENCODER = "encoder-reconstruct"
+"""Folder in the run's: the encoder as stage b left it."""
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +67,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             folder), ``progress`` (name of the progress actor).
 
     Returns:
-        ``metrics`` of the last validation, ``step``, and ``unsent``: records that tracking could not send yet.
+        ``metrics`` of the last validation; ``step``; ``stopped``: the guard ended alignment, so the metrics are those
+        of stage b's end, whose encoder is to be used; ``unsent``: records that tracking could not send yet.
 
     Raises:
         KmtrError: on all workers together: damaged data, a loss that is not finite (before it changed anything), a
@@ -88,12 +93,12 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     engine = ShardedEngine(Pretraining(config), config, world, device)
     validate = validation.Validation(config, dataset, prepare, tables, rank, world, device)
 
-    start = 0
+    progress: dict[str, Any] = {"step": 0, "reference": {}, "stopped": False}
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
             try:
-                start = checkpoint.restore(Path(folder), engine, config, world)
+                progress = checkpoint.restore(Path(folder), engine, config, world)
                 failure = None
             except KmtrError as error:
                 failure = error
@@ -102,11 +107,11 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     tracking = job["tracking"]
     spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if rank == 0 else None
     tell = Sender(job["progress"]) if rank == 0 else None
-    steps = range(start, config.total_steps)
+    steps = range(progress["step"], progress["step"] if progress["stopped"] else config.total_steps)
     batches = pipeline.batches(config, reader, plan, steps, rank, world)
     size = config.data.global_batch // world // config.train.accumulation
     watch = _Watch()
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = progress["reference"] if progress["stopped"] else {}
 
     for step in steps:
         stage, _ = stage_of(config, step)
@@ -147,15 +152,29 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                     path.parent.mkdir(exist_ok=True)
                     figure.savefig(path, dpi=144)
                     spool.artifact(path, "figures")
+            if stage == "align" and config.align.guard:
+                lost = guard.fallen(progress["reference"], metrics, config.align.tolerance)
+                if lost and tell:
+                    tell.put(done, stage, {f"lost/{name.removeprefix('val/')}": loss for name, loss in lost.items()})
+                progress["stopped"] = bool(lost)
             watch.reset()
-        if done % config.train.checkpoint_every == 0 or end_of_stage:
+        if done == config.reconstruct_steps and config.align_steps:
+            progress["reference"] = metrics
+            weights = engine.weights("kspace_encoder")
+            if rank == 0:
+                export_encoder(Path(job["folder"]) / RECONSTRUCT_ENCODER, config, weights, tables)
+        progress["step"] = done
+        if done % config.train.checkpoint_every == 0 or end_of_stage or progress["stopped"]:
             with tempfile.TemporaryDirectory() as folder:
-                checkpoint.save(Path(folder), engine, config, tables, done, rank, world)
+                checkpoint.save(Path(folder), engine, config, tables, progress, rank, world)
                 ray.train.report({"step": done, **metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder))
             watch.reset()
+        if progress["stopped"]:
+            metrics = progress["reference"]
+            break
 
     unsent = spool.close(30.0) if spool else 0
-    return {"metrics": metrics, "step": config.total_steps, "unsent": unsent}
+    return {"metrics": metrics, "step": progress["step"], "stopped": progress["stopped"], "unsent": unsent}
 
 
 def fetch(batches: Iterator[HostBatch]) -> tuple[HostBatch | None, KmtrError | None]:

@@ -118,6 +118,10 @@ class Display:
             text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if k.endswith(("_loss", "_r2")))
             self._line(f"  step {step:>6}  validation   {text}")
             return
+        if any(name.startswith("lost/") for name in metrics):
+            lost = "  ".join(f"{name.removeprefix('lost/')} -{value:.3f}" for name, value in metrics.items())
+            self._line(f"  step {step:>6}  guard        {stage} costs what was learnt ({lost}): stopped, undone")
+            return
         parts = [f"{shown} {metrics[f'{stage}/{n}']:.4f}" for n, shown in SHOWN.items() if f"{stage}/{n}" in metrics]
         speed = f"{metrics['subjects_per_s']:.1f} subjects/s  wait {100 * metrics['data_wait_fraction']:.0f} %"
         text = f"  step {step:>6}/{self.total}  {stage}   {'  '.join(parts)}   {speed}"

@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import nibabel
 import numpy as np
 import pytest
-import scipy.io
 
-from kmtr.data.patterns import read_pattern
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read
 from kmtr.data.sources.cine import orientation, volumes
@@ -317,51 +314,3 @@ def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
         assert "jane" not in message or "jane" in str(source)
     with pytest.raises(InputError, match=pseudonym("jane", b"kmtr")):
         read(discover("nifti", str(tmp_path / "odd"))[0])
-
-
-# Patterns
-
-
-@pytest.mark.parametrize("save", ["v5", "v7.3", "npy"])
-@pytest.mark.parametrize("readout_last", [True, False])
-def test_patterns_in_every_container_and_order(tmp_path: Path, rng, save: str, readout_last: bool) -> None:
-    lines = rng.random((5, 12)) < 0.4
-
-    def stored(pattern: np.ndarray) -> Path:
-        if save == "npy":
-            np.save(tmp_path / "p.npy", pattern)
-            return tmp_path / "p.npy"
-        path = tmp_path / "p.mat"
-        if save == "v5":
-            scipy.io.savemat(path, {"mask": pattern.astype(float)})
-        else:
-            with h5py.File(path, "w") as file:
-                file["mask"] = pattern.astype(float)
-        return path
-
-    series = np.repeat(lines[..., None], 16, -1)  # t ky kx
-    series = series if readout_last else series.T
-    frame = np.repeat(lines[0][:, None], 16, 1)
-    frame = frame if readout_last else frame.T
-    np.testing.assert_array_equal(read_pattern(stored(series)), lines)
-    np.testing.assert_array_equal(read_pattern(stored(frame)), lines[0])
-    np.testing.assert_array_equal(read_pattern(stored(lines[0])), lines[0])
-
-
-def test_patterns_refused(tmp_path: Path, rng) -> None:
-    for array, said in (
-        ((rng.random((12, 16)) < 0.5), "two-dimensional pattern"),
-        ((rng.random((3, 12, 16)) < 0.5), "two-dimensional pattern"),
-        (np.full((12, 16), 0.5), "zeros and ones"),
-        (np.ones((2, 3, 12, 16)), "1 to 3 dimensions"),
-        (np.ones((12, 12, 12)), "fewer frames"),
-        (np.zeros((12, 16)), "only zeros"),
-    ):
-        np.save(tmp_path / "p.npy", array)
-        with pytest.raises(InputError, match=said):
-            read_pattern(tmp_path / "p.npy")
-    np.save(tmp_path / "p.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(InputError, match="plain"):
-        read_pattern(tmp_path / "p.npy")
-    with pytest.raises(InputError, match="found none"):
-        read_pattern(tmp_path / "absent.npy")

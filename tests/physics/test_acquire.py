@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kmtr.physics.acquire import acquire
-from kmtr.physics.coils import _loop_field, phase_map, sensitivities
+from kmtr.physics.coils import _loop_field, combine, phase_map, sensitivities
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.types import InputError
 
@@ -40,6 +40,17 @@ def test_one_coil_without_oversampling_is_the_image_times_its_phase() -> None:
     kspace = acquire(image, coils=1, snr_db=math.inf, oversampling=1.0, **KEY)
     expected = fft2c(image * np.exp(1j * phase_map(SIZE, **KEY)))
     np.testing.assert_allclose(kspace[0], expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("coils", "oversampling"), [(1, 1.0), (6, 1.0), (4, 2.0)])
+def test_the_adjoint_is_the_sensitivity_weighted_image(coils: int, oversampling: float) -> None:
+    rng = np.random.default_rng(2)
+    image = (rng.standard_normal((3, *SIZE)) + 1j * rng.standard_normal((3, *SIZE))).astype(np.complex64)
+    kspace = acquire(image, coils=coils, snr_db=math.inf, oversampling=oversampling, **KEY)
+    other = rng.standard_normal(kspace.shape) + 1j * rng.standard_normal(kspace.shape)
+    receiver = sensitivities(SIZE, coils, **KEY) * np.exp(1j * phase_map(SIZE, **KEY))
+    back = combine(crop_or_pad(ifft2c(other), (24,), (-1,)), receiver[:, None])
+    assert np.vdot(kspace, other) == pytest.approx(np.vdot(image, back), rel=1e-4)
 
 
 def test_an_odd_matrix_keeps_its_centre() -> None:

@@ -79,12 +79,15 @@ def test_zero_stages_workers_and_accumulation_agree(cluster: None, config: RunCo
     base = override(config, {"data.loader": "threads", "reconstruct.steps": 5, "align.steps": 3})
     variants = {f"zero{stage}": override(base, {"train.zero_stage": stage}) for stage in range(4)}
     variants |= {f"accumulation{n}": override(base, {"train.accumulation": n}) for n in (2, 4)}
+    saving = {"train.zero_stage": 3, "model.checkpointing": True, "align.train_image_encoder": False}
+    variants["checkpointing"] = override(base, saving)
     two = run(variants, 2, str(tmp_path / "two"))
     one = run({"one": override(base, {"train.workers": 1})}, 1, str(tmp_path / "one"))["one"]
     assert np.isfinite(one).all()
     assert any(a != b for a, b in pairwise(one[::3])), "the losses must move, else equality says nothing"
     for stage in (1, 2, 3):
         np.testing.assert_allclose(two[f"zero{stage}"], two["zero0"], rtol=1e-5, err_msg=f"ZeRO-{stage}")
+    np.testing.assert_allclose(two["checkpointing"], two["zero0"], rtol=1e-5, err_msg="ZeRO-3, blocks run twice")
     np.testing.assert_allclose(two["zero2"], one, rtol=1e-4, err_msg="two workers against one")
     for n in (2, 4):
         np.testing.assert_allclose(two[f"accumulation{n}"], one, rtol=1e-4, err_msg=f"accumulation {n}")

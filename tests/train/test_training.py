@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
@@ -19,6 +20,7 @@ from kmtr.data.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import driver
+from kmtr.train.loop import RECONSTRUCT_ENCODER
 from kmtr.types import KmtrError
 
 pytestmark = pytest.mark.ray
@@ -92,6 +94,27 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert client(resolved.tracking.uri).list_artifacts(outcome.run_id, "figures")
     inputs = client(resolved.tracking.uri).get_run(outcome.run_id).inputs.dataset_inputs
     assert inputs[0].dataset.digest == dataset.digest[:36]
+
+
+def test_the_guard_ends_alignment_that_costs_what_was_learnt(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+    """A learning rate that wrecks the encoder: what is exported is stage b's."""
+    changes = {
+        "align.guard": True,
+        "align.steps": 20,
+        "align.learning_rate": 0.5,
+        "train.eval_every": 2,
+        "reconstruct.image_weight": 0.0,
+    }
+    wrecked = driver.fit(override(config, changes | {"optimizer.clip_norm": 1e3}), quiet=True)
+    assert 6 < wrecked.metrics["align_stopped"] < 26
+    kept = load_encoder(wrecked.encoder).module.state_dict()
+    for name, weight in load_encoder(Path(wrecked.folder) / RECONSTRUCT_ENCODER).module.state_dict().items():
+        torch.testing.assert_close(kept[name], weight, rtol=0, atol=0)
+    run = client(tracking.tracking_uri(config)).get_run(wrecked.run_id)
+    assert run.info.status == "FINISHED"
+    history = curve(config, wrecked.run_id, "val/probe_r2")
+    assert wrecked.metrics["val/probe_r2"] == pytest.approx(history[6][0])
+    assert max(history) == wrecked.metrics["align_stopped"]
 
 
 def failed(config: RunConfig) -> tuple[str, str]:

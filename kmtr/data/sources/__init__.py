@@ -13,12 +13,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
 FORMATS = {
@@ -57,7 +58,7 @@ class Options:
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
             reader guess wrong (cmrxrecon only). Empty: by the rules.
         oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
-        coils: virtual coils that raw data is compressed to; 0: as acquired.
+        coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
     """
 
@@ -140,9 +141,26 @@ def read(
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
     try:
-        return _reader(item.format).read(item, where, subject_id, options or Options())
+        study = _reader(item.format).read(item, where, subject_id, options or Options())
+        return with_coils(study, options.coils) if options and options.coils else study
     except MemoryError:
         raise InputError(f"{where}: needs more memory than there is; lower ingest.gib to refuse it earlier") from None
+
+
+def with_coils(study: Study, coils: int) -> Study:
+    """The study with at most `coils` virtual coils per slice (`physics.coils`).
+
+    They are the leading principal directions of its acquired lines; one coil of a fully sampled view is the adaptive
+    combination instead, which loses nothing that other coils see.
+    """
+    views = {}
+    for name, view in study.views.items():
+        if coils == 1 < view.kspace.shape[1] and (view.sampled is None or view.sampled.all()):
+            kspace = combined(view.kspace)
+        else:
+            kspace = compress(view.kspace, view.sampled, coils)
+        views[name] = replace(view, kspace=kspace)
+    return replace(study, views=views)
 
 
 def optional(module: str) -> ModuleType:

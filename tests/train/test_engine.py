@@ -1,0 +1,54 @@
+"""What the optimizer is told: who decays, how fast each block learns, and the rate at each step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kmtr.config import RunConfig, override
+from kmtr.objectives import Pretraining
+from kmtr.train.engine import learning_rate, parameter_groups
+
+
+def rates(config: RunConfig) -> dict[str, tuple[float, float]]:
+    """Parameter -> (share of the learning rate, weight decay)."""
+    module = Pretraining(config)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = parameter_groups(module, config)
+    found = {names[id(p)]: (g["share"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(found) == len(names) == sum(len(g["params"]) for g in groups)
+    return found
+
+
+def test_matrices_decay_and_lower_blocks_learn_slower(small: RunConfig) -> None:
+    found = rates(override(small, {"optimizer.layer_decay": 0.5, "model.depth": 3, "optimizer.weight_decay": 0.05}))
+    for domain in ("kspace", "image"):
+        shares = [found[f"{domain}_encoder.{part}"][0] for part in ("position.view.weight", "blocks.0.mlp.0.weight")]
+        shares += [found[f"{domain}_encoder.blocks.{i}.attention.query.weight"][0] for i in (1, 2)]
+        assert shares == [0.5**4, 0.5**3, 0.5**2, 0.5**1]
+        assert found[f"{domain}_encoder.frame_block.mlp.0.weight"] == (1.0, 0.05)
+        assert found[f"{domain}_decoder.blocks.0.mlp.0.bias"] == (1.0, 0.0)
+    assert found["kspace_encoder.embed.linear.linear.weight"] == (0.5**4, 0.05)
+    for name in ("embed.linear.gate", "position.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
+        assert found[f"kspace_encoder.{name}"][1] == 0
+    assert {share for share, _ in rates(small).values()} == {1.0}
+
+
+def test_cosine_of_each_stage(small: RunConfig) -> None:
+    config = override(small, {"reconstruct.steps": 30, "reconstruct.warmup_steps": 10, "align.steps": 5})
+    curve = [learning_rate(config, step) / config.reconstruct.learning_rate for step in range(30)]
+    assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert curve[20] == pytest.approx(0.5)
+    assert curve[10:] == sorted(curve[10:], reverse=True)
+    assert 0 < curve[-1] < 0.01
+    assert learning_rate(config, 30) == pytest.approx(config.align.learning_rate)  # its warm-up is one step
+
+
+def test_a_plateau_is_the_same_however_long_the_run(small: RunConfig) -> None:
+    changes = {"optimizer.schedule": "plateau", "optimizer.cooldown": 0.25, "reconstruct.warmup_steps": 4}
+    short, long = (override(small, changes | {"reconstruct.steps": n}) for n in (40, 400))
+    rate = short.reconstruct.learning_rate
+    assert [learning_rate(short, i) for i in range(30)] == [learning_rate(long, i) for i in range(30)]
+    assert learning_rate(short, 29) == rate
+    falling = torch.tensor([learning_rate(short, i) / rate for i in range(30, 40)])
+    torch.testing.assert_close(falling, torch.arange(10, 0, -1) / 10)
