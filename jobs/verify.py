@@ -94,9 +94,8 @@ def _row_groups(store: Any, path: str, shard: shards.Shard) -> str:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             if (file.metadata.num_rows, file.num_row_groups) != (shard.rows, shard.row_groups):
                 return f"{file.num_row_groups} row groups of {file.metadata.num_rows} rows"
-            version = (file.schema_arrow.metadata or {}).get(b"kmtr.schema_version", b"none").decode()
-            if version not in map(str, range(1, shards.SCHEMA_VERSION + 1)):
-                return f"all row groups of schema version {version}"
+            if wrong := shards.check_version(file.schema_arrow.metadata):
+                return f"all row groups of {wrong}"
             for group in range(file.num_row_groups):
                 try:
                     file.read_row_group(group, use_threads=False)

@@ -18,7 +18,7 @@ UNLABELLED as a whole. In a frame that lacks one of the view's classes (Sunnybro
 end-diastole only) whatever is not contoured is UNLABELLED too: it may be that class.
 
 The k-space is the Fourier transform of the magnitude, cropped to `matrix` where asked, times a smooth random phase that
-all frames of a slice share (`kmtr.physics.coils.phase_map`), a pure function of (seed, subject, slice).
+all frames of a slice share (`kmtr.physics.acquire`), a pure function of (seed, subject, slice).
 The FFT of a cropped magnitude has no physical field of view: it belongs to no acquisition that a scanner could run.
 All slices of the source are kept; training takes `data.sax_slices` of them evenly, neither the outermost base nor apex.
 """
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kmtr.data.sources import Options
-from kmtr.physics.coils import phase_map
-from kmtr.physics.fourier import crop_or_pad, fft2c
+from kmtr.physics.acquire import acquire
+from kmtr.physics.fourier import crop_or_pad
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
 
 LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA = range(1, len(SEGMENTATION_CLASSES))
@@ -40,6 +40,9 @@ MYOCARDIAL_DENSITY_G_ML = 1.05
 
 FRAME_TIME_S = (0.005, 0.2)
 """Plausible time between two frames of a cine; other values in a header are place holders."""
+
+SLICES_OF_A_VIEW = 1024
+"""Views count their slices from multiples of this, so that no two slices of a subject share their phase."""
 
 _TO_APEX = np.array([-1, 1, -1]) / np.sqrt(3)  # right, anterior, superior
 _TO_LATERAL = np.array([-1, -1, 0]) / np.sqrt(2)
@@ -197,13 +200,13 @@ def segmentation(
     which is decided on the whole frames; (None, None) where nothing is drawn at all.
     """
     drawn = np.stack([(classes == c).any((0, 2, 3)) for c in range(1, len(SEGMENTATION_CLASSES))])  # class t
-    contoured = drawn.any(1)
-    if not contoured.any():
+    contoured = np.flatnonzero(drawn.any(1))
+    if not len(contoured):
         return None, None
     complete = drawn[contoured].all(0)
     cropped = classes if matrix is None else crop_or_pad(classes, matrix, (-2, -1))
-    unknown = ~complete[None, :, None, None] & (cropped == 0)
-    return np.where(unknown, np.uint8(UNLABELLED), cropped), tuple(int(c) + 1 for c in np.flatnonzero(contoured))
+    unknown = ~complete.reshape(1, -1, 1, 1) & (cropped == 0)
+    return np.where(unknown, np.uint8(UNLABELLED), cropped), tuple(int(c) + 1 for c in contoured)
 
 
 def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:
@@ -213,8 +216,15 @@ def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:
     subject = int(subject_id.removeprefix("p-"), 16)
     kspace = np.empty((magnitude.shape[0], 1, *magnitude.shape[1:]), np.complex64)
     for index, frames in enumerate(magnitude):
-        key = {"seed": options.seed, "subject": subject, "slice_index": VIEWS.index(view) * 1024 + index}
-        kspace[index, 0] = fft2c(frames * np.exp(1j * phase_map(frames.shape[1:], **key)))
+        kspace[index] = acquire(
+            frames,
+            coils=1,
+            snr_db=np.inf,  # the images have a noise of their own
+            oversampling=1.0,
+            seed=options.seed,
+            subject=subject,
+            slice_index=VIEWS.index(view) * SLICES_OF_A_VIEW + index,
+        )
     classes, contoured = (None, None) if cine.classes is None else segmentation(cine.classes, matrix)
     return View(kspace, None, classes, cine.spacing_mm, cine.frame_time_s, contoured)
 

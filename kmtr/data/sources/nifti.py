@@ -40,7 +40,7 @@ VENTRICLE_CODES = (0, LV_CAVITY, LV_MYOCARDIUM, RV)
 HEART_CODES = (0, LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA)
 ATRIA_CODES = (0, LA, RA)
 
-BIOBANK = {
+BIOBANK: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "sa": ("sax", {"label_sa": VENTRICLE_CODES, "seg_sa": VENTRICLE_CODES}),
     "la_2ch": ("lax_2ch", {"label_la_2ch": ATRIA_CODES, "seg_la_2ch": ATRIA_CODES}),
     "la_3ch": ("lax_3ch", {}),
@@ -256,19 +256,23 @@ def _open(path: Path, where: str) -> Any:
 
 
 def _check_extensions(path: Path, where: str) -> None:
-    """Refuse a header that claims more extensions than anybody writes (NIfTI-1: vox_offset at byte 108; -2: at 168)."""
+    """Refuse a header that claims more extensions than anybody writes (NIfTI-1: vox_offset at byte 108; -2: at 168).
+
+    Raises:
+        ValueError: no NIfTI header at all, or half of one.
+    """
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         head = file.read(540)
-    for order in "<>":
-        (size,) = struct.unpack(f"{order}i", head[:4].ljust(4, b"\0"))
-        if size in (348, 540) and len(head) >= size:
-            (offset,) = (
-                struct.unpack_from(f"{order}f", head, 108)
-                if size == 348
-                else struct.unpack_from(f"{order}q", head, 168)
-            )
-            if not 0 <= offset <= size + EXTENSIONS_BYTES:
-                raise InputError(f"{where}: a NIfTI header claims voxels at byte {offset:g}: damaged, fetch it again")
+    for size, at, kind in ((348, 108, "f"), (540, 168, "q")):
+        for order in "<>":
+            if head[:4] == struct.pack(f"{order}i", size) and len(head) >= size:
+                (offset,) = struct.unpack_from(order + kind, head, at)
+                if not 0 <= offset <= size + EXTENSIONS_BYTES:
+                    raise InputError(
+                        f"{where}: a NIfTI header claims voxels at byte {offset:g}: damaged, fetch it again"
+                    )
+                return
+    raise ValueError("no NIfTI header")
 
 
 def _voxels(image: Any, where: str, options: Options) -> np.ndarray:
