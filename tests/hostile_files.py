@@ -1,11 +1,10 @@
-"""Bad sources, one builder each: files as they break, and files as somebody would break them on purpose.
+"""Bad raw data, one builder each: files as they break, and files as somebody would break them on purpose.
 
 A builder is given an empty folder and returns what the reader is pointed at; `CORPUS` says what the reader must answer.
 """
 
 from __future__ import annotations
 
-import gzip
 import struct
 import zlib
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Any
 
 import h5py
 import ismrmrd
-import nibabel
 import numpy as np
 import scipy.io
 from raw_files import acquisition, complex_array, lines_of, write_ismrmrd, write_mat73, xml_header
@@ -97,7 +95,8 @@ for name, said, build in (
     ("v5_truncated", "cannot be read", lambda f: cut(v5(f, kspace=FULL.T))),
     ("mat_zero_size", "cannot be read", lambda f: written(f / "cine_sax.mat", b"")),
     ("mat_is_text", "cannot be read", lambda f: written(f / "cine_sax.mat", b"MATLAB is not this" * 99)),
-    ("mat_is_a_nifti", "cannot be read", lambda f: nifti(f, name="cine_sax.nii").rename(f / "cine_sax.mat")),
+    ("mat_is_a_nifti", "cannot be read",
+     lambda f: written(f / "cine_sax.mat", struct.pack("<i", 348) + bytes(344) + b"n+1\0" + bytes(9999))),
     ("no_kspace", "expected k-space .* got image", lambda f: mat(f, key="image")),
     ("real_numbers", "expected complex", lambda f: v5(f, kspace=FULL.real.T)),
     ("struct_instead_of_array", "got a MATLAB struct", lambda f: v5(f, kspace={"a": FULL.T})),
@@ -376,91 +375,3 @@ def resized(rows: int) -> Callable[[h5py.Group], None]:
 
 def compressed(group: h5py.Group) -> None:
     group.create_dataset("data", (100,), ismrmrd.hdf5.acquisition_dtype, chunks=(100,), compression="gzip")
-
-
-# NIfTI
-
-CINE = RNG.integers(1, 900, (16, 18, 3, 4)).astype(np.int16)
-
-
-def nifti(folder: Path, array: np.ndarray = CINE, name: str = "case_4d.nii.gz") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    nibabel.save(nibabel.Nifti1Image(array, np.diag([1.5, 1.5, 8, 1])), folder / name)
-    return folder / name
-
-
-def patched(offset: int, code: str, *values: float, packed: bool = True) -> Callable[[Path], Path]:
-    """A NIfTI whose header says something else."""
-
-    def build(folder: Path) -> Path:
-        path = nifti(folder, name="case_4d.nii")
-        content = bytearray(path.read_bytes())
-        struct.pack_into(f"<{code}", content, offset, *values)
-        return written(folder / "case_4d.nii.gz", gzip.compress(content)) if packed else written(path, bytes(content))
-
-    return build
-
-
-@bad("nifti", "cannot be read|extensions|header")
-def header_that_inflates(folder: Path) -> Path:
-    """A header whose extension is 160 MB of zeros, packed into less than one."""
-    head = bytearray(nifti(folder, name="case_4d.nii").read_bytes()[:352])
-    (folder / "case_4d.nii").unlink()
-    struct.pack_into("<f", head, 108, float(LARGE))
-    head[348] = 1
-    content = bytes(head) + struct.pack("<ii", LARGE - 352, 0) + bytes(LARGE)
-    return written(folder / "case_4d.nii.gz", gzip.compress(content, 1))
-
-
-@bad("nifti", "shape")
-def contours_of_another(folder: Path) -> Path:
-    nifti(folder, np.zeros((16, 20, 3, 4), np.uint8), "case_seg_4d.nii.gz")
-    return nifti(folder)
-
-
-def contoured(codes: np.ndarray) -> Callable[[Path], Path]:
-    def build(folder: Path) -> Path:
-        nifti(folder, codes, "case_seg_4d.nii.gz")
-        return nifti(folder)
-
-    return build
-
-
-def acdc(folder: Path, shapes: list[tuple[int, ...]], group: str = "NOR") -> Path:
-    folder = folder / "patient001"
-    for number, shape in enumerate(shapes, 1):
-        nifti(folder, np.ones(shape, np.int16), f"patient001_frame{number:02d}.nii.gz")
-    (folder / "Info.cfg").write_text(f"ED: 1\nES: 2\nGroup: {group}\n")
-    return folder
-
-
-@bad("nifti", "which has no image")
-def contours_of_a_missing_frame(folder: Path) -> Path:
-    source = acdc(folder, [(8, 8, 2)] * 2)
-    nifti(source, np.zeros((8, 8, 2), np.uint8), "patient001_frame07_gt.nii.gz")
-    return source
-
-
-for name, said, build in (
-    ("nifti_truncated", "cut short|cannot be read", lambda f: cut(nifti(f, name="case_4d.nii"))),
-    ("nifti_gz_truncated", "cut short|cannot be read", lambda f: cut(nifti(f))),
-    ("nifti_zero_size", "cannot be read", lambda f: written(f / "case_4d.nii.gz", b"")),
-    ("nifti_is_text", "cannot be read", lambda f: written(f / "case_4d.nii", b"voxels" * 99)),
-    ("nifti_is_a_mat", "cannot be read", lambda f: mat(f).rename(f / "case_4d.nii")),
-    ("nifti_is_no_gzip", "cannot be read", lambda f: nifti(f, name="a_4d.nii").rename(f / "case_4d.nii.gz")),
-    ("claims_gigabytes", "raise ingest.gib", patched(40, "8h", 4, 32000, 32000, 900, 99, 1, 1, 1)),
-    ("claims_all_dimensions", "4D|raise ingest.gib", patched(40, "8h", 7, *[32767] * 7)),
-    ("negative_dimension", "cannot be read|holds something|4D", patched(40, "8h", 4, -16, 18, 3, 4, 1, 1, 1)),
-    ("no_frames", "cannot be read|holds something|4D", patched(40, "8h", 4, 16, 18, 3, 0, 1, 1, 1)),
-    ("data_far_away", "voxels at byte", patched(108, "f", 1e9)),
-    ("data_before_the_header", "cannot be read|extensions|header", patched(108, "f", -352.0)),
-    ("unknown_numbers", "cannot be read|numbers", patched(70, "h", 1777)),
-    ("scaled_beyond_numbers", "finite|cannot be read", patched(112, "ff", 3e38, 0.0)),
-    ("voxels_of_nan", "finite", lambda f: nifti(f, np.full((16, 18, 3, 4), np.nan, np.float32))),
-    ("one_volume", "4D", lambda f: nifti(f, CINE[..., 0])),
-    ("contours_of_other_values", "values 0 to", contoured(np.full(CINE.shape, 9, np.uint8))),
-    ("contours_of_halves", "values 0 to|whole", contoured(np.full(CINE.shape, 0.5, np.float32))),
-    ("frames_of_two_sizes", "one shape", lambda f: acdc(f, [(8, 8, 2), (8, 9, 2)])),
-    ("group_unknown", "expected Group", lambda f: acdc(f, [(8, 8, 2)] * 2, "JANE")),
-):  # fmt: skip
-    family("nifti", name, said, build)
