@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import Options, discover, polygons, read
+from kmtr.data.sources import Options, discover, polygons, read, series
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, InputError, Study
 
@@ -380,6 +381,15 @@ def test_refusals_are_one_line_without_identity(tmp_path: Path, name: str) -> No
     assert message.startswith("p-")
     assert "\n" not in message
     assert not any(word in message for word in ("Jane", "Doe", "P7", "P8", ".dcm"))
+
+
+def test_more_orientations_than_a_scan_has() -> None:
+    """As a hostile file may claim, whose sorting would never end."""
+    turns = np.linspace(0, np.pi, 300)
+    axes = [np.array([[np.cos(a), np.sin(a), 0], [0, 0, 1]]) for a in turns]
+    found = [frame for a in axes for frame in series.frames(image(axes=a), 1)]
+    with pytest.raises(InputError, match="more than 200 orientations"):
+        series.views([replace(frame, shape=(n, n)) for n, frame in enumerate(found)], "x")
 
 
 def test_damaged_files(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
 """Classes of MR images: one frame, or many (Enhanced)."""
 
 MOST_FRAMES = 10_000
-"""Of one file."""
+"""Of one subject."""
 
 IRREGULAR = 0.1
 """Largest difference among the distances between slices, as a share of the median."""
@@ -201,6 +201,7 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
                 identity, found = _frames(content, where, options)
             patients[path if path.suffix == ".zip" else None].add(identity)  # an archive may have a code of its own
             frames += found
+            _check_count(len(frames), where)
         for people in patients.values():
             for what, different in (
                 ("patients", {p for p, _ in people}),
@@ -208,7 +209,7 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
             ):
                 if len(different) > 1:
                     raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
-        stacks = series.views(frames)
+        stacks = series.views(frames, where)
         if not stacks:
             raise InputError(
                 f"{where}: expected a cine of at least {series.MIN_FRAMES} frames across the heart's axis, or one "
@@ -274,9 +275,13 @@ def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, st
         return identity, []
     count = int(dataset.get("NumberOfFrames") or 1)
     check_size(where, "image", (count, int(dataset.Rows), int(dataset.Columns)), 8, options)
-    if count > MOST_FRAMES:
-        raise InputError(f"{where}: expected at most {MOST_FRAMES} frames in a file, the header claims {count}")
+    _check_count(count, where)
     return identity, series.frames(dataset, count)
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MOST_FRAMES:
+        raise InputError(f"{where}: expected at most {MOST_FRAMES} frames of a subject, got {count} or more")
 
 
 def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, options: Options) -> Cine:

@@ -19,6 +19,9 @@ MIN_FRAMES = 8
 PARALLEL = 0.999
 """Cosine between the axes of images of one stack."""
 
+MOST_STACKS = 200
+"""Of one subject: looking for the stack of a frame takes time in proportion."""
+
 SAME_PLANE_MM = 0.5
 
 ACROSS = 0.75
@@ -164,10 +167,14 @@ def _is_phase(groups: Sequence[Any]) -> bool:
 # -------------------------------------------------------------------------------------------------- frames -> stacks
 
 
-def views(found: Sequence[Frame]) -> dict[str, Stack]:
-    """The stack of each view that there is: of the short axis that with the most slices, of long axes the last scan."""
+def views(found: Sequence[Frame], where: str) -> dict[str, Stack]:
+    """The stack of each view that there is: of the short axis that with the most slices, of long axes the last scan.
+
+    Raises:
+        InputError: more stacks than any scan has.
+    """
     of: dict[str, list[Stack]] = defaultdict(list)
-    for members in _parallel(found):
+    for members in _parallel(found, where):
         stack = Stack(_slices(members))
         if max(map(len, stack.slices)) >= MIN_FRAMES and (view := view_of(stack.first)):
             of[view].append(stack)
@@ -206,9 +213,10 @@ def by_time(plane: list[Frame], where: str) -> list[Frame]:
     return plane
 
 
-def _parallel(found: Sequence[Frame]) -> list[list[Frame]]:
+def _parallel(found: Sequence[Frame], where: str) -> list[list[Frame]]:
     """Frames by orientation, size and kind."""
     stacks: dict[tuple[Any, ...], list[list[Frame]]] = defaultdict(list)
+    count = 0
     for frame in found:
         alike = stacks[frame.shape, tuple(np.round(frame.spacing_mm, 3)), frame.kind]
         for stack in alike:
@@ -217,6 +225,10 @@ def _parallel(found: Sequence[Frame]) -> list[list[Frame]]:
                 break
         else:
             alike.append([frame])
+            if (count := count + 1) > MOST_STACKS:
+                raise InputError(
+                    f"{where}: images of more than {MOST_STACKS} orientations, sizes and kinds: no cine study"
+                )
     return [stack for alike in stacks.values() for stack in alike]
 
 
