@@ -337,7 +337,9 @@ def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
     shape = int(head["active_channels"]), int(head["number_of_samples"])
     values = rows.fields("data")[number]
     if values.size != 2 * shape[0] * shape[1]:
-        raise InputError(f"{where}: acquisition {number}: expected {shape} complex samples, got {values.size / 2:g}")
+        raise InputError(
+            f"{where}: acquisition {number}: expected {shape[0]} x {shape[1]} samples, got {values.size / 2:g} in all"
+        )
     return values.view(np.complex64).reshape(shape)
 
 
@@ -388,7 +390,9 @@ def _gridded(
         grid /= np.maximum(times[n], 1)[..., None].astype(np.float32)
         if weights is not None:
             grid = np.tensordot(weights.astype(np.complex64), grid, 1)
-        kspace[n] = grid if kept == nx else fftc(crop_or_pad(ifftc(grid, (-1,)), (kept,), (-1,)), (-1,))
+        for coil in range(coils):  # one after the other: temporary copies stay small
+            seen = grid[coil]
+            kspace[n, coil] = seen if kept == nx else fftc(crop_or_pad(ifftc(seen, (-1,)), (kept,), (-1,)), (-1,))
     check_finite(kspace, where, "acquisitions")
     one_of_each = [int(np.flatnonzero(slice_of == n)[0]) for n in range(len(slices))]
     with np.errstate(invalid="ignore"):
