@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +36,13 @@ def table(sampling: Sampling) -> Bool[Tensor, "frame line"] | None:
     if not sampling.file:
         raise InputError("sampling.file: expected a pattern file (.txt, .npy, .mat) for sampling.family=file, got none")
     return _table(sampling.file)
+
+
+def digest(sampling: Sampling) -> str:
+    """SHA-256 of the lines of ``sampling.family=file``; empty for families that are drawn."""
+    if (lines := table(sampling)) is None:
+        return ""
+    return hashlib.sha256(f"{tuple(lines.shape)}".encode() + lines.numpy().tobytes()).hexdigest()
 
 
 def check(config: RunConfig) -> None:
