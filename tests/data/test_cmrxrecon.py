@@ -11,7 +11,7 @@ import scipy.io
 from raw_files import complex_array, write_mat73
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import Options, discover, read
+from kmtr.data.sources import Options, discover, matlab, read
 from kmtr.data.sources.cmrxrecon import infer_axes
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
 from kmtr.types import InputError
@@ -230,3 +230,22 @@ def test_chunks_are_put_together_as_hdf5_does(tmp_path: Path, rng, layout: dict,
     shown = complex_array(rng, 3, 2, 4, 12, 16)
     path = write_mat73(tmp_path / "cine_sax.mat", "kspace_full", shown, **layout, **packing)
     np.testing.assert_array_equal(read(path).views["sax"].kspace, shown.transpose(1, 2, 0, 3, 4))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", ["c8", "c16", "f8", "f4", "u1", "i2", "u4", "i8", "?"])
+def test_v5_as_scipy_writes_it(tmp_path: Path, rng, packed: bool, dtype: str) -> None:
+    """Every class of numbers, small elements (one value, short names), and neighbours of other kinds."""
+    values = rng.normal(size=(3, 1, 4)) * 50
+    array = (values + 1j * values[::-1]).astype(dtype) if dtype.startswith("c") else values.astype(dtype)
+    others = {"a": 7.0, "text": "x" * 50, "cell": np.array([1, "b"], object), "record": {"k": np.eye(3)}}
+    scipy.io.savemat(tmp_path / "a.mat", others | {"kspace": array, "e": 1 + 2j}, do_compression=packed)
+    for name, want in (("kspace", array), ("a", np.array([[7.0]])), ("e", np.array([[1 + 2j]]))):
+        got, key, matlab_order = matlab.load(tmp_path / "a.mat", "file", lambda names, _, name=name: name)
+        np.testing.assert_array_equal(got, want)
+        assert (key, matlab_order) == (name, True)
+    assert matlab.load(tmp_path / "a.mat", "file", lambda names, _: "kspace")[0].dtype == (
+        np.uint8 if dtype == "?" else np.dtype(dtype)
+    )
+    with pytest.raises(InputError, match="MATLAB struct"):
+        matlab.load(tmp_path / "a.mat", "file", lambda names, _: "record")

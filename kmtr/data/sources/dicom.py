@@ -209,6 +209,7 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
             ):
                 if len(different) > 1:
                     raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
+        series.check_alike(frames, where)
         stacks = series.views(frames, where)
         if not stacks:
             raise InputError(

@@ -24,6 +24,8 @@ from kmtr.types import InputError
 DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3
 """Filters that are undone here, by their numbers in HDF5: gzip, the sorting of bytes before it, and a checksum."""
 
+LONGEST_NAME = 256
+
 
 @contextmanager
 def opened(path: Path, where: str) -> Iterator[Any]:
@@ -39,11 +41,23 @@ def opened(path: Path, where: str) -> Iterator[Any]:
 
 
 def members(group: Any, kind: str) -> dict[str, Any]:
-    """What lies in a group itself: name -> data set or group (`kind` is "Dataset" or "Group"); links are left out."""
+    """What lies in a group itself: name -> data set or group (`kind` is "Dataset" or "Group").
+
+    Left out are links, and names that no line of text should show.
+    """
     h5py = optional("h5py")
-    hard = (name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink))
+    names = (name for name in group if isinstance(name, str) and name.isprintable() and len(name) < LONGEST_NAME)
+    hard = (name for name in names if isinstance(group.get(name, getlink=True), h5py.HardLink))
     found = ((name, group[name]) for name in hard)
     return {name: entry for name, entry in found if isinstance(entry, getattr(h5py, kind))}
+
+
+def dtype_of(dataset: Any, where: str, what: str) -> np.dtype:
+    """The type of a data set's values; InputError where numpy has none like it."""
+    try:
+        return dataset.dtype
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: {what}: expected usual numbers, got a type that cannot be read ({error})") from None
 
 
 def check_inside(dataset: Any, where: str, what: str) -> None:
@@ -60,7 +74,7 @@ def array(dataset: Any, where: str, what: str, options: Options) -> np.ndarray:
             another way than gzip's.
     """
     check_inside(dataset, where, what)
-    shape, dtype = dataset.shape, dataset.dtype
+    shape, dtype = dataset.shape, dtype_of(dataset, where, what)
     if shape is None or dtype.hasobject or dtype.kind not in "biufcV":
         raise InputError(f"{where}: {what}: expected an array of numbers, got {dtype}")
     check_size(where, what, shape or (1,), dtype.itemsize, options)

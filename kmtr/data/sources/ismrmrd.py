@@ -211,8 +211,9 @@ def _header(dataset: Any, where: str) -> _Header:
     parsers, config = optional("xsdata.formats.dataclass.parsers"), optional("xsdata.formats.dataclass.parsers.config")
     exceptions = optional("xsdata.exceptions")
     hdf5.check_inside(dataset, where, "xml")
-    if dataset.shape != (1,) or h5py.check_string_dtype(dataset.dtype) is None:
-        raise InputError(f"{where}: expected one text as XML header, got {dataset.dtype} {dataset.shape}")
+    dtype = hdf5.dtype_of(dataset, where, "xml")
+    if dataset.shape != (1,) or h5py.check_string_dtype(dtype) is None:
+        raise InputError(f"{where}: expected one text as XML header, got {dtype} {dataset.shape}")
     text = bytes(dataset[0])
     # Entities are the one way in which a short document becomes a long one; the standard has no use for them.
     if len(text) > _XML_BYTES or b"<!DOCTYPE" in text or b"<!ENTITY" in text or b"\0" in text:
@@ -275,10 +276,11 @@ def _heads(rows: Any, where: str, options: Options) -> np.ndarray:
     """The headers of all acquisitions; what they claim is checked, their data is not read."""
     wanted = optional("ismrmrd.hdf5").acquisition_header_dtype
     hdf5.check_inside(rows, where, "data")
-    names = rows.dtype.names or ()
-    if rows.ndim != 1 or not {"head", "data"} <= set(names) or not _fits(rows.dtype["head"], wanted):
-        raise InputError(f"{where}: expected a list of ISMRMRD acquisitions, got {rows.dtype} {rows.shape}"[:200])
-    base = optional("h5py").check_vlen_dtype(rows.dtype["data"])
+    dtype = hdf5.dtype_of(rows, where, "data")
+    fields = set(dtype.names or ())
+    if len(rows.shape or ()) != 1 or not {"head", "data"} <= fields or not _fits(dtype["head"], wanted):
+        raise InputError(f"{where}: expected a list of ISMRMRD acquisitions, got {dtype} {rows.shape}"[:200])
+    base = optional("h5py").check_vlen_dtype(dtype["data"])
     if base != np.float32 or rows.id.get_create_plist().get_nfilters():
         raise InputError(f"{where}: expected acquisitions of 32-bit numbers, not compressed, got {base}")
     check_size(where, "acquisitions", rows.shape, rows.id.get_type().get_size(), options)
@@ -335,7 +337,9 @@ def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
     shape = int(head["active_channels"]), int(head["number_of_samples"])
     values = rows.fields("data")[number]
     if values.size != 2 * shape[0] * shape[1]:
-        raise InputError(f"{where}: acquisition {number}: expected {shape} complex samples, got {values.size / 2:g}")
+        raise InputError(
+            f"{where}: acquisition {number}: expected {shape[0]} x {shape[1]} samples, got {values.size / 2:g} in all"
+        )
     return values.view(np.complex64).reshape(shape)
 
 
@@ -381,14 +385,20 @@ def _gridded(
         grid = np.zeros((coils, frames, ny, nx), np.complex64)
         for i in np.flatnonzero(slice_of == n).tolist():
             line = _row(rows, heads, int(used[i]), where)[:, first[i] : first[i] + length[i]]
-            grid[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+                grid[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
         grid /= np.maximum(times[n], 1)[..., None].astype(np.float32)
         if weights is not None:
             grid = np.tensordot(weights.astype(np.complex64), grid, 1)
-        kspace[n] = grid if kept == nx else fftc(crop_or_pad(ifftc(grid, (-1,)), (kept,), (-1,)), (-1,))
+        for coil in range(coils):  # one after the other: temporary copies stay small
+            seen = grid[coil]
+            kspace[n, coil] = seen if kept == nx else fftc(crop_or_pad(ifftc(seen, (-1,)), (kept,), (-1,)), (-1,))
     check_finite(kspace, where, "acquisitions")
     one_of_each = [int(np.flatnonzero(slice_of == n)[0]) for n in range(len(slices))]
-    positions = chosen["position"].astype(float)
+    with np.errstate(invalid="ignore"):
+        positions, normals = (chosen[key].astype(float) for key in ("position", "slice_dir"))
+    if not np.isfinite(positions).all():
+        raise InputError(f"{where}: expected positions of the slices, got numbers that are none")
     if np.abs(positions - positions[one_of_each][slice_of]).max() > 1:
         raise InputError(f"{where}: expected one position per slice, got acquisitions of one slice at several places")
     return _Recording(
@@ -396,7 +406,7 @@ def _gridded(
         kspace,
         times > 0,
         positions[one_of_each],
-        chosen["slice_dir"][one_of_each].astype(float),
+        normals[one_of_each],
         space.spacing_mm,
         _frame_time_s(chosen, frame_of, frames) if header.siemens else None,
     )
@@ -467,8 +477,8 @@ def _order(positions: np.ndarray, normals: np.ndarray, where: str) -> tuple[np.n
     if count == 1 or not positions.any():
         return np.arange(count), None
     lengths = np.linalg.norm(normals, axis=1, keepdims=True)
-    if not np.isfinite(positions).all() or not np.isfinite(lengths).all() or lengths.min() < 0.5:
-        raise InputError(f"{where}: expected positions and normals of the slices, got numbers that are none")
+    if not np.isfinite(lengths).all() or np.abs(lengths - 1).max() > 0.01:
+        raise InputError(f"{where}: expected normals of the slices of length 1, got {lengths.min():g}")
     normals = normals / lengths
     if np.abs(normals @ normals[0]).min() < PARALLEL:
         raise InputError(f"{where}: expected parallel slices in a view, got tilted ones; one file per view")

@@ -213,6 +213,18 @@ def by_time(plane: list[Frame], where: str) -> list[Frame]:
     return plane
 
 
+def check_alike(found: Sequence[Frame], where: str) -> None:
+    """Refuse a series whose parallel images differ in size or pixel spacing: part of it would be dropped in silence."""
+    first: dict[tuple[tuple[int, str], str], Frame] = {}
+    for frame in found:
+        other = first.setdefault((frame.series, frame.kind), frame)
+        parallel = (other.axes * frame.axes).sum(1).min() > PARALLEL
+        same = other.shape == frame.shape and np.allclose(other.spacing_mm, frame.spacing_mm, rtol=1e-3)
+        if parallel and not same and view_of(frame):
+            sizes = " and ".join(f"{f.shape} of {f.spacing_mm} mm" for f in (other, frame))
+            raise InputError(f"{where}: expected images of one size and pixel spacing in a series, got {sizes}")
+
+
 def _parallel(found: Sequence[Frame], where: str) -> list[list[Frame]]:
     """Frames by orientation, size and kind."""
     stacks: dict[tuple[Any, ...], list[list[Frame]]] = defaultdict(list)
