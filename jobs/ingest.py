@@ -102,7 +102,7 @@ def made_by(config: RunConfig, format: str, ids: list[str], labels: list[dict[st
     i = config.ingest
     return (
         f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} "
-        f"oversampling={i.oversampling} coils={i.coils} seed={config.seed} labels={tables.digest(labels)}"
+        f"oversampling={i.oversampling} coils={i.coils} gib={i.gib:g} seed={config.seed} labels={tables.digest(labels)}"
     )
 
 
