@@ -9,7 +9,7 @@ from kmtr.physics.labels import PREVALENCE, RISK, labels, risk
 from kmtr.physics.population import LATENT, REFERENCE, anatomy
 from kmtr.types import COVARIATES, DISEASES, PHENOTYPES
 
-PEOPLE = 2000
+PEOPLE = 1600
 
 
 @pytest.fixture(scope="module")
