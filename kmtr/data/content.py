@@ -17,34 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.data import shards, storage
+from kmtr.data.tables import PLAUSIBLE
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS
-
-PLAUSIBLE = {
-    **{f"{side}vsv_ml": (3, 350) for side in "lr"},
-    **{f"{side}vef_pct": (3, 95) for side in "lr"},
-    **{f"{side}av_{which}_ml": (1, 600) for side in "lr" for which in ("max", "min")},
-    **{f"{side}asv_ml": (0.5, 300) for side in "lr"},
-    **{f"{side}aef_pct": (1, 95) for side in "lr"},
-    "lvedv_ml": (20, 700),
-    "lvesv_ml": (3, 650),
-    "rvedv_ml": (20, 700),
-    "rvesv_ml": (3, 650),
-    "lvco_l_min": (0.5, 25),
-    "lvm_g": (15, 700),
-    "wall_thickness_mm": (2, 40),
-    "wall_thickness_max_mm": (2, 60),
-    "thickening_min_pct": (-80, 300),
-    "gcs_pct": (-60, 20),
-    **dict.fromkeys(DISEASES, (0, 1)),
-    "male": (0, 1),
-    "age_y": (0, 120),
-    "bsa_m2": (0.2, 3.5),
-    "heart_rate_bpm": (20, 250),
-}
-"""Label -> least and most that a person has, sick ones included. Wide on purpose: what falls outside is in another
-unit or a place holder such as -9, and no extreme patient.
-"""
 
 UNITS = PHENOTYPES | dict.fromkeys(DISEASES, "0 or 1") | COVARIATES
 
