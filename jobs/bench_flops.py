@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,19 +113,30 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
     return {"encoders": encoders, "decoders": decoders, "contrastive": contrast}
 
 
-def counted(config: RunConfig, stage: str, batch: Batch, prepare: Preparer) -> tuple[int, float]:
+def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tensor]) -> tuple[int, float]:
     """FLOPs of one step of one process on `batch` as one micro-batch: operation by operation, and by the formula.
 
     Nothing is computed: operations are counted by the shapes of tensors that have no memory. Attention is counted as
     plain products, since the backward pass of a fused kernel computes some twice.
     """
-    inputs = _shapes_of(prepare(batch, stage))
+    prepare = _Prepared(config, tables, batch, stage)
     with torch.device("meta"):
         engine = _Alone(Pretraining(config))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            STAGES[stage](engine, [_shapes_of(batch)], lambda *_: inputs, config)  # type: ignore[arg-type]
-    per_subject = formula(config, stage, executed(inputs), candidates=len(batch))
+            STAGES[stage](engine, [_shapes_of(batch)], prepare, config)
+    per_subject = formula(config, stage, executed(prepare.inputs), candidates=len(batch))
     return counter.get_total_flops(), len(batch) * sum(per_subject.values())
+
+
+class _Prepared(Preparer):
+    """The inputs of one batch, without memory, whatever it is asked for."""
+
+    def __init__(self, config: RunConfig, tables: dict[str, Tensor], batch: Batch, stage: str):
+        super().__init__(config, tables, batch.kspace.device)
+        self.inputs = _shapes_of(super().__call__(batch, stage))
+
+    def __call__(self, batch: Batch, stage: str) -> Inputs:
+        return self.inputs
 
 
 Record = TypeVar("Record", Inputs, Batch, Tokens)
@@ -135,7 +147,7 @@ def _shapes_of(record: Record) -> Record:
     changes: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             changes[field.name] = value.to("meta")
         elif isinstance(value, Tokens):
             changes[field.name] = _shapes_of(value)
@@ -148,9 +160,9 @@ class _Alone:
     def __init__(self, module: Pretraining):
         self.module = module
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, torch.Tensor]:
-        out: dict[str, torch.Tensor] = self.module(inputs, stage)
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = self.module(inputs, stage)
         return out
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         loss.backward()

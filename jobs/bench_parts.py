@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from kmtr.data.batch import Batch
 from kmtr.model.encoder import Encoded
-from kmtr.objectives import Inputs
-from kmtr.train.engine import ShardedEngine
+from kmtr.objectives import Inputs, Preparer
 
 PARTS = {
     "data": "waiting for the next batch",
@@ -141,10 +141,30 @@ class _Mark(torch.autograd.Function):
         return (None, None, *gradients)
 
 
+class Engine(Protocol):
+    """What a step asks of an engine."""
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def update(self, rate: float, freeze_images: bool) -> None: ...
+
+
+class Announced(Preparer):
+    """A preparer that tells `on` what begins."""
+
+    on: Callable[[str], None] = staticmethod(lambda part: None)
+
+    def __call__(self, batch: Batch, stage: str) -> Inputs:
+        self.on("patterns + FFT")
+        inputs = super().__call__(batch, stage)
+        self.on("rest")
+        return inputs
+
+
 class OnTheClock:
     """A training engine that turns the clock between its verbs."""
 
-    def __init__(self, engine: ShardedEngine, clock: Clock):
+    def __init__(self, engine: Engine, clock: Clock):
         self.engine, self.clock = engine, clock
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs import bench_flops
-from jobs.bench_parts import PARTS, Clock, OnTheClock, watched
+from jobs.bench_parts import PARTS, Announced, Clock, Engine, OnTheClock, watched
 from jobs.bench_reference import BATCH, Positions, Reference, widening_of
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline
 from kmtr.data.batch import HostBatch
 from kmtr.data.reader import Dataset
-from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
+from kmtr.objectives import STAGES, Inputs, Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups
 from kmtr.train.loop import agree, reduce
 from kmtr.types import KmtrError
@@ -51,12 +51,6 @@ MANY = 1_000_000
 TABLES = "tables.safetensors"
 SWEEP = (2, 4, 8, 16)
 MATRIX = {"cpu": 2048, "cuda": 8192}
-
-
-class Engine(Protocol):
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def update(self, rate: float, freeze_images: bool) -> None: ...
 
 
 class Plain:
@@ -113,7 +107,7 @@ class Worker:
     tell: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.prepare = Preparer(self.config, self.tables, self.device)
+        self.prepare = Announced(self.config, self.tables, self.device)
 
     def batches(self, config: RunConfig) -> Iterator[HostBatch]:
         dataset = Dataset.open(config.data)
@@ -142,13 +136,8 @@ class Worker:
         size = len(batch) // config.train.accumulation
         micro = [batch[i : i + size] for i in range(0, len(batch), size)]
 
-        def prepare(batch: Any, stage: str) -> Inputs:
-            on("patterns + FFT")
-            inputs = self.prepare(batch, stage)
-            on("rest")
-            return inputs
-
-        means = reduce(STAGES[stage](engine, micro, prepare, config), self.device)  # type: ignore[arg-type]
+        self.prepare.on = on
+        means = reduce(STAGES[stage](engine, micro, self.prepare, config), self.device)
         if not all(map(math.isfinite, means.values())):
             raise KmtrError(f"{stage}: expected finite losses, got {means}")
         engine.update(RATE, stage == "align" and not config.align.train_image_encoder)
@@ -181,7 +170,7 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
     config, rounds = worker.config, worker.config.bench.pairs
     host = next(batches := worker.batches(config))
     batch = host.to(worker.device)
-    counted, formula = bench_flops.counted(config, stage, batch, worker.prepare)
+    counted, formula = bench_flops.counted(config, stage, batch, worker.tables)
     useful = bench_flops.useful(batch, config)
     parts = [bench_flops.formula(config, stage, n, config.data.global_batch) for n in useful]
     worker.tell(f"{stage}: FLOPs counted / by formula {counted / formula:.3f}")
