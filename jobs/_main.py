@@ -79,6 +79,12 @@ def refuse_relative_under_submit(config: RunConfig) -> None:
         return
     tracking = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     paths = [("data.root", config.data.root), ("storage.root", config.storage.root)]
+    optional = {
+        "sampling.file": config.sampling.file,
+        "shards.split_from": config.shards.split_from,
+        "ingest.labels": config.ingest.labels,
+    }
+    paths += [(key, path) for key, path in optional.items() if path]
     if tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
         paths.append(("tracking.uri", tracking.removeprefix("sqlite:///")))
     for key, path in paths:

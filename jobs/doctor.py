@@ -29,9 +29,10 @@ from packaging.specifiers import SpecifierSet
 from jobs._main import main, recipe_config, start_ray
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards, storage
+from kmtr.data import pipeline, storage
 from kmtr.data.batch import check_shapes, collate, unreached
 from kmtr.data.reader import Dataset
+from kmtr.data.splits import SPLITS
 from kmtr.objectives import Pretraining
 from kmtr.tracking.store import local_path, reaching
 from kmtr.train import driver
@@ -285,7 +286,7 @@ def dataset(config: RunConfig) -> Check:
     began = time.perf_counter()
     batch = collate(reader.samples(range(min(config.data.global_batch, len(reader)))), config)
     seconds = time.perf_counter() - began
-    rows_of = ", ".join(f"{data.rows(split)} {split}" for split in shards.SPLITS)
+    rows_of = ", ".join(f"{data.rows(split)} {split}" for split in SPLITS)
     files = sum(len(manifest.shards) for manifest in data.manifests)
     return Check(
         "dataset",

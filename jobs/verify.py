@@ -1,12 +1,16 @@
-"""python jobs/verify.py RECIPE [key=value ...]      every byte of a dataset against its manifest, and the plan proved
+"""python jobs/verify.py RECIPE [key=value ...]      a dataset's bytes and content, and the plan proved
 
 Reads all shards whole: SHA-256, page checksums. Each damaged file is one line (file, row group, remedy), and exit
-status 1. Then proves the order of training: each subject once an epoch, the same global batches and as many steps at
-every number of workers (verify.workers), the same again from any cursor."""
+status 1. Then looks at what the bytes say: schema and counts, finite values, the energy of k-space against the image's,
+labels in their units, segmentations and what they make of the volumes, subjects that come twice or in two splits. What
+is wrong ends with status 1, what is doubtful is said. A contact sheet of random subjects and histograms of all labels
+are drawn under storage.root. Last it proves the order of training: each subject once an epoch, the same global batches
+and as many steps at every number of workers (verify.workers), the same again from any cursor."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,14 +25,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs._main import Bar, main, recipe_config
+from kmtr import figures
 from kmtr.config import RunConfig
-from kmtr.data import pipeline, shards, storage
+from kmtr.data import content, pipeline, shards, storage
 from kmtr.data.mixing import Mixing, mixing
 from kmtr.data.plan import Plan, Slot
 from kmtr.data.reader import Dataset
+from kmtr.data.splits import SPLITS
+from kmtr.physics.population import REFERENCE
+from kmtr.report import contact
 from kmtr.types import InputError, KmtrError
 
 CHUNK = 8 << 20
+SHOWN = 4
+"""Subjects on the contact sheet."""
 MOST_WORKERS = 64
 STEPS_PER_CURSOR = 32
 """Steps compared behind each cursor; from the first one, all."""
@@ -94,9 +104,8 @@ def _row_groups(store: Any, path: str, shard: shards.Shard) -> str:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             if (file.metadata.num_rows, file.num_row_groups) != (shard.rows, shard.row_groups):
                 return f"{file.num_row_groups} row groups of {file.metadata.num_rows} rows"
-            version = (file.schema_arrow.metadata or {}).get(b"kmtr.schema_version", b"none").decode()
-            if version not in map(str, range(1, shards.SCHEMA_VERSION + 1)):
-                return f"all row groups of schema version {version}"
+            if wrong := shards.check_version(file.schema_arrow.metadata):
+                return f"all row groups of {wrong}"
             for group in range(file.num_row_groups):
                 try:
                     file.read_row_group(group, use_threads=False)
@@ -113,6 +122,86 @@ def _sha256(store: Any, path: str) -> str:
         while block := stream.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ content
+
+
+def contents(dataset: Dataset) -> list[tuple[int, content.Contents]]:
+    """(dataset, contents of a shard) of all shards; a row group for each processor is in memory."""
+    jobs = [(d, root, m, shard) for d, (root, m) in _numbered(dataset) for shard in m.shards]
+    bar = Bar("verify: content of subjects")
+    total = sum(shard.rows for *_, shard in jobs)
+    found: list[tuple[int, content.Contents]] = []
+    done = 0
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        looked = pool.map(lambda job: (job[0], content.inspect(job[1], job[3], job[2].subject_shapes)), jobs)
+        for (*_, shard), (number, inspected) in zip(jobs, looked, strict=True):
+            found.append((number, inspected))
+            done += shard.rows
+            bar(done, total)
+    return found
+
+
+def _numbered(dataset: Dataset) -> list[tuple[int, tuple[str, shards.Manifest]]]:
+    return list(enumerate(zip(dataset.roots, dataset.manifests, strict=True)))
+
+
+def report(found: Sequence[tuple[int, content.Contents]], dataset: Dataset) -> dict[str, Any]:
+    """Print what the content is like.
+
+    Raises:
+        KmtrError: values that no training should see, each kind named on stderr before.
+    """
+    findings = content.judge(found, dataset.manifests)
+    everything = [inspected for _, inspected in found]
+    parseval = max((inspected.parseval for inspected in everything), default=0.0)
+    ef = content.ef_error(everything)
+    print("\n".join(content.label_table(everything)))
+    for line in findings.lines(findings.doubtful):
+        print(f"doubtful: {line}")
+    for line in findings.lines(findings.wrong):
+        print(f"wrong: {line}", file=sys.stderr, flush=True)
+    if findings.wrong:
+        cases = sum(map(len, findings.wrong.values()))
+        raise KmtrError(f"{cases} wrong value(s) of {len(findings.wrong)} kind(s), named above; nothing was changed")
+    masks = "" if ef is None else f"; ejection fraction of the masks {ef:.1f} points from the label (median)"
+    print(
+        f"verify: content: finite, schema and counts as the manifest says, nobody twice; energy of k-space and image "
+        f"equal to {parseval:.1g}{masks}"
+    )
+    return {
+        "parseval": float(f"{parseval:.3g}"),
+        "ef_of_masks_points": None if ef is None else round(ef, 2),
+        "doubtful": {kind: len(cases) for kind, cases in findings.doubtful.items()},
+    }
+
+
+def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, content.Contents]]) -> dict[str, str]:
+    """Draw contact sheet, histograms and sampling under storage.root; what -> where it is."""
+    readers = [dataset.reader(split, config.data) for split in SPLITS]
+    places = [(reader, row) for reader in readers for row in range(len(reader))]
+    rng = np.random.default_rng(int(dataset.digest[:8], 16))
+    chosen = sorted(rng.choice(len(places), min(SHOWN, len(places)), replace=False).tolist())
+    studies = [(reader.split, shards.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
+    labels = np.concatenate([inspected.labels for _, inspected in found])
+    simulated = all(manifest.source.startswith("simulate") for manifest in dataset.manifests)
+    what = f"{len(places)} subjects, {'simulated' if simulated else 'ingested'}, digest {dataset.digest[:8]}"
+    drawn = {
+        "contact_sheet": contact.contact_sheet(studies, f"{len(studies)} random subjects of {what}"),
+        "histograms": contact.histograms(labels, f"Labels of {what}", REFERENCE if simulated else None),
+        "sampling": figures.sampling(config),
+    }
+    store, base = storage.open_root(f"{storage.absolute(config.storage.root).rstrip('/')}/verify-{dataset.digest[:8]}")
+    storage.make_folder(store, base)
+    where = {}
+    for name, figure in drawn.items():
+        content_ = io.BytesIO()
+        figure.savefig(content_, format="png", dpi=130)
+        storage.write_atomic(store, f"{base}/{name}.png", content_.getvalue())
+        where[name] = f"{base}/{name}.png"
+        print(f"verify: {name.replace('_', ' ')}: {where[name]}")
+    return where
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -226,6 +315,9 @@ def run(words: list[str]) -> dict[str, Any]:
     files = sum(len(manifest.shards) for manifest in dataset.manifests)
     size = sum(shard.bytes for manifest in dataset.manifests for shard in manifest.shards)
     print(f"verify: {files} shards, {size / 1e9:.2f} GB: as written")
+    found_content = contents(dataset)
+    drawn = pictures(config, dataset, found_content)
+    said = report(found_content, dataset)
     plan = pipeline.plan_of(config, dataset)
     numbers = worlds(config)
     make = partial(pipeline.plan_of, config, dataset)
@@ -251,6 +343,8 @@ def run(words: list[str]) -> dict[str, Any]:
         "batch_shapes": len(pipeline.shapes_of(plan)),
         "padding": round(padding, 4),
         "mixing": {name: round(value, 3) for name, value in vars(quality).items()},
+        **said,
+        **drawn,
     }
 
 

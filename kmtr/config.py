@@ -108,9 +108,9 @@ class Sampling(Section):
     family: Literal["gaussian", "gaussian-wide", "equispaced", "kt-gaussian-acs", "file"] = Field(
         "gaussian", description="k-t pattern family (README: Sampling); file: the patterns of sampling.file"
     )
-    file: str = Field("", description="pattern file (.txt, .npy, .mat) of family file; its R is measured")
+    file: str = Field("", description="pattern (.txt, .npy, .mat) of family file, on all nodes; its R is measured")
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R drawn per subject during training")
-    acs_lines: int = Field(4, ge=0, description="central lines sampled in every frame, counted in the budget")
+    acs_lines: int = Field(4, ge=0, description="central lines of every frame, in the budget (kt-gaussian-acs: on top)")
 
     @pydantic.field_validator("accelerations")
     @classmethod
@@ -118,6 +118,15 @@ class Sampling(Section):
         if not value or min(value) < 1:
             raise ValueError(f"expected one or more integers from 1, got {value or 'none'}")
         return value
+
+    def budget(self, lines: int, acceleration: int) -> tuple[int, int]:
+        """Lines that the family draws of so many at this R, and the least that make sense: more than the ACS lines
+        where those are counted among them. A file's lines are what they are.
+        """
+        if self.family == "kt-gaussian-acs":
+            return (2 * lines + acceleration) // (2 * acceleration), 1
+        left = lines // acceleration
+        return left, 1 if self.family == "gaussian-wide" else 0 if self.family == "file" else self.acs_lines + 1
 
 
 class Model(Section):
@@ -351,10 +360,11 @@ class RunConfig(Section):
             ("evaluate", self.evaluate.accelerations),
         ):
             for r in accelerations:
-                if r > 1 and lines // r <= self.sampling.acs_lines:
+                left, least = self.sampling.budget(lines, r)
+                if r > 1 and left < least:
                     raise ValueError(
-                        f"{key}.accelerations: R = {r} leaves {lines // r} of {lines} lines, expected more than "
-                        f"sampling.acs_lines={self.sampling.acs_lines}"
+                        f"{key}.accelerations: R = {r} leaves {left} of {lines} lines, expected at least {least} for "
+                        f"sampling.family={self.sampling.family}, sampling.acs_lines={self.sampling.acs_lines}"
                     )
         if d.frames % self.model.patch[0] or any(n % p for n, p in zip(d.matrix, self.model.patch[1:], strict=True)):
             raise ValueError(
@@ -386,18 +396,23 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         return self.reconstruct_steps + self.align_steps
 
-    def run_name(self, dataset_digest: str) -> str:
-        """Recipe and hash of all that changes the numbers, data included: the same command finds its run again."""
+    def run_name(self, digest: str) -> str:
+        """Recipe and hash of all that changes the numbers: the same command finds its run again.
+
+        Args:
+            digest: of the data, and of the pattern file where there is one.
+        """
         if self.run.name:
             return self.run.name
         sections = {"stage", "seed", "augment", "sampling", "model", "reconstruct", "align", "optimizer"}
         what = self.model_dump(mode="json", include=sections)
+        del what["sampling"]["file"]  # its content counts, which the caller adds to the digest
         what["data"] = self.data.model_dump(
             mode="json", exclude={"root", "more", "loader", "prefetch", "readers", "read_cpus", *_CARE}
         )
         what["plan"] = self.plan.model_dump(mode="json", include={"tail", "window", "shapes"})
         what["precision"] = "bf16" if self.train.bf16 else "fp32"
-        what["dataset"] = dataset_digest
+        what["dataset"] = digest
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 

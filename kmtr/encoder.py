@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json, override, to_json
+from kmtr.data import patterns
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Loaded
 from kmtr.data.shards import schema, to_row
@@ -56,12 +57,19 @@ class KSpaceEncoder:
         """Embedding of one study, float32 ``feature``.
 
         Args:
-            acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
+            acceleration: undersample by a pattern of the configured family (family file: its own R, rounded); None: use
+                every line that the study has.
 
         Raises:
             InputError: the study lacks a view, or its matrix or coils are not those that the encoder was trained on.
         """
         data = self.config.data
+        changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
+        if acceleration is None:  # every line, which no pattern file has
+            changes |= {"sampling.family": "gaussian", "sampling.file": ""}
+        config = override(self.config, changes)
+        patterns.check(config)
+        how, table = config.sampling, patterns.table(config.sampling)
         for name in data.views:
             if name not in study.views:
                 raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
@@ -71,8 +79,11 @@ class KSpaceEncoder:
                 raise InputError(
                     f"study: expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
                 )
-            sampling.check(data.matrix[0] if data.crop else shape[3], acceleration or 1, self.config.sampling.acs_lines)
-        config = override(self.config, {"sampling.accelerations": (acceleration or 1,)})
+            lines = data.matrix[0] if data.crop else shape[3]
+            if table is None:
+                sampling.check(lines, acceleration or 1, how.acs_lines, how.family)
+            else:
+                patterns.check_lines(table, name, lines)
         table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
         batch = collate(Loaded(table), config, purpose=sampling.VALIDATION).to(self.device)
         return self.embed(batch)[0].float().cpu().numpy()

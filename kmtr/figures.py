@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from kmtr.config import RunConfig
+from kmtr.physics import random
+from kmtr.physics import sampling as patterns
 from kmtr.types import InputError
 
 COLOURS = ("#0b5cad", "#d1495b", "#2a9d72", "#e09f3e", "#7b5ea7", "#5b6470")
@@ -271,33 +275,50 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str =
     return figure
 
 
-def sampling_density(sampled: np.ndarray, title: str = "") -> Figure:
-    """A k-t pattern beside the share of frames in which each line was acquired.
+def sampling(config: RunConfig, table: torch.Tensor | None = None) -> Figure:
+    """What the configured family samples: a column for each nominal R, with one slice's pattern over its share of ky.
+
+    The share of frames in which a line is sampled is counted in patterns as training draws them, of the configuration's
+    largest matrix; true R and ACS lines in the titles are counted too.
 
     Args:
-        sampled: bool, ``t ky``; True = acquired. More patterns may be stacked before: ``... t ky``; the first is drawn,
-            the density is over all.
+        table: pattern of ``sampling.family=file``, bool ``frame line``; one column, since nothing is drawn.
+
+    Raises:
+        InputError: the family is ``file`` and there is no table, or an R leaves no lines.
     """
-    kept = np.asarray(sampled, dtype=bool)
-    if kept.ndim < 2:
-        raise InputError(f"sampled: expected ... t ky, got {kept.shape}")
-    flat = kept.reshape(-1, *kept.shape[-2:])
-    figure = Figure(figsize=(6.4, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.4, 1])
-    _show_pattern(left, flat[0], np.zeros_like(flat[0]), None)
-    _clean(left)
-    left.set_title(f"pattern, true R = {flat[0].size / max(int(flat[0].sum()), 1):.2f}", fontsize=_NORMAL, color=INK)
-    left.set_xlabel("frame", fontsize=_SMALL)
-    left.set_ylabel("ky", fontsize=_SMALL)
-    _clean(right)
-    right.fill_betweenx(
-        np.arange(kept.shape[-1]), flat.mean((0, 1)), color=COLOURS[0], alpha=0.8, linewidth=0, step="mid"
-    )
-    right.set(xlim=(0, 1.02), ylim=left.get_ylim())
-    right.set_xlabel("share of frames acquired", fontsize=_SMALL)
-    right.set_title(f"density of {len(flat)} pattern{'s' if len(flat) > 1 else ''}", fontsize=_NORMAL, color=INK)
-    if title:
-        figure.suptitle(title, fontsize=_LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    how, frames, lines = config.sampling, config.data.frames, config.data.matrix[0]
+    if (how.family == "file") != (table is not None):
+        raise InputError(f"sampling.family: expected a pattern for file and for no other family, got {how.family}")
+    drawn: dict[str, torch.Tensor] = {}
+    if table is not None:
+        drawn["file"] = patterns.repeat(table, (1, 1, frames, table.shape[1]))
+    else:
+        key = torch.arange(256)
+        u = random.uniform(
+            config.seed, torch.zeros_like(key), key, random.PATTERN, (1, frames, lines), (0, 0, lines // 2)
+        )
+        for r in how.accelerations:
+            patterns.check(lines, r, how.acs_lines, how.family)
+            each, every = torch.full_like(key, r), torch.full_like(key, lines)
+            drawn[f"R = {r}"] = patterns.pattern(u, each, every, how.acs_lines, how.family)
+    figure = Figure(figsize=(0.4 + 2.6 * max(len(drawn), 2), 4.0), layout="constrained")
+    grid = figure.subplots(2, len(drawn), squeeze=False, sharey="row", height_ratios=(1, 1))
+    for (above, below), (name, sampled) in zip(grid.T, drawn.items(), strict=True):
+        true_r, acs = float(patterns.true_acceleration(sampled)), patterns.measured_acs_lines(sampled)
+        above.set_title(f"{name}: true R {true_r:.2f}, {acs} ACS", fontsize=_NORMAL, color=INK)
+        kept = sampled[0, 0].numpy()
+        _show_pattern(above, kept, np.zeros_like(kept), None)
+        above.set(xticks=[], yticks=[], xlabel="frame")
+        share = sampled.double().mean((0, 1, 2)).numpy()
+        ky = np.arange(len(share)) - len(share) // 2
+        below.fill_between(ky, share, step="mid", color=COLOURS[0], alpha=0.85, linewidth=0)
+        below.set(xlabel="ky", ylim=(0, 1.02), xlim=(ky[0], ky[-1]))
+        _clean(below)
+        above.xaxis.label.set_size(_SMALL)
+    grid[0, 0].set_ylabel("ky", fontsize=_SMALL)
+    grid[1, 0].set_ylabel("share of frames that sample it")
+    figure.suptitle(f"Sampling: {how.family}", fontsize=_LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
     return figure
 
 

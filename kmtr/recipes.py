@@ -36,7 +36,7 @@ def tiny() -> RunConfig:
         reconstruct=Reconstruct(steps=180),
         align=Align(steps=30),
         train=Train(workers=2, checkpoint_every=90, eval_every=90),
-        simulate=Simulate(subjects=1600),
+        simulate=Simulate(subjects=1600, difficulty="easy"),
         evaluate=Evaluate(accelerations=(4, 8, 12), labels=800, subjects=320),
     )
 

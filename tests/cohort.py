@@ -21,6 +21,9 @@ def simulated(index: int, config: RunConfig) -> Study:
         frames=data.frames,
         matrix=data.matrix,
         snr_db=config.simulate.snr_db,
+        difficulty=config.simulate.difficulty,
+        coils=config.simulate.coils,
+        oversampling=config.simulate.oversampling,
     )
 
 

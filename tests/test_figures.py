@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from kmtr import figures
+from kmtr.config import override
 from kmtr.physics.fourier import fft2c, ifft2c
+from kmtr.recipes import tiny
 from kmtr.report.html import png
 from kmtr.types import InputError
 
@@ -134,16 +138,31 @@ def test_nothing_to_draw_is_refused() -> None:
             draw({})
 
 
-def test_sampling_density_counts_frames() -> None:
-    figure = figures.sampling_density(np.stack([every_fourth_line(8)] * 3))
-    assert "true R = 4.00" in figure.axes[0].get_title()
-    assert figure.axes[1].get_title() == "density of 3 patterns"
+def test_sampling_states_what_was_measured() -> None:
+    config = override(tiny(), {"sampling.family": "kt-gaussian-acs"})
+    figure = figures.sampling(config)
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert [title.partition(":")[0] for title in titles] == ["R = 4", "R = 8"]
+    for title, most in zip(titles, (4, 8), strict=True):
+        true_r, acs = map(float, re.search(r"true R ([\d.]+), (\d+) ACS", title).groups())
+        assert most / 2 < true_r < most  # ACS lines on top
+        assert acs == 4
     png(figure)
+
+
+def test_sampling_of_a_file_has_one_column() -> None:
+    config = override(tiny(), {"sampling.family": "file"})
+    table = torch.from_numpy(every_fourth_line(6, 64))
+    figure = figures.sampling(config, table)
+    assert [axes.get_title() for axes in figure.axes] == ["file: true R 4.00, 0 ACS", ""]
+    for wrong in ((config, None), (tiny(), table)):
+        with pytest.raises(InputError, match=r"sampling\.family"):
+            figures.sampling(*wrong)
 
 
 def test_equal_figures_give_equal_bytes() -> None:
     def draw() -> Figure:
-        return figures.sampling_density(every_fourth_line())
+        return figures.sampling(tiny())
 
     assert png(draw()) == png(draw())
 

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cohort import write
 
 from jobs import verify
 from kmtr.config import RunConfig, override
-from kmtr.data import shards
+from kmtr.data import content, shards
 from kmtr.data.plan import Plan, Slot, Source
+from kmtr.data.reader import Dataset
 from kmtr.recipes import tiny
-from kmtr.types import InputError, KmtrError
+from kmtr.types import LABELS, InputError, KmtrError, Study, View
 
 SHARD = "shards/train-00001.parquet"
 
@@ -133,6 +140,9 @@ def test_a_good_dataset_is_proved(small: RunConfig, dataset: str, capsys: pytest
     assert found["cursors"] == [0, 1, 2, 3, 4]
     assert (found["batch_shapes"], found["padding"]) == (1, 0)
     assert set(found["mixing"]) == {"distance", "near", "pairs", "chi_square"}
+    assert (found["doubtful"], found["ef_of_masks_points"]) == ({}, None)  # two slices say nothing about volumes
+    for name in ("contact_sheet", "histograms", "sampling"):
+        assert Path(found[name]).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "2 x 1 x 4 x 32 x 32" in said
     assert "relative to a full shuffle" in said
@@ -156,6 +166,167 @@ def test_the_command_ends_with_one_json_object_and_its_status(small: RunConfig, 
     assert len([line for line in bad.stderr.splitlines() if line.startswith(f"damaged: {SHARD}")]) == 1
     shutil.rmtree(copy)
     assert call().returncode == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- content
+
+
+def study(number: int, **changes: Any) -> Study:
+    """A subject whose masks hold half of the cavity at end-systole."""
+    rng = np.random.default_rng(number)
+    kspace = rng.standard_normal((3, 1, 4, 16, 16, 2), np.float32).view(np.complex64)[..., 0]
+    segmentation = np.zeros((3, 4, 16, 16), np.uint8)
+    segmentation[:, :, 4:12, 4:12] = 1
+    segmentation[:, 2, 4:8] = 0
+    view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0), frame_time_s=0.2)
+    labels = {"lvedv_ml": 61.0, "lvesv_ml": 30.5, "lvsv_ml": 30.5, "lvef_pct": 50.0, "dcm": 0.0, "male": 1.0}
+    kept = {key: value for key, value in changes.items() if key not in LABELS}
+    labels |= {key: value for key, value in changes.items() if key in LABELS}
+    return Study(f"p-{kept.pop('name', number)}", {"sax": replace(view, **kept)}, labels)
+
+
+def found_in(root: Path, subjects: dict[str, list[Study]]) -> content.Findings:
+    write(root, subjects)
+    dataset = Dataset.of(str(root))
+    return content.judge(verify.contents(dataset), dataset.manifests)
+
+
+def test_a_good_dataset_has_no_findings_and_its_energies_agree(dataset: str, tmp_path: Path) -> None:
+    inspected = [c for _, c in verify.contents(Dataset.of(dataset))]
+    findings = content.judge(list(enumerate(inspected))[:0], [])
+    assert (findings.wrong, findings.doubtful) == ({}, {})
+    assert 0 < max(c.parseval for c in inspected) < 1e-4
+    ours = found_in(tmp_path, {"train": [study(n) for n in range(4)]})
+    assert (ours.wrong, ours.doubtful) == ({}, {})
+    assert content.ef_error([c for _, c in verify.contents(Dataset.of(str(tmp_path)))]) == pytest.approx(0)
+
+
+SPOILT: list[tuple[str, str, dict[str, list[Study]]]] = [
+    ("wrong", "lvef_pct, expected 3 to 95 %: p-1 has 0.6", {"train": [study(0), study(1, lvef_pct=0.6)]}),
+    ("wrong", "dcm, expected 0 or 1: p-1 has 2", {"train": [study(1, dcm=2.0)]}),
+    ("wrong", "age_y, expected 0 to 120 years: p-1 has -9", {"train": [study(1, age_y=-9.0)]}),
+    ("wrong", "lvesv_ml above lvedv_ml: p-1", {"train": [study(1, lvesv_ml=90.0)]}),
+    ("doubtful", "lvsv_ml is not the difference of the volumes: p-1", {"train": [study(1, lvsv_ml=40.0)]}),
+    ("doubtful", "lvef_pct is not the volumes' ejection fraction: p-1", {"train": [study(1, lvef_pct=60.0)]}),
+    ("doubtful", "lvef_pct is not the masks': p-1 has 80, its masks 50", {"train": [study(1, lvef_pct=80.0)]}),
+    (
+        "doubtful",
+        "lvedv_ml is not the masks': p-1 has 164, its masks 61",
+        {"train": [study(1, lvedv_ml=164.0, lvesv_ml=82.0, lvsv_ml=82.0)]},
+    ),
+    (
+        "wrong",
+        "a subject comes twice: p-1 in test of dataset 1, p-1 in train of dataset 1",
+        {"train": [study(1)], "test": [study(2, name=1)]},
+    ),
+    (
+        "wrong",
+        "two subjects have the same k-space: p-1 in train of dataset 1, p-x in val of dataset 1",
+        {"train": [study(1)], "val": [study(1, name="x")]},
+    ),
+    (
+        "wrong",
+        "unknown segmentation values: p-1 in shards/train-00000.parquet, sax: [7]",
+        {"train": [study(1, segmentation=np.full((3, 4, 16, 16), 7, np.uint8))]},
+    ),
+    (
+        "wrong",
+        "classes that the source is said not to draw: p-1 in shards/train-00000.parquet, sax: lv_cavity",
+        {"train": [study(1, contoured=(2, 3))]},
+    ),
+    (
+        "doubtful",
+        "spacing outside of (0.3, 60.0) mm: p-1 in shards/train-00000.parquet, sax: [20.0, 4000.0, 4.0]",
+        {"train": [study(1, spacing_mm=(20.0, 4000.0, 4.0), lvedv_ml=math.nan)]},
+    ),
+    (
+        "doubtful",
+        "frame time outside of (0.002, 0.5) s: p-1 in shards/train-00000.parquet, sax: 40",
+        {"train": [study(1, frame_time_s=40.0)]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "subjects"), SPOILT, ids=[line.partition(":")[0] for _, line, _ in SPOILT])
+def test_wrong_values_are_told_by_subject(
+    tmp_path: Path, kind: str, line: str, subjects: dict[str, list[Study]]
+) -> None:
+    findings = found_in(tmp_path, subjects)
+    assert line in list(findings.lines(getattr(findings, kind)))
+
+
+def rewrite(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """The only shard with other values, and the manifest made to fit."""
+    path = root / "shards/train-00000.parquet"
+    table = pq.read_table(path)
+    columns = change({name: table.column(name).to_pylist() for name in table.column_names})
+    fields = [table.schema.field(n) for n in columns if n in table.column_names]
+    pq.write_table(pa.table({f.name: columns[f.name] for f in fields}, pa.schema(fields, table.schema.metadata)), path)
+    manifest = json.loads((root / "manifest.json").read_text())
+    manifest["shards"][0] |= {"bytes": path.stat().st_size, "index": "", "row_groups": 1, "groups": [[1, 2]]}
+    manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["digest"] = shards.digest_of(s["split"] + s["sha256"] for s in manifest["shards"])
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+def first(columns: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return columns | {name: [value, *columns[name][1:]] for name, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            lambda c: first(c, kspace_sax=np.full(6144, np.nan, np.float16).tobytes()),
+            "k-space holds values that are not",
+        ),
+        (lambda c: first(c, kspace_sax=bytes(12288)), "k-space is nothing but zeros: p-0"),
+        (lambda c: first(c, kspace_sax=bytes(100)), "k-space is not of its shape: p-0"),
+        (lambda c: first(c, segmentation_sax=bytes(100)), "the segmentation is not of the image's shape: p-0"),
+        (lambda c: first(c, acquired_sax=bytes(3)), "the pattern is not of the k-space's shape: p-0"),
+        (lambda c: first(c, lvef_pct=None), "counts: lvef_pct: 1 subjects have it, the manifest says 2"),
+        (lambda c: first(c, shape_sax=[3, 1, 4, 8, 32]), "counts: shards/train-00000.parquet: rows or shapes are not"),
+        (
+            lambda c: {n: v for n, v in c.items() if n != "vendor"},
+            "schema: shards/train-00000.parquet: no column vendor",
+        ),
+    ],
+)
+def test_what_no_writer_of_ours_leaves_is_found(tmp_path: Path, change: Callable[[Any], Any], line: str) -> None:
+    write(tmp_path, {"train": [study(0), study(1)]})
+    rewrite(tmp_path, change)
+    assert not list(verify.damages(str(tmp_path)))
+    dataset = Dataset.of(str(tmp_path))
+    findings = content.judge(verify.contents(dataset), dataset.manifests)
+    assert any(said.startswith(line) for said in findings.lines(findings.wrong)), findings.wrong
+
+
+def test_content_that_is_wrong_ends_with_status_1_and_pictures_all_the_same(
+    small: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "data", {"train": [study(n, lvef_pct=0.5) for n in range(9)]})
+    said = [*words(small, tmp_path / "data"), f"storage.root={tmp_path / 'runs'}", "data.views=sax"]
+    said = [word for word in said if not word.startswith("data.views=sax,")]
+    with pytest.raises(KmtrError, match=r"9 wrong value\(s\) of 1 kind\(s\)") as error:
+        verify.run(said)
+    assert not isinstance(error.value, InputError)
+    assert "p-4 has 0.5, and 4 more" in capsys.readouterr().err
+    drawn = {path.name for path in (tmp_path / "runs").glob("verify-*/*.png")}
+    assert drawn == {"contact_sheet.png", "histograms.png", "sampling.png"}
+
+
+def test_memory_follows_a_row_group_not_the_dataset(tmp_path: Path) -> None:
+    kspace = np.ones((2, 1, 8, 128, 128), np.complex64)
+    for count in (2, 12):
+        write(tmp_path / str(count), {"train": [Study(f"p-{n}", {"sax": View(kspace)}) for n in range(count)]})
+    peaks = []
+    for count in (2, 12):
+        manifest = shards.read_manifest(str(tmp_path / str(count)))
+        tracemalloc.start()
+        content.inspect(str(tmp_path / str(count)), manifest.shards[0], manifest.subject_shapes)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 # ------------------------------------------------------------------------------------------------------ broken plans

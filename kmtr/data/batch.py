@@ -19,7 +19,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Data, RunConfig
-from kmtr.data import pages, shards, storage
+from kmtr.data import pages, patterns, shards, storage
 from kmtr.data.buckets import Shape
 from kmtr.data.reader import Dataset, Samples
 from kmtr.physics import random, sampling
@@ -208,10 +208,12 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
     """Whether a dataset can feed this configuration, found before a worker starts.
 
     Raises:
-        InputError: a view is missing, there are more coils than the configuration has, a matrix is larger, or too few
-            lines would be left.
+        InputError: a view is missing, there are more coils than the configuration has, a matrix is larger, too few
+            lines would be left, or the pattern file is of another number of lines.
     """
     data = config.data
+    patterns.check(config)
+    table = patterns.table(config.sampling)
     for view in data.views:
         if view not in dataset.shapes:
             have = ",".join(dataset.shapes)
@@ -233,10 +235,13 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
                     f"data.frames: {view} of the dataset has {frames} frames, got data.frames={data.frames}"
                 )
             lines = data.matrix[0] if data.crop else ny
+            if table is not None:
+                patterns.check_lines(table, view, lines)
+                continue
             for key in ("sampling", "evaluate"):
                 for r in getattr(config, key).accelerations:
                     try:
-                        sampling.check(lines, r, config.sampling.acs_lines)
+                        sampling.check(lines, r, config.sampling.acs_lines, config.sampling.family)
                     except InputError as error:
                         raise InputError(f"{key}.accelerations: {view}: {error}") from None
 
@@ -292,7 +297,8 @@ def collate(
         real: see `HostBatch`; all of these samples where not given.
         pin: page-locked memory, for a copy to the device that does not wait.
     """
-    data = config.data
+    patterns.check(config)
+    data, table = config.data, patterns.table(config.sampling)
     shape = full_shape(data) if shape is None else shape
     sax, coils, frames, ny, nx = shape
     meta, slots = samples.meta, slots_of(data, sax)
@@ -344,6 +350,8 @@ def collate(
             extent[row, where] = seen
             padded[row, where, : len(t)] = False
             if packed is None:
+                if table is not None:
+                    patterns.check_lines(table, view, lines)
                 acquired[row, where, : len(t), y0 : y0 + lines] = True
             else:
                 pattern = shards.unpack(packed, (source[0], source[2], source[3]))
@@ -424,10 +432,14 @@ def draw(
     def numbers(stream: int) -> Float[Tensor, "batch slice t ky"]:
         return random.uniform(seed, visit, key, stream, grid, centre)[:, rows]
 
-    r = sampling.draw_acceleration(config.sampling.accelerations, seed, visit, key)
-    each = r.repeat_interleave(len(slots))  # slices as subjects: views may differ in their lines
-    drawn = sampling.gaussian(numbers(purpose).flatten(0, 1)[:, None], each, ny.flatten(), config.sampling.acs_lines)
-    drawn = drawn.view(acquired.shape)
+    how = config.sampling
+    if (table := patterns.table(how)) is not None:
+        drawn = sampling.repeat(table.to(acquired.device), acquired.shape)
+    else:
+        r = sampling.draw_acceleration(how.accelerations, seed, visit, key)
+        each = r.repeat_interleave(len(slots))  # slices as subjects: views may differ in their lines
+        u = numbers(purpose).flatten(0, 1)[:, None]
+        drawn = sampling.pattern(u, each, ny.flatten(), how.acs_lines, how.family).view(acquired.shape)
     sampled = torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
     hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, config.reconstruct.mask_ratio)
     pt, py, px = config.model.patch
@@ -439,10 +451,11 @@ def draw(
 
 
 def token_counts(config: RunConfig, shape: Shape, drawn: bool = True) -> dict[str, int]:
-    """Most tokens of one subject in a batch of a shape, by kind: what `draw` leaves.
+    """Most tokens of one subject in a batch of a shape, by kind: what `draw` leaves (at most, for family
+    ``kt-gaussian-acs``).
 
     Args:
-        drawn: lines follow the configuration's accelerations; else there is no bound on theirs.
+        drawn: lines follow the configuration; else there is no bound on theirs.
     """
     sax, _, frames, lines, _ = shape
     slices = len(slots_of(config.data, sax))
@@ -456,7 +469,12 @@ def token_counts(config: RunConfig, shape: Shape, drawn: bool = True) -> dict[st
     visible, hidden = split(patches, config.reconstruct.image_mask_ratio)
     counts = {"visible_patches": slices * visible, "hidden_patches": slices * hidden}
     if drawn:
-        sampled = [frames * (lines // r) for r in config.sampling.accelerations]
+        how = config.sampling
+        if (table := patterns.table(how)) is not None:
+            sampled = [int(sampling.repeat(table, (1, 1, frames, lines)).sum())]
+        else:
+            most = [sampling.most_lines(lines, r, how.acs_lines, how.family) for r in how.accelerations]
+            sampled = [frames * count for count in most]
         parts = [split(count, config.reconstruct.mask_ratio) for count in sampled]
         counts["sampled"] = slices * max(sampled)
         counts["visible"], counts["hidden"] = (slices * max(part[i] for part in parts) for i in (0, 1))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,12 +19,12 @@ import pyarrow as pa
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data import buckets, shards
+from kmtr.data import buckets, shards, storage, writing
 from kmtr.data.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
 from kmtr.data.plan import Plan
 from kmtr.data.reader import Dataset, Reader
 from kmtr.physics import sampling
-from kmtr.types import KmtrError, Study
+from kmtr.types import InputError, KmtrError
 
 MAX_BLOCKS = 500
 """Ray Data tasks per graph: enough to overlap, few enough to start in seconds."""
@@ -278,111 +281,139 @@ def find_cause(error: BaseException | None, kind: type[KmtrError]) -> KmtrError 
 # ------------------------------------------------------------------------------------------------ items -> shards
 
 
-@dataclasses.dataclass(frozen=True)
-class ShardJob:
-    """One shard to write: the items (numbers) whose studies go into it."""
+class Ledger:
+    """An actor: which items are under way and which are done, over all tasks of one job (`writing.Journal`).
 
-    name: str
-    split: str
-    items: tuple[int, ...]
-
-
-def shard_jobs(subject_ids: Sequence[str], rows: int, split: str) -> list[ShardJob]:
-    """Distribute items over shards of each split.
-
-    Args:
-        subject_ids: pseudonym of each item.
-        rows: subjects per shard.
-        split: ``config.shards.split``.
+    It lives as long as the job: what killed a job is not held against the item that was under way.
     """
-    hashed = split == "hash" or (split == "auto" and len(subject_ids) >= shards.MIN_SPLIT_SUBJECTS)
-    members: dict[str, list[int]] = {name: [] for name in shards.SPLITS}
-    for item, subject_id in enumerate(subject_ids):
-        members[shards.split_of(subject_id) if hashed else "train"].append(item)
-    return [
-        ShardJob(f"{name}-{start // rows:05d}", name, tuple(items[start : start + rows]))
-        for name, items in members.items()
-        for start in range(0, len(items), rows)
-    ]
+
+    def __init__(self) -> None:
+        self.begun: dict[int, int] = {}
+        self.done: set[int] = set()
+
+    def begin(self, item: int) -> int:
+        self.begun[item] = self.begun.get(item, 0) + 1
+        return self.begun[item]
+
+    def end(self, item: int) -> None:
+        self.begun.pop(item, None)
+        self.done.add(item)
+
+    def count(self) -> int:
+        return len(self.done)
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteShards:
-    """What a Ray Data task does to write shards: skip what is finished, refuse what can't be read, report both."""
+class RemoteJournal:
+    """`writing.Journal` of a task: a ledger elsewhere."""
 
-    root: str
-    jobs: list[ShardJob]
-    make: Callable[[int], Study]
-    dtype: str
+    ledger: Any
 
-    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        import json
+    def begin(self, item: int) -> int:
+        import ray
 
-        results = []
-        for number in block["id"]:
-            job = self.jobs[number]
-            refused: list[str] = []
-            part = shards.finished_shard(self.root, job.name)
-            if part is None:
-                studies = self._studies(job, refused)
-                part = shards.write_shard(self.root, job.name, job.split, studies, self.dtype)
-            results.append(json.dumps([dataclasses.asdict(part[0]), part[1], refused]))
-        return {"number": list(block["id"]), "result": results}
+        return ray.get(self.ledger.begin.remote(item))
 
-    def _studies(self, job: ShardJob, refused: list[str]) -> Iterator[Study]:
-        for item in job.items:
-            try:
-                study = self.make(item)
-                shards.check_finite(study)
-                yield study
-            except KmtrError as error:
-                refused.append(str(error))
+    def end(self, item: int) -> None:
+        self.ledger.end.remote(item)
 
 
 def write_dataset(
-    root: str,
-    jobs: Sequence[ShardJob],
-    make: Callable[[int], Study],
-    dtype: str,
-    source: str,
-    progress: Callable[[int, int], None],
-) -> tuple[shards.Manifest, list[str]]:
+    write: writing.WriteShards, progress: Callable[[int, int], None]
+) -> tuple[shards.Manifest, list[dict[str, str]], writing.Cost]:
     """Write all shards with Ray Data over the cluster, then the manifest. Finished shards of an earlier run are kept.
 
+    A task that dies is run again by Ray, as often as it takes: the ledger knows what it was at, and what ended
+    `writing.CRASHES` processes is refused.
+
     Args:
-        make: item number -> Study; pure, runs in a Ray task. A KmtrError refuses that subject, not the others.
-        progress: called with (subjects done, subjects in all).
+        progress: called with (subjects done, subjects in all), about once a second.
 
     Returns:
-        The manifest, and one line for each refused subject.
+        The manifest, what was refused, and what the shards of this run cost (memory: of the largest process).
 
     Raises:
-        InputError: every subject was refused (the first one's reason).
+        InputError: every subject was refused, or another command's shards lie there.
+        StoreError: a shard can't be written.
     """
-    import json
+    parts = writing.finished(write)
+    missing = [number for number in range(len(write.jobs)) if number not in parts]
+    subjects = [len(job.items) for job in write.jobs]
+    before, total = sum(subjects[number] for number in parts), sum(subjects)
+    costs = [writing.Cost(0, 0.0, 0)]
+    if before:
+        progress(before, total)
+    if missing:
+        for number, part, cost in _written(write, missing, lambda done: progress(min(before + done, total), total)):
+            parts[number] = part
+            costs.append(cost)
+    cost = writing.Cost(sum(c.subjects for c in costs), sum(c.core_s for c in costs), max(c.peak_bytes for c in costs))
+    return *writing.complete(write, parts), cost
 
+
+@dataclasses.dataclass(frozen=True)
+class _WriteTask:
+    """What a task of Ray Data does: numbers of missing shards in, what became of them out."""
+
+    write: writing.WriteShards
+    missing: Sequence[int]
+    journal: RemoteJournal
+
+    def __call__(self, block: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        results = []
+        for number in block["id"]:
+            shard, summary, cost = self.write(self.missing[number], self.journal)
+            results.append(json.dumps([dataclasses.asdict(shard), summary, dataclasses.asdict(cost)]))
+        return {"number": [self.missing[number] for number in block["id"]], "result": results}
+
+
+def _written(
+    write: writing.WriteShards, missing: Sequence[int], progress: Callable[[int], None]
+) -> Iterator[tuple[int, tuple[shards.Shard, dict[str, Any]], writing.Cost]]:
+    """Shards in the order in which they are finished."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # ends with the job only
+    ledger = ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    write = WriteShards(root, list(jobs), make, dtype)
-    dataset = ray.data.range(len(jobs), override_num_blocks=min(len(jobs), MAX_BLOCKS)).map_batches(
-        write.__call__, batch_size=1, num_cpus=1
+    task = _WriteTask(write, missing, RemoteJournal(ledger))
+    dataset = ray.data.range(len(missing), override_num_blocks=min(len(missing), MAX_BLOCKS)).map_batches(
+        task.__call__, batch_size=1, num_cpus=1
     )
-    parts: dict[int, tuple[shards.Shard, dict[str, Any]]] = {}
-    refused: list[str] = []
-    done, total = 0, sum(len(job.items) for job in jobs)
-    for row in dataset.iter_rows():
-        shard, summary, bad = json.loads(row["result"])
-        number = int(row["number"])
-        parts[number] = (shards.Shard(**shard), summary)
-        refused += bad
-        done += len(jobs[number].items)
-        progress(done, total)
-    if not any(shard.rows for shard, _ in parts.values()):
-        raise shards.InputError(refused[0] if refused else "source: expected at least one subject, got none")
-    return shards.write_manifest(root, [parts[n] for n in sorted(parts)], dtype, source), refused
+    with _every_second(lambda: progress(ray.get(ledger.count.remote()))):
+        try:
+            for row in dataset.iter_rows():
+                shard, summary, cost = json.loads(row["result"])
+                yield int(row["number"]), (shards.shard_of(shard), summary), writing.Cost(**cost)
+        except Exception as error:
+            cause = find_cause(error, InputError) or find_cause(error, storage.StoreError)
+            if cause is None:
+                raise
+            raise cause from None
+    progress(ray.get(ledger.count.remote()))
+    ray.kill(ledger)
+
+
+@contextmanager
+def _every_second(call: Callable[[], object]) -> Iterator[None]:
+    """Makes the call once a second, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def loop() -> None:
+        while not ended.wait(1.0):
+            call()
+
+    thread = threading.Thread(target=loop, name="kmtr-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def read_in_order(

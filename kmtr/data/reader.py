@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -310,17 +308,12 @@ class _OpenShard:
 
     def _index(self) -> pa.Table:
         """The index beside the shard, or one made from the shard where there is none that fits."""
-        store, base = storage.open_root(self.root)
-        with suppress(pa.ArrowException, OSError):  # derived data: what can't be read is made anew
-            content = storage.read_bytes(store, f"{base}/{shards.index_name(self.name)}")
-            if hashlib.sha256(content).hexdigest() == self.shard.index:
-                with pa.ipc.open_file(pa.py_buffer(content)) as file:
-                    return file.read_all()
-        index = self._with_pyarrow(shards.index_of)
-        version = (index.schema.metadata or {}).get(b"kmtr.schema_version", b"none").decode()
-        if version not in map(str, range(1, shards.SCHEMA_VERSION + 1)):
-            raise self.damaged(f"schema version {version}")
-        return index
+        index = shards.stored_index(self.root, self.shard)
+        if index is None:
+            index = self._with_pyarrow(shards.index_of)
+            if wrong := shards.check_version(index.schema.metadata):
+                raise self.damaged(wrong)
+        return shards.current(index)
 
     def _with_pyarrow(self, read: Callable[[pq.ParquetFile], pa.Table], row: int | None = None) -> pa.Table:
         """What `read` makes of the Parquet file, by one thread at a time."""
@@ -338,7 +331,7 @@ class _OpenShard:
         wanted = None if columns is None else list(columns)
         with self._lock:
             table = self._with_pyarrow(lambda file: file.read_row_group(group, columns=wanted, use_threads=False), row)
-        return table.slice(row - int(self.group_first[group]), 1)
+        return shards.current(table.slice(row - int(self.group_first[group]), 1), wanted)
 
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
         start, size = self.places[view][row].tolist()

@@ -1,12 +1,12 @@
 """A dataset on disk: Parquet shards, one row per subject, and ``manifest.json``.
 
-Payloads are `large_binary` columns, uncompressed (or LZ4), without dictionary or statistics: a view that is not read
-costs nothing. k-space is stored with real and imaginary part interleaved last (axes ``slice coil t ky kx 2``); float16
-comes with one scale per subject that puts the peak at 6e4, so that the round trip keeps an NMSE under 1e-6 per line.
-Pages carry checksums. Files are written under a temporary name and renamed.
+What a row holds says `kmtr.data.record`. Payloads are `large_binary` columns, uncompressed (or LZ4), without dictionary
+or statistics: a view that is not read costs nothing. Pages carry checksums. Files are written under a temporary name
+and renamed.
 
 Beside each shard lies its index: the small columns of all rows and where their payloads are (``<name>.index``, Arrow
-IPC). It is derived from the shard, checked against it at each read, and made anew where it is missing.
+IPC). It is derived from the shard, checked against it at each read, and made anew where it is missing. It is written
+after the shard: a job that was killed goes on behind the shards that have theirs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -26,17 +26,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.data import pages, storage
-from kmtr.types import LABELS, VIEWS, InputError, KmtrError, Study, View
+from kmtr.data.record import (  # noqa: F401 (a dataset's rows are part of what this module offers)
+    SCHEMA_VERSION,
+    check_finite,
+    check_version,
+    columns_of,
+    current,
+    raw_kspace,
+    schema,
+    stored_dtype,
+    to_row,
+    to_study,
+    unpack,
+)
+from kmtr.types import LABELS, VIEWS, InputError, KmtrError, Study
 
-SCHEMA_VERSION = 2
-"""1 had neither shapes nor the sizes of row groups in its manifest; `read_manifest` adds them."""
-
-FP16_PEAK = 6e4
 ROW_GROUP_BYTES = 1 << 20
 """Subjects smaller than this share a row group, since a row group is the unit of reading."""
-
-SPLITS = {"train": 0.7, "val": 0.1, "test": 0.2}
-MIN_SPLIT_SUBJECTS = 20
 
 
 class DamagedShard(KmtrError):
@@ -108,187 +114,69 @@ def digest_of(parts: Iterable[str]) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def split_of(subject_id: str) -> str:
-    """Split of a subject by a hash of its pseudonym: adding subjects moves nobody."""
-    share = int.from_bytes(hashlib.blake2b(b"split" + subject_id.encode(), digest_size=8).digest(), "big") / 2**64
-    if share < SPLITS["train"]:
-        return "train"
-    return "val" if share < SPLITS["train"] + SPLITS["val"] else "test"
-
-
-# ---------------------------------------------------------------------------------------------------- Study <-> row
-
-
-def schema(dtype: str) -> pa.Schema:
-    fields = [pa.field("subject_id", pa.string(), nullable=False), pa.field("scale", pa.float64(), nullable=False)]
-    for view in VIEWS:
-        fields += [
-            pa.field(f"kspace_{view}", pa.large_binary()),
-            pa.field(f"shape_{view}", pa.list_(pa.int32())),
-            pa.field(f"acquired_{view}", pa.binary()),
-            pa.field(f"segmentation_{view}", pa.large_binary()),
-            pa.field(f"spacing_mm_{view}", pa.list_(pa.float64())),
-            pa.field(f"frame_time_s_{view}", pa.float64()),
-        ]
-    fields += [pa.field(name, pa.float64()) for name in LABELS]
-    fields += [
-        pa.field("vendor", pa.string()),
-        pa.field("field_strength_t", pa.float64()),
-        pa.field("source", pa.string()),
-    ]
-    return pa.schema(fields, metadata={"kmtr.schema_version": str(SCHEMA_VERSION), "kmtr.dtype": dtype})
-
-
-def check_finite(study: Study) -> float:
-    """Largest real or imaginary part in a study's k-space.
-
-    Raises:
-        InputError: k-space holds a value that is not finite, or nothing but zeros.
-    """
-    peak = float(np.max([np.abs(view.kspace.view(np.float32)).max() for view in study.views.values()]))  # keeps NaN
-    if not math.isfinite(peak) or peak == 0:
-        raise InputError(f"k-space: expected finite values that are not all zero, got a peak of {peak}")
-    return peak
-
-
-def to_row(study: Study, dtype: str) -> dict[str, Any]:
-    """One Parquet row of a study.
-
-    Raises:
-        InputError: as `check_finite`.
-    """
-    peak = check_finite(study)
-    scale = peak / FP16_PEAK if dtype == "float16" else 1.0
-    row: dict[str, Any] = {
-        "subject_id": study.subject_id,
-        "scale": scale,
-        "vendor": study.vendor,
-        "field_strength_t": study.field_strength_t,
-        "source": study.source,
-    }
-    for name in LABELS:
-        value = study.labels.get(name)
-        row[name] = None if value is None or math.isnan(value) else float(value)
-    for name, view in study.views.items():
-        interleaved = np.ascontiguousarray(view.kspace).view(np.float32).reshape(*view.kspace.shape, 2)
-        stored = interleaved if dtype == "float32" else (interleaved / np.float32(scale)).astype(np.float16)
-        row[f"kspace_{name}"] = stored.tobytes()
-        row[f"shape_{name}"] = list(view.kspace.shape)
-        row[f"acquired_{name}"] = None if view.sampled is None else np.packbits(view.sampled).tobytes()
-        row[f"segmentation_{name}"] = None if view.segmentation is None else view.segmentation.tobytes()
-        row[f"spacing_mm_{name}"] = None if view.spacing_mm is None else list(view.spacing_mm)
-        row[f"frame_time_s_{name}"] = view.frame_time_s
-    return row
-
-
-def to_study(table: pa.Table, row: int = 0) -> Study:
-    """The study of one row, views that were not read left out. Inverse of `to_row` up to the storage precision."""
-    views = {}
-    for name in VIEWS:
-        raw = raw_kspace(table, row, name)
-        if raw is None:
-            continue
-        stored, scale = raw
-        kspace = np.ascontiguousarray(stored.astype(np.float32) * np.float32(scale)).view(np.complex64)[..., 0]
-        slices, _, frames, ny, nx = kspace.shape
-        packed = _value(table, f"acquired_{name}", row)
-        segmentation = _value(table, f"segmentation_{name}", row)
-        spacing = _value(table, f"spacing_mm_{name}", row)
-        views[name] = View(
-            kspace=kspace,
-            sampled=None if packed is None else unpack(packed, (slices, frames, ny)),
-            segmentation=None
-            if segmentation is None
-            else np.frombuffer(segmentation, np.uint8).reshape(slices, frames, ny, nx),
-            spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
-            frame_time_s=_value(table, f"frame_time_s_{name}", row),
-        )
-    labels = {n: v for n in LABELS if n in table.column_names and (v := _value(table, n, row)) is not None}
-    return Study(
-        subject_id=_value(table, "subject_id", row),
-        views=views,
-        labels=labels,
-        source=_value(table, "source", row) or "",
-        vendor=_value(table, "vendor", row),
-        field_strength_t=_value(table, "field_strength_t", row),
-    )
-
-
-def raw_kspace(table: pa.Table, row: int, view: str) -> tuple[np.ndarray, float] | None:
-    """Stored values of one view without a copy, and their scale; None where the subject lacks the view.
-
-    Returns:
-        float16 or float32 ``slice coil t ky kx 2``, read-only, in Arrow's memory; k-space = values * scale.
-    """
-    if f"kspace_{view}" not in table.column_names:
-        return None
-    payload = pages.payload_of(table.column(f"kspace_{view}"), row)
-    if payload is None:
-        return None
-    shape = table.column(f"shape_{view}")[row].as_py()
-    stored = np.frombuffer(payload, stored_dtype(table.schema)).reshape(*shape, 2)
-    stored.flags.writeable = False  # Arrow's memory is shared with whoever else holds the table
-    return stored, table.column("scale")[row].as_py()
-
-
-def stored_dtype(schema: pa.Schema) -> np.dtype:
-    """Of k-space in a table or shard."""
-    return np.dtype(schema.metadata[b"kmtr.dtype"].decode())
-
-
-def unpack(packed: bytes, shape: tuple[int, int, int]) -> np.ndarray:
-    """bool ``slice t ky`` from its stored bits."""
-    return np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
-
-
-def _value(table: pa.Table, column: str, row: int) -> Any:
-    return table.column(column)[row].as_py() if column in table.column_names else None
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 PAYLOADS = tuple(f"{kind}_{view}" for kind in ("kspace", "segmentation") for view in VIEWS)
 
 
 def write_shard(
-    root: str, name: str, split: str, studies: Iterable[Study], dtype: str, compression: str = "none"
+    root: str,
+    name: str,
+    split: str,
+    studies: Iterable[Study],
+    dtype: str,
+    compression: str = "none",
+    made: str = "",
+    refused: Sequence[dict[str, str]] = (),
 ) -> tuple[Shard, dict[str, Any]]:
     """Write one shard, whole or not at all, and its index, which makes a rerun skip it.
 
     Args:
         compression: of k-space, ``none`` or ``lz4``.
+        made: what decides the content; `finished_shard` refuses to go on with another.
+        refused: subjects that are not in it, and why; may grow while `studies` is drawn from. Kept in the index.
 
     Returns:
-        The shard (0 rows: no file was written) and a summary: subject shapes, labels, undersampled views.
+        The shard (0 rows: no file was written) and a summary: subject shapes, labels, undersampled, made, refused.
     """
     subject_shapes: list[dict[str, list[int]]] = []
     labels = dict.fromkeys(LABELS, 0)
     undersampled: set[str] = set()
     shapes: list[list[int]] = []
-    pending: list[dict[str, Any]] = []
+
+    def summary() -> dict[str, Any]:
+        return {
+            "subject_shapes": subject_shapes,
+            "labels": {k: n for k, n in labels.items() if n},
+            "undersampled": sorted(undersampled),
+            "made": made,
+            "refused": list(refused),
+        }
+
+    def rows(studies: Iterable[Study]) -> Iterator[tuple[dict[str, Any], int]]:
+        for study in studies:
+            row = to_row(study, dtype)
+            shape = {view_name: list(view.kspace.shape) for view_name, view in study.views.items()}
+            if shape not in subject_shapes:
+                subject_shapes.append(shape)
+            _count(shapes, subject_shapes.index(shape))
+            undersampled.update(view_name for view_name, view in study.views.items() if view.sampled is not None)
+            for label in LABELS:
+                labels[label] += row[label] is not None
+            yield row, payload_bytes(study, dtype)
+
     studies = iter(studies)
     first = next(studies, None)
     if first is None:
-        return Shard(name, split, 0, 0, 0, ""), {"subject_shapes": [], "labels": {}, "undersampled": []}
-    per_group = max(1, ROW_GROUP_BYTES // payload_bytes(first, dtype))
+        shard = Shard(f"shards/{name}.parquet", split, 0, 0, 0, "")
+        if not refused:
+            return shard, summary()
+        return _with_index(root, shard, schema(dtype).empty_table(), summary())
     with storage.writing(root, f"shards/{name}.parquet") as sink:
         hashing = _Hashing(sink)
         with _writer(hashing, dtype, compression) as writer:
-            for study in chain([first], studies):
-                row = to_row(study, dtype)
-                shape = {view_name: list(view.kspace.shape) for view_name, view in study.views.items()}
-                if shape not in subject_shapes:
-                    subject_shapes.append(shape)
-                _count(shapes, subject_shapes.index(shape))
-                undersampled |= {view_name for view_name, view in study.views.items() if view.sampled is not None}
-                for label in LABELS:
-                    labels[label] += row[label] is not None
-                pending.append(row)
-                if len(pending) == per_group:
-                    writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
-                    pending.clear()
-            if pending:
-                writer.write_table(pa.Table.from_pylist(pending, schema=schema(dtype)))
+            for group in _groups(rows(chain([first], studies))):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema(dtype)))
         sink.flush()
         file = pq.ParquetFile(sink.name)
         index = index_of(file)
@@ -303,13 +191,28 @@ def write_shard(
         groups=_runs(groups),
         shapes=_runs(shapes),
     )
-    summary = {
-        "subject_shapes": subject_shapes,
-        "labels": {k: n for k, n in labels.items() if n},
-        "undersampled": sorted(undersampled),
-    }
+    return _with_index(root, shard, index, summary())
+
+
+def _groups(rows: Iterable[tuple[dict[str, Any], int]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of at most ROW_GROUP_BYTES together, larger ones by themselves: never more than that is held in memory."""
+    pending: list[dict[str, Any]] = []
+    held = 0
+    for row, size in rows:
+        if pending and held + size > ROW_GROUP_BYTES:
+            yield pending
+            pending, held = [], 0
+        pending.append(row)
+        held += size
+    if pending:
+        yield pending
+
+
+def _with_index(root: str, shard: Shard, index: pa.Table, summary: dict[str, Any]) -> tuple[Shard, dict[str, Any]]:
+    """Write the index of a shard that lies there whole."""
     content = _index_bytes(index, shard, summary)
     store, base = storage.open_root(root)
+    storage.make_folder(store, f"{base}/shards")
     storage.write_atomic(store, f"{base}/{index_name(shard.name)}", content)
     return replace(shard, index=hashlib.sha256(content).hexdigest()), summary
 
@@ -319,8 +222,12 @@ def payload_bytes(study: Study, dtype: str) -> int:
     return sum(view.kspace.size for view in study.views.values()) * 2 * np.dtype(dtype).itemsize
 
 
-def finished_shard(root: str, name: str) -> tuple[Shard, dict[str, Any]] | None:
-    """What `write_shard` returned in an earlier run, or None."""
+def finished_shard(root: str, name: str, made: str = "") -> tuple[Shard, dict[str, Any]] | None:
+    """What `write_shard` returned in an earlier run, or None.
+
+    Raises:
+        InputError: it was written with another `made`.
+    """
     store, base = storage.open_root(root)
     path = f"{base}/shards/{name}.index"
     if not storage.exists(store, path):
@@ -328,8 +235,49 @@ def finished_shard(root: str, name: str) -> tuple[Shard, dict[str, Any]] | None:
     content = storage.read_bytes(store, path)
     with pa.ipc.open_file(pa.py_buffer(content)) as file:
         summary = json.loads(file.schema.metadata[b"kmtr.summary"])
-    shard = _shard(summary.pop("shard") | {"index": hashlib.sha256(content).hexdigest()})
-    return (shard, summary) if storage.exists(store, f"{base}/{shard.name}") else None
+    shard = shard_of(summary.pop("shard") | {"index": hashlib.sha256(content).hexdigest()})
+    if made and summary.get("made") != made:
+        raise InputError(
+            f"data.root: {storage.shown(root)} holds the unfinished dataset of another command (shards/{name}); choose "
+            "another folder, or remove that one"
+        )
+    return (shard, summary) if not shard.rows or storage.exists(store, f"{base}/{shard.name}") else None
+
+
+def stored_index(root: str, shard: Shard) -> pa.Table | None:
+    """The index beside a shard, brought up to date; None where there is none that fits."""
+    store, base = storage.open_root(root)
+    with suppress(pa.ArrowException, OSError):  # derived data: what can't be read is made anew
+        content = storage.read_bytes(store, f"{base}/{index_name(shard.name)}")
+        if hashlib.sha256(content).hexdigest() == shard.index:
+            with pa.ipc.open_file(pa.py_buffer(content)) as file:
+                return current(file.read_all())
+    return None
+
+
+def splits_of(root: str, manifest: Manifest) -> dict[str, str]:
+    """Pseudonym -> split of all subjects of a dataset.
+
+    Raises:
+        InputError: a shard can't be read.
+    """
+
+    def of(shard: Shard) -> dict[str, str]:
+        index = stored_index(root, shard)
+        if index is None:
+            store, base = storage.open_root(root)
+            try:
+                with store.open_input_file(f"{base}/{shard.name}") as file:
+                    index = pq.read_table(file, columns=["subject_id"], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{shard.name}: expected a shard, got: {first_line(error)}; restore it") from None
+        return dict.fromkeys(index.column("subject_id").to_pylist(), shard.split)
+
+    found: dict[str, str] = {}
+    with ThreadPoolExecutor(16) as pool:
+        for some in pool.map(of, manifest.shards):
+            found |= some
+    return found
 
 
 def index_name(shard: str) -> str:
@@ -395,7 +343,8 @@ def _runs(runs: Iterable[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     return tuple((int(a), int(b)) for a, b in runs)
 
 
-def _shard(fields: dict[str, Any]) -> Shard:
+def shard_of(fields: dict[str, Any]) -> Shard:
+    """From JSON."""
     return Shard(**fields | {key: _runs(fields[key]) for key in ("groups", "shapes")})
 
 
@@ -462,12 +411,13 @@ def read_manifest(root: str) -> Manifest:
         content = json.loads(storage.read_bytes(store, path))
         digest = content.pop("digest")
         version = content["schema_version"]
-        if version not in (1, SCHEMA_VERSION):
+        if version not in range(1, SCHEMA_VERSION + 1):
             raise InputError(f"{path}: expected schema version 1 to {SCHEMA_VERSION}, got {version}; update kmtr")
         if version == 1:
             content = _from_version_1(root, content)
+        content["schema_version"] = SCHEMA_VERSION  # what version 3 added is in the shards alone (`record.current`)
         manifest = Manifest(
-            shards=tuple(_shard(fields) for fields in content.pop("shards")),
+            shards=tuple(shard_of(fields) for fields in content.pop("shards")),
             subject_shapes=tuple(content.pop("subject_shapes")),
             undersampled=tuple(content.pop("undersampled")),
             **content,
@@ -482,7 +432,7 @@ def read_manifest(root: str) -> Manifest:
 
 
 def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of version 1 as one of version 2: row groups and shapes are read from the shards."""
+    """A manifest of version 1 as one of today's: row groups and shapes are read from the shards."""
     subject_shapes: list[dict[str, list[int]]] = []
     shards = []
     store, base = storage.open_root(root)
@@ -503,7 +453,7 @@ def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
             _count(shapes, subject_shapes.index(shape))
         shards.append(fields | {"groups": groups, "shapes": shapes})
     rest = {key: value for key, value in content.items() if key != "shapes"}
-    return rest | {"shards": shards, "subject_shapes": subject_shapes, "schema_version": SCHEMA_VERSION}
+    return rest | {"shards": shards, "subject_shapes": subject_shapes}
 
 
 def preflight(root: str, manifest: Manifest) -> None:
@@ -539,9 +489,3 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def columns_of(views: Sequence[str], labels: Sequence[str] = (), segmentation: bool = False) -> list[str]:
-    """Columns that training on these views needs."""
-    kinds = ["kspace", "shape", "acquired", *(["segmentation"] if segmentation else [])]
-    return ["subject_id", "scale", *(f"{kind}_{view}" for view in views for kind in kinds), *labels]

@@ -7,29 +7,43 @@ for any number of workers, after a restart, in any trial. In batches, on the dev
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kmtr.physics import random
+from kmtr.physics.fourier import centred, crop_or_pad
 from kmtr.physics.random import HIDDEN_LINES, HIDDEN_PATCHES, PATTERN, VALIDATION
 from kmtr.types import InputError
 
 __all__ = [
+    "FAMILIES",
     "HIDDEN_LINES",
     "HIDDEN_PATCHES",
     "PATTERN",
     "VALIDATION",
     "check",
     "draw_acceleration",
+    "equispaced",
     "gaussian",
+    "gaussian_wide",
     "hide",
+    "kt_density",
+    "kt_gaussian_acs",
     "line_density",
+    "measured_acs_lines",
+    "most_lines",
+    "pattern",
+    "repeat",
     "subject_key",
     "true_acceleration",
+    "wide_density",
 ]
+
+Whole = TypeVar("Whole", int, Tensor)
 
 
 def subject_key(subject_id: str) -> int:
@@ -37,18 +51,27 @@ def subject_key(subject_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(subject_id.encode(), digest_size=8).digest(), "little")
 
 
-def check(lines: int, acceleration: int, acs_lines: int) -> None:
-    """Whether `gaussian` can draw a pattern of `lines` at this R: to be asked for every matrix size before training.
+def check(lines: int, acceleration: int, acs_lines: int, family: str = "gaussian") -> None:
+    """Whether `pattern` can draw one of `lines` at this R: to be asked for every matrix size before training.
 
     Raises:
-        InputError: nothing but ACS lines would be sampled.
+        InputError: nothing but ACS lines would be sampled, or nothing at all.
     """
-    count = lines // acceleration
-    if acceleration > 1 and count <= acs_lines:
-        raise InputError(
-            f"sampling: R = {acceleration} leaves {count} of {lines} lines, expected more than {acs_lines} ACS; "
-            "lower R or sampling.acs_lines"
-        )
+    if family not in FAMILIES:
+        raise InputError(f"sampling.family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    budget = most_lines(lines, acceleration, 0, family)
+    if acceleration == 1 or (budget and family in ("gaussian-wide", "kt-gaussian-acs")):
+        return
+    if budget <= acs_lines or not budget:
+        least = f"more than {acs_lines} ACS; lower R or sampling.acs_lines" if budget else "some; lower R"
+        raise InputError(f"sampling: R = {acceleration} leaves {budget} of {lines} lines, expected {least}")
+
+
+def most_lines(lines: int, acceleration: int, acs_lines: int, family: str = "gaussian") -> int:
+    """Lines of a frame: exactly so many, but for ``kt-gaussian-acs``, where drawn lines may fall on ACS lines."""
+    if family == "kt-gaussian-acs":
+        return min(int(_rounded(lines, acceleration)) + acs_lines, lines)
+    return lines // acceleration
 
 
 def draw_acceleration(
@@ -63,6 +86,108 @@ def draw_acceleration(
     return drawn
 
 
+def pattern(
+    u: Float[Tensor, "batch slice t ky"],
+    acceleration: Int[Tensor, " batch"],
+    lines: Int[Tensor, " batch"],
+    acs_lines: int = 4,
+    family: str = "gaussian",
+) -> Bool[Tensor, "batch slice t ky"]:
+    """The pattern of every frame in one of FAMILIES, drawn anew for each.
+
+    Args:
+        u: uniform numbers in (0, 1). Drawn with ky counted from the centre (`random.uniform`, ``origin``), a subject
+            has the same pattern in an array of any size.
+        acceleration: nominal R of each subject; 1 samples all of its lines.
+        lines: each subject's own, in the middle of the ky axis; none beyond them is sampled. `check` says whether they
+            are enough, since nothing is raised here.
+        acs_lines: central lines sampled in every frame; ``gaussian-wide`` has none.
+
+    Returns:
+        True = sampled.
+    """
+    return FAMILIES[family](u, acceleration, lines, acs_lines)
+
+
+def gaussian(
+    u: Float[Tensor, "batch slice t ky"],
+    acceleration: Int[Tensor, " batch"],
+    lines: Int[Tensor, " batch"],
+    acs_lines: int = 4,
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Family (a): the ACS lines, and others drawn without replacement by `line_density`; arguments as of `pattern`.
+
+    Exactly ``floor(lines / R)`` lines in every frame, the ACS lines among them.
+    """
+    return _weighted(u, line_density(acceleration, lines, u.shape[-1]), lines // acceleration, acs_lines)
+
+
+def gaussian_wide(
+    u: Float[Tensor, "batch slice t ky"],
+    acceleration: Int[Tensor, " batch"],
+    lines: Int[Tensor, " batch"],
+    acs_lines: int = 0,
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Family (b): exactly ``floor(lines / R)`` lines drawn without replacement, Gaussian of variance lines / 0.3.
+
+    No ACS lines, whatever is asked for. It is the narrower one where there are many lines (SD 21 of 128, where family
+    (a) has 26 and a floor), the wider one below 84.
+    """
+    return _weighted(u, wide_density(lines, u.shape[-1]), lines // acceleration, 0)
+
+
+def equispaced(
+    u: Float[Tensor, "batch slice t ky"],
+    acceleration: Int[Tensor, " batch"],
+    lines: Int[Tensor, " batch"],
+    acs_lines: int = 4,
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Family (c): the ACS lines, and of the others every s-th from a start that is drawn for each frame.
+
+    Exactly ``floor(lines / R)`` lines in every frame, the ACS lines among them. So s, a real number, is what lines the
+    ACS leave over lines that the budget leaves, as in fastMRI's equispaced masks (Zbontar 2018); without ACS lines and
+    where R divides them it is R.
+    """
+    size = u.shape[-1]
+    start = u[..., size // 2].double()[..., None]
+    others, left = lines - acs_lines, lines // acceleration - acs_lines
+    place = torch.arange(size + 1, device=u.device)
+    acs = size // 2 - acs_lines // 2
+    before = place - (size // 2 - lines // 2)[:, None] - (place - acs).clamp(0, acs_lines)
+    before = before.clamp(min=0).minimum(others[:, None])  # lines before this place that are no ACS lines
+    # The j-th line is floor((j + start) s): so many lie before each place.
+    passed = ((before * left[:, None]).double() / others.clamp(min=1)[:, None])[:, None, None] - start
+    sampled = passed.ceil_().diff(dim=-1) > 0
+    sampled[..., acs : acs + acs_lines] = True
+    return sampled
+
+
+def kt_gaussian_acs(
+    u: Float[Tensor, "batch slice t ky"],
+    acceleration: Int[Tensor, " batch"],
+    lines: Int[Tensor, " batch"],
+    acs_lines: int = 4,
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Family (d), as of the CMRxRecon challenges: ACS lines on top of ``round(lines / R)`` drawn by `kt_density`.
+
+    Drawn lines may be ACS lines, so that the number differs between frames, and the true R is below the nominal one.
+    The challenge draws with replacement and moves repeats to the next free line; here none is drawn twice.
+    """
+    sampled = _weighted(u, kt_density(lines, u.shape[-1]), _rounded(lines, acceleration), 0)
+    first = u.shape[-1] // 2 - acs_lines // 2
+    sampled[..., first : first + acs_lines] = True
+    return sampled
+
+
+FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "gaussian": gaussian,
+    "gaussian-wide": gaussian_wide,
+    "equispaced": equispaced,
+    "kt-gaussian-acs": kt_gaussian_acs,
+}
+"""What can be drawn, METHOD's families (a) to (d); family (e), ``file``, is `repeat` of what a file says."""
+
+
 def line_density(
     acceleration: Int[Tensor, " batch"], lines: Int[Tensor, " batch"], size: int
 ) -> Float[Tensor, "batch ky"]:
@@ -74,40 +199,34 @@ def line_density(
     Returns:
         fp64, largest at the centre ``size // 2``, zero outside the subject's lines.
     """
-    offset = torch.arange(size, device=lines.device) - size // 2
-    own = (offset >= -(lines // 2)[:, None]) & (offset < (lines - lines // 2)[:, None])
+    offset, own = _own(lines, size)
     weight = torch.exp(-0.5 * (offset / (lines.double() / 5)[:, None]).square())
     return (weight + 1 / (2 * acceleration.double())[:, None]).where(own, 0.0)
 
 
-def gaussian(
-    u: Float[Tensor, "batch slice t ky"],
-    acceleration: Int[Tensor, " batch"],
-    lines: Int[Tensor, " batch"],
-    acs_lines: int = 4,
-) -> Bool[Tensor, "batch slice t ky"]:
-    """Pattern of family ``gaussian``: the ACS lines, and others drawn without replacement by `line_density`.
+def wide_density(lines: Int[Tensor, " batch"], size: int) -> Float[Tensor, "batch ky"]:
+    """Weights of ``gaussian-wide``: variance lines / 0.3, no floor (METHOD: family b); as `line_density`."""
+    offset, own = _own(lines, size)
+    return torch.exp(-0.5 * offset.square() / (lines.double() / 0.3)[:, None]).where(own, 0.0)
 
-    Exactly ``floor(lines / R)`` lines in every frame, the ACS lines among them; R = 1 samples all of a subject's
-    lines. Taking the largest of log(u) / w is weighted sampling without replacement (Efraimidis and Spirakis 2006).
 
-    Args:
-        u: uniform numbers in (0, 1). Drawn with ky counted from the centre (`random.uniform`, ``origin``), a subject
-            has the same pattern in an array of any size.
-        acceleration: nominal R of each subject.
-        lines: each subject's own, in the middle of the ky axis; none beyond them is sampled. `check` says whether they
-            are enough, since nothing is raised here.
+def kt_density(lines: Int[Tensor, " batch"], size: int) -> Float[Tensor, "batch ky"]:
+    """Weights of ``kt-gaussian-acs``: 0.1 + a / (1 - a) exp(-(5 ky / lines)^2) with a = 0.2; as `line_density`.
 
-    Returns:
-        True = sampled.
+    As in CMRxRecon 2024's second task (Wang 2024, arXiv:2402.15939, and the challenge's generator of patterns).
     """
-    size = u.shape[-1]
-    density = line_density(acceleration, lines, size)
-    # fp64, so that the last bit of a device's logarithm practically never decides.
-    order = u.double().log_().div_(density[:, None, None, :])  # minus infinity where the weight is zero
-    first = size // 2 - acs_lines // 2
-    order[..., first : first + acs_lines] = torch.inf
-    return _first(order.neg_(), (lines // acceleration)[:, None, None])
+    offset, own = _own(lines, size)
+    return (0.1 + 0.25 * torch.exp(-(offset * 5 / lines.double()[:, None]).square())).where(own, 0.0)
+
+
+def repeat(table: Bool[Tensor, "frame line"], shape: Sequence[int]) -> Bool[Tensor, "batch slice t ky"]:
+    """Family (e): a given pattern for all subjects and slices of `shape`, its lines in the middle of ky.
+
+    Its frames come again from the first one where `shape` has more.
+    """
+    _, _, frames, size = shape
+    cycle = torch.arange(frames, device=table.device) % len(table)
+    return crop_or_pad(table[cycle], (size,), (-1,)).expand(shape)
 
 
 def hide(
@@ -131,10 +250,49 @@ def hide(
 
 
 def true_acceleration(
-    sampled: Bool[Tensor, "batch slice t ky"], existing: Bool[Tensor, "batch slice t ky"]
+    sampled: Bool[Tensor, "*rest ky"], existing: Bool[Tensor, "*rest ky"] | None = None
 ) -> Float[Tensor, ""]:
-    """Lines that exist over those acquired: what was really kept, ACS lines and rounding included, padding not."""
-    return existing.sum() / sampled.sum()
+    """Lines that exist over those acquired: what was really kept, ACS lines and rounding included, padding not.
+
+    Args:
+        existing: lines that a fully sampled scan would have; None: all.
+    """
+    return (torch.ones_like(sampled) if existing is None else existing).sum().double() / sampled.sum()
+
+
+def measured_acs_lines(sampled: Bool[Tensor, "*rest ky"]) -> int:
+    """Lines around the centre ``n // 2``, without a gap, that every frame samples; 0 where not even the centre is."""
+    always = sampled.flatten(0, -2).all(0)
+    centre = len(always) // 2
+    after, before = (int(part.long().cumprod(0).sum()) for part in (always[centre:], always[:centre].flip(0)))
+    return after + before if after else 0
+
+
+def _own(lines: Int[Tensor, " batch"], size: int) -> tuple[Int[Tensor, " ky"], Bool[Tensor, "batch ky"]]:
+    """Offset of each line from the centre, and which belong to each subject."""
+    return torch.arange(size, device=lines.device) - size // 2, centred(lines, size)
+
+
+def _rounded(lines: Whole, acceleration: Whole) -> Whole:
+    """lines / R to the next whole number, halves up as MATLAB has them; of numbers and of tensors."""
+    return (2 * lines + acceleration) // (2 * acceleration)
+
+
+def _weighted(
+    u: Float[Tensor, "batch slice t ky"],
+    weight: Float[Tensor, "batch ky"],
+    count: Int[Tensor, " batch"],
+    acs_lines: int,
+) -> Bool[Tensor, "batch slice t ky"]:
+    """The ACS lines, then others up to `count` in all, drawn without replacement in proportion to their weight.
+
+    Taking the largest of log(u) / w does that (Efraimidis and Spirakis 2006).
+    """
+    # fp64, so that the last bit of a device's logarithm practically never decides.
+    order = u.double().log_().div_(weight[:, None, None, :])  # minus infinity where the weight is zero
+    first = u.shape[-1] // 2 - acs_lines // 2
+    order[..., first : first + acs_lines] = torch.inf
+    return _first(order.neg_(), count[:, None, None])
 
 
 def _first(order: Float[Tensor, "*rest n"], count: Tensor) -> Bool[Tensor, "*rest n"]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Complex
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
@@ -43,24 +43,32 @@ def view_shared(batch: Batch) -> Complex[Tensor, "batch slice coil t ky kx"]:
 
 
 def central(batch: Batch) -> np.ndarray:
-    """Real and imaginary part of the central 4 x 8 samples of every slice and frame, float32 ``subject feature``;
-    zero where a line was not sampled.
-    """
+    """The central 4 x 8 complex samples of every slice and frame, zero where not sampled, as `still_and_moving`."""
     kspace = batch.kspace / gauge(batch.kspace, batch.sampled)[..., None, None, None]
     kept = torch.where(batch.sampled[:, :, None, :, :, None], kspace, 0)
     ky, kx = (slice(n // 2 - size // 2, n // 2 + size // 2) for n, size in zip(kept.shape[-2:], CENTRE, strict=True))
-    return torch.view_as_real(kept[..., ky, kx].contiguous()).flatten(1).cpu().numpy()
+    return still_and_moving(torch.view_as_real(kept[..., ky, kx].contiguous()).movedim(2, 3), batch.padded)
 
 
 def low_resolution(batch: Batch) -> np.ndarray:
-    """View-shared zero-filled magnitude images of 16 x 16, per frame: float32 ``subject feature``.
+    """View-shared zero-filled magnitude images of 16 x 16 of every slice and frame, as `still_and_moving`.
 
-    A line that a frame lacks is taken from the mean over the frames that have it; what no frame has is zero. Phase and
-    gain are removed first. METHOD calls this the control to beat.
+    METHOD calls this the control to beat.
     """
     shared = view_shared(batch)
     size = tuple(min(LOW_RESOLUTION, n) for n in shared.shape[-2:])
-    return magnitude_image(crop_or_pad(shared, size, (-2, -1))).flatten(1).cpu().numpy()
+    return still_and_moving(magnitude_image(crop_or_pad(shared, size, (-2, -1))), batch.padded)
+
+
+def still_and_moving(values: Float[Tensor, "batch slice t *rest"], padded: Bool[Tensor, "batch slice t"]) -> np.ndarray:
+    """The mean over the frames and each frame's deviation from it, float32 ``subject feature``.
+
+    Standardised apart, as a ridge does, the little that moves weighs as much as what stands still: without the split
+    it is lost in the penalty.
+    """
+    present = (~padded).to(values.dtype).view(*padded.shape, *[1] * (values.ndim - 3))
+    mean = (values * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
+    return torch.cat([mean, (values - mean) * present], dim=2).flatten(1).cpu().numpy()
 
 
 # -------------------------------------------------------------------------------------------------------------- masks

@@ -16,7 +16,7 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
-from kmtr.data import pipeline, statistics, storage
+from kmtr.data import patterns, pipeline, statistics, storage
 from kmtr.data.reader import Dataset
 from kmtr.train.loop import RECONSTRUCT_ENCODER, train_worker
 from kmtr.train.progress import Display
@@ -60,6 +60,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
         {
             "data.root": storage.absolute(config.data.root),
             "data.more": tuple(map(storage.absolute, config.data.more)),
+            "sampling.file": config.sampling.file and storage.absolute(config.sampling.file),
             "storage.root": storage.absolute(config.storage.root),
             "tracking.uri": tracking.tracking_uri(config),
         },
@@ -87,7 +88,7 @@ def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
     A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is
     deleted.
     """
-    base = config.run_name(dataset.digest)
+    base = config.run_name(dataset.digest + patterns.digest(config.sampling))
     root = Path(config.storage.root)
     number = 1
     while (root / (f"{base}.{number + 1}")).is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from cohort import simulated
 
 from kmtr.config import RunConfig
 from kmtr.data import shards
 from kmtr.data.reader import Dataset, Reader
-from kmtr.types import UNLABELLED, InputError, Study, View
+from kmtr.data.splits import SPLITS
+from kmtr.types import COVARIATES, UNLABELLED, InputError, Study, View
 
 ONES = np.ones((2, 1, 3, 8, 8), np.complex64)
 
@@ -57,13 +60,14 @@ def test_float32_is_exact_and_so_is_all_beside_k_space(study: Study) -> None:
     assert sax.segmentation is not None
     segmentation = sax.segmentation.copy()
     segmentation[:, 1] = UNLABELLED
-    views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation)}
+    views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation, contoured=(1, 3))}
     given = replace(study, views=views, vendor="Acme", field_strength_t=1.5)
     for dtype in ("float32", "float16"):
         back = shards.to_study(table_of(given, dtype))
         np.testing.assert_array_equal(back.views["sax"].sampled, sampled)
         np.testing.assert_array_equal(back.views["sax"].segmentation, segmentation)
-        assert back.views["lax_4ch"].sampled is None
+        assert back.views["sax"].contoured == (1, 3)
+        assert (back.views["lax_4ch"].sampled, back.views["lax_4ch"].contoured) == (None, None)
         assert back.views["sax"].spacing_mm == sax.spacing_mm
         assert back.views["sax"].frame_time_s == sax.frame_time_s
         assert (back.vendor, back.field_strength_t) == ("Acme", 1.5)
@@ -168,7 +172,7 @@ def test_big_subjects_have_a_row_group_each_and_small_ones_share(tmp_path: Path,
 
 def test_a_manifest_comes_back_and_says_what_is_there(dataset: str, tmp_path: Path) -> None:
     manifest = shards.read_manifest(dataset)
-    assert {split: manifest.rows(split) for split in shards.SPLITS} == {"train": 24, "val": 12, "test": 12}
+    assert {split: manifest.rows(split) for split in SPLITS} == {"train": 24, "val": 12, "test": 12}
     assert manifest.shapes == {"sax": [[2, 1, 4, 32, 32]], "lax_4ch": [[1, 1, 4, 32, 32]]}
     assert manifest.labels["lvef_pct"] == 48
     assert manifest.undersampled == ()
@@ -201,7 +205,7 @@ def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
     [
         (lambda m: "{", "invalid content"),
         (lambda m: json.dumps({k: v for k, v in m.items() if k != "digest"}), "invalid content"),
-        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1 to 2, got 99"),
+        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1 to 3, got 99"),
         (lambda m: json.dumps(m | {"surprise": 1}), "invalid content"),
         (lambda m: json.dumps(m | {"shards": m["shards"][1:]}), "digest does not match"),
     ],
@@ -326,14 +330,76 @@ def test_a_writer_killed_while_it_writes_leaves_no_file_that_looks_whole(tmp_pat
     assert not shards.present(str(tmp_path))
 
 
-def test_splits_are_stable_and_about_70_10_20() -> None:
-    ids = [f"p-{i}" for i in range(10_000)]
-    splits = [shards.split_of(i) for i in ids]
-    for name, share in shards.SPLITS.items():
-        assert splits.count(name) / len(ids) == pytest.approx(share, abs=0.02)
-    assert splits == [shards.split_of(i) for i in ids]
-    assert [shards.split_of(f"sim-0-{i:07d}") for i in range(8)] == GOLDEN
+# ------------------------------------------------------------------------------------------------- earlier versions
 
 
-GOLDEN = [*["train"] * 5, "val", "train", "train"]
-"""Of the first simulated subjects: a change here would move people between training and test."""
+def as_version(root: Path, version: int) -> None:
+    """What that version wrote: without what came later, in the files and in the manifest."""
+    later = [name for name in shards.schema("float32").names if name.startswith("contoured_")]
+    later += ["wall_thickness_max_mm", "thickening_min_pct", "gcs_pct", "dilated_atria", *COVARIATES]
+    content = json.loads((root / "manifest.json").read_text())
+    for shard in content["shards"]:
+        path = root / shard["name"]
+        table = pq.read_table(path).drop_columns(later)
+        metadata = dict(table.schema.metadata) | {b"kmtr.schema_version": str(version).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), path, row_group_size=1, compression="none")
+        shard |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        shard |= {"row_groups": len(table), "groups": [[len(table), 1]], "index": ""}
+        path.with_suffix(".index").unlink()
+        if version == 1:
+            del shard["groups"], shard["shapes"], shard["index"]
+    if version == 1:
+        content["shapes"] = {"sax": [s["sax"] for s in content.pop("subject_shapes")]}
+    content["schema_version"] = version
+    content["digest"] = shards.digest_of(s["split"] + s["sha256"] for s in content["shards"])
+    (root / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Path, version: int) -> None:
+    new = tmp_path / "new"
+    view = replace(one_view().views["sax"], contoured=(1, 2))
+    study = Study("p-new", {"sax": view}, {"gcs_pct": -18.0, "male": 1.0})
+    part = shards.write_shard(str(new), "train-0", "train", [study], "float32")
+    shards.write_manifest(str(new), [part], "float32", "test")
+    as_version(copy, version)
+    manifest = shards.read_manifest(str(copy))
+    assert (manifest.schema_version, manifest.rows("train")) == (shards.SCHEMA_VERSION, 4)
+    assert shards.splits_of(str(copy), manifest) == dict.fromkeys(("p-00", "p-01", "p-10", "p-11"), "train")
+    reader = Reader(Dataset.of(str(copy), str(new)), "train")
+    for columns in (None, ["subject_id", "gcs_pct"]):
+        reader.columns = columns
+        table = reader.read([0, 4, 3])
+        assert table.column("gcs_pct").to_pylist() == [None, -18.0, None]
+    reader.columns = None
+    old, today = (shards.to_study(reader.read([row])) for row in (0, 4))
+    assert old.views["sax"].contoured is None
+    assert (today.views["sax"].contoured, today.labels) == ((1, 2), study.labels)
+    np.testing.assert_array_equal(old.views["sax"].kspace, ONES)
+    meta = reader.samples([0, 4]).meta
+    assert meta.column("male").to_pylist() == [None, 1.0]
+    assert meta.schema.metadata[b"kmtr.schema_version"] == b"3"
+
+
+def test_a_label_that_is_no_number_is_refused() -> None:
+    with pytest.raises(InputError, match="lvef_pct: expected a finite number"):
+        shards.to_row(replace(one_view(), labels={"lvef_pct": float("inf")}), "float16")
+
+
+def test_row_groups_hold_no_more_than_their_size_whatever_the_first_subject(tmp_path: Path) -> None:
+    sizes = [8, 8, 512, 256, 256, 8]
+    studies = [Study(f"p-{i}", {"sax": View(np.ones((1, 1, 1, n, n), np.complex64))}) for i, n in enumerate(sizes)]
+    shard, _ = shards.write_shard(str(tmp_path), "train-0", "train", studies, "float32")
+    assert shard.groups == ((1, 2), (1, 1), (1, 2), (1, 1))
+
+
+def test_another_command_s_shards_are_not_gone_on_with(tmp_path: Path) -> None:
+    shards.write_shard(str(tmp_path), "train-0", "train", [one_view()], "float32", made="one")
+    refused = [{"subject": "p-2", "reason": "no"}]
+    shards.write_shard(str(tmp_path), "train-1", "train", [], "float32", made="one", refused=refused)
+    for name in ("train-0", "train-1"):
+        found = shards.finished_shard(str(tmp_path), name, "one")
+        assert found is not None
+        assert found[1]["refused"] == (refused if name == "train-1" else [])
+        with pytest.raises(InputError, match=f"unfinished dataset of another command .shards/{name}."):
+            shards.finished_shard(str(tmp_path), name, "two")

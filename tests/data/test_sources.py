@@ -6,17 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import h5py
 import nibabel
 import numpy as np
 import pytest
-import scipy.io
 
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read
-from kmtr.data.sources.cmrxrecon import infer_axes, read_pattern
-from kmtr.data.sources.nifti import orientation, volumes
-from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
+from kmtr.data.sources.cine import orientation, volumes
+from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.types import UNLABELLED, InputError
 
 # Sunnybrook's: columns i (to inferior), j (to right-anterior), k (base to apex), in mm.
@@ -47,21 +44,6 @@ def heart(frames: int = 5, slices: int = 3) -> np.ndarray:
     codes[8:12, 8:12, :, 3] = 3
     codes[9:11, 9:11, :, 1] = 3
     return codes
-
-
-def write_mat73(path: Path, key: str, array: np.ndarray) -> Path:
-    """As MATLAB writes complex arrays, `array` being in the order that HDF5 shows: a compound of real and imag."""
-    compound = np.empty(array.shape, [("real", "<f8"), ("imag", "<f8")])
-    compound["real"], compound["imag"] = array.real, array.imag
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w", userblock_size=512) as file:
-        file[key] = compound
-        file.create_group("#refs#")
-    return path
-
-
-def complex_array(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return (rng.normal(size=shape) + 1j * rng.normal(size=shape)).astype(np.complex64)
 
 
 # Pseudonyms and the registry
@@ -102,7 +84,7 @@ def test_missing_reader_package_names_the_extra(tmp_path: Path) -> None:
     """In a fresh interpreter that cannot import the optional packages; importing the registry needs none of them."""
     path = save_nifti(tmp_path / "a_4d.nii.gz", np.ones((8, 8, 1, 2), np.int16))
     code = (
-        "import sys; sys.modules.update(nibabel=None, h5py=None, scipy=None)\n"
+        "import sys; sys.modules.update(nibabel=None, h5py=None)\n"
         "from kmtr.data.sources import read\nfrom kmtr.types import InputError\n"
         f"try: read({str(path)!r})\n"
         "except InputError as error: print(error)"
@@ -292,13 +274,13 @@ def test_nifti_discovery_is_sorted_and_complete(tmp_path: Path, rng) -> None:
 def test_files_named_alike_are_told_by_their_folder(tmp_path: Path) -> None:
     """And what is beside them, long axes and contours of another convention, is not taken for a short axis."""
     for subject in ("1002", "1001"):
-        for name in ("sa", "seg_sa", "la_2ch", "la_4ch"):
+        for name in ("sax", "seg_sax", "lax_2ch", "lax_4ch"):
             save_nifti(tmp_path / subject / f"{name}.nii.gz", np.ones((8, 8, 1, 2), np.int16))
     items = discover("nifti", str(tmp_path))
     assert [(item.subject, len(item.files)) for item in items] == [("1001", 1), ("1002", 1)]
-    assert read(items[0]).subject_id == read(tmp_path / "1001" / "sa.nii.gz").subject_id
+    assert read(items[0]).subject_id == read(tmp_path / "1001" / "sax.nii.gz").subject_id
     with pytest.raises(InputError, match="not contours, long axis"):
-        read(tmp_path / "1001" / "la_4ch.nii.gz")
+        read(tmp_path / "1001" / "lax_4ch.nii.gz")
 
 
 def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
@@ -332,189 +314,3 @@ def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
         assert "jane" not in message or "jane" in str(source)
     with pytest.raises(InputError, match=pseudonym("jane", b"kmtr")):
         read(discover("nifti", str(tmp_path / "odd"))[0])
-
-
-# CMRxRecon
-
-
-@pytest.mark.parametrize(
-    ("shape", "key", "readout_first", "expected"),
-    [
-        ((512, 246), "kspace_full", True, "kx ky"),
-        ((246, 512), "kspace", False, "ky kx"),
-        ((448, 162, 10), "underkspace", False, "kx ky coil"),
-        ((10, 162, 448), "underkspace", False, "coil ky kx"),
-        ((448, 162, 6), "kspace_single_full", True, "kx ky slice"),
-        ((448, 162, 6, 12), "kspace_single_full", True, "kx ky slice t"),
-        ((12, 6, 162, 448), "kspace_single_full", False, "t slice ky kx"),
-        ((12, 6, 10, 162, 448), "kspace_full", False, "t slice coil ky kx"),
-        ((448, 162, 10, 6, 12), "kspace_full", True, "kx ky coil slice t"),
-        ((12, 162, 10, 448), "kspace", False, None),
-        ((12, 12, 448), "kspace", False, None),
-        ((448,), "kspace", False, None),
-    ],
-)
-def test_rules_of_the_axes(shape, key: str, readout_first: bool, expected: str | None) -> None:
-    names = infer_axes(shape, key, readout_first)
-    assert (names and " ".join(names)) == expected
-
-
-@pytest.mark.parametrize("matlab_order", [True, False])
-def test_mat73_in_either_order_and_v5_agree(tmp_path: Path, rng, matlab_order: bool) -> None:
-    shown = complex_array(rng, 3, 2, 4, 12, 16)  # t slice coil ky kx, as HDF5 shows MATLAB's kx ky coil slice t
-    expected = shown.transpose(1, 2, 0, 3, 4)
-    path = write_mat73(tmp_path / "P001" / "cine_sax.mat", "kspace_full", shown if matlab_order else shown.T)
-    study = read(path)
-    np.testing.assert_array_equal(study.views["sax"].kspace, expected)
-    assert study.views["sax"].sampled is None
-    assert study.subject_id == pseudonym("P001", b"kmtr")
-    v5 = tmp_path / "v5" / "cine_sax.mat"
-    v5.parent.mkdir()
-    scipy.io.savemat(v5, {"kspace_full": shown.T, "note": "x"})
-    np.testing.assert_array_equal(read(v5).views["sax"].kspace, expected)
-
-
-def test_axes_override(tmp_path: Path, rng) -> None:
-    array = complex_array(rng, 16, 12, 4)
-    path = write_mat73(tmp_path / "cine_sax.mat", "kspace", array)
-    kspace = read(path, Options(axes="ky kx t")).views["sax"].kspace
-    np.testing.assert_array_equal(kspace[0, 0], array.transpose(2, 0, 1))
-    for wrong in ("ky kx", "ky ky kx", "ky kx time", "coil slice t"):
-        with pytest.raises(InputError, match="axes: expected 3 different names"):
-            read(path, Options(axes=wrong))
-
-
-def test_sampled_is_told_by_zeros(tmp_path: Path, rng) -> None:
-    shown = complex_array(rng, 5, 2, 4, 12, 16)
-    lines = rng.random((5, 2, 12)) < 0.4
-    lines[:, :, 5:7] = True
-    shown *= lines[:, :, None, :, None]
-    path = write_mat73(tmp_path / "P001" / "cine_sax.mat", "kspace_sub04", shown)
-    view = read(path).views["sax"]
-    np.testing.assert_array_equal(view.sampled, lines.transpose(1, 0, 2))
-    # A crop along the readout keeps the pattern; one along ky would mix lines.
-    cropped = read(path, Options(matrix=(12, 8))).views["sax"]
-    np.testing.assert_array_equal(cropped.sampled, view.sampled)
-    np.testing.assert_array_equal((cropped.kspace != 0).any((1, -1)), view.sampled)
-    with pytest.raises(InputError, match=r"matrix=12,8.*undersampled"):
-        read(path, Options(matrix=(8, 8)))
-
-
-def test_matrix_crops_full_kspace_in_the_image(tmp_path: Path, rng) -> None:
-    image = complex_array(rng, 1, 1, 1, 13, 16)
-    path = write_mat73(tmp_path / "cine_sax.mat", "kspace", fft2c(image)[0, 0, 0])
-    view = read(path, Options(matrix=(8, 10))).views["sax"]
-    np.testing.assert_allclose(ifft2c(view.kspace), crop_or_pad(image, (8, 10), (-2, -1)), atol=1e-5)
-
-
-def test_zeros_that_are_no_lines_are_refused(tmp_path: Path, rng) -> None:
-    shown = complex_array(rng, 5, 2, 4, 12, 16)
-    radial = shown * (rng.random((5, 2, 1, 12, 16)) < 0.3)
-    exchanged = shown * (rng.random(16) < 0.5)
-    for n, array in enumerate((radial, exchanged)):
-        path = write_mat73(tmp_path / str(n) / "cine_sax.mat", "kspace", array)
-        with pytest.raises(InputError, match="pseudo-radial"):
-            read(path)
-    echo = shown.copy()
-    echo[..., :5] = 0  # asymmetric echo
-    assert read(write_mat73(tmp_path / "2" / "cine_sax.mat", "kspace", echo)).views["sax"].sampled is None
-
-
-def test_cmrxrecon_discovery(tmp_path: Path, rng) -> None:
-    array = complex_array(rng, 2, 8, 10)
-    for folder in ("Center002/A/P001", "Center001/A/P001", "Center001/B/P001"):
-        for name in ("cine_sax", "cine_lax_4ch", "cine_lax_r2ch", "cine_lax", "cine_sax_mask", "aorta_sag"):
-            write_mat73(tmp_path / folder / f"{name}.mat", "kspace", array)
-    items = discover("cmrxrecon", str(tmp_path))
-    assert [item.subject for item in items] == ["Center001/A/P001", "Center001/B/P001", "Center002/A/P001"]
-    assert sorted(read(items[0]).views) == ["lax_4ch", "sax"]
-    # The same pseudonym whether the folder or its file is named.
-    folder = tmp_path / "Center001" / "A" / "P001"
-    assert read(folder).subject_id == read(folder / "cine_sax.mat").subject_id == read(items[0]).subject_id
-    with pytest.raises(InputError, match="one view per file"):
-        read(folder / "cine_lax.mat")
-    with pytest.raises(InputError, match="expected one subject, got 3"):
-        read(tmp_path)
-    write_mat73(folder / "cine_sax_ktGaussian8.mat", "kspace", array)
-    with pytest.raises(InputError, match="two files for one view"):
-        discover("cmrxrecon", str(tmp_path))
-
-
-def test_one_subject_twice_is_refused(tmp_path: Path, rng) -> None:
-    for kind in ("FullSample", "UnderSample"):
-        write_mat73(tmp_path / kind / "P001" / "cine_sax.mat", "kspace", complex_array(rng, 2, 8, 10))
-    with pytest.raises(InputError, match="2 recordings of 1 subjects"):
-        discover("cmrxrecon", str(tmp_path))
-
-
-def test_cmrxrecon_refuses_in_one_line(tmp_path: Path, rng) -> None:
-    def v5(name: str, **arrays: object) -> Path:
-        scipy.io.savemat(tmp_path / name, arrays)
-        return tmp_path / name
-
-    junk = tmp_path / "junk.mat"
-    junk.write_bytes(b"not a MATLAB file at all" * 40)
-    cut = tmp_path / "cut.mat"
-    cut.write_bytes(write_mat73(tmp_path / "cine_sax.mat", "kspace", complex_array(rng, 2, 8, 10)).read_bytes()[:900])
-    empty = np.zeros((8, 10), np.complex64)
-    for path, said in (
-        (v5("a.mat", mask=np.ones((4, 4)), info="x"), "expected k-space .* got mask, info"),
-        (v5("b.mat", kspace=np.ones((8, 10))), "expected complex numbers"),
-        (v5("c.mat", kspace=np.array([{"a": 1}, "b"], dtype=object)), "complex"),
-        (v5("d.mat", kspace=empty), "nothing but zeros"),
-        (v5("e.mat", kspace=empty + np.nan), "finite"),
-        (v5("f.mat", kspace=np.ones((8, 8, 8), np.complex64)), "give axes="),
-        (junk, "cannot be read"),
-        (cut, "cannot be read"),
-    ):
-        with pytest.raises(InputError, match=said) as caught:
-            read(path)
-        assert "\n" not in str(caught.value)
-
-
-# Patterns
-
-
-@pytest.mark.parametrize("save", ["v5", "v7.3", "npy"])
-@pytest.mark.parametrize("readout_last", [True, False])
-def test_patterns_in_every_container_and_order(tmp_path: Path, rng, save: str, readout_last: bool) -> None:
-    lines = rng.random((5, 12)) < 0.4
-
-    def stored(pattern: np.ndarray) -> Path:
-        if save == "npy":
-            np.save(tmp_path / "p.npy", pattern)
-            return tmp_path / "p.npy"
-        path = tmp_path / "p.mat"
-        if save == "v5":
-            scipy.io.savemat(path, {"mask": pattern.astype(float)})
-        else:
-            with h5py.File(path, "w") as file:
-                file["mask"] = pattern.astype(float)
-        return path
-
-    series = np.repeat(lines[..., None], 16, -1)  # t ky kx
-    series = series if readout_last else series.T
-    frame = np.repeat(lines[0][:, None], 16, 1)
-    frame = frame if readout_last else frame.T
-    np.testing.assert_array_equal(read_pattern(stored(series)), lines)
-    np.testing.assert_array_equal(read_pattern(stored(frame)), lines[0])
-    np.testing.assert_array_equal(read_pattern(stored(lines[0])), lines[0])
-
-
-def test_patterns_refused(tmp_path: Path, rng) -> None:
-    for array, said in (
-        ((rng.random((12, 16)) < 0.5), "two-dimensional pattern"),
-        ((rng.random((3, 12, 16)) < 0.5), "two-dimensional pattern"),
-        (np.full((12, 16), 0.5), "zeros and ones"),
-        (np.ones((2, 3, 12, 16)), "1 to 3 dimensions"),
-        (np.ones((12, 12, 12)), "fewer frames"),
-        (np.zeros((12, 16)), "only zeros"),
-    ):
-        np.save(tmp_path / "p.npy", array)
-        with pytest.raises(InputError, match=said):
-            read_pattern(tmp_path / "p.npy")
-    np.save(tmp_path / "p.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(InputError, match="plain"):
-        read_pattern(tmp_path / "p.npy")
-    with pytest.raises(InputError, match="found none"):
-        read_pattern(tmp_path / "absent.npy")

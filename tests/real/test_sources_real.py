@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import shutil
+import tarfile
 from pathlib import Path
 
+import h5py
+import nibabel
 import numpy as np
 import pytest
 
 from kmtr.data import shards
+from kmtr.data.patterns import read_pattern
 from kmtr.data.reader import Dataset, Reader
-from kmtr.data.sources import Options, discover, read
-from kmtr.data.sources.cmrxrecon import read_pattern
+from kmtr.data.sources import Options, cine, discover, read
 from kmtr.physics.fourier import ifft2c
-from kmtr.types import UNLABELLED, View
+from kmtr.types import UNLABELLED, Study, View
 
 SHARED = Path(os.environ.get("KMTR_SHARED", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -106,6 +112,46 @@ def test_vista_patterns(file: str, lines: int) -> None:
     assert (sampled.sum(-1) == lines).all()
 
 
+@pytest.fixture(scope="module")
+def sunnybrook_dicom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DICOM files of SC-HF-I-4 (their patient id is SCD0000301), all contours, and the table that links the two."""
+    pytest.importorskip("pydicom")
+    folder, shared = tmp_path_factory.mktemp("sunnybrook"), SHARED / "sunnybrook"
+    with tarfile.open(shared / "dicom" / "SCD0000301.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    shutil.copytree(shared / "contours", folder / "contours")
+    shutil.copy(shared / "link.csv", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_dicom(sunnybrook_dicom: Path) -> Study:
+    return read(sunnybrook_dicom, format="dicom")
+
+
+def test_sunnybrook_by_nifti_and_by_dicom_is_the_same(from_dicom: Study) -> None:
+    """Stored values and contours, pixel by pixel, and where they lie; the phase belongs to the subject's name."""
+    path = SHARED / "sunnybrook" / "SC-HF-I-4" / "SC-HF-I-4_4d.nii.gz"
+    one, other = from_dicom.views["sax"], read(path).views["sax"]
+    np.testing.assert_array_equal(one.segmentation, other.segmentation)
+    assert one.contoured == other.contoured == (1, 2)
+    stored = [np.abs(ifft2c(view.kspace)) for view in (one, other)]
+    assert np.abs(stored[0] - stored[0].round()).max() < 0.01  # so the integers of the files are back, exactly
+    np.testing.assert_array_equal(stored[0].round(), stored[1].round())
+    assert one.spacing_mm == pytest.approx(other.spacing_mm, rel=1e-5)
+    assert one.frame_time_s == pytest.approx(other.frame_time_s, rel=2e-3)  # trigger times are whole milliseconds
+    assert from_dicom.vendor == "GE"
+    assert from_dicom.field_strength_t == 1.5
+    assert from_dicom.labels["heart_rate_bpm"] == 65
+
+
+def test_sunnybrook_volumes_by_dicom_contours(from_dicom: Study) -> None:
+    want, labels = golden("sunnybrook", "derived_meta.json")["SC-HF-I-4"], from_dicom.labels
+    assert labels["lvedv_ml"] == pytest.approx(want["EDV_ml"], rel=0.02)
+    assert labels["lvesv_ml"] == pytest.approx(want["ESV_ml"], rel=0.02)
+    assert labels["lvef_pct"] == pytest.approx(100 * want["EF"], abs=1)
+
+
 @pytest.mark.parametrize("name", ["SC-HF-I-1", "SC-HF-I-4"])
 def test_sunnybrook_volumes(name: str) -> None:
     """Voxel counts against volumes from the contours, which were measured independently of the reader."""
@@ -141,6 +187,37 @@ def test_acdc_layout_without_geometry() -> None:
     assert view.segmentation is not None
     counts = [[int((view.segmentation[:, t] == c).sum()) for c in (3, 2, 1)] for t in (0, 1)]
     assert counts == [[5723, 6728, 12104], [2439, 7990, 9241]]
+
+
+def acdc_patients() -> list[dict[str, str]]:
+    summary = SHARED / "acdc_h5" / "summary.csv"
+    return list(csv.DictReader(io.StringIO(summary.read_text()))) if summary.is_file() else []
+
+
+@pytest.mark.parametrize("row", acdc_patients(), ids=lambda row: row["patient"])
+def test_acdc_contours_equal_the_summary(row: dict[str, str], tmp_path: Path) -> None:
+    """Ten patients, two of each group, in the challenge's layout; their HDF5 copies have lost the spacing."""
+    name, group, frames = row["patient"], row["group"], {"ed": int(row["ed_frame"]), "es": int(row["es_frame"])}
+    for number in frames.values():
+        with h5py.File(SHARED / "acdc_h5" / f"{name}_frame{number:02d}.h5") as file:
+            for key, ending in (("image", ""), ("label", "_gt")):
+                path = tmp_path / name / f"{name}_frame{number:02d}{ending}.nii"
+                path.parent.mkdir(exist_ok=True)
+                nibabel.save(nibabel.Nifti1Image(np.asarray(file[key]).T, np.eye(4)), path)
+    (tmp_path / name / "Info.cfg").write_text(f"ED: {frames['ed']}\nES: {frames['es']}\nGroup: {group}\n")
+    study = read(tmp_path)
+    view = study.views["sax"]
+    assert view.kspace.shape == (int(row["nz"]), 1, 2, int(row["ny"]), int(row["nx"]))
+    assert view.contoured == (1, 2, 3)
+    assert view.segmentation is not None
+    order = sorted(frames, key=lambda phase: frames[phase])
+    for chamber, value in (("lv", 1), ("myo", 2), ("rv", 3)):
+        counts = {phase: int((view.segmentation[:, t] == value).sum()) for t, phase in enumerate(order)}
+        assert counts == {phase: int(row[f"{chamber}_{phase}"]) for phase in frames}
+    labels = cine.volumes(view.segmentation, (1.0, 1.0, 1.0))  # any spacing: ratios only
+    assert labels["lvef_pct"] == pytest.approx(100 * float(row["lvef_voxel"]), abs=0.01)
+    assert labels["rvef_pct"] == pytest.approx(100 * float(row["rvef_voxel"]), abs=0.01)
+    assert sum(study.labels.values()) == (group != "NOR")
 
 
 def test_discovery_over_everything() -> None:

@@ -13,17 +13,20 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
 FORMATS = {
     "nifti": (".nii", ".nii.gz"),
+    "dicom": (".dcm", ".zip"),
     "cmrxrecon": (".mat",),
+    "ismrmrd": (".h5", ".mrd"),
 }
 """Format, which is also the name of its module here -> endings of its files."""
 
@@ -35,7 +38,7 @@ class Item:
     Attributes:
         format: one of FORMATS.
         subject: the source's own name of the subject. Private, as are the paths: neither is shown by `repr`.
-        files: the files that belong to the subject, sorted.
+        files: the files or folders that belong to the subject, sorted.
         problem: why the subject can't be read, found while looking for files: `read` refuses it with these words, and
             the others are read all the same. Empty: nothing is wrong so far.
     """
@@ -55,8 +58,8 @@ class Options:
         seed: of what is simulated (the phase of magnitude images), together with subject and slice.
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
             reader guess wrong (cmrxrecon only). Empty: by the rules.
-        oversampling: readout oversampling, where the header tells it (ismrmrd), is kept or removed.
-        coils: virtual coils that raw data is compressed to; 0: as acquired.
+        oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
+        coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
     """
 
@@ -90,20 +93,28 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
 def discover(format: str, source: str) -> list[Item]:
     """The subjects of `format` in `source`, a file or a folder that is searched to any depth; sorted by subject.
 
+    A subject found twice is one item with a problem, unless that is so for all of them.
+
     Raises:
-        InputError: unknown format, no such source, nothing found, or one subject found twice.
+        InputError: unknown format, no such source, nothing found, or every subject found twice.
     """
     reader, path = _reader(format), Path(source)
     if not path.exists():
         raise InputError(f"source: expected a file or folder, got {source!r}, which does not exist")
-    items = sorted(reader.find(path))
-    subjects = {item.subject for item in items}
-    if len(subjects) < len(items):
+    found: dict[str, list[Item]] = {}
+    for item in sorted(reader.find(path)):
+        found.setdefault(item.subject, []).append(item)
+    if all(len(items) > 1 for items in found.values()):
         raise InputError(
-            f"{source}: {len(items)} recordings of {len(subjects)} subjects; expected one of each (the same subject in "
-            "two folders, say complete and undersampled?), so name the folder of one kind"
+            f"{source}: {sum(map(len, found.values()))} recordings of {len(found)} subjects; expected one of each (the "
+            "same subject in two folders, say complete and undersampled?), so name the folder of one kind"
         )
-    return items
+    return [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+
+
+def _twice(items: list[Item]) -> Item:
+    files = tuple(sorted({path for item in items for path in item.files}))
+    return Item(items[0].format, items[0].subject, files, f"{len(items)} recordings of this subject; leave one of them")
 
 
 def read(
@@ -138,7 +149,32 @@ def read(
         subject_id = pseudonym(item.subject, subject_key)
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
-    return _reader(item.format).read(item, where, subject_id, options or Options())
+    try:
+        study = _reader(item.format).read(item, where, subject_id, options or Options())
+        return with_coils(study, options.coils) if options and options.coils else study
+    except MemoryError:
+        raise InputError(f"{where}: needs more memory than there is; lower ingest.gib to refuse it earlier") from None
+
+
+def with_coils(study: Study, coils: int) -> Study:
+    """The study with at most `coils` virtual coils per slice (`physics.coils`).
+
+    They are the leading principal directions of its acquired lines; one coil of a fully sampled view is the adaptive
+    combination instead, which loses nothing that other coils see.
+    """
+    views = {}
+    for name, view in study.views.items():
+        if coils == 1 < view.kspace.shape[1] and (view.sampled is None or view.sampled.all()):
+            kspace = combined(view.kspace)
+        else:
+            kspace = compress(view.kspace, view.sampled, coils)
+        views[name] = replace(view, kspace=kspace)
+    return replace(study, views=views)
+
+
+def version(format: str) -> str:
+    """Format and version of its reader: the same text, the same reading."""
+    return str(_reader(format).SOURCE)
 
 
 def optional(module: str) -> ModuleType:

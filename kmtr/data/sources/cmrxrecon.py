@@ -1,9 +1,11 @@
-"""Raw k-space of the CMRxRecon challenges: MATLAB files, v5 and v7.3 (HDF5), one or many coils.
+"""Raw k-space of the CMRxRecon challenges 2023 to 2025: MATLAB files, v5 and v7.3 (HDF5), one or many coils.
 
 Layout. The challenge names files alike for everybody, so the subject is the folder: ``.../P001/cine_sax.mat``, from
-``CenterNNN`` on where the path has that (the numbers start anew in each centre). A folder is searched for
-``cine_sax*.mat`` and ``cine_lax_{2,3,4}ch*.mat``, without patterns (``*mask*``). A plain ``cine_lax.mat`` holds several
-long-axis views in an order that its file does not tell, so it is left out. Any other file can be named by itself.
+``CenterNNN`` on where the path has that (2025: ``Center001/Siemens_30T_Vida/P001``; the numbers start anew in each
+centre), with the set before it (``TrainingSet``, ``ValidationSet``, ``TestSet``: their numbers start anew as well). A
+folder is searched for ``cine_sax*.mat`` and ``cine_lax_{2,3,4}ch*.mat``, without patterns (``*mask*``). A plain
+``cine_lax.mat`` holds several long-axis views in an order that its file does not tell, so it is left out. Any other
+file can be named by itself. The scanner's folder gives vendor and field strength.
 
 Array. The first of these that is there: ``kspace_full``, ``kspace_single_full``, ``kspace``, ``kspace_sub*``,
 ``kspace_single_sub*``, ``underkspace``, ``kus``, any other whose name begins with ``kspace``; complex, or compound with
@@ -21,23 +23,25 @@ round again. So dimensions are told by rules, and ``axes=`` overrides them:
 
 Undersampling. A line (one ky of one slice and frame) whose every sample in every coil is zero was not acquired:
 that gives `View.sampled`. Zeros that do not fill whole lines are refused: pseudo-radial patterns, or ky and kx
-exchanged.
+exchanged. The pattern beside (2023: ``cine_sax_mask.mat``) must then have the same lines, else it belongs to another
+acquisition and the subject is refused; beside complete k-space it says nothing.
 
-The files know neither spacing nor frame time. Readout oversampling stays unless `matrix` is given.
+The files know neither spacing nor frame time. Readout oversampling is removed where the table beside
+(``cine_sax_info.csv``, ``ReadOutOversample``) tells it, or by `matrix`.
 """
 
 from __future__ import annotations
 
 import re
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, optional
-from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
+from kmtr.data.patterns import read_pattern
+from kmtr.data.sources import Item, Options, matlab
+from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
 from kmtr.types import InputError, Study, View
 
 SOURCE = "cmrxrecon/1"
@@ -61,7 +65,9 @@ HOLES = 0.05
 
 _FILE = re.compile(r"cine_(sax|lax_[234]ch)(?!.*mask).*\.mat")
 _LONG_AXIS = re.compile(r"lax_([234]ch)")
-_HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_SET = re.compile(r"(Training|Validation|Test)Set")
+_CENTRE = re.compile(r"Center\d+")
+_SCANNER = re.compile(r"(Siemens|UIH|GE|Philips)_(\d+)T_.+")
 
 
 def find(source: Path) -> list[Item]:
@@ -81,29 +87,33 @@ def find(source: Path) -> list[Item]:
             f"{source}: looked for cine_sax*.mat and cine_lax_2ch*.mat, _3ch, _4ch at any depth, found none; "
             "a file with another name is given itself"
         )
-    if any(len({_view(path, str(source)) for path in paths}) < len(paths) for paths in files.values()):
-        raise InputError(f"{source}: two files for one view of a subject (two patterns?), name one file instead")
-    return [Item("cmrxrecon", _subject(paths[0]), tuple(paths)) for paths in files.values()]
+    return [_item(paths, str(source)) for paths in files.values()]
 
 
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, one view per file; see `kmtr.data.sources.read`. Nothing is random here."""
     views = {_view(path, where): read_view(path, where, options) for path in item.files}
-    return Study(subject_id, views, source=SOURCE)
+    vendor, field_strength_t = _scanner(item.files[0])
+    return Study(subject_id, views, source=SOURCE, vendor=vendor, field_strength_t=field_strength_t)
 
 
 def read_view(path: Path, where: str, options: Options) -> View:
     """The k-space of one file and the pattern that it was acquired with; messages call the file `where`."""
-    stored, key, readout_first = _load(path, where, _kspace_key)
+    stored, key, readout_first = matlab.load(path, where, _kspace_key, options)
     names = _check_axes(options.axes, stored.ndim) if options.axes else infer_axes(stored.shape, key, readout_first)
     if names is None:
         raise InputError(f"{where}: cannot tell the axes of {key} {stored.shape}; give axes= such as 'coil ky kx'")
     kspace = _complex64(_arrange(stored, names), where, key)
-    if not np.isfinite(kspace).all():
-        raise InputError(f"{where}: {key}: expected finite k-space, got NaN or infinity")
+    check_finite(kspace, where, key)
     sampled = _sampled(kspace, where, key)
-    if options.matrix is not None:
-        kspace = _crop(kspace, options.matrix, where, undersampled=sampled is not None)
+    check_raw(kspace, sampled, where)
+    if sampled is not None and (beside := _pattern_beside(path)) is not None:
+        _check_pattern(sampled, beside, where)
+    matrix = options.matrix
+    if matrix is None and options.oversampling == "remove" and (factor := _oversampling(path)) > 1:
+        matrix = kspace.shape[-2], round(kspace.shape[-1] / factor)
+    if matrix is not None:
+        kspace = crop_kspace(kspace, matrix, where, undersampled=sampled is not None)
     return View(kspace, sampled)
 
 
@@ -130,62 +140,58 @@ def infer_axes(shape: Sequence[int], key: str, readout_first: bool) -> tuple[str
     return None
 
 
-def read_pattern(path: str | Path) -> np.ndarray:
-    """A sampling pattern from a ``.mat`` (v5, v7.3) or ``.npy`` file: bool, ``ky`` or ``t ky``, True = sampled.
-
-    The file has one array of zeros and ones: one line of them (ky), a matrix with the readout (each line all zeros or
-    all ones), or a series of such matrices, whose frames are the smallest dimension, first or last. The readout is the
-    dimension along which nothing changes, so either order of the axes is read.
-
-    Raises:
-        InputError: no such array, other values, or a pattern that is not made of whole lines.
-    """
-    path, where = Path(path), str(path)
-    if not path.is_file():
-        raise InputError(f"{where}: expected a pattern file, .mat or .npy, found none")
-    if path.suffix == ".npy":
-        stored, readout_first = _load_npy(path), False
-    else:
-        stored, _, readout_first = _load(path, where, _pattern_key)
-    if stored.dtype.kind not in "biuf" or not np.isin(stored, (0, 1)).all():
-        raise InputError(f"{where}: expected a pattern of zeros and ones, got other values ({stored.dtype})")
-    if not stored.any():
-        raise InputError(f"{where}: expected a pattern that samples something, got only zeros")
-    pattern = stored.astype(bool)
-    if pattern.ndim != 3:
-        pattern = pattern.squeeze()
-    if pattern.ndim == 1:
-        return pattern
-    if pattern.ndim == 2:
-        return _lines(pattern[None], where, readout_first)[0]
-    if pattern.ndim != 3:
-        raise InputError(f"{where}: expected a pattern of 1 to 3 dimensions (t, ky, kx), got {stored.shape}")
-    first, middle, last = pattern.shape
-    if min(first, last) >= min(middle, max(first, last)):
-        raise InputError(f"{where}: expected fewer frames than lines, first or last, got {pattern.shape}")
-    return _lines(pattern if first < last else pattern.transpose(2, 0, 1), where, readout_first)
-
-
-def _lines(pattern: np.ndarray, where: str, readout_first: bool) -> np.ndarray:
-    """``t`` and two dimensions, one of them the readout -> ``t ky``."""
-    constant = [bool((pattern == pattern.take([0], axis)).all()) for axis in (1, 2)]
-    if not any(constant):
-        raise InputError(
-            f"{where}: a two-dimensional pattern {pattern.shape[1:]}: expected whole lines, zero or one all along the "
-            "readout; pseudo-radial patterns are not supported"
-        )
-    # All ones: constant along both, so only the container tells which dimension is the readout.
-    readout = (1 if readout_first else 2) if all(constant) else 1 + constant.index(True)
-    return pattern.take(0, readout)
-
-
 def _subject(path: Path) -> str:
-    """The folder, from ``Center`` on if there is one; a file with a name of its own is its own subject."""
+    """The set and the folder, from ``Center`` on if there is one; a file with a name of its own is its own subject."""
     if not path.name.startswith("cine_"):
         return path.stem
     folders = path.resolve().parent.parts
-    start = next((n for n, folder in enumerate(folders) if re.fullmatch(r"Center\d+", folder)), len(folders) - 1)
-    return "/".join(folders[start:])
+    start = next((n for n, folder in enumerate(folders) if _CENTRE.fullmatch(folder)), len(folders) - 1)
+    sets = [folder for folder in folders[:start] if _SET.fullmatch(folder)][-1:]
+    return "/".join([*sets, *folders[start:]])
+
+
+def _item(paths: list[Path], where: str) -> Item:
+    views = {_view(path, where) for path in paths}
+    twice = "two files for one view of a subject (two patterns?), name one file instead"
+    return Item("cmrxrecon", _subject(paths[0]), tuple(paths), twice if len(views) < len(paths) else "")
+
+
+def _scanner(path: Path) -> tuple[str | None, float | None]:
+    """Vendor and field strength (T) from a folder such as ``Siemens_30T_Vida``; None where there is none."""
+    found = next((match for folder in path.parts if (match := _SCANNER.fullmatch(folder))), None)
+    return (found[1], int(found[2]) / 10) if found else (None, None)
+
+
+def _oversampling(path: Path) -> float:
+    """Readout oversampling by the table beside (``cine_sax_info.csv``); 1 where there is none or it does not say."""
+    table = path.with_name(f"{path.stem}_info.csv")
+    if not table.is_file():
+        return 1.0
+    with table.open("rb") as file:
+        text = file.read(1 << 16).decode("utf-8", "replace")
+    found = re.search(r"^\s*ReadOutOversample[^,\n]*,\s*\"?(\d+(?:\.\d+)?)", text, re.MULTILINE)
+    factor = float(found[1]) if found else 1.0
+    return factor if 1 <= factor <= 4 else 1.0
+
+
+def _pattern_beside(path: Path) -> Path | None:
+    """``cine_sax_mask.mat`` beside ``cine_sax.mat``, ``cine_sax_mask_X.mat`` beside ``cine_sax_kus_X.mat``."""
+    stem = path.stem.replace("_kus_", "_mask_") if "_kus_" in path.stem else f"{path.stem}_mask"
+    beside = path.with_name(f"{stem}.mat")
+    return beside if beside.is_file() else None
+
+
+def _check_pattern(sampled: np.ndarray, beside: Path, where: str) -> None:
+    """Refuse k-space whose lines are not those of the pattern beside it: one of the two is of another acquisition."""
+    try:
+        pattern = read_pattern(beside)
+    except InputError as error:
+        raise InputError(f"{where}: the pattern beside it: {str(error).removeprefix(f'{beside}: ')}") from None
+    frames, lines = sampled.shape[1:]
+    if pattern.shape not in ((lines,), (frames, lines)) or (np.broadcast_to(pattern, sampled.shape) != sampled).any():
+        raise InputError(
+            f"{where}: the acquired lines are not those of the pattern beside it ({beside.name}); is it another's?"
+        )
 
 
 def _view(path: Path, where: str) -> str:
@@ -204,55 +210,8 @@ def _kspace_key(names: Sequence[str], where: str) -> str:
     return name
 
 
-def _pattern_key(names: Sequence[str], where: str) -> str:
-    found = [name for name in names if "mask" in name.lower()] or list(names)
-    if len(found) != 1:
-        raise InputError(f"{where}: expected one pattern, such as the variable mask, got {_listed(names)}")
-    return found[0]
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "no array at all"
-
-
-def _load(path: Path, where: str, choose: Callable[[Sequence[str], str], str]) -> tuple[np.ndarray, str, bool]:
-    """The chosen array as its container shows it, its name, and True for v5, whose order is MATLAB's own."""
-    with path.open("rb") as file:
-        head = file.read(520)
-    if _HDF5_SIGNATURE in (head[:8], head[512:520]):
-        return (*_load_hdf5(path, where, choose), False)
-    return (*_load_v5(path, where, choose), True)
-
-
-def _load_hdf5(path: Path, where: str, choose: Callable[[Sequence[str], str], str]) -> tuple[np.ndarray, str]:
-    h5py = optional("h5py")
-    try:
-        with h5py.File(path, "r") as file:
-            name = choose([name for name, entry in file.items() if isinstance(entry, h5py.Dataset)], where)
-            return np.asarray(file[name][()]), name
-    except (OSError, RuntimeError, KeyError) as error:
-        raise InputError(f"{where}: the HDF5 file cannot be read ({type(error).__name__}); fetch it again") from None
-
-
-def _load_v5(path: Path, where: str, choose: Callable[[Sequence[str], str], str]) -> tuple[np.ndarray, str]:
-    """`simplify_cells` stays off: it drops dimensions of size 1, and the count of dimensions is what the rules need."""
-    matlab = optional("scipy.io.matlab")
-    try:
-        name = choose([name for name, _, _ in matlab.whosmat(path, appendmat=False)], where)
-        return np.asarray(matlab.loadmat(path, appendmat=False, variable_names=[name])[name]), name
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, zlib.error, matlab.MatReadError) as error:
-        raise InputError(
-            f"{where}: expected a MATLAB file, v5 or v7.3; cannot be read ({type(error).__name__})"
-        ) from None
-
-
-def _load_npy(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: expected a plain .npy array; cannot be read ({type(error).__name__})") from None
 
 
 def _check_axes(axes: str, dimensions: int) -> tuple[str, ...]:
@@ -295,21 +254,3 @@ def _sampled(kspace: np.ndarray, where: str, key: str) -> np.ndarray | None:
             "not supported, or ky and kx are exchanged: then give axes="
         )
     return None if lines.all() else lines
-
-
-def _crop(kspace: np.ndarray, matrix: tuple[int, int], where: str, *, undersampled: bool) -> np.ndarray:
-    """Crop or zero-pad the image about its centre, one direction after the other.
-
-    The readout is complete, so this is exact along kx. Along ky it needs all lines, as a crop mixes them.
-    """
-    ny, nx = matrix
-    if kspace.shape[-1] != nx:
-        kspace = fftc(crop_or_pad(ifftc(kspace, (-1,)), (nx,), (-1,)), (-1,))
-    if kspace.shape[-2] != ny:
-        if undersampled:
-            raise InputError(
-                f"{where}: expected matrix={kspace.shape[-2]},{nx}: the source is undersampled, so its "
-                f"{kspace.shape[-2]} lines cannot become {ny}"
-            )
-        kspace = fftc(crop_or_pad(ifftc(kspace, (-2,)), (ny,), (-2,)), (-2,))
-    return np.ascontiguousarray(kspace)

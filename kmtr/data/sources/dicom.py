@@ -1,0 +1,359 @@
+"""DICOM cine (MR and Enhanced MR images): magnitude, made complex by a simulated phase (`kmtr.data.sources.cine`).
+
+Subjects. In a folder, searched to any depth: all folders of images whose header has the same PatientID; where that is
+empty, the name of the folder directly under the source. Images of several studies (visits) under one PatientID are
+refused for that subject. ``.zip`` archives are read as they are: UK Biobank's ``EID_20208_V_N.zip`` (long axes) and
+``EID_20209_V_N.zip`` (short axis) of a subject's first visit together, any other archive as one subject named like it.
+
+Images are grouped by the plane that their headers describe, never by file name: parallel ones of one size and kind
+(their description without digits) are a stack, its slices are sorted by their position along the normal, a slice's
+frames by trigger time (else temporal position, else instance number: all images of a slice need to have it, different
+from each other). Where a slice was scanned again, the last complete scan counts. Slices have one number of frames and
+one distance, or the subject is refused, since volumes would be wrong.
+
+Views. The series description names long axes (``2ch``, ``3 chamber``, ...) and short axes (``sax``, ``short``, ``sa``).
+Where it names neither, a stack across the heart's axis is a short axis; a long axis whose chambers nobody names is left
+out rather than guessed. Left out too: phase images, colour, what has fewer than `MIN_FRAMES` frames (scouts, maps), and
+series that are not plain cine. `kmtr.data.sources.series` has these rules.
+
+Stored values become rescale slope x value + intercept. Nothing that identifies is kept: of the header only geometry,
+times, vendor, field strength and heart rate leave this module; sex and age come by a table (`kmtr.data.tables`).
+Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as a
+table in the source says (``*.csv`` with the columns PatientID and OriginalID), or below the images' own folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmtr.data.sources import Item, Options, check_size, optional, polygons, series
+from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
+from kmtr.types import InputError, Study
+
+SOURCE = "dicom/1"
+
+MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
+"""Classes of MR images: one frame, or many (Enhanced)."""
+
+MOST_FRAMES = 10_000
+"""Of one subject."""
+
+IRREGULAR = 0.1
+"""Largest difference among the distances between slices, as a share of the median."""
+
+HEART_RATE_BPM = (20.0, 250.0)
+
+VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
+"""As they are kept; anything else in that field of a header could say who was scanned where."""
+
+_ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_HEAD_BYTES = 1 << 20
+
+_DAMAGE = (
+    AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What pydicom and zipfile raise on bytes that they didn't expect."""
+
+
+# ----------------------------------------------------------------------------------------------------- which files
+
+
+def find(source: Path) -> list[Item]:
+    """Subjects in a file (image or archive) or folder; see the module. One header is read for each folder of images.
+
+    Raises:
+        InputError: nothing found.
+    """
+    if source.is_file():
+        if source.suffix == ".zip":
+            return _archive_items([source])
+        if not _is_image(source):
+            raise InputError(f"{source}: expected a DICOM image, a .zip of them, or a folder")
+        return [Item("dicom", _identity(source)[0] or source.resolve().parent.name, (source,))]
+    images: dict[Path, Path] = {}
+    contours, archives = [], []
+    for name, folders, files in os.walk(source):
+        folders.sort()
+        paths = [Path(name, file) for file in sorted(files)]
+        archives += [path for path in paths if path.suffix == ".zip"]
+        if first := next((path for path in paths if _is_image(path)), None):
+            images[Path(name)] = first
+        if any(map(polygons.is_contour, paths)):
+            contours.append(Path(name))
+    items = _archive_items(archives) + _folder_items(source, images, contours)
+    if not items:
+        raise InputError(
+            f"{source}: looked for DICOM images (.dcm, .ima, or DICM inside) and .zip archives, found none"
+        )
+    return items
+
+
+def _archive_items(archives: Sequence[Path]) -> list[Item]:
+    visits: dict[str, dict[int, dict[str, Path]]] = defaultdict(lambda: defaultdict(dict))
+    items = []
+    for path in sorted(archives):
+        if match := _ARCHIVE.fullmatch(path.name):
+            visits[match["subject"]][int(match["visit"])].setdefault(match["field"], path)
+        else:
+            items.append(Item("dicom", path.stem, (path,)))
+    for subject, fields in visits.items():
+        items.append(Item("dicom", subject, tuple(sorted(fields[min(fields)].values()))))
+    return items
+
+
+def _folder_items(source: Path, images: dict[Path, Path], contours: list[Path]) -> list[Item]:
+    """Subjects of folders of images (each with its first image) and the folders of contours that are theirs."""
+    alias = _aliases(source)
+    folders: dict[str, list[Path]] = defaultdict(list)
+    studies: dict[str, set[str]] = defaultdict(set)
+    for folder, first in images.items():
+        subject, study = _identity(first)
+        below = folder.relative_to(source).parts
+        subject = subject or (below[0] if below else source.resolve().name)
+        folders[subject].append(folder)
+        studies[subject].add(study)
+    items = []
+    for subject, own in folders.items():
+        names = {subject, alias.get(subject, subject)}
+        drawn = [c for c in contours if names & set(c.relative_to(source).parts) or any(f in c.parents for f in own)]
+        visits = len(studies[subject] - {""})
+        problem = f"images of {visits} studies (visits?) of one subject; name the folder of one" if visits > 1 else ""
+        items.append(Item("dicom", subject, tuple(sorted({*own, *drawn})), problem))
+    return items
+
+
+def _aliases(source: Path) -> dict[str, str]:
+    """PatientID -> the name that contours know it by, from tables at the top of the source."""
+    found: dict[str, str] = {}
+    for path in sorted(source.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, suppress(csv.Error):  # of others
+            rows = csv.DictReader(file)
+            of = {name.lower().replace("_", ""): name for name in rows.fieldnames or () if name}
+            if {"patientid", "originalid"} <= set(of):
+                found |= {row[of["patientid"]]: row[of["originalid"]] for row in rows}
+    return found
+
+
+def _is_image(path: Path) -> bool:
+    if not _may_be_image(path.name) or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return _starts_image(path.name, file.read(132))
+
+
+def _may_be_image(name: str) -> bool:
+    """By its ending, if any; names made of UIDs end in digits."""
+    ending = Path(name).suffix.lower()
+    known = ending in ("", ".dcm", ".ima") or ending[1:].isdigit()
+    return known and not name.startswith(".") and name != "DICOMDIR"
+
+
+def _starts_image(name: str, content: bytes) -> bool:
+    """Whether a file begins as DICOM does, or its name says that it should."""
+    return content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
+
+
+def _identity(path: Path) -> tuple[str, str]:
+    """PatientID and StudyInstanceUID; empty where the file doesn't tell (or is damaged: `read` will say so)."""
+    filereader = optional("pydicom.filereader")
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if _DEFLATED in head:
+        return "", ""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dataset = filereader.read_partial(BytesIO(head), lambda tag, vr, length: tag > 0x0020000D)
+            return str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
+    except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError):
+        return "", ""
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
+    """The study of one subject, one coil; see `kmtr.data.sources.read`."""
+    if options.axes:
+        raise InputError("axes: DICOM names its axes itself; the key is for cmrxrecon only")
+    contours = [path for folder in item.files if folder.is_dir() for path in sorted(folder.iterdir())]
+    contours = [path for path in contours if polygons.is_contour(path)]
+    with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header
+        frames: list[series.Frame] = []
+        patients: dict[Path | None, set[tuple[str, str]]] = defaultdict(set)
+        for path, content in _contents(item.files, where, options):
+            with _damage(where):
+                identity, found = _frames(content, where, options)
+            patients[path if path.suffix == ".zip" else None].add(identity)  # an archive may have a code of its own
+            frames += found
+            _check_count(len(frames), where)
+        for people in patients.values():
+            for what, different in (
+                ("patients", {p for p, _ in people}),
+                ("studies (visits?)", {s for _, s in people}),
+            ):
+                if len(different) > 1:
+                    raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
+        series.check_alike(frames, where)
+        stacks = series.views(frames, where)
+        if not stacks:
+            raise InputError(
+                f"{where}: expected a cine of at least {series.MIN_FRAMES} frames across the heart's axis, or one "
+                f"whose series description names sax, 2ch, 3ch or 4ch; found none among {len(frames)} MR images"
+            )
+        if contours and "sax" not in stacks:
+            raise InputError(f"{where}: contours, but no short axis that they belong to")
+        cines = {
+            view: _cine(stack, view, contours if view == "sax" else [], where, options)
+            for view, stack in stacks.items()
+        }
+        with _damage(where):
+            vendor, tesla, rate = _scanner(next(iter(stacks.values())).first.dataset)
+    labels = {} if rate is None else {"heart_rate_bpm": rate}
+    return to_study(subject_id, cines, labels, SOURCE, options, where, vendor=vendor, field_strength_t=tesla)
+
+
+@contextmanager
+def _damage(where: str) -> Iterator[None]:
+    """One line instead of whatever a damaged file makes pydicom raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError) as error:
+        raise InputError(f"{where}: a DICOM file cannot be read ({type(error).__name__}); fetch it again") from None
+
+
+def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[tuple[Path, bytes]]:
+    """Every image of a subject, no more than `options.most_bytes` all together, and the item's path that it lies in."""
+    left = options.most_bytes
+
+    def spend(size: int) -> None:
+        nonlocal left
+        if (left := left - size) < 0:
+            limit = options.most_bytes / 2**30
+            raise InputError(f"{where}: expected at most {limit:.3g} GiB of images; if it is more, raise ingest.gib")
+
+    for path in files:
+        if path.suffix == ".zip":
+            with _damage(where), zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    name = Path(member.filename).name
+                    if not member.is_dir() and _may_be_image(name):
+                        spend(member.file_size)
+                        content = archive.read(member)  # never more than file_size
+                        if _starts_image(name, content):
+                            yield path, content
+        else:
+            for image in sorted(path.iterdir()) if path.is_dir() else [path]:
+                if _is_image(image):
+                    spend(image.stat().st_size)
+                    yield path, image.read_bytes()
+
+
+def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame]]:
+    """Patient and study, and the usable frames of one file; none of what is not an MR image in shades of grey."""
+    if _DEFLATED in content:
+        raise InputError(f"{where}: deflated DICOM is not supported; store it uncompressed")
+    dataset = optional("pydicom").dcmread(BytesIO(content))
+    identity = str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
+    if str(dataset.get("SOPClassUID")) not in MR_IMAGES or int(dataset.get("SamplesPerPixel") or 1) != 1:
+        return identity, []
+    count = int(dataset.get("NumberOfFrames") or 1)
+    check_size(where, "image", (count, int(dataset.Rows), int(dataset.Columns)), 8, options)
+    _check_count(count, where)
+    return identity, series.frames(dataset, count)
+
+
+def _check_count(count: int, where: str) -> None:
+    if count > MOST_FRAMES:
+        raise InputError(f"{where}: expected at most {MOST_FRAMES} frames of a subject, got {count} or more")
+
+
+def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, options: Options) -> Cine:
+    """Stored values and contours of a stack, rescaled and oriented."""
+    slices = [series.by_time(plane, where) for plane in stack.slices]
+    counts = sorted({len(frames) for frames in slices})
+    if len(counts) > 1:
+        raise InputError(f"{where}: {view}: expected slices with equally many frames, got {counts}: some are missing")
+    first, shape = slices[0][0], (len(slices), counts[0], *stack.first.shape)
+    check_size(where, view, shape, 8, options)
+    step, between_mm = _step(slices, view, where)
+    stored = np.empty(shape, np.float32)
+    for z, frames in enumerate(slices):
+        for t, frame in enumerate(frames):
+            stored[z, t] = _pixels(frame, where)
+    classes = polygons.classes(contours, _places(slices, where), shape, where) if contours else None
+    by_row, by_column = first.spacing_mm
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([first.axes[0] * by_column, first.axes[1] * by_row, step], 1)
+    affine[:2] *= -1  # left, posterior -> right, anterior
+    zooms = None if between_mm is None else (by_column, by_row, between_mm)
+    triggers = [frame.times[0] for frame in slices[0]]
+    frame_time_s = plausible_frame_time(float(np.ptp(triggers)) / max(counts[0] - 1, 1) / 1000)
+    x_y_z_t = (3, 2, 0, 1)
+    classes = None if classes is None else classes.transpose(x_y_z_t)
+    return oriented(stored.transpose(x_y_z_t), classes, affine, view, zooms, frame_time_s)
+
+
+def _step(slices: list[list[series.Frame]], view: str, where: str) -> tuple[np.ndarray, float | None]:
+    """From one slice to the next: vector and distance in mm (None: unknown)."""
+    first, last = slices[0][0], slices[-1][0]
+    if len(slices) == 1:
+        return first.normal, first.thickness_mm if first.thickness_mm > 0 else None
+    gaps = np.diff([frames[0].position @ first.normal for frames in slices])
+    if np.ptp(gaps) > IRREGULAR * np.median(gaps):
+        shown = ", ".join(f"{gap:g}" for gap in np.unique(gaps.round(1)))
+        raise InputError(f"{where}: {view}: slices at irregular distances ({shown} mm): one missing, or two stacks?")
+    return (last.position - first.position) / len(gaps), float(gaps.mean())
+
+
+def _pixels(frame: series.Frame, where: str) -> np.ndarray:
+    """float32 ``row column``, rescaled."""
+    with _damage(where):
+        syntax = frame.dataset.file_meta.TransferSyntaxUID
+        try:
+            pixels = frame.dataset.pixel_array
+        except (NotImplementedError, RuntimeError):
+            if not syntax.is_compressed:
+                raise
+            raise InputError(f"{where}: no decoder for {syntax.name}: pip install python-gdcm, or decompress") from None
+        stored = pixels.reshape(-1, *frame.shape)[frame.number].astype(np.float32)
+    return stored * np.float32(frame.slope) + np.float32(frame.intercept)
+
+
+def _places(slices: list[list[series.Frame]], where: str) -> dict[int, tuple[int, int]]:
+    """Instance number -> (slice, frame)."""
+    numbers = [(frame.times[2], (z, t)) for z, frames in enumerate(slices) for t, frame in enumerate(frames)]
+    places = {int(number): place for number, place in numbers if np.isfinite(number)}
+    if len(places) < len(numbers):
+        raise InputError(f"{where}: contours name images by instance number, but several images have the same or none")
+    return places
+
+
+def _scanner(dataset: Any) -> tuple[str | None, float | None, float | None]:
+    """All of a header that is kept beside the geometry: vendor, field strength in tesla, heart rate in 1/min."""
+    name = str(dataset.get("Manufacturer") or "")
+    vendor = next((v for v in VENDORS if re.search(rf"\b{v}\b", name, re.IGNORECASE)), None)
+    field = series.numbers([dataset], "MagneticFieldStrength")
+    tesla = float(field[0]) if len(field) and field[0] > 0 else None
+    tesla = tesla / 1e4 if tesla and tesla > 100 else tesla  # some write gauss
+    interval_ms = series.numbers([dataset], "NominalInterval")
+    rates = [*series.numbers([dataset], "HeartRate"), *(60_000 / interval_ms[interval_ms > 0])]
+    low, high = HEART_RATE_BPM
+    return vendor, tesla, next((float(rate) for rate in rates if low <= rate <= high), None)

@@ -1,0 +1,496 @@
+"""ISMRMRD raw data (Inati et al., MRM 77:411, 2017), ``.h5`` or ``.mrd``: Cartesian 2D cine of one or many coils.
+
+Layout. A file is a subject by its name, unless that only says what it shows (``sax``, ``cine_sax_03``, ``lax_2ch``,
+``4ch``, ...): then the folder is the subject, and its files of one view are put together. A folder is searched at any
+depth; HDF5 files that hold no acquisitions are left out. The view is told by the file name, else by the protocol or
+series name of the header (``..._4ch_...``, ``RT_Cine_SAX``); if neither tells, the file is refused rather than guessed.
+
+Which acquisitions are read. Noise measurements whiten (below); navigators, phase correction, phase stabilisation,
+feedback, dummies and surface coil correction are left out. Calibration lines are used where they are imaging lines too,
+and lines for calibration only where the header says ``embedded`` (same sequence, same contrast), not where they are a
+scan of their own. Lines acquired several times (averages, repeats) are averaged. Frames are the cardiac phases or the
+repetitions, whichever there are several of. What else varies (contrast, set, second encoded direction, encoding space,
+channels) is refused, as are trajectories other than Cartesian and readouts in reverse (they need a phase correction).
+
+Grid. The encoded matrix: line `kspace_encode_step_1` lies at ``line - limits.center + ny // 2`` (partial Fourier leaves
+one side of ky empty, and `View.sampled` says so), sample i at ``i - center_sample + nx // 2`` after the discarded ones
+(an asymmetric echo leaves one end of kx zero). Readout oversampling is encoded over reconstructed field of view along x
+and is removed in the image, unless `Options.oversampling` is "keep". ky is never cropped to the reconstructed matrix,
+because that would mix lines.
+
+Prewhitening (Pruessmann et al., MRM 46:638, 2001), where there are noise measurements: `kmtr.physics.noise.whitening`.
+Their bandwidth may differ from the image's, which changes the scale alone, and units are arbitrary.
+
+Slices are ordered by position from base to apex (towards left, anterior, inferior) along their common normal; they must
+be parallel, evenly spaced and at different places. A file without any position keeps the order of its slice counter,
+and its spacing is unknown. In the plane nothing is turned: ky and kx are what the scanner chose.
+
+Time between frames: the median step of the trigger time (phases) or of the clock (repetitions). The standard leaves the
+unit of these stamps open; Siemens' is 2.5 ms, of other vendors the time is unknown.
+
+Of the header nothing is kept but vendor and field strength. Rows are read through h5py: `ismrmrd.Dataset` reads each
+three times (4.9 ms against 0.3 ms a row), and believes what they claim. The package gives flags, layout and schema.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmtr.data.sources import Item, Options, check_size, hdf5, optional
+from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
+from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
+from kmtr.physics.noise import whitening
+from kmtr.types import InputError, Study, View
+
+SOURCE = "ismrmrd/1"
+
+TICK_S = 2.5e-3
+"""Unit of Siemens' time stamps."""
+FRAME_TIME_S = (0.005, 0.2)
+"""Plausible time between two frames of a cine."""
+TO_APEX = np.array([1, -1, -1]) / np.sqrt(3)
+"""Nearest direction from base to apex in the header's coordinates (to left, posterior, superior)."""
+SAME_PLACE_MM, UNEVEN = 0.1, 0.1
+"""Distance below which two slices are one; greatest deviation of a slice distance from the median, relative."""
+PARALLEL = np.cos(np.radians(2))
+
+NOISE = ("NOISE_MEASUREMENT",)
+CALIBRATION = ("PARALLEL_CALIBRATION",)
+CALIBRATION_AND_IMAGING = ("PARALLEL_CALIBRATION_AND_IMAGING",)
+REVERSE = ("REVERSE",)
+NO_IMAGE = (
+    "NAVIGATION_DATA",
+    "PHASECORR_DATA",
+    "HPFEEDBACK_DATA",
+    "DUMMYSCAN_DATA",
+    "RTFEEDBACK_DATA",
+    "SURFACECOILCORRECTIONSCAN_DATA",
+    "PHASE_STABILIZATION_REFERENCE",
+    "PHASE_STABILIZATION",
+)
+VENDORS = {"siemens": "Siemens", "philips": "Philips", "ge ": "GE", "uih": "UIH", "united imaging": "UIH"}
+"""Words in the header's free text -> what is kept of it."""
+
+_FILE = re.compile(r"(cine[_-]?)?(sax?|(la|lax)?[_-]?([234])ch)([_-]?\d+)?", re.IGNORECASE)
+_CHAMBERS = re.compile(r"(?<!\d)([234])[ _-]?(ch(?![a-z])|chamber)", re.IGNORECASE)
+_SHORT_AXIS = re.compile(r"(?<![a-z])(sax|sa|short[ _-]?axis)(?![a-z])", re.IGNORECASE)
+_XML_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is read of a file's XML header.
+
+    Attributes:
+        view: one of VIEWS; None: the names do not tell.
+        spaces: one per encoded space.
+        siemens: time stamps count `TICK_S`.
+    """
+
+    view: str | None
+    spaces: tuple[_Space, ...]
+    vendor: str | None
+    field_strength_t: float | None
+    siemens: bool
+
+
+@dataclass(frozen=True)
+class _Space:
+    """An encoded space: matrix (ny, nx) with oversampling, samples along x without it, the number of the central line.
+
+    `spacing_mm` is (thickness, y, x), None where the header has no plausible field of view; `embedded`: lines for
+    calibration alone belong to the image.
+    """
+
+    matrix: tuple[int, int]
+    samples: int
+    centre: int
+    spacing_mm: tuple[float, float, float] | None
+    embedded: bool
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """One file: k-space ``slice coil t ky kx``, sampled ``slice t ky``, positions and normals ``slice 3`` (mm)."""
+
+    header: _Header
+    kspace: np.ndarray
+    sampled: np.ndarray
+    positions: np.ndarray
+    normals: np.ndarray
+    spacing_mm: tuple[float, float, float] | None
+    frame_time_s: float | None
+
+
+def find(source: Path) -> list[Item]:
+    """Subjects in a file or folder; see the module for the layout. A file that cannot be opened is a problem's item.
+
+    Raises:
+        InputError: nothing found.
+    """
+    if source.is_file():
+        return [Item("ismrmrd", _subject(source), (source,))]
+    files: dict[str, list[Path]] = defaultdict(list)
+    problems: dict[str, str] = {}
+    for path in sorted(source.rglob("*")):
+        if path.suffix not in (".h5", ".mrd") or not path.is_file():
+            continue
+        try:
+            with hdf5.opened(path, "a file of it") as file:
+                if not _groups(file):
+                    continue
+        except InputError as error:
+            problems[_subject(path)] = str(error)
+        files[_subject(path)].append(path)
+    if not files:
+        raise InputError(f"{source}: looked for .h5 and .mrd files with ISMRMRD acquisitions at any depth, found none")
+    return [Item("ismrmrd", name, tuple(paths), problems.get(name, "")) for name, paths in files.items()]
+
+
+def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
+    """The study of one subject; see `kmtr.data.sources.read`. Nothing is random here."""
+    if options.axes:
+        raise InputError("axes: ISMRMRD names its axes itself; the key is for cmrxrecon only")
+    recordings: dict[str, list[_Recording]] = defaultdict(list)
+    for path in item.files:
+        recording = _recording(path, where, options)
+        if (view := _view(path.stem) or recording.header.view) is None:
+            raise InputError(
+                f"{where}: cannot tell the view: neither the protocol names short axis, 2ch, 3ch or 4ch, nor the file; "
+                "name it sax.h5 or lax_4ch.h5, in a folder of the subject"
+            )
+        recordings[view].append(recording)
+    views = {view: _stacked(parts, where, options) for view, parts in recordings.items()}
+    header = recording.header
+    return Study(
+        subject_id, views, source=SOURCE, vendor=header.vendor, field_strength_t=header.field_strength_t
+    )  # fmt: skip
+
+
+def _subject(path: Path) -> str:
+    return path.resolve().parent.name if _FILE.fullmatch(path.stem) else path.stem
+
+
+def _view(name: str) -> str | None:
+    """The view that a name which says nothing else, such as a file's, stands for."""
+    if (match := _FILE.fullmatch(name)) is None:
+        return None
+    return f"lax_{match[4]}ch" if match[4] else "sax"
+
+
+def _groups(file: Any) -> list[Any]:
+    """Groups that hold acquisitions and their header."""
+    groups = hdf5.members(file, "Group").values()
+    return [group for group in groups if {"data", "xml"} <= set(hdf5.members(group, "Dataset"))]
+
+
+def _recording(path: Path, where: str, options: Options) -> _Recording:
+    with hdf5.opened(path, where) as file:
+        groups = _groups(file)
+        if len(groups) != 1:
+            raise InputError(f"{where}: expected one group with acquisitions (data, xml), got {len(groups)}")
+        header = _header(groups[0]["xml"], where)
+        rows = groups[0]["data"]
+        heads = _heads(rows, where, options)
+        used, noise = _chosen(heads, header, where)
+        weights = _whitening(rows, heads, noise, int(heads["active_channels"][used][0]), where)
+        return _gridded(rows, heads, used, weights, header, where, options)
+
+
+def _header(dataset: Any, where: str) -> _Header:
+    """The XML header, read leniently: only what is used must be right."""
+    h5py, schema = optional("h5py"), optional("ismrmrd.xsd")
+    parsers, config = optional("xsdata.formats.dataclass.parsers"), optional("xsdata.formats.dataclass.parsers.config")
+    exceptions = optional("xsdata.exceptions")
+    hdf5.check_inside(dataset, where, "xml")
+    dtype = hdf5.dtype_of(dataset, where, "xml")
+    if dataset.shape != (1,) or h5py.check_string_dtype(dtype) is None:
+        raise InputError(f"{where}: expected one text as XML header, got {dtype} {dataset.shape}")
+    text = bytes(dataset[0])
+    # Entities are the one way in which a short document becomes a long one; the standard has no use for them.
+    if len(text) > _XML_BYTES or b"<!DOCTYPE" in text or b"<!ENTITY" in text or b"\0" in text:
+        raise InputError(f"{where}: expected an ISMRMRD header of at most 1 MiB of plain XML without entities")
+    lenient = config.ParserConfig(fail_on_unknown_properties=False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", exceptions.ConverterWarning)
+            header = parsers.XmlParser(config=lenient).from_bytes(text, schema.ismrmrdHeader)
+    except (exceptions.ParserError, SyntaxError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: the XML header cannot be read ({type(error).__name__})") from None
+    names = [getattr(header.measurementInformation, key, None) for key in ("protocolName", "seriesDescription")]
+    system = header.acquisitionSystemInformation
+    vendor_text = f"{getattr(system, 'systemVendor', None) or ''} ".lower()
+    vendor = next((name for word, name in VENDORS.items() if word in vendor_text), None)
+    tesla = getattr(system, "systemFieldStrength_T", None)
+    return _Header(
+        view=next((view for name in names if name and (view := _view_in(name))), None),
+        spaces=tuple(_space(encoding, where) for encoding in header.encoding),
+        vendor=vendor,
+        field_strength_t=tesla if isinstance(tesla, float) and 0 < tesla < 30 else None,
+        siemens=vendor == "Siemens",
+    )
+
+
+def _view_in(text: str) -> str | None:
+    """The one view that a free text names; None: none, or several."""
+    found = {f"lax_{match[1]}ch" for match in _CHAMBERS.finditer(text)}
+    found |= {"sax"} if _SHORT_AXIS.search(text.replace("_", " ")) else set()
+    return found.pop() if len(found) == 1 else None
+
+
+def _space(encoding: Any, where: str) -> _Space:
+    trajectory = str(getattr(encoding.trajectory, "value", encoding.trajectory))
+    if trajectory != "cartesian":
+        raise InputError(f"{where}: expected a Cartesian trajectory, got {trajectory}")
+    try:
+        encoded, wanted = encoding.encodedSpace, encoding.reconSpace
+        nx, ny, nz = (int(getattr(encoded.matrixSize, axis)) for axis in "xyz")
+        field = [float(getattr(encoded.fieldOfView_mm, axis)) for axis in "xyz"]
+        ratio = float(wanted.fieldOfView_mm.x) / field[0] if field[0] > 0 else 1.0
+        limits = getattr(encoding.encodingLimits, "kspace_encoding_step_1", None)
+        centre = ny // 2 if limits is None or limits.center is None else int(limits.center)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{where}: expected matrix size and field of view of both spaces in the XML header") from None
+    if min(nx, ny) < 1 or nz > 1:
+        raise InputError(f"{where}: expected a 2D encoded matrix, got {nx} x {ny} x {nz}")
+    known = all(np.isfinite(field)) and min(field) > 0
+    mode = getattr(encoding.parallelImaging, "calibrationMode", None)
+    return _Space(
+        matrix=(ny, nx),
+        samples=max(1, round(nx * ratio)) if 0 < ratio < 1 else nx,
+        centre=centre,
+        spacing_mm=(field[2], field[1] / ny, field[0] / nx) if known else None,
+        embedded=str(getattr(mode, "value", mode)) == "embedded",
+    )
+
+
+def _heads(rows: Any, where: str, options: Options) -> np.ndarray:
+    """The headers of all acquisitions; what they claim is checked, their data is not read."""
+    wanted = optional("ismrmrd.hdf5").acquisition_header_dtype
+    hdf5.check_inside(rows, where, "data")
+    dtype = hdf5.dtype_of(rows, where, "data")
+    fields = set(dtype.names or ())
+    if len(rows.shape or ()) != 1 or not {"head", "data"} <= fields or not _fits(dtype["head"], wanted):
+        raise InputError(f"{where}: expected a list of ISMRMRD acquisitions, got {dtype} {rows.shape}"[:200])
+    base = optional("h5py").check_vlen_dtype(dtype["data"])
+    if base != np.float32 or rows.id.get_create_plist().get_nfilters():
+        raise InputError(f"{where}: expected acquisitions of 32-bit numbers, not compressed, got {base}")
+    check_size(where, "acquisitions", rows.shape, rows.id.get_type().get_size(), options)
+    if rows.id.get_storage_size() < rows.size * rows.id.get_type().get_size():
+        raise InputError(f"{where}: the file holds less than the {rows.size} acquisitions that it claims")
+    heads = rows.fields("head")[()]
+    samples = heads["number_of_samples"].astype(np.int64) * heads["active_channels"]
+    check_size(where, "samples of all acquisitions", (int(samples.sum()),), 8, options)
+    return heads
+
+
+def _fits(have: np.dtype, wanted: np.dtype) -> bool:
+    """Whether a record has the wanted fields of the wanted kinds, at whatever offsets."""
+    if wanted.names:
+        return set(wanted.names) <= set(have.names or ()) and all(_fits(have[n], wanted[n]) for n in wanted.names)
+    return have.base.kind == wanted.base.kind and have.shape == wanted.shape
+
+
+def _flagged(heads: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    constants = optional("ismrmrd.constants")
+    bits = sum(1 << (getattr(constants, f"ACQ_IS_{name}") - 1) for name in names)
+    return (heads["flags"] & np.uint64(bits)) != 0
+
+
+def _chosen(heads: np.ndarray, header: _Header, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of the image's lines, and of the noise measurements."""
+    noise, spaces = _flagged(heads, NOISE), heads["encoding_space_ref"]
+    if spaces[~noise].size and spaces[~noise].max() >= len(header.spaces):
+        raise InputError(f"{where}: acquisitions of encoded space {spaces.max()}, which the XML header does not have")
+    embedded = np.array([space.embedded for space in header.spaces] or [False])
+    calibration = _flagged(heads, CALIBRATION) & ~_flagged(heads, CALIBRATION_AND_IMAGING)
+    apart = calibration & ~embedded[np.minimum(spaces, len(embedded) - 1)]
+    used = np.flatnonzero(~noise & ~_flagged(heads, NO_IMAGE) & ~apart)
+    if not len(used):
+        raise InputError(f"{where}: expected acquisitions of an image, got none among {len(heads)}")
+    if _flagged(heads[used], REVERSE).any():
+        raise InputError(f"{where}: expected readouts in one direction, got reversed ones (echo-planar), not supported")
+    counters = heads["idx"][used]
+    for what, values in (
+        ("encoded spaces", spaces[used]),
+        ("numbers of channels", heads["active_channels"][used]),
+        ("lines of a third dimension", counters["kspace_encode_step_2"]),
+        ("contrasts", counters["contrast"]),
+        ("sets", counters["set"]),
+    ):
+        if len(several := np.unique(values)) > 1:
+            raise InputError(f"{where}: expected one image series, got {len(several)} {what}, not supported")
+    return used, np.flatnonzero(noise)
+
+
+def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
+    """One acquisition, complex64 ``coil sample``, of exactly the size that its header claims."""
+    head = heads[number]
+    shape = int(head["active_channels"]), int(head["number_of_samples"])
+    values = rows.fields("data")[number]
+    if values.size != 2 * shape[0] * shape[1]:
+        raise InputError(
+            f"{where}: acquisition {number}: expected {shape[0]} x {shape[1]} samples, got {values.size / 2:g} in all"
+        )
+    return values.view(np.complex64).reshape(shape)
+
+
+def _whitening(rows: Any, heads: np.ndarray, noise: np.ndarray, coils: int, where: str) -> np.ndarray | None:
+    """``coil coil`` from all noise measurements; None: there are none."""
+    if not len(noise):
+        return None
+    if (heads["active_channels"][noise] != coils).any():
+        raise InputError(f"{where}: expected noise of the image's {coils} channels, got another number")
+    samples = np.concatenate([_row(rows, heads, number, where) for number in noise.tolist()], 1)
+    check_finite(samples, where, "noise measurements")
+    try:
+        return whitening(samples)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _gridded(
+    rows: Any,
+    heads: np.ndarray,
+    used: np.ndarray,
+    weights: np.ndarray | None,
+    header: _Header,
+    where: str,
+    options: Options,
+) -> _Recording:
+    """The lines at their places of the encoded matrix."""
+    chosen, counters = heads[used], heads["idx"][used]
+    space = header.spaces[int(chosen["encoding_space_ref"][0])]
+    (ny, nx), coils = space.matrix, int(chosen["active_channels"][0])
+    slices, slice_of = np.unique(counters["slice"], return_inverse=True)
+    frames, frame_of = _frames(counters, where)
+    line_of = counters["kspace_encode_step_1"].astype(int) - space.centre + ny // 2
+    if line_of.min() < 0 or line_of.max() >= ny:
+        raise InputError(f"{where}: lines {line_of.min()} to {line_of.max()} do not fit the encoded matrix's {ny}")
+    first, start, length = _samples(chosen, nx, where)
+    kept = space.samples if options.oversampling == "remove" else nx
+    check_size(where, "k-space", (len(slices), coils, frames, ny, max(kept, nx // 4)), 8, options)
+    kspace = np.empty((len(slices), coils, frames, ny, kept), np.complex64)
+    times = np.zeros((len(slices), frames, ny), np.int64)
+    np.add.at(times, (slice_of, frame_of, line_of), 1)
+    for n in range(len(slices)):
+        grid = np.zeros((coils, frames, ny, nx), np.complex64)
+        for i in np.flatnonzero(slice_of == n).tolist():
+            line = _row(rows, heads, int(used[i]), where)[:, first[i] : first[i] + length[i]]
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
+                grid[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
+        grid /= np.maximum(times[n], 1)[..., None].astype(np.float32)
+        if weights is not None:
+            grid = np.tensordot(weights.astype(np.complex64), grid, 1)
+        for coil in range(coils):  # one after the other: temporary copies stay small
+            seen = grid[coil]
+            kspace[n, coil] = seen if kept == nx else fftc(crop_or_pad(ifftc(seen, (-1,)), (kept,), (-1,)), (-1,))
+    check_finite(kspace, where, "acquisitions")
+    one_of_each = [int(np.flatnonzero(slice_of == n)[0]) for n in range(len(slices))]
+    with np.errstate(invalid="ignore"):
+        positions, normals = (chosen[key].astype(float) for key in ("position", "slice_dir"))
+    if not np.isfinite(positions).all():
+        raise InputError(f"{where}: expected positions of the slices, got numbers that are none")
+    if np.abs(positions - positions[one_of_each][slice_of]).max() > 1:
+        raise InputError(f"{where}: expected one position per slice, got acquisitions of one slice at several places")
+    return _Recording(
+        header,
+        kspace,
+        times > 0,
+        positions[one_of_each],
+        normals[one_of_each],
+        space.spacing_mm,
+        _frame_time_s(chosen, frame_of, frames) if header.siemens else None,
+    )
+
+
+def _frames(counters: np.ndarray, where: str) -> tuple[int, np.ndarray]:
+    """Number of frames, and the frame of each line: by cardiac phase or by repetition."""
+    phases, repetitions = (len(np.unique(counters[name])) for name in ("phase", "repetition"))
+    if phases > 1 and repetitions > 1:
+        raise InputError(
+            f"{where}: expected phases or repetitions as frames, got {phases} of one, {repetitions} of other"
+        )
+    numbers, frame_of = np.unique(counters["phase" if phases > 1 else "repetition"], return_inverse=True)
+    if int(numbers[-1]) - int(numbers[0]) >= len(numbers):
+        missing = next(n for n in range(int(numbers[0]), int(numbers[-1])) if n not in numbers)
+        raise InputError(f"{where}: frame {missing} of {numbers[0]} to {numbers[-1]} is missing")
+    return len(numbers), frame_of
+
+
+def _samples(chosen: np.ndarray, nx: int, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per line: the first sample that is kept, where it lies on the encoded readout, how many are kept."""
+    samples, first, after, centre = (
+        chosen[name].astype(int) for name in ("number_of_samples", "discard_pre", "discard_post", "center_sample")
+    )
+    length = samples - first - after
+    # A complete readout whose centre was left at 0 was not told its centre.
+    start = np.where((centre == 0) & (length == nx), 0, nx // 2 - (centre - first))
+    if length.min() < 1 or start.min() < 0 or (start + length).max() > nx:
+        raise InputError(
+            f"{where}: readouts of {length.min()} to {length.max()} samples, centres {centre.min()} to {centre.max()}, "
+            f"do not fit the encoded matrix's {nx}"
+        )
+    return first, start, length
+
+
+def _frame_time_s(chosen: np.ndarray, frame_of: np.ndarray, frames: int) -> float | None:
+    """Median step of Siemens' time stamps from frame to frame, s; None where it is not plausible."""
+    by_phase = len(np.unique(chosen["idx"]["phase"])) > 1
+    stamps = chosen["physiology_time_stamp"][:, 0] if by_phase else chosen["acquisition_time_stamp"]
+    steps = np.diff([np.median(stamps[frame_of == t]) for t in range(frames)])
+    step = float(np.median(steps)) * TICK_S if len(steps) and steps.min() > 0 else 0.0
+    return step if FRAME_TIME_S[0] <= step <= FRAME_TIME_S[1] else None
+
+
+def _stacked(parts: list[_Recording], where: str, options: Options) -> View:
+    """The recordings of one view as one stack of slices."""
+    if len(shapes := {part.kspace.shape[1:] for part in parts}) > 1:
+        raise InputError(f"{where}: expected recordings of one shape (coil t ky kx) in a view, got {sorted(shapes)}")
+    positions, normals = (np.concatenate([getattr(part, key) for part in parts]) for key in ("positions", "normals"))
+    order, distance = _order(positions, normals, where)
+    kspace = np.concatenate([part.kspace for part in parts])[order] if len(order) > 1 else parts[0].kspace
+    sampled = np.concatenate([part.sampled for part in parts])[order]
+    check_raw(kspace, sampled, where)
+    complete = bool(sampled.all())
+    if options.matrix is not None:
+        kspace = crop_kspace(kspace, options.matrix, where, undersampled=not complete)
+    spacing = parts[0].spacing_mm
+    if spacing is not None and len(order) > 1:
+        spacing = None if distance is None else (distance, *spacing[1:])
+    return View(
+        kspace, None if complete else sampled, spacing_mm=spacing, frame_time_s=parts[0].frame_time_s
+    )  # fmt: skip
+
+
+def _order(positions: np.ndarray, normals: np.ndarray, where: str) -> tuple[np.ndarray, float | None]:
+    """Order of the slices from base to apex, and their distance in mm (None: one slice, or no positions at all)."""
+    count = len(positions)
+    if count == 1 or not positions.any():
+        return np.arange(count), None
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all() or np.abs(lengths - 1).max() > 0.01:
+        raise InputError(f"{where}: expected normals of the slices of length 1, got {lengths.min():g}")
+    normals = normals / lengths
+    if np.abs(normals @ normals[0]).min() < PARALLEL:
+        raise InputError(f"{where}: expected parallel slices in a view, got tilted ones; one file per view")
+    normal = normals[0] if normals[0] @ TO_APEX >= 0 else -normals[0]
+    heights = positions @ normal
+    order = np.argsort(heights, kind="stable")
+    steps = np.diff(heights[order])
+    if steps.min() < SAME_PLACE_MM:
+        raise InputError(f"{where}: two slices at the same place; is one a copy?")
+    if steps.max() > (1 + UNEVEN) * np.median(steps) or steps.min() < (1 - UNEVEN) * np.median(steps):
+        raise InputError(
+            f"{where}: slices are {steps.min():.1f} to {steps.max():.1f} mm apart; is one missing, or are two stacks "
+            "mixed?"
+        )
+    return order, float(np.median(steps))

@@ -1,0 +1,232 @@
+"""Writing a dataset: which subject goes into which shard, and what a task does to write one. Knows no Ray.
+
+A shard's content follows from its job alone, so that it has the same bytes on any machine, at any number of workers and
+after any number of restarts. Its index, written last, says that it is whole. A subject that can't be read is refused;
+the reason is kept in the index, and so survives a restart too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import pyarrow as pa
+from pyarrow import fs
+
+from kmtr.config import Shards
+from kmtr.data import shards, storage
+from kmtr.data.splits import SPLITS
+from kmtr.types import InputError, KmtrError, Study
+
+CRASHES = 3
+"""Processes that a subject may end before it is refused. Not at once: a lost node, or memory that ran out for another
+task, ends whatever is under way.
+"""
+
+REPORT = "refused.json"
+"""Of a dataset, beside its manifest: subjects that are not in it, and why."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to write: the items (numbers) whose studies go into it."""
+
+    name: str
+    split: str
+    items: tuple[int, ...]
+
+
+def shard_jobs(splits: Sequence[str], rows: int) -> list[ShardJob]:
+    """Items in their order over shards of each split.
+
+    Args:
+        splits: of each item.
+        rows: subjects per shard.
+    """
+    members: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for item, split in enumerate(splits):
+        members[split].append(item)
+    return [
+        ShardJob(f"{name}-{start // rows:05d}", name, tuple(items[start : start + rows]))
+        for name, items in members.items()
+        for start in range(0, len(items), rows)
+    ]
+
+
+@runtime_checkable
+class Journal(Protocol):
+    """Where a task says which item it is at, so that what ends its process is found by the next one."""
+
+    def begin(self, item: int) -> int:
+        """How often the item was begun without an end, this time included."""
+        ...
+
+    def end(self, item: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a part of the work.
+
+    Attributes:
+        subjects: made and written.
+        core_s: processor time of making and writing, all threads, s.
+        peak_bytes: most memory that its process ever held.
+    """
+
+    subjects: int
+    core_s: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class WriteShards:
+    """Writes shards: skips what is finished, refuses what can't be read.
+
+    Attributes:
+        ids: pseudonym of each item.
+        make: item -> Study; pure. Whatever it raises refuses that subject, not the others.
+        source: how the dataset is made; part of what `shards.finished_shard` compares.
+    """
+
+    root: str
+    jobs: list[ShardJob]
+    ids: list[str]
+    make: Callable[[int], Study]
+    settings: Shards
+    source: str
+
+    def __call__(self, number: int, journal: Journal) -> tuple[shards.Shard, dict[str, Any], Cost]:
+        """The shard of one job as `shards.write_shard` returns it, and what it cost now.
+
+        Raises:
+            StoreError: it can't be written (a full disk, say).
+            InputError: another command's shard lies there.
+        """
+        if found := self.finished(number):
+            return *found, Cost(0, 0.0, 0)
+        job = self.jobs[number]
+        began = time.process_time()
+        refused: list[dict[str, str]] = []
+        try:
+            shard, summary = shards.write_shard(
+                self.root,
+                job.name,
+                job.split,
+                self._studies(job, journal, refused),
+                self.settings.dtype,
+                self.settings.compression,
+                self.made(number),
+                refused,
+            )
+        except OSError as error:
+            raise storage.StoreError(
+                f"shards/{job.name}: it can't be written: {shards.first_line(error)}; finished shards stay, the same "
+                "command goes on behind them"
+            ) from None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+        return shard, summary, Cost(shard.rows, time.process_time() - began, peak)
+
+    def finished(self, number: int) -> tuple[shards.Shard, dict[str, Any]] | None:
+        """A shard that an earlier run of the same command left whole."""
+        return shards.finished_shard(self.root, self.jobs[number].name, self.made(number))
+
+    def made(self, number: int) -> str:
+        """What decides a shard's content."""
+        job = self.jobs[number]
+        ids = [self.ids[item] for item in job.items]
+        what = [self.source, shards.SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+
+    def _studies(self, job: ShardJob, journal: Journal, refused: list[dict[str, str]]) -> Iterator[Study]:
+        for item in job.items:
+            if journal.begin(item) > CRASHES:
+                reason = f"its process ended {CRASHES} times while reading it (a crash, or memory ran out)"
+                refused.append({"subject": self.ids[item], "reason": reason})
+            else:
+                try:
+                    study = self.make(item)
+                    if study.subject_id != self.ids[item]:
+                        raise KmtrError(f"expected the study of {self.ids[item]}, got that of {study.subject_id}")
+                    shards.check_finite(study)
+                except Exception as error:
+                    refused.append({"subject": self.ids[item], "reason": reason_of(error, self.ids[item])})
+                else:
+                    yield study
+                    del study  # before the next is made
+            journal.end(item)
+
+
+def reason_of(error: Exception, subject_id: str) -> str:
+    """Why a subject was refused, in one line. What an unforeseen error says stays out: it may name patient or path."""
+    if isinstance(error, KmtrError):
+        return " ".join(str(error).split()).removeprefix(f"{subject_id}: ")
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without our own call
+    ours = [frame for frame in frames if "kmtr" in frame.filename.split("/")] or frames
+    place = f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}"
+    return f"{type(error).__name__} at {place}: an error that the reader does not foresee; please report it"
+
+
+def finished(write: WriteShards) -> dict[int, tuple[shards.Shard, dict[str, Any]]]:
+    """Number of a job -> its shard, of all that an earlier run left whole.
+
+    Raises:
+        InputError: another command left them.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(write.finished, range(len(write.jobs)))
+        return {number: part for number, part in enumerate(found) if part}
+
+
+def complete(
+    write: WriteShards, parts: dict[int, tuple[shards.Shard, dict[str, Any]]]
+) -> tuple[shards.Manifest, list[dict[str, str]]]:
+    """The manifest of all shards, and before it the report of what was refused.
+
+    Raises:
+        InputError: every subject was refused.
+    """
+    ordered = [parts[number] for number in range(len(write.jobs))]
+    refused = [entry for _, summary in ordered for entry in summary["refused"]]
+    store, base = storage.open_root(write.root)
+    storage.make_folder(store, base)
+    report = {"subjects": len(write.ids), "refused": refused}
+    storage.write_atomic(store, f"{base}/{REPORT}", json.dumps(report, indent=1).encode())
+    if not any(shard.rows for shard, _ in ordered):
+        first = f"{refused[0]['subject']}: {refused[0]['reason']}" if refused else "got none"
+        raise InputError(f"expected at least one subject that can be read, {len(refused)} refused; the first: {first}")
+    _sweep(store, base)
+    return shards.write_manifest(write.root, ordered, write.settings.dtype, write.source), refused
+
+
+def refused(root: str) -> list[dict[str, str]]:
+    """The report of a dataset; empty where there is none, as of datasets of an earlier version."""
+    store, base = storage.open_root(root)
+    if not storage.exists(store, f"{base}/{REPORT}"):
+        return []
+    return json.loads(storage.read_bytes(store, f"{base}/{REPORT}"))["refused"]
+
+
+def reasons(entries: Sequence[dict[str, str]], most: int = 10) -> list[str]:
+    """Lines for people: each reason once, how many subjects it holds for, and one of them."""
+    counts = Counter(entry["reason"] for entry in entries)
+    example = {entry["reason"]: entry["subject"] for entry in reversed(entries)}
+    lines = [f"{count} x {reason} (as {example[reason]})" for reason, count in counts.most_common(most)]
+    return lines + ([f"and {len(counts) - most} more reasons"] if len(counts) > most else [])
+
+
+def _sweep(store: fs.FileSystem, base: str) -> None:
+    """Remove what killed writers left under temporary names."""
+    with suppress(pa.ArrowException, OSError):  # it harms nobody where it stays
+        for info in store.get_file_info(fs.FileSelector(f"{base}/shards")):
+            if info.type == fs.FileType.File and info.base_name.endswith(".tmp"):
+                store.delete_file(info.path)
