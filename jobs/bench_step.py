@@ -184,7 +184,7 @@ def of_stage(config: RunConfig, alone: dict[str, Any], together: dict[str, Any])
     ceiling = alone["matmul_flops"] / min(seconds["matmul"])
     found: dict[str, Any] = {}
     for key, positions in (("ratio_to_reference", "all"), ("ratio_to_reference_acquired", "acquired")):
-        times = seconds.get(f"{positions}")
+        times = seconds.get(f"reference_{positions}")
         compared = ratio(times, seconds["ours"], batch / BATCH) if times else {"ratio": None, "interval": None}
         found |= {key: compared["ratio"], f"{key}_interval": compared["interval"]}
     ddp = ratio(together["seconds"]["ddp"], together["seconds"]["ours"])
@@ -199,7 +199,9 @@ def of_stage(config: RunConfig, alone: dict[str, Any], together: dict[str, Any])
         "step_s": round(ours, 4),
         "subjects_per_s": round(batch / ours, 3),
         "tokens_per_s": round(alone["lines_per_subject"] * batch / ours, 1),
-        "reference_subjects_per_s": round(BATCH / stats.median(seconds["all"]), 3) if "all" in seconds else None,
+        "reference_subjects_per_s": round(BATCH / stats.median(seconds["reference_all"]), 3)
+        if "reference_all" in seconds
+        else None,
         "gflops_per_subject": round(flops / 1e9, 4),
         "flops_counted_over_formula": round(alone["flops_counted_over_formula"], 4),
         "flops_on_padding": round(alone["padding_flops"], 4),

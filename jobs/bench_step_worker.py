@@ -43,6 +43,9 @@ RATE = 1e-7
 WARM = 2
 """Steps of each before the first that counts."""
 
+COUNTED = 4
+"""Batches whose tokens are counted: R differs from subject to subject."""
+
 TIMED_PARTS = 6
 """Steps in which the parts are timed."""
 
@@ -168,10 +171,10 @@ def alone(worker: Worker) -> dict[str, Any]:
 
 def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
     config, rounds = worker.config, worker.config.bench.pairs
-    host = next(batches := worker.batches(config))
-    batch = host.to(worker.device)
-    counted, formula = bench_flops.counted(config, stage, batch, worker.tables)
-    useful = bench_flops.useful(batch, config)
+    batches = worker.batches(config)
+    looked_at = [next(batches).to(worker.device) for _ in range(COUNTED)]
+    counted, formula = bench_flops.counted(config, stage, looked_at[0], worker.tables)
+    useful = [n for batch in looked_at for n in bench_flops.useful(batch, config)]
     parts = [bench_flops.formula(config, stage, n, config.data.global_batch) for n in useful]
     worker.tell(f"{stage}: FLOPs counted / by formula {counted / formula:.3f}")
     ours = ShardedEngine(worker.model(), config, 1, worker.device)
@@ -186,9 +189,9 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
         step = _reference_step(worker, stage, positions)
         try:
             memory[f"reference_{positions}"] = _peak(worker, step)
-            references[positions] = step
+            references[f"reference_{positions}"] = step
         except torch.OutOfMemoryError:
-            refused[positions] = f"out of memory with {BATCH} subjects: set bench.tokens"
+            refused[f"reference_{positions}"] = f"out of memory with {BATCH} subjects: set bench.tokens"
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", "matmul", *references)}
     multiply, flops = _matmul(config, worker.device)
     for number in range(rounds):
@@ -203,7 +206,7 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
         "flops_per_subject": {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]},
         "flops_counted_over_formula": counted / formula,
         "lines_per_subject": sum(n.sampled for n in useful) / len(useful),
-        "padding_flops": 1 - sum(sum(p.values()) for p in parts) / formula,
+        "padding_flops": 1 - sum(sum(p.values()) for p in parts) / (formula * COUNTED),
         "matmul_flops": flops,
     }
 
