@@ -311,6 +311,10 @@ class Bench(Section):
         ("streaming", "webdataset", "datasets", "npz", "npz0"),
         description="loaders of others beside ours; npz: torch DataLoader with 2 workers, npz0: without; empty: none",
     )
+    pairs: int = Field(20, ge=2, description="bench.py step: steps of ours and of what it is compared with, in turns")
+    lines: int = Field(
+        0, ge=0, description="bench.py step: lines of a subject at most; 0: 2,000 on a CPU, as the recipe on a GPU"
+    )
 
 
 class RunConfig(Section):

@@ -48,9 +48,8 @@ def config(tmp_path: Path, *words: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected what to measure, one of data, got ''"),
+        ([], "expected what to measure, one of data, step, got ''"),
         (["speed"], "got 'speed', which is none of them"),
-        (["step"], "got 'step', which is not built yet"),
         (["scale", "base"], "got 'scale', which is not built yet"),
         (["data", "huge"], "recipe: expected one of tiny, base, large, got 'huge'"),
         (["data", "bench.peers=npz,tensorflow"], "bench.peers"),

@@ -13,6 +13,6 @@ def scale_image(
     """Each subject's images divided by their RMS over what is not padded."""
     present = (~padded)[..., None, None]
     energy = (image.square().sum((3, 4)) * present[..., 0, 0]).sum((1, 2))
-    count = present.expand(image.shape).sum((1, 2, 3, 4)).clamp(min=1)
+    count = (present.sum((1, 2, 3, 4)) * image.shape[3] * image.shape[4]).clamp(min=1)
     rms = (energy / count).sqrt().clamp(min=torch.finfo(image.dtype).tiny)
     return image / rms[:, None, None, None, None]

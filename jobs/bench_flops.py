@@ -1,0 +1,168 @@
+"""FLOPs of a training step: by formula from the numbers of tokens, and counted operation by operation.
+
+A product of n x m and m x k matrices is 2 n m k FLOPs. Norms, activations, softmax, sums and FFT are not counted, nor
+what activation checkpointing, repeated embedding under accumulation, or attention kernels compute a second time.
+Forward and backward of a product are three products; two where one of its sides needs no gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kmtr.config import RunConfig
+from kmtr.data.batch import Batch
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+from kmtr.model.transformer import GatedLinear
+from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
+
+RANK = GatedLinear(1, 1, 2).rank
+BOTH, ONE, FORWARD = 3, 2, 1
+"""Products of a training step: with the gradient of both sides, of one side, of none."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one subject: lines that the encoder sees, hidden ones, all acquired; and so of patches."""
+
+    visible: int
+    hidden: int
+    sampled: int
+    visible_patches: int
+    hidden_patches: int
+    patches: int
+
+
+def useful(batch: Batch, config: RunConfig) -> list[Counts]:
+    """Tokens of each subject, padding left out."""
+    present = ~batch.padded.unflatten(2, (-1, config.model.patch[0])).all(-1)
+    patches = present[..., None, None].expand(batch.hidden_patches.shape)
+    kinds = (
+        batch.sampled & ~batch.hidden,
+        batch.hidden,
+        batch.sampled,
+        patches & ~batch.hidden_patches,
+        patches & batch.hidden_patches,
+        patches,
+    )
+    table = torch.stack([kind.flatten(1).sum(1) for kind in kinds], dim=1)
+    return [Counts(*row) for row in table.tolist()]
+
+
+def executed(inputs: Inputs) -> Counts:
+    """What is computed for each subject of a micro-batch, padding included."""
+
+    def length(tokens: Tokens | None) -> int:
+        return 0 if tokens is None else tokens.padded.shape[1]
+
+    lines = (inputs.lines, inputs.line_targets, inputs.all_lines)
+    patches = (inputs.patches, inputs.patch_targets, inputs.all_patches)
+    return Counts(*map(length, lines + patches))
+
+
+def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[str, float]:
+    """FLOPs of one subject in a step of a stage, forward and backward, by part.
+
+    Args:
+        candidates: subjects that each anchor of InfoNCE is compared with: the global batch.
+    """
+    data, model = config.data, config.model
+    frozen = stage == "align" and not config.align.train_image_encoder
+    line, patch = LineTokenizer.features(data, model), PatchTokenizer.features(model)
+    cells = data.slices * data.frames
+    patch_cells = cells // model.patch[0]
+
+    def block(tokens: int, source: int, width: int) -> int:
+        maps = 2 * model.mlp_ratio + 2  # of width x width: MLP, queries, output; keys and values are the source's
+        return 2 * tokens * maps * width**2 + 4 * source * width**2 + 4 * tokens * source * width
+
+    def encoder(features: int, tokens: int, frames: int, gated: bool, trained: bool = True) -> int:
+        width, rank = model.width, RANK if gated else 1
+        first, pool = 2 * tokens * features * rank * width, 2 * tokens * frames * width
+        rest = model.depth * block(tokens, tokens, width) + block(frames, frames, width)
+        rest += 2 * tokens * rank * width if gated else 0
+        return BOTH * rest + ONE * (first + pool) if trained else FORWARD * (rest + first + pool)
+
+    def decoder(features: int, tokens: int, queries: int, frames: int, gated: bool) -> int:
+        width, memory = model.decoder_width, tokens + frames
+        inputs = 2 * (memory + queries) * model.width * width
+        head = 2 * queries * width * features * (RANK if gated else 1)
+        head += 2 * queries * RANK * features if gated else 0
+        return BOTH * (inputs + model.decoder_depth * block(queries, memory, width) + head)
+
+    encoders = decoders = contrast = 0
+    if stage == "reconstruct" or config.align.reconstruct_weight:
+        encoders += encoder(line, n.visible, cells, True)
+        decoders += decoder(line, n.visible, n.hidden, cells, True)
+        if config.reconstruct.image_weight and not frozen:
+            encoders += encoder(patch, n.visible_patches, patch_cells, False)
+            decoders += decoder(patch, n.visible_patches, n.hidden_patches, patch_cells, False)
+    if stage == "align":
+        encoders += encoder(line, n.sampled, cells, True)
+        encoders += encoder(patch, n.patches, patch_cells, False, trained=not frozen)
+        for frames, trained in ((cells, True), (patch_cells, not frozen)):
+            harmonics = 2 * frames * 2 * model.width
+            heads = 2 * data.slices * 3 * model.width * model.projection
+            contrast += harmonics * (ONE if trained else FORWARD) + heads * (BOTH if trained else ONE)
+        contrast += 4 * BOTH * 2 * data.slices * candidates * model.projection
+    return {"encoders": encoders, "decoders": decoders, "contrastive": contrast}
+
+
+def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tensor]) -> tuple[int, float]:
+    """FLOPs of one step of one process on `batch` as one micro-batch: operation by operation, and by the formula.
+
+    Nothing is computed: operations are counted by the shapes of tensors that have no memory. Attention is counted as
+    plain products, since the backward pass of a fused kernel computes some twice.
+    """
+    prepare = _Prepared(config, tables, batch, stage)
+    with torch.device("meta"):
+        engine = _Alone(Pretraining(config))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            STAGES[stage](engine, [_shapes_of(batch)], prepare, config)
+    per_subject = formula(config, stage, executed(prepare.inputs), candidates=len(batch))
+    return counter.get_total_flops(), len(batch) * sum(per_subject.values())
+
+
+class _Prepared(Preparer):
+    """The inputs of one batch, without memory, whatever it is asked for."""
+
+    def __init__(self, config: RunConfig, tables: dict[str, Tensor], batch: Batch, stage: str):
+        super().__init__(config, tables, batch.kspace.device)
+        self.inputs = _shapes_of(super().__call__(batch, stage))
+
+    def __call__(self, batch: Batch, stage: str) -> Inputs:
+        return self.inputs
+
+
+Record = TypeVar("Record", Inputs, Batch, Tokens)
+
+
+def _shapes_of(record: Record) -> Record:
+    """The same with tensors that have no memory."""
+    changes: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = value.to("meta")
+        elif isinstance(value, Tokens):
+            changes[field.name] = _shapes_of(value)
+    return replace(record, **changes)
+
+
+class _Alone:
+    """An engine of one process that updates nothing."""
+
+    def __init__(self, module: Pretraining):
+        self.module = module
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = self.module(inputs, stage)
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
