@@ -191,7 +191,7 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
             memory[f"reference_{positions}"] = _peak(worker, step)
             references[f"reference_{positions}"] = step
         except torch.OutOfMemoryError:
-            refused[f"reference_{positions}"] = f"out of memory with {BATCH} subjects: set bench.tokens"
+            refused[f"reference_{positions}"] = f"out of memory with {BATCH} subjects: set bench.lines"
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", "matmul", *references)}
     multiply, flops = _matmul(config, worker.device)
     for number in range(rounds):
