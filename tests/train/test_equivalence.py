@@ -86,8 +86,10 @@ def test_zero_stages_workers_and_accumulation_agree(cluster: None, config: RunCo
     assert np.isfinite(one).all()
     assert any(a != b for a, b in pairwise(one[::3])), "the losses must move, else equality says nothing"
     for stage in (1, 2, 3):
-        np.testing.assert_allclose(two[f"zero{stage}"], two["zero0"], rtol=1e-5, err_msg=f"ZeRO-{stage}")
-    np.testing.assert_allclose(two["checkpointing"], two["zero0"], rtol=1e-5, err_msg="ZeRO-3, blocks run twice")
-    np.testing.assert_allclose(two["zero2"], one, rtol=1e-4, err_msg="two workers against one")
+        np.testing.assert_allclose(two[f"zero{stage}"], two["zero0"], rtol=1e-4, atol=1e-5, err_msg=f"ZeRO-{stage}")
+    np.testing.assert_allclose(
+        two["checkpointing"], two["zero0"], rtol=1e-4, atol=1e-5, err_msg="ZeRO-3, blocks run twice"
+    )
+    np.testing.assert_allclose(two["zero2"], one, rtol=1e-4, atol=1e-5, err_msg="two workers against one")
     for n in (2, 4):
-        np.testing.assert_allclose(two[f"accumulation{n}"], one, rtol=1e-4, err_msg=f"accumulation {n}")
+        np.testing.assert_allclose(two[f"accumulation{n}"], one, rtol=1e-4, atol=1e-5, err_msg=f"accumulation {n}")
