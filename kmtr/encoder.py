@@ -66,7 +66,7 @@ class KSpaceEncoder:
         data = self.config.data
         changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
         if acceleration is None:  # every line, which no pattern file has
-            changes |= {"sampling.family": "gaussian", "sampling.file": ""}
+            changes |= {"sampling.family": "gaussian", "sampling.file": "", "evaluate.accelerations": (1,)}
         config = override(self.config, changes)
         patterns.check(config)
         how, table = config.sampling, patterns.table(config.sampling)

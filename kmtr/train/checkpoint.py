@@ -71,7 +71,7 @@ def restore(folder: Path, engine: ShardedEngine, config: RunConfig, world: int) 
             if not (folder / name).is_file() or _sha256(folder / name) != digest:
                 raise CheckpointError(f"checkpoint at step {progress['step']}: {name} is missing or changed; refused")
     engine.load(str(folder))
-    return dict(progress)
+    return {"reference": {}, "stopped": False} | progress
 
 
 def _sha256(path: Path) -> str:

@@ -189,9 +189,7 @@ def _check_pattern(sampled: np.ndarray, beside: Path, where: str) -> None:
         raise InputError(f"{where}: the pattern beside it: {str(error).removeprefix(f'{beside}: ')}") from None
     frames, lines = sampled.shape[1:]
     if pattern.shape not in ((lines,), (frames, lines)) or (np.broadcast_to(pattern, sampled.shape) != sampled).any():
-        raise InputError(
-            f"{where}: the acquired lines are not those of the pattern beside it ({beside.name}); is it another's?"
-        )
+        raise InputError(f"{where}: the acquired lines are not those of the pattern beside it; is it another's?")
 
 
 def _view(path: Path, where: str) -> str:
