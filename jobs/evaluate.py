@@ -23,6 +23,7 @@ import torch
 from jobs._main import Bar, main, recipe_config
 from kmtr import figures, tracking
 from kmtr.config import RunConfig
+from kmtr.data import patterns
 from kmtr.data.reader import Dataset
 from kmtr.encoder import load_encoder
 from kmtr.report import controls, evaluate
@@ -95,14 +96,20 @@ def run_controls(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
         name: {str(s.acceleration): {t: round(p.r2, 4) for t, p in s.probes[name].items()} for s in scores}
         for name in sources
     }
-    overlap = {str(s.acceleration): {"mean mask": s.mean.mean(), "ridge": s.ridge.mean()} for s in masks}
+    overlap = {
+        str(s.acceleration): {"mean mask": float(np.nanmean(s.mean)), "ridge": float(np.nanmean(s.ridge))}
+        for s in masks
+    }
     return {"data": config.data.root, "r2": r2, "dice": overlap}
 
 
 def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
     """What the result follows from: the same, and an earlier result is reused."""
     weights = hashlib.file_digest((encoder / "encoder.safetensors").open("rb"), "sha256").hexdigest()
-    settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include={"views"})
+    read = {"views", "sax_slices", "frames", "matrix", "crop"}
+    settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include=read)
+    settings += config.sampling.model_dump_json(exclude={"file"}) + patterns.digest(config.sampling)
+    settings += f" controls {controls.VERSION}"
     return hashlib.sha256(f"{weights} {dataset.digest} {settings} {config.seed}".encode()).hexdigest()
 
 

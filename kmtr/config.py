@@ -377,6 +377,11 @@ class RunConfig(Section):
             )
         if self.total_steps == 0:
             raise ValueError("reconstruct.steps, align.steps: expected at least one step in the chosen stage, got 0")
+        if self.align.learn_temperature and self.align.temperature <= MIN_TEMPERATURE:
+            raise ValueError(
+                f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "
+                f"{self.align.temperature}"
+            )
         if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
             raise ValueError(
                 f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
@@ -415,6 +420,9 @@ class RunConfig(Section):
         what["dataset"] = digest
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
+
+MIN_TEMPERATURE = 0.01
+"""Of a learnt contrastive temperature: below it the softmax is all or nothing."""
 
 MIN_ALIGNED_SUBJECTS = 8
 """InfoNCE against fewer negatives than this says next to nothing; refused."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from kmtr.config import RunConfig
+from kmtr.config import MIN_TEMPERATURE, RunConfig
 from kmtr.data.batch import Batch
 from kmtr.losses import info_nce, masked_reconstruction
 from kmtr.model.encoder import (
@@ -29,8 +29,6 @@ from kmtr.model.encoder import (
     static_dynamic_embedding,
 )
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
-
-MIN_TEMPERATURE = 0.01
 
 
 @runtime_checkable
@@ -119,7 +117,7 @@ class Pretraining(nn.Module):
         self.image_decoder = patch_decoder(data, model)
         width = {"static": model.width, "dynamic": 2 * model.width}
         if config.align.learn_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.align.temperature)]))
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(config.align.temperature - MIN_TEMPERATURE)]))
         self.kspace_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
         self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
 
@@ -160,8 +158,8 @@ class Pretraining(nn.Module):
                 z += [head(x.to(end.frames.dtype)) for head, x in pairs]
             out["z"] = torch.stack(z, dim=2)
             if self.config.align.learn_temperature:
-                # As in CLIP (Radford 2021): its logarithm is learnt, and a floor of 0.01 keeps the softmax finite.
-                out["temperature"] = self.log_temperature[0].float().exp().clamp(min=MIN_TEMPERATURE)
+                # Learnt as a logarithm, as in CLIP (Radford 2021), above a floor that never stops its gradient.
+                out["temperature"] = MIN_TEMPERATURE + self.log_temperature[0].float().exp()
         return out
 
 

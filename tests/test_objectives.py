@@ -18,7 +18,7 @@ from torch import Tensor
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.batch import Batch
 from kmtr.objectives import Preparer, Pretraining, _Sums, contrastive
-from kmtr.types import Study
+from kmtr.types import InputError, Study
 
 Tables = dict[str, Tensor]
 CHANGES: dict[str, dict[str, object]] = {
@@ -165,6 +165,24 @@ def test_the_learnt_temperature_has_the_gradient_of_the_formula(
         for step in (1e-4, -1e-4)
     )
     assert float(slope) == pytest.approx((warmer - colder) / 2e-4, rel=1e-3)
+
+
+def test_a_learnt_temperature_starts_as_configured_and_never_loses_its_gradient(
+    small: RunConfig, tables: Tables, batch: Batch
+) -> None:
+    config = override(small, {"align.learn_temperature": True, "align.temperature": 0.07})
+    module = Pretraining(config)
+    inputs = Preparer(config, tables, CPU)(batch, "align")
+    assert module(inputs, "align")["temperature"].item() == pytest.approx(0.07)
+    with torch.no_grad():
+        module.log_temperature.fill_(-9.0)  # far past what Adam could reach
+    learnt = module(inputs, "align")["temperature"]
+    learnt.backward()
+    assert 0.01 < learnt.item() < 0.0102
+    assert module.log_temperature.grad is not None
+    assert float(module.log_temperature.grad) > 0
+    with pytest.raises(InputError, match=r"align.temperature: expected more than 0.01"):
+        override(small, {"align.learn_temperature": True, "align.temperature": 0.01})
 
 
 def test_a_subject_is_no_negative_of_itself(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -171,6 +171,19 @@ def test_a_subject_that_ends_its_process_is_refused_and_the_others_are_written(c
     assert set(same) <= {s.sha256 for s in shards.read_manifest(str(tmp_path / "clean")).shards}
 
 
+def test_who_is_refused_for_crashes_stays_refused_when_the_shard_is_made_again() -> None:
+    """Else n such subjects of one shard would cost 4^n - 1 processes."""
+    ledger = pipeline.Ledger()
+    for _ in range(writing.CRASHES):
+        assert ledger.begin(7) <= writing.CRASHES  # and then its process ends
+    for _ in range(3):
+        assert ledger.begin(7) > writing.CRASHES
+        ledger.end(7)
+    assert ledger.begin(8) == 1
+    ledger.end(8)
+    assert ledger.begin(8) == 1  # a healthy one starts anew
+
+
 def killed(command: list[str], root: Path, shards_before: int) -> None:
     """Run a job and kill -9 it when some of its shards are finished."""
     import ray

@@ -296,7 +296,8 @@ class Ledger:
         return self.begun[item]
 
     def end(self, item: int) -> None:
-        self.begun.pop(item, None)
+        if self.begun.get(item, 0) <= writing.CRASHES:  # else it is refused, and stays so if its shard is made again
+            self.begun.pop(item, None)
         self.done.add(item)
 
     def count(self) -> int:

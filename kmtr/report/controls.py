@@ -26,6 +26,8 @@ from kmtr.physics.sampling import VALIDATION
 from kmtr.report.html import Cell, Table
 from kmtr.types import SEGMENTATION_CLASSES
 
+VERSION = 2
+"""Of what the controls are; 1 did not set apart what moves. A result of another version is made anew."""
 LOW_RESOLUTION = 16
 CENTRE = (4, 8)
 """Lines and samples along each, about the centre of k-space."""
@@ -168,7 +170,8 @@ def _mean_dice(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         scores = dice(truth, predicted, CLASSES)
     known = np.isfinite(scores)
-    return np.where(known, scores, 0).sum(0) / np.maximum(known.sum(0), 1)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, scores, 0).sum(0) / np.maximum(count, 1), np.nan)
 
 
 def mask_table(scores: list[MaskScores]) -> Table:
@@ -186,4 +189,4 @@ def mask_table(scores: list[MaskScores]) -> Table:
 
 
 def _cells(scores: np.ndarray) -> list[str]:
-    return [f"{value:.3f}" for value in (*scores, scores.mean())]
+    return [f"{value:.3f}" if np.isfinite(value) else "-" for value in (*scores, np.nanmean(scores))]

@@ -91,6 +91,10 @@ class Validation:
                 metrics["val/probe_r2"] = float(np.mean(list(scores.values())))
             metrics["val/effective_rank"] = effective_rank(held)
             metrics["val/embedding_deviation"] = embedding_deviation(held)
+            # Workers on unlike processors may differ in a last bit, and what follows from it must be the same on all.
+            said = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
+            dist.broadcast(said, 0)
+            metrics = dict(zip(metrics, said.tolist(), strict=True))
         return metrics, self._figure(engine)
 
     def _contents(self) -> dict[str, np.ndarray]:

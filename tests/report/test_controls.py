@@ -71,3 +71,10 @@ def test_probes_of_the_controls(small: RunConfig) -> None:
     assert set(s.probes) == {evaluate.CENTRAL, evaluate.RIDGE, evaluate.MEAN}
     assert set(s.probes[evaluate.CENTRAL]) == {"lvedv_ml", "wall_thickness_mm"}
     assert s.probes[evaluate.RIDGE]["lvedv_ml"].r2 > 0.1
+
+
+def test_a_class_that_nobody_has_is_no_score() -> None:
+    mask = np.array([[[0, 1, 2, 3]]], np.uint8)
+    scores = controls._mean_dice(mask, mask)
+    np.testing.assert_array_equal(scores, [1, 1, 1, np.nan, np.nan])
+    assert controls._cells(scores) == ["1.000", "1.000", "1.000", "-", "-", "1.000"]
