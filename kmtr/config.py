@@ -142,6 +142,9 @@ class Model(Section):
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
     normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth per subject in training: rate of the last encoder block, 0 first"
+    )
     checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
 
@@ -150,6 +153,10 @@ class Model(Section):
         for name in ("width", "decoder_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}: expected a multiple of model.head_width={self.head_width}")
+        if self.head_width % 8 or self.head_width > 256:
+            raise ValueError(
+                f"model.head_width: expected a multiple of 8 up to 256, as fused attention takes, got {self.head_width}"
+            )
         return self
 
 
@@ -197,6 +204,7 @@ class Train(Section):
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
+    compile: bool = Field(False, description="torch.compile of the transformer blocks, once for all numbers of tokens")
     accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
     log_every: int = Field(10, gt=0, description="steps between lines and logged metrics")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")

@@ -48,8 +48,7 @@ class Batch:
         slots: slice slot of the configuration that each slice of the batch is.
         real: subjects of the GLOBAL batch that are not repeated.
         same: whether coils and readout of all subjects fill the batch.
-        counts: most tokens of a subject by kind (``visible``, ``hidden``, ``sampled`` lines, ``visible_patches``,
-            ``hidden_patches``); those of lines are missing where sources bring patterns of their own.
+        visit: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
     """
 
     kspace: Complex[Tensor, "batch slice coil t ky kx"]
@@ -64,7 +63,7 @@ class Batch:
     slots: tuple[int, ...]
     real: int
     same: bool
-    counts: dict[str, int]
+    visit: Int[Tensor, " batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -141,7 +140,7 @@ class HostBatch:
             slots=slots,
             real=self.real,
             same=self._same,
-            counts=token_counts(config, self.shape, drawn=not bool(self.meta["given"].any())),
+            visit=visit if self.purpose == sampling.PATTERN else None,
         )
 
     @property
@@ -448,37 +447,6 @@ def draw(
     present = ~padded.unflatten(2, (-1, pt)).all(-1)
     candidates = present[..., None, None].expand(u.shape)
     return sampled, hidden, sampling.hide(u, candidates, config.reconstruct.image_mask_ratio)
-
-
-def token_counts(config: RunConfig, shape: Shape, drawn: bool = True) -> dict[str, int]:
-    """Most tokens of one subject in a batch of a shape, by kind: what `draw` leaves (at most, for family
-    ``kt-gaussian-acs``).
-
-    Args:
-        drawn: lines follow the configuration; else there is no bound on theirs.
-    """
-    sax, _, frames, lines, _ = shape
-    slices = len(slots_of(config.data, sax))
-    pt, py, px = config.model.patch
-    patches = frames // pt * (config.data.matrix[0] // py) * (config.data.matrix[1] // px)
-
-    def split(count: int, ratio: float) -> tuple[int, int]:
-        hidden = min(round(count * ratio), max(count - 1, 0))
-        return count - hidden, hidden
-
-    visible, hidden = split(patches, config.reconstruct.image_mask_ratio)
-    counts = {"visible_patches": slices * visible, "hidden_patches": slices * hidden}
-    if drawn:
-        how = config.sampling
-        if (table := patterns.table(how)) is not None:
-            sampled = [int(sampling.repeat(table, (1, 1, frames, lines)).sum())]
-        else:
-            most = [sampling.most_lines(lines, r, how.acs_lines, how.family) for r in how.accelerations]
-            sampled = [frames * count for count in most]
-        parts = [split(count, config.reconstruct.mask_ratio) for count in sampled]
-        counts["sampled"] = slices * max(sampled)
-        counts["visible"], counts["hidden"] = (slices * max(part[i] for part in parts) for i in (0, 1))
-    return counts
 
 
 # ------------------------------------------------------------------------------------------------------------ transport

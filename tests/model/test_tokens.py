@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override
 from kmtr.data.batch import Batch
-from kmtr.model.encoder import Grid, Position, line_encoder, patch_encoder, static_dynamic_embedding
-from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens, gather
+from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
+from kmtr.model.packing import gather
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Preparer
 from kmtr.physics.lines import gauge, static_part
 
@@ -35,7 +36,9 @@ def uneven(batch: Batch) -> Batch:
 
 
 def equal(a: Tokens | None, b: Tokens | None) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Tokens) if f.name != "blank")
+    assert a is not None
+    assert b is not None
+    return a.lengths.host == b.lengths.host and torch.equal(a.index, b.index) and torch.equal(a.values, b.values)
 
 
 # ------------------------------------------------------------------------------------------------------------- gather
@@ -45,12 +48,10 @@ def equal(a: Tokens | None, b: Tokens | None) -> bool:
 def test_gather_lists_the_chosen_cells_in_order(seed: int, share: float) -> None:
     chosen = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(seed)) < share
     chosen[0] = False
-    index, padded = gather(chosen)
-    assert index.shape[:2] == padded.shape
-    assert index.shape[1] == max(int(chosen.flatten(1).sum(1).max()), 1)
-    for row in range(3):
-        assert torch.equal(index[row][~padded[row]], chosen[row].nonzero())
-        assert not chosen[row][tuple(index[row][padded[row]].T)].any()
+    places = gather(chosen)
+    assert torch.equal(torch.cat([places.lengths.subject[:, None], places.index], 1), chosen.nonzero())
+    assert places.lengths.host == tuple(places.lengths.counts.tolist()) == tuple(chosen.sum((1, 2, 3)).tolist())
+    assert places.lengths.starts.tolist() == [0, 0, int(chosen[1].sum()), int(chosen.sum())]
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
@@ -68,7 +69,7 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
         kspace = torch.where(spoilt[:, :, None, :, :, None], uneven.kspace * -3e3 + 7j, uneven.kspace)
         after = prepare(replace(uneven, kspace=kspace), stage)
         assert equal(after.lines, before.lines), what
-        assert torch.equal(after.lines.index[0][~after.lines.padded[0]], visible[0].nonzero())
+        assert torch.equal(after.lines.index, visible.nonzero()[:, 1:])
         changed = not torch.equal(after.line_targets.values, before.line_targets.values)
         assert changed == (what == "hidden")
         if stage == "align":
@@ -95,16 +96,14 @@ def test_tokens_lead_back_to_their_lines(
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
     canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled)[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
-    z, t, ky = tokens.index.unbind(-1)
-    row = torch.arange(8)[:, None]
+    row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
-    seen = ~tokens.padded
-    torch.testing.assert_close((fixed + moving)[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fixed + moving, expected, rtol=1e-4, atol=1e-5)
     if parts == "whole":
         assert not moving.any()
     else:
         static = static_part(canonical, uneven.sampled)[row, z, :, ky][..., tokenizer.kx]
-        torch.testing.assert_close(fixed[seen], static[seen], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fixed, static, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
@@ -113,12 +112,12 @@ def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tabl
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     missing = ~batch.sampled
     true = tokenizer(batch, known=batch.sampled, chosen=missing)
-    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true.index)
+    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true)
     acquired = batch.sampled[:, :, None, :, :, None].expand_as(filled)
     assert torch.equal(filled[acquired], batch.kspace[acquired])
     scale = batch.kspace.abs().amax((1, 2, 3, 4, 5), keepdim=True)
     torch.testing.assert_close(filled / scale, batch.kspace / scale, rtol=1e-4, atol=1e-6)
-    guess = tokenizer.fill(batch.kspace, batch.sampled, torch.randn_like(true.values), true.index)
+    guess = tokenizer.fill(batch.kspace, batch.sampled, torch.randn_like(true.values), true)
     assert torch.equal(guess[acquired], batch.kspace[acquired])
 
 
@@ -126,7 +125,7 @@ def test_training_lines_have_about_unit_variance(small: RunConfig, tables: Table
     everything = torch.ones_like(batch.sampled)
     tokenizer = LineTokenizer(small.data, small.model, tables, CPU)
     values = tokenizer(batch, known=everything, chosen=everything).values.unflatten(-1, (2, -1, 2))
-    power = values.square().sum(-1).mean((0, 1, 3))
+    power = values.square().sum(-1).mean((0, 2))
     assert ((power > 0.3) & (power < 3)).all()
 
 
@@ -151,12 +150,13 @@ def test_patches_make_up_the_image(small: RunConfig, tables: Tables, batch: Batc
     images = tokenizer.images(batch)
     assert abs(float(images.square().mean()) - 1) < 0.5
     tokens = tokenizer(batch, images, torch.ones_like(batch.hidden_patches))
-    assert not tokens.padded.any()
     back = torch.zeros_like(images)
     pt, py, px = small.model.patch
-    for values, (z, t, y, x) in zip(tokens.values.unbind(1), tokens.index[0].tolist(), strict=True):
-        place = back[:, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
-        place += values.reshape(-1, pt, py, px)
+    for values, row, (z, t, y, x) in zip(
+        tokens.values, tokens.lengths.subject.tolist(), tokens.index.tolist(), strict=True
+    ):
+        place = back[row, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
+        place += values.reshape(pt, py, px)
     assert torch.equal(back, images)
 
 
@@ -167,7 +167,7 @@ def test_every_position_has_its_own_code(small: RunConfig) -> None:
     for grid in (Grid.lines(small.data), Grid.patches(small.data, small.model)):
         sizes = (len(grid.views), len(grid.frames), *map(len, grid.places))
         index = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, -2)
-        code = Position(grid, small.model.width)(index[None])[0].detach()
+        code = Position(grid, small.model.width)(index).detach()
         distance = torch.cdist(code, code).fill_diagonal_(torch.inf)
         assert distance.min() > 1e-2
 
@@ -179,30 +179,6 @@ def test_both_domains_share_the_axes_of_slice_and_time(small: RunConfig) -> None
     assert patches.frames == (0.5, 2.5)  # centres of two frames each
     assert lines.places[0][16] == 0
     assert sum(patches.places[0]) == 0
-
-
-@pytest.mark.parametrize("domain", ["lines", "patches"])
-def test_padding_changes_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
-    torch.manual_seed(0)
-    encoder = (line_encoder if domain == "lines" else patch_encoder)(small.data, small.model)
-    prepare = Preparer(small, tables, CPU)
-    outputs = []
-    for batch in (uneven, replace(uneven[:1], counts={})):
-        inputs = prepare(batch, "reconstruct")
-        tokens = inputs.lines if domain == "lines" else inputs.patches
-        outputs.append(encoder(tokens, inputs.absent if domain == "lines" else inputs.absent_patches))
-    together, alone = outputs
-    assert together.padded[0].sum() > alone.padded[0].sum()
-    length = alone.tokens.shape[1]
-    torch.testing.assert_close(together.tokens[0, :length], alone.tokens[0], rtol=0, atol=1e-5)
-    present = ~alone.absent[0]
-    torch.testing.assert_close(together.frames[0][present], alone.frames[0][present], rtol=0, atol=1e-5)
-    for a, b in zip(
-        static_dynamic_embedding(together.frames[:1], together.absent[:1]),
-        static_dynamic_embedding(alone.frames, alone.absent),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_the_embedding_tells_what_stays_from_what_moves() -> None:
