@@ -137,6 +137,9 @@ class Model(Section):
     decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
     decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    readout: Literal["kspace", "hybrid"] = Field(
+        "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
+    )
     readout_fraction: float = Field(1.0, gt=0, le=1, description="central share of kx that enters a line token")
     line_parts: Literal["static+dynamic", "whole"] = Field(
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
@@ -147,6 +150,10 @@ class Model(Section):
     )
     checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
+
+    def readout_samples(self, nx: int) -> int:
+        """Samples of a line of nx that enter its token: an even number of central ones."""
+        return max(2, 2 * round(nx * self.readout_fraction / 2))
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Model:
