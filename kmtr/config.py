@@ -170,6 +170,12 @@ class Model(Section):
 class Reconstruct(Section):
     steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
     mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
+    target: Literal["acquired", "all"] = Field(
+        "acquired", description="lines predicted: acquired and hidden, or all that are not shown (what the source has)"
+    )
+    target_lines: float = Field(
+        0.0, ge=0, lt=1, description="share of those lines that is drawn for the loss, anew each pass; 0: all of them"
+    )
     image_mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of image patches hidden from the encoder")
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
     image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")

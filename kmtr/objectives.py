@@ -48,7 +48,7 @@ class Inputs:
     """One micro-batch as the model sees it, made in fp32 outside the engine.
 
     Attributes:
-        lines, line_targets: visible and hidden acquired lines; the visible ones never depend on the hidden ones.
+        lines, line_targets: visible lines and those to predict; the visible ones never depend on any other.
         patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
         all_lines, all_patches: everything acquired, for alignment; None in stage b.
         cells, patch_cells: frame slots that hold data, in the frames of either domain.
@@ -89,12 +89,13 @@ class Preparer:
         shown, withheld = present & ~batch.hidden_patches, present & batch.hidden_patches
         absent = self.on_grid(batch.padded, batch.slots)
         absent_patches = self.on_grid(absent_patches, batch.slots, self.config.model.patch[0])
-        chosen = [visible, batch.hidden, seen, shown, withheld, present, ~absent, ~absent_patches]
+        chosen = [visible, batch.targets, seen, shown, withheld, present, ~absent, ~absent_patches]
         many = Lengths.of(chosen)  # all at once: each question makes the host wait for the device
         images, both = self.patches.images(batch), stage == "align"
+        known = batch.acquired if self.config.reconstruct.target == "all" else seen
         return Inputs(
             lines=self.lines(batch, known=visible, chosen=visible, lengths=many[0]),
-            line_targets=self.lines(batch, known=seen, chosen=batch.hidden, visible=visible, lengths=many[1]),
+            line_targets=self.lines(batch, known=known, chosen=batch.targets, visible=visible, lengths=many[1]),
             patches=self.patches(batch, images, shown, many[3]),
             patch_targets=self.patches(batch, images, withheld, many[4]),
             all_lines=self.lines(batch, known=seen, chosen=seen, lengths=many[2]) if both else None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override
 from kmtr.data import statistics
-from kmtr.data.batch import Batch
+from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Reader
 from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
 from kmtr.model.packing import gather
@@ -51,7 +51,8 @@ def uneven(batch: Batch) -> Batch:
     kspace[0].transpose(1, 2)[padded[0]] = 0
     hidden = batch.hidden & sampled
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    return replace(batch, padded=padded, sampled=sampled, kspace=kspace, hidden=hidden, hidden_patches=patches)
+    changes = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
+    return replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **changes)
 
 
 def equal(a: Tokens | None, b: Tokens | None) -> bool:
@@ -92,6 +93,27 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
         assert changed == (what == "hidden")
         if stage == "align":
             assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
+
+
+def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
+    small: RunConfig, tables: Tables, reader: Reader
+) -> None:
+    config = override(small, {"reconstruct.target": "all", "model.readout_fraction": 1.0})
+    batch = collate(reader.samples(range(8)), config).to(CPU)
+    prepare = Preparer(config, tables, CPU)
+    before = prepare(batch, "reconstruct")
+    visible = batch.sampled & ~batch.hidden
+    assert torch.equal(before.line_targets.index, (~visible).nonzero()[:, 1:])
+    spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, batch.kspace * -3e3 + 7j)
+    after = prepare(replace(batch, kspace=spoilt), "reconstruct")
+    assert equal(after.lines, before.lines)
+    assert not torch.equal(after.line_targets.values, before.line_targets.values)
+    fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
+    canonical = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
+    row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
+    mean = canonical.mean(3)[row, z, :, ky]  # over all frames, which the source has
+    torch.testing.assert_close(fixed, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fixed + moving, canonical[row, z, :, t, ky], rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
