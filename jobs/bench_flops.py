@@ -29,7 +29,7 @@ BOTH, ONE, FORWARD = 3, 2, 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one subject: lines that the encoder sees, those predicted, all acquired; so of patches; frame vectors."""
+    """Tokens of one subject: lines that the encoder sees, predicted ones, all acquired; so of patches; frames."""
 
     visible: int
     targets: int
