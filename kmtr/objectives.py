@@ -34,6 +34,7 @@ from kmtr.model.packing import gather as gather_places
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.model.transformer import Block
 from kmtr.physics import random
+from kmtr.physics.lines import CENTRE
 
 
 @runtime_checkable
@@ -81,6 +82,10 @@ class Preparer:
         self.lines = LineTokenizer(config.data, config.model, tables, device)
         self.patches = PatchTokenizer(config.data, config.model, tables, device)
 
+    def readout(self, stage: str) -> int | None:
+        """Central kx samples of a batch that a stage looks at; None: all, since it needs images."""
+        return None if stage == "align" or self.config.reconstruct.image_weight else max(self.lines.samples, CENTRE)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, stage: str) -> Inputs:
         seen, visible = batch.sampled, batch.sampled & ~batch.hidden
@@ -91,15 +96,24 @@ class Preparer:
         absent_patches = self.on_grid(absent_patches, batch.slots, self.config.model.patch[0])
         chosen = [visible, batch.targets, seen, shown, withheld, present, ~absent, ~absent_patches]
         many = Lengths.of(chosen)  # all at once: each question makes the host wait for the device
-        images, both = self.patches.images(batch), stage == "align"
+        both = stage == "align"
+        patches = patch_targets = all_patches = None
+        if self.readout(stage) is None:
+            images = self.patches.images(batch)
+            frozen = both and not self.config.align.train_image_encoder
+            if self.config.reconstruct.image_weight and not frozen:
+                patches = self.patches(batch, images, shown, many[3])
+                patch_targets = self.patches(batch, images, withheld, many[4])
+            if both:
+                all_patches = self.patches(batch, images, present, many[5])
         known = batch.acquired if self.config.reconstruct.target == "all" else seen
         return Inputs(
             lines=self.lines(batch, known=visible, chosen=visible, lengths=many[0]),
             line_targets=self.lines(batch, known=known, chosen=batch.targets, visible=visible, lengths=many[1]),
-            patches=self.patches(batch, images, shown, many[3]),
-            patch_targets=self.patches(batch, images, withheld, many[4]),
+            patches=patches,
+            patch_targets=patch_targets,
             all_lines=self.lines(batch, known=seen, chosen=seen, lengths=many[2]) if both else None,
-            all_patches=self.patches(batch, images, present, many[5]) if both else None,
+            all_patches=all_patches,
             cells=gather_places(~absent, many[6]),
             patch_cells=gather_places(~absent_patches, many[7]),
             absent=absent,

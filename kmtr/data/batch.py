@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
-from kmtr.config import Data, RunConfig
+from kmtr.config import Augment, Data, RunConfig
 from kmtr.data import pages, patterns, shards, storage
 from kmtr.data.buckets import Shape
 from kmtr.data.reader import Dataset, Samples
@@ -114,9 +114,16 @@ class HostBatch:
     def __len__(self) -> int:
         return len(self.stored)
 
-    def to(self, device: torch.device) -> Batch:
-        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live."""
+    def to(self, device: torch.device, readout: int | None = None) -> Batch:
+        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live.
+
+        Args:
+            readout: central kx samples that are needed; None: all, as images do. What is not needed is not even cast.
+        """
         stored = self.stored
+        if readout is not None and readout < stored.shape[-2] and self.config.augment == Augment():
+            first = stored.shape[-2] // 2 - readout // 2
+            stored = stored[..., first : first + readout, :]
         if device.type == "cuda" and not stored.is_pinned():
             stored = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
         meta = {name: tensor.to(device, non_blocking=True) for name, tensor in self.meta.items()}

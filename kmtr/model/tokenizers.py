@@ -131,8 +131,9 @@ class LineTokenizer:
         return absent[..., None] | ~centred(extent[..., 2], self.data.matrix[1])[..., None, self.kx]
 
     def _fills(self, batch: Acquisition) -> bool:
-        """Whether coils and readout of all subjects are the configuration's."""
-        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] == self.data.matrix[1]
+        """Whether all subjects have the configuration's coils and all of the readout that enters a token."""
+        full = self.kx.stop - self.kx.start
+        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] >= full
 
     def parts(
         self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]

@@ -120,7 +120,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         agree(failure, device)
         assert host is not None
 
-        batch = host.to(device)
+        batch = host.to(device, prepare.readout(stage))
         micro = [batch[i : i + size] for i in range(0, len(batch), size)]
         means = reduce(STAGES[stage](engine, micro, prepare, config), device)
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
