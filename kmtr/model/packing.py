@@ -133,7 +133,6 @@ def attend(
     )
     out = []
     for (n, m, count), q, k, v in parts:
-        if n:
-            q, k, v = (x.unflatten(0, (count, size)).transpose(1, 2) for x, size in ((q, n), (k, m), (v, m)))
-            out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(out) if out else query
+        q, k, v = (x.unflatten(0, (count, size)).transpose(1, 2) for x, size in ((q, n), (k, m), (v, m)))
+        out.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
