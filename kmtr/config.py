@@ -209,6 +209,9 @@ class Optimizer(Section):
     cooldown: float = Field(0.2, gt=0, le=1, description="last share of the steps, linear to zero, of a plateau")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the one above it")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay per step of the averaged weights validated and exported, as .999; 0: off"
+    )
 
 
 class Train(Section):
@@ -216,6 +219,9 @@ class Train(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    offload: bool = Field(
+        False, description="optimizer in the host's memory (zero_stage 1 to 3): slower, less GPU memory"
+    )
     bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
     compile: bool = Field(False, description="torch.compile of the transformer blocks, once for all numbers of tokens")
     accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
@@ -224,6 +230,12 @@ class Train(Section):
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.offload and not self.zero_stage:
+            raise ValueError("train.offload: expected train.zero_stage of 1, 2 or 3, got 0, which shards no optimizer")
+        return self
 
 
 class Run(Section):
