@@ -218,6 +218,7 @@ class Train(Section):
     workers: int = Field(1, gt=0, description="training processes; on GPU nodes one per GPU")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
+    threads: int = Field(0, ge=0, description="threads of a worker on a CPU; 0: its share of the node's cores")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     offload: bool = Field(
         False, description="optimizer in the host's memory (zero_stage 1 to 3): slower, less GPU memory"
@@ -350,6 +351,46 @@ class Bench(Section):
     )
 
 
+class Study(Section):
+    """jobs/study.py: what pretraining is worth, and which of its choices matter."""
+
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="study.py: seeds; each pretrains and draws its labels anew")
+    labels: tuple[int, ...] = Field((100, 200, 1000), description="study.py labels: numbers of labelled subjects")
+    targets: tuple[str, ...] = Field(
+        ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
+    )
+    longer_steps: int = Field(
+        0, ge=0, description="study.py labels: more of stage b, as a control of stage c; 0: as many as take its time"
+    )
+    batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
+    warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
+    steps: int = Field(100, gt=0, description="optimizer steps of fine-tuning")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of fine-tuning")
+    scratch_steps: int = Field(200, gt=0, description="optimizer steps of supervised training from scratch")
+    scratch_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of training from scratch")
+    ablation_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage b of every variant")
+    ablation_align_steps: int = Field(20, gt=0, description="study.py ablation: steps of stage c where a group asks")
+    ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
+    concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
+
+    @pydantic.model_validator(mode="after")
+    def _different(self) -> Study:
+        for key, least in (("seeds", 0), ("labels", 3), ("ablation_labels", 3)):
+            value = getattr(self, key)
+            if not value or min(value) < least or len(set(value)) < len(value):
+                raise ValueError(
+                    f"study.{key}: expected one or more different integers from {least}, got {value or 'none'}"
+                )
+        return self
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(PHENOTYPES):
+            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+        return value
+
+
 class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
@@ -377,6 +418,7 @@ class RunConfig(Section):
     search: Search = Search()
     bench: Bench = Bench()
     verify: Verify = Verify()
+    study: Study = Study()
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -90,12 +90,18 @@ def learning_rate(config: RunConfig, step: int) -> float:
     """
     stage, local = stage_of(config, step)
     part = config.reconstruct if stage == "reconstruct" else config.align
-    warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
     if config.optimizer.schedule == "plateau":
+        warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
         left = (part.steps - local) / max(config.optimizer.cooldown * part.steps, 1)
         return part.learning_rate * min(warm, left)
-    share = max(0.0, local - part.warmup_steps) / max(part.steps - part.warmup_steps, 1)
-    return part.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return part.learning_rate * warm_cosine(local, part.steps, part.warmup_steps)
+
+
+def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
+    warm = min(1.0, (step + 1) / max(warmup_steps, 1))
+    share = max(0.0, step - warmup_steps) / max(steps - warmup_steps, 1)
+    return warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
 class ShardedEngine:

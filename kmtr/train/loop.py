@@ -83,7 +83,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     torch.manual_seed(config.seed)
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+        torch.set_num_threads(config.train.threads or share)
     tables = {name: torch.from_numpy(array) for name, array in job["tables"].items()}
 
     dataset = Dataset.open(config.data)
