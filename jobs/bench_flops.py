@@ -114,8 +114,11 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
             decoders += decoder(patch, n.visible_patches, n.hidden_patches, n.patch_cells, False)
     if stage == "align":
         encoders += encoder(line, n.sampled, n.cells, True)
-        encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
-        for frames, trained in ((grid, True), (grid // model.patch[0], not frozen)):
+        ends = [(grid, True)]
+        if config.align.teacher == "encoder":
+            encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
+            ends.append((grid // model.patch[0], not frozen))
+        for frames, trained in ends:
             harmonics = 2 * frames * 2 * model.width
             heads = 2 * data.slices * 3 * model.width * model.projection
             contrast += harmonics * (ONE if trained else FORWARD) + heads * (BOTH if trained else ONE)

@@ -195,6 +195,9 @@ class Align(Section):
         True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
     )
     tolerance: float = Field(0.03, ge=0, description="R2 that a probe may lose before the guard stops")
+    teacher: Literal["encoder", "components"] = Field(
+        "encoder", description="image side: the image encoder, or principal components of the clean 16 x 16 image"
+    )
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
@@ -457,6 +460,10 @@ class RunConfig(Section):
                 f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "
                 f"{self.align.temperature}"
             )
+        if self.align.teacher == "components" and self.align.train_image_encoder:
+            raise ValueError(
+                "align.train_image_encoder: expected false with align.teacher=components, which are fixed, got true"
+            )
         if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
             raise ValueError(
                 f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
@@ -471,6 +478,11 @@ class RunConfig(Section):
     @property
     def align_steps(self) -> int:
         return self.align.steps if self.stage != "reconstruct" else 0
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether a stage reads images by an encoder of their own."""
+        return bool(self.reconstruct.image_weight) or (self.align_steps > 0 and self.align.teacher == "encoder")
 
     @property
     def total_steps(self) -> int:

@@ -7,17 +7,20 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Complex, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data import pipeline
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
+from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import gauge, readout, static_part
 
 MAX_SUBJECTS = 256
+MIN_VARIANCE = 1e-6
+"""Of a component against the largest: below it lies rounding, which is not blown up."""
 MIN_SUBJECTS_FOR_MEAN = 16
 """A mean over fewer hearts is those hearts: subtracting it would hide them from the model."""
 
@@ -42,6 +45,12 @@ class Statistics:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def tables(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
+    """All that a run has to know of its population: `fit`, and `components` where they are alignment's teacher."""
+    taught = config.align_steps > 0 and config.align.teacher == "components"
+    return fit(config, reader).tensors() | (components(config, reader) if taught else {})
 
 
 def fit(config: RunConfig, reader: Reader) -> Statistics:
@@ -96,6 +105,41 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         image_mean=image_mean.float(),
         image_sd=variance.clamp(min=1e-12).sqrt().float(),
     )
+
+
+def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
+    """Tables of `model.teacher.Components` of the same training subjects as `fit` sees.
+
+    Returns:
+        for ``static`` and ``dynamic`` the mean ``{part}_clean_mean`` of every slice, ``slice pixel``, and the basis
+        ``{part}_clean_basis``, ``pixel model.projection``: eigenvectors of the covariance within slices, largest first,
+        over the fourth root of their variance, together scaled to unit total variance.
+    """
+    rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    count = torch.zeros(config.data.slices, 1, dtype=torch.float64)
+    for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
+        batch = host.to(torch.device("cpu"))
+        present = (~batch.padded).any(-1)
+        count += present.sum(0)[:, None]
+        for part, values in zip(("static", "dynamic"), clean_parts(batch.kspace, batch.padded), strict=True):
+            x = values.double() * present[..., None]
+            sums[part] = sums.get(part, torch.zeros_like(x[0])) + x.sum(0)
+            squares[part] = squares.get(part, x.new_zeros(2 * x.shape[-1:])) + x.flatten(0, 1).T @ x.flatten(0, 1)
+    tables = {}
+    for part, total in sums.items():
+        mean = total / count.clamp(min=1)
+        covariance = (squares[part] - total.T @ mean) / count.sum()
+        variance, vectors = torch.linalg.eigh(covariance)
+        variance, vectors = variance.flip(0), vectors.flip(1)
+        width = config.model.projection
+        variance = nn.functional.pad(variance, (0, max(0, width - len(variance))))[:width]
+        vectors = nn.functional.pad(vectors, (0, max(0, width - vectors.shape[1])))[:, :width]
+        spread = variance.clamp(min=MIN_VARIANCE * float(variance.max().clamp(min=1e-30))).sqrt()
+        tables[f"{part}_clean_mean"] = mean.float()
+        tables[f"{part}_clean_basis"] = (vectors / spread.sqrt() / spread.sum().sqrt()).float()
+    return tables
 
 
 def _floored(sd: Tensor) -> Float[Tensor, ...]:

@@ -26,7 +26,6 @@ from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
 from kmtr.encoder import KSpaceEncoder
 from kmtr.metrics import Ridge, fit_ridge
-from kmtr.model.encoder import static_dynamic_embedding
 from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.train.engine import parameter_groups, warm_cosine
 
@@ -99,7 +98,7 @@ class Regressor(nn.Module):
 
     def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"]):
         super().__init__()
-        self.kspace_encoder, self.tokenizer, self.device = encoder.module, encoder.tokenizer, encoder.device
+        self.encoder, self.kspace_encoder, self.device = encoder, encoder.module, encoder.device
         self.bf16 = encoder.config.train.bf16
         features = 3 * encoder.config.model.width * encoder.config.data.slices
         self.mean, self.sd = moments(labels)
@@ -110,10 +109,8 @@ class Regressor(nn.Module):
         self.register_buffer("scale", torch.ones(features, device=self.device))
 
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
-        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
         with self._precision():
-            encoded = self.kspace_encoder(lines, batch.padded)
-        return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
+            return self.encoder.encode(batch)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch target"]:
         return self.head((self.embed(batch) - self.centre) / self.scale)

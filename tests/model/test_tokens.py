@@ -15,10 +15,11 @@ from kmtr.config import RunConfig, override
 from kmtr.data import statistics
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Reader
-from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
+from kmtr.model.encoder import Grid, Position
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Preparer
+from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import fftc
 from kmtr.physics.lines import gauge, static_part
 
@@ -248,9 +249,9 @@ def test_the_embedding_tells_what_stays_from_what_moves() -> None:
     t = (torch.arange(8) + 0.5) / 8 * 2 * torch.pi
     frames = (3 + 2 * t.cos() - 0.5 * t.sin() + 0.7 * (3 * t).cos())[None, None, :, None]
     absent = torch.zeros(1, 1, 8, dtype=torch.bool)
-    static, dynamic = static_dynamic_embedding(frames, absent)
+    static, dynamic = static_dynamic(frames, absent)
     torch.testing.assert_close(static, torch.tensor([[[3.0]]]))
     torch.testing.assert_close(dynamic, torch.tensor([[[2.0, -0.5]]]))
-    still = static_dynamic_embedding(torch.full_like(frames, 5.0), absent)
+    still = static_dynamic(torch.full_like(frames, 5.0), absent)
     assert torch.equal(still[1], torch.zeros(1, 1, 2))
-    assert not torch.cat(static_dynamic_embedding(frames, ~absent), -1).any()  # a slice that is not there
+    assert not torch.cat(static_dynamic(frames, ~absent), -1).any()  # a slice that is not there
