@@ -189,7 +189,7 @@ class Reference(nn.Module):
             out["image"] = self._reconstruct(self.image, inputs.patches, inputs.patch_targets, "all")
         if aligned and inputs.all_lines is not None:
             every = Padded.of(inputs.all_lines)
-            parts = static_dynamic(self.kspace.pooled(self.kspace.encode(every), every), inputs.absent)
+            parts = list(static_dynamic(self.kspace.pooled(self.kspace.encode(every), every), inputs.absent))
             if inputs.all_patches is not None:
                 shown = Padded.of(inputs.all_patches)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
