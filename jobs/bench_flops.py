@@ -29,10 +29,10 @@ BOTH, ONE, FORWARD = 3, 2, 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one subject: lines that the encoder sees, hidden ones, all acquired; so of patches; frame vectors."""
+    """Tokens of one subject: lines that the encoder sees, predicted ones, all acquired; so of patches; frames."""
 
     visible: int
-    hidden: int
+    targets: int
     sampled: int
     visible_patches: int
     hidden_patches: int
@@ -47,7 +47,7 @@ def useful(batch: Batch, config: RunConfig) -> list[Counts]:
     patches = present[..., None, None].expand(batch.hidden_patches.shape)
     kinds = (
         batch.sampled & ~batch.hidden,
-        batch.hidden,
+        batch.targets,
         batch.sampled,
         patches & ~batch.hidden_patches,
         patches & batch.hidden_patches,
@@ -108,14 +108,17 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
     encoders = decoders = contrast = 0
     if stage == "reconstruct" or config.align.reconstruct_weight:
         encoders += encoder(line, n.visible, n.cells, True)
-        decoders += decoder(line, n.visible, n.hidden, n.cells, True)
+        decoders += decoder(line, n.visible, n.targets, n.cells, True)
         if config.reconstruct.image_weight and not frozen:
             encoders += encoder(patch, n.visible_patches, n.patch_cells, False)
             decoders += decoder(patch, n.visible_patches, n.hidden_patches, n.patch_cells, False)
     if stage == "align":
         encoders += encoder(line, n.sampled, n.cells, True)
-        encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
-        for frames, trained in ((grid, True), (grid // model.patch[0], not frozen)):
+        ends = [(grid, True)]
+        if config.align.teacher == "encoder":
+            encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
+            ends.append((grid // model.patch[0], not frozen))
+        for frames, trained in ends:
             harmonics = 2 * frames * 2 * model.width
             heads = 2 * data.slices * 3 * model.width * model.projection
             contrast += harmonics * (ONE if trained else FORWARD) + heads * (BOTH if trained else ONE)

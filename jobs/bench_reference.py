@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from kmtr.config import Model, RunConfig
 from kmtr.losses import masked_reconstruction
-from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
+from kmtr.model.encoder import Grid, Position
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Inputs, Pretraining
+from kmtr.physics.cycle import static_dynamic
 from kmtr.types import InputError
 
 HEAD = 205
@@ -172,8 +173,10 @@ class Reference(nn.Module):
         data, model = config.data, config.model
         self.config, self.positions = config, positions
         self.kspace = Autoencoder(Grid.lines(data), LineTokenizer.features(data, model), model, widening)
-        self.image = Autoencoder(Grid.patches(data, model), PatchTokenizer.features(model), model, widening)
-        widths = (model.width, 2 * model.width, model.width, 2 * model.width)
+        widths: tuple[int, ...] = (model.width, 2 * model.width)
+        if config.has_image_encoder:
+            self.image = Autoencoder(Grid.patches(data, model), PatchTokenizer.features(model), model, widening)
+            widths *= 2
         self.heads = nn.ModuleList(nn.Linear(width, model.projection) for width in widths)
 
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
@@ -184,16 +187,16 @@ class Reference(nn.Module):
             out["kspace"] = self._reconstruct(self.kspace, inputs.lines, inputs.line_targets, self.positions, loss)
         if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
             out["image"] = self._reconstruct(self.image, inputs.patches, inputs.patch_targets, "all")
-        if aligned and inputs.all_lines is not None and inputs.all_patches is not None:
-            every, shown = Padded.of(inputs.all_lines), Padded.of(inputs.all_patches)
-            lines = self.kspace.pooled(self.kspace.encode(every), every)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                patches = self.image.pooled(self.image.encode(shown), shown)
-            parts = (
-                *static_dynamic_embedding(lines, inputs.absent),
-                *static_dynamic_embedding(patches, inputs.absent_patches),
-            )
-            out["z"] = torch.stack([head(x) for head, x in zip(self.heads, parts, strict=True)], dim=2)
+        if aligned and inputs.all_lines is not None:
+            every = Padded.of(inputs.all_lines)
+            parts = static_dynamic(self.kspace.pooled(self.kspace.encode(every), every), inputs.absent)
+            if inputs.all_patches is not None:
+                shown = Padded.of(inputs.all_patches)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                    patches = self.image.pooled(self.image.encode(shown), shown)
+                parts += static_dynamic(patches, inputs.absent_patches)
+            z = [head(x) for head, x in zip(self.heads, parts, strict=True)]
+            out["z"] = torch.stack(z if inputs.clean is None else [*z, *inputs.clean.unbind(2)], dim=2)
         return out
 
     def _reconstruct(

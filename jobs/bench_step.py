@@ -71,7 +71,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     data = written(config, "random k-space", 2 * d.global_batch)
     config = override(config, {"data.root": str(data.folder / "ours")})
     with tempfile.TemporaryDirectory() as folder:
-        fitted = statistics.fit(config, Dataset.open(config.data).reader("train", config.data)).tensors()
+        fitted = statistics.tables(config, Dataset.open(config.data).reader("train", config.data))
         tables = {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in fitted.items()}
         save_file(tables, Path(folder) / TABLES)
         together = processes("together", config, stages, folder, threads)

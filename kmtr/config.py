@@ -137,6 +137,9 @@ class Model(Section):
     decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
     decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    readout: Literal["kspace", "hybrid"] = Field(
+        "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
+    )
     readout_fraction: float = Field(1.0, gt=0, le=1, description="central share of kx that enters a line token")
     line_parts: Literal["static+dynamic", "whole"] = Field(
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
@@ -147,6 +150,10 @@ class Model(Section):
     )
     checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
+
+    def readout_samples(self, nx: int) -> int:
+        """Samples of a line of nx that enter its token: an even number of central ones."""
+        return max(2, 2 * round(nx * self.readout_fraction / 2))
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Model:
@@ -163,6 +170,12 @@ class Model(Section):
 class Reconstruct(Section):
     steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
     mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
+    target: Literal["acquired", "all"] = Field(
+        "acquired", description="lines predicted: acquired and hidden, or all that are not shown (what the source has)"
+    )
+    target_lines: float = Field(
+        0.0, ge=0, lt=1, description="share of those lines that is drawn for the loss, anew each pass; 0: all of them"
+    )
     image_mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of image patches hidden from the encoder")
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
     image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")
@@ -182,6 +195,9 @@ class Align(Section):
         True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
     )
     tolerance: float = Field(0.03, ge=0, description="R2 that a probe may lose before the guard stops")
+    teacher: Literal["encoder", "components"] = Field(
+        "encoder", description="image side: the image encoder, or principal components of the clean 16 x 16 image"
+    )
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
@@ -196,13 +212,20 @@ class Optimizer(Section):
     cooldown: float = Field(0.2, gt=0, le=1, description="last share of the steps, linear to zero, of a plateau")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the one above it")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay per step of the averaged weights validated and exported, as .999; 0: off"
+    )
 
 
 class Train(Section):
     workers: int = Field(1, gt=0, description="training processes; on GPU nodes one per GPU")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
+    threads: int = Field(0, ge=0, description="threads of a worker on a CPU; 0: its share of the node's cores")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    offload: bool = Field(
+        False, description="optimizer in the host's memory (zero_stage 1 to 3): slower, less GPU memory"
+    )
     bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
     compile: bool = Field(False, description="torch.compile of the transformer blocks, once for all numbers of tokens")
     accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
@@ -211,6 +234,12 @@ class Train(Section):
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.offload and not self.zero_stage:
+            raise ValueError("train.offload: expected train.zero_stage of 1, 2 or 3, got 0, which shards no optimizer")
+        return self
 
 
 class Run(Section):
@@ -325,6 +354,46 @@ class Bench(Section):
     )
 
 
+class Study(Section):
+    """jobs/study.py: what pretraining is worth, and which of its choices matter."""
+
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="study.py: seeds; each pretrains and draws its labels anew")
+    labels: tuple[int, ...] = Field((100, 200, 1000), description="study.py labels: numbers of labelled subjects")
+    targets: tuple[str, ...] = Field(
+        ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
+    )
+    longer_steps: int = Field(
+        0, ge=0, description="study.py labels: more of stage b, as a control of stage c; 0: as many as take its time"
+    )
+    batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
+    warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
+    steps: int = Field(100, gt=0, description="optimizer steps of fine-tuning")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of fine-tuning")
+    scratch_steps: int = Field(200, gt=0, description="optimizer steps of supervised training from scratch")
+    scratch_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of training from scratch")
+    ablation_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage b of every variant")
+    ablation_align_steps: int = Field(20, gt=0, description="study.py ablation: steps of stage c where a group asks")
+    ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
+    concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
+
+    @pydantic.model_validator(mode="after")
+    def _different(self) -> Study:
+        for key, least in (("seeds", 0), ("labels", 3), ("ablation_labels", 3)):
+            value = getattr(self, key)
+            if not value or min(value) < least or len(set(value)) < len(value):
+                raise ValueError(
+                    f"study.{key}: expected one or more different integers from {least}, got {value or 'none'}"
+                )
+        return self
+
+    @pydantic.field_validator("targets")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(PHENOTYPES):
+            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+        return value
+
+
 class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
@@ -352,6 +421,7 @@ class RunConfig(Section):
     search: Search = Search()
     bench: Bench = Bench()
     verify: Verify = Verify()
+    study: Study = Study()
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -390,6 +460,10 @@ class RunConfig(Section):
                 f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "
                 f"{self.align.temperature}"
             )
+        if self.align.teacher == "components" and self.align.train_image_encoder:
+            raise ValueError(
+                "align.train_image_encoder: expected false with align.teacher=components, which are fixed, got true"
+            )
         if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
             raise ValueError(
                 f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
@@ -404,6 +478,11 @@ class RunConfig(Section):
     @property
     def align_steps(self) -> int:
         return self.align.steps if self.stage != "reconstruct" else 0
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether a stage reads images by an encoder of their own."""
+        return bool(self.reconstruct.image_weight) or (self.align_steps > 0 and self.align.teacher == "encoder")
 
     @property
     def total_steps(self) -> int:

@@ -24,10 +24,12 @@ from kmtr.data import patterns
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Loaded
 from kmtr.data.shards import schema, to_row
-from kmtr.model.encoder import line_encoder, static_dynamic_embedding
+from kmtr.model.encoder import line_encoder
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer
 from kmtr.physics import sampling
+from kmtr.physics.cycle import static_dynamic
+from kmtr.physics.lines import CENTRE
 from kmtr.types import InputError, Study
 
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
@@ -47,12 +49,22 @@ class KSpaceEncoder:
             self.module.load_state_dict(weights)
         self.tokenizer = LineTokenizer(config.data, config.model, tables, device)
 
+    @property
+    def readout(self) -> int:
+        """Central kx samples of a batch that are looked at."""
+        return max(self.tokenizer.samples, CENTRE)
+
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
-        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
+        return self.encode(batch)
+
+    def encode(self, batch: Batch) -> Float[Tensor, "batch feature"]:
+        """As `embed`, with gradient."""
+        with torch.no_grad():
+            lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
         encoded = self.module([lines], gather(~batch.padded), batch.padded)
-        return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
+        return torch.cat(static_dynamic(encoded.frames, encoded.absent), dim=-1).flatten(1)
 
     def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:
         """Embedding of one study, float32 ``feature``.

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from kmtr.config import RunConfig
 from kmtr.physics import random
@@ -272,6 +272,89 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str =
             axes.legend(frameon=False, fontsize=_SMALL)
     if title:
         figure.suptitle(title, fontsize=_LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def label_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], styles: Mapping[str, tuple[str, str]]
+) -> Figure:
+    """A score against the number of labels, one panel per condition and one line per method.
+
+    Args:
+        panels: panel -> method -> (number of labels, score, its SD); a NaN score leaves its place empty.
+        styles: method -> colour and line style.
+    """
+    if not panels:
+        raise InputError("label_curves: expected at least one panel, got none")
+    figure = Figure(figsize=(0.6 + 3.1 * len(panels), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    lowest, highest = np.inf, -np.inf
+    for axes, (name, curves) in zip(grid, panels.items(), strict=True):
+        _clean(axes)
+        budgets = sorted({count for points in curves.values() for count, _, _ in points})
+        for number, (method, points) in enumerate(curves.items()):
+            labels, score, sd = np.array(sorted(points), dtype=float).T
+            colour, line = styles[method]
+            aside = labels * (1 + 0.012 * (number - (len(curves) - 1) / 2))  # so that bars do not hide each other
+            axes.plot(aside, score, color=colour, linestyle=line, linewidth=1.4, marker="o", markersize=3, label=method)
+            axes.errorbar(aside, score, sd, fmt="none", ecolor=colour, elinewidth=0.8, capsize=1.5)
+            if np.isfinite(score).any():
+                lowest, highest = min(lowest, np.nanmin(score)), max(highest, np.nanmax(score + sd))
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, list(map(str, budgets)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(name, fontsize=_NORMAL, color=INK, fontweight="bold")
+        axes.set_xlabel("labelled subjects", fontsize=_SMALL)
+        axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
+    if np.isfinite(lowest):
+        grid[0].set_ylim(max(lowest - 0.05, CUT), min(highest + 0.05, 1.0))
+    grid[0].set_ylabel("mean $R^2$", fontsize=_NORMAL)
+    handles, names = grid[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=_SMALL)
+    return figure
+
+
+def differences(
+    groups: Mapping[str, Mapping[str, tuple[float, float, float]]], noise: float, xlabel: str, title: str = ""
+) -> Figure:
+    """Differences to a reference with their intervals, grouped: a dot per variant, the noise as a band about zero.
+
+    Args:
+        groups: group -> variant -> (difference, lower end, upper end); NaN: none, said so.
+        noise: half width of the band: what differs without a reason. NaN or 0: no band.
+    """
+    rows = [(group, variant, value) for group, variants in groups.items() for variant, value in variants.items()]
+    if not rows:
+        raise InputError("differences: expected at least one variant, got none")
+    figure = Figure(figsize=(7.2, 1.1 + 0.27 * (len(rows) + len(groups))), layout="constrained")
+    axes = figure.subplots()
+    _clean(axes)
+    if noise > 0:
+        axes.axvspan(-noise, noise, color="#e3e7eb", linewidth=0)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    at, ticks, names = 0, [], []
+    for number, (group, variants) in enumerate(groups.items()):
+        ticks.append(at)
+        names.append(group)
+        at += 1
+        for variant, (value, low, high) in variants.items():
+            ticks.append(at)
+            names.append(variant)
+            if np.isfinite(value):
+                axes.plot([low, high], [at, at], color=COLOURS[number % len(COLOURS)], linewidth=1.4)
+                axes.plot(value, at, "o", color=COLOURS[number % len(COLOURS)], markersize=5)
+            else:
+                axes.text(0, at, " failed", fontsize=_SMALL, color=COLOURS[1], va="center")
+            at += 1
+    axes.set_yticks(ticks, names)
+    for text in axes.get_yticklabels():
+        text.set_fontweight("bold" if text.get_text() in groups else "normal")
+    axes.tick_params(axis="y", length=0, labelsize=_SMALL)
+    axes.set_ylim(at - 0.4, -0.6)
+    axes.set_xlabel(xlabel, fontsize=_SMALL)
+    axes.grid(axis="x", color="#e3e7eb", linewidth=0.7)
+    if title:
+        axes.set_title(title, fontsize=_LARGE, loc="left", color=INK, fontweight="bold")
     return figure
 
 

@@ -27,13 +27,15 @@ from kmtr.model.encoder import (
     line_encoder,
     patch_decoder,
     patch_encoder,
-    static_dynamic_embedding,
 )
 from kmtr.model.packing import Lengths, Places
 from kmtr.model.packing import gather as gather_places
+from kmtr.model.teacher import Components
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.model.transformer import Block
 from kmtr.physics import random
+from kmtr.physics.cycle import SIDE, static_dynamic
+from kmtr.physics.lines import CENTRE
 
 
 @runtime_checkable
@@ -48,11 +50,12 @@ class Inputs:
     """One micro-batch as the model sees it, made in fp32 outside the engine.
 
     Attributes:
-        lines, line_targets: visible and hidden acquired lines; the visible ones never depend on the hidden ones.
+        lines, line_targets: visible lines and those to predict; the visible ones never depend on any other.
         patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
         all_lines, all_patches: everything acquired, for alignment; None in stage b.
         cells, patch_cells: frame slots that hold data, in the frames of either domain.
         absent, absent_patches: those that do not.
+        clean: static and dynamic components of the clean image, where they are alignment's teacher.
         draws: uniform numbers for stochastic depth, of `PASSES`; None: nothing is left out.
     """
 
@@ -66,6 +69,7 @@ class Inputs:
     patch_cells: Places
     absent: Bool[Tensor, "batch slice t"]
     absent_patches: Bool[Tensor, "batch slice pt"]
+    clean: Float[Tensor, "batch slice part channel"] | None = None
     draws: Float[Tensor, "batch pass block 2"] | None = None
 
 
@@ -80,6 +84,21 @@ class Preparer:
         self.config = config
         self.lines = LineTokenizer(config.data, config.model, tables, device)
         self.patches = PatchTokenizer(config.data, config.model, tables, device)
+        self.taught = config.align_steps > 0 and config.align.teacher == "components"
+        self.components = Components(tables, device) if self.taught else None
+
+    def readout(self, stage: str) -> int | None:
+        """Central kx samples of a batch that a stage looks at; None: all, since it needs images."""
+        if self.reads_images(stage):
+            return None
+        return max(self.lines.samples, CENTRE, SIDE if stage == "align" else 0)
+
+    def reads_images(self, stage: str) -> bool:
+        """Whether an encoder reads images in this stage."""
+        config = self.config
+        if stage == "align" and (config.align.teacher == "encoder" or config.align.train_image_encoder):
+            return True
+        return bool(config.reconstruct.image_weight) and (stage != "align" or config.align.train_image_encoder)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, stage: str) -> Inputs:
@@ -89,20 +108,31 @@ class Preparer:
         shown, withheld = present & ~batch.hidden_patches, present & batch.hidden_patches
         absent = self.on_grid(batch.padded, batch.slots)
         absent_patches = self.on_grid(absent_patches, batch.slots, self.config.model.patch[0])
-        chosen = [visible, batch.hidden, seen, shown, withheld, present, ~absent, ~absent_patches]
+        chosen = [visible, batch.targets, seen, shown, withheld, present, ~absent, ~absent_patches]
         many = Lengths.of(chosen)  # all at once: each question makes the host wait for the device
-        images, both = self.patches.images(batch), stage == "align"
+        both = stage == "align"
+        patches = patch_targets = all_patches = None
+        if self.reads_images(stage):
+            images = self.patches.images(batch)
+            frozen = both and not self.config.align.train_image_encoder
+            if self.config.reconstruct.image_weight and not frozen:
+                patches = self.patches(batch, images, shown, many[3])
+                patch_targets = self.patches(batch, images, withheld, many[4])
+            if both:
+                all_patches = self.patches(batch, images, present, many[5])
+        known = batch.acquired if self.config.reconstruct.target == "all" else seen
         return Inputs(
             lines=self.lines(batch, known=visible, chosen=visible, lengths=many[0]),
-            line_targets=self.lines(batch, known=seen, chosen=batch.hidden, visible=visible, lengths=many[1]),
-            patches=self.patches(batch, images, shown, many[3]),
-            patch_targets=self.patches(batch, images, withheld, many[4]),
+            line_targets=self.lines(batch, known=known, chosen=batch.targets, visible=visible, lengths=many[1]),
+            patches=patches,
+            patch_targets=patch_targets,
             all_lines=self.lines(batch, known=seen, chosen=seen, lengths=many[2]) if both else None,
-            all_patches=self.patches(batch, images, present, many[5]) if both else None,
+            all_patches=all_patches,
             cells=gather_places(~absent, many[6]),
             patch_cells=gather_places(~absent_patches, many[7]),
             absent=absent,
             absent_patches=absent_patches,
+            clean=self.components(batch) if both and self.components else None,
             draws=self.draws(batch),
         )
 
@@ -142,13 +172,15 @@ class Pretraining(nn.Module):
         self.config = config
         self.kspace_encoder = line_encoder(data, model)
         self.kspace_decoder = line_decoder(data, model)
-        self.image_encoder = patch_encoder(data, model)
-        self.image_decoder = patch_decoder(data, model)
+        if config.has_image_encoder:
+            self.image_encoder = patch_encoder(data, model)
+            self.image_decoder = patch_decoder(data, model)
         width = {"static": model.width, "dynamic": 2 * model.width}
         if config.align.learn_temperature:
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.align.temperature - MIN_TEMPERATURE)]))
         self.kspace_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
-        self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
+        if config.has_image_encoder:
+            self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
         if config.train.compile:
             for module in self.modules():
                 if isinstance(module, Block):
@@ -166,7 +198,7 @@ class Pretraining(nn.Module):
         if stage in ("embed", "predict"):
             encoded = self._encode(inputs, "lines")
             if stage == "embed":
-                return {"embedding": torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), -1).flatten(1)}
+                return {"embedding": torch.cat(static_dynamic(encoded.frames, encoded.absent), -1).flatten(1)}
             return {"values": self.kspace_decoder(encoded, inputs.line_targets)}
         loss = self.config.reconstruct.kspace_loss
         aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
@@ -180,21 +212,26 @@ class Pretraining(nn.Module):
             targets = inputs.patch_targets
             predicted = self.image_decoder(self._encode(inputs, "patches"), targets)
             out["image"] = masked_reconstruction(predicted, targets.values, targets.lengths.counts)
-        if aligned and inputs.all_lines is not None and inputs.all_patches is not None:
-            lines = self._encode(inputs, "all_lines")
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                patches = self._encode(inputs, "all_patches", whole=frozen)
-            ends = ((lines, self.kspace_heads), (patches, self.image_heads))
-            z = []
-            for end, heads in ends:
-                parts = static_dynamic_embedding(end.frames, end.absent)
-                pairs = zip((heads["static"], heads["dynamic"]), parts, strict=True)
-                z += [head(x.to(end.vectors.dtype)) for head, x in pairs]
+        if aligned and inputs.all_lines is not None:
+            z = self._project(self._encode(inputs, "all_lines"), self.kspace_heads)
+            if inputs.clean is not None:
+                z += list(inputs.clean.to(z[0].dtype).unbind(2))
+            else:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                    patches = self._encode(inputs, "all_patches", whole=frozen)
+                z += self._project(patches, self.image_heads)
             out["z"] = torch.stack(z, dim=2)
             if self.config.align.learn_temperature:
                 # Learnt as a logarithm, as in CLIP (Radford 2021), above a floor that never stops its gradient.
                 out["temperature"] = MIN_TEMPERATURE + self.log_temperature[0].float().exp()
         return out
+
+    @staticmethod
+    def _project(encoded: Encoded, heads: nn.ModuleDict) -> list[Tensor]:
+        """Projections of the static and the dynamic part, each ``batch slice channel``."""
+        parts = static_dynamic(encoded.frames, encoded.absent)
+        pairs = zip((heads["static"], heads["dynamic"]), parts, strict=True)
+        return [head(x.to(encoded.vectors.dtype)) for head, x in pairs]
 
     def _encode(self, inputs: Inputs, kind: str, whole: bool = False) -> Encoded:
         """What the encoder of its domain makes of one of `PASSES`; `whole`: at full depth."""

@@ -106,7 +106,7 @@ def test_what_is_computed_is_what_the_batch_holds(small: RunConfig, tables: Tabl
     counts = bench_flops.useful(batch, small)
     assert counts == bench_flops.executed(inputs), "nothing is computed on padding"
     assert len({n.visible for n in counts}) > 1
-    assert all(n.visible + n.hidden == n.sampled for n in counts)
+    assert all(n.visible + n.targets == n.sampled for n in counts)
     assert all(n.visible_patches + n.hidden_patches == n.patches for n in counts)
 
 

@@ -7,26 +7,29 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Complex, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data import pipeline
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
+from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import gauge, readout, static_part
 
 MAX_SUBJECTS = 256
+MIN_VARIANCE = 1e-6
+"""Of a component against the largest: below it lies rounding, which is not blown up."""
 MIN_SUBJECTS_FOR_MEAN = 16
 """A mean over fewer hearts is those hearts: subtracting it would hide them from the model."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of canonical k-space (see physics.lines) and of images scaled to unit RMS per subject.
+    """Of canonical lines (see physics.lines), as tokens hold them, and of images scaled to unit RMS per subject.
 
-    Attributes:
+    Attributes (the readout is all of kx, or x of the band that tokens hold):
         static_mean: population mean of the static part.
         static_sd: SD of the static part around it; floored where the population does not vary.
         dynamic_sd: SD of the dynamic part, over subjects and frames.
@@ -34,9 +37,9 @@ class Statistics:
         image_sd: one SD for all pixels.
     """
 
-    static_mean: Complex[Tensor, "slice coil ky kx"]
-    static_sd: Float[Tensor, "slice coil ky kx"]
-    dynamic_sd: Float[Tensor, "slice coil ky kx"]
+    static_mean: Complex[Tensor, "slice coil ky readout"]
+    static_sd: Float[Tensor, "slice coil ky readout"]
+    dynamic_sd: Float[Tensor, "slice coil ky readout"]
     image_mean: Float[Tensor, "slice y x"]
     image_sd: Float[Tensor, ""]
 
@@ -44,11 +47,19 @@ class Statistics:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+def tables(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
+    """All that a run has to know of its population: `fit`, and `components` where they are alignment's teacher."""
+    taught = config.align_steps > 0 and config.align.teacher == "components"
+    return fit(config, reader).tensors() | (components(config, reader) if taught else {})
+
+
 def fit(config: RunConfig, reader: Reader) -> Statistics:
     """Statistics of up to 256 training subjects, chosen by the seed: the same for any number of workers."""
     rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
+    nx, hybrid = config.data.matrix[1], config.model.readout == "hybrid"
+    samples = config.model.readout_samples(nx) if hybrid else nx
 
     def add(name: str, values: Tensor, present: Tensor, axes: tuple[int, ...]) -> None:
         present = present.to(values.real.dtype)
@@ -62,15 +73,18 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         batch = host.to(torch.device("cpu"))
         present = ~batch.padded
         coils = torch.arange(config.data.coils) < batch.extent[..., :1]
-        inside = coils[..., None] & centred(batch.extent[..., 2], config.data.matrix[1])[:, :, None]
+        known = torch.ones(samples, dtype=torch.bool)  # along x; along kx a smaller matrix leaves some without data
+        if not hybrid:
+            known = centred(batch.extent[..., 2], nx)[:, :, None]
+        inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
-        kspace = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
-        static = static_part(kspace, visible)
+        lines = readout(batch.kspace / gauge(batch.kspace, visible)[..., None, None, None], samples, hybrid)
+        static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]
         ever = seen.any(3)
         add("mean", static, ever, (0,))
         add("square", static.abs().square(), ever, (0,))
-        add("dynamic", (kspace - static[:, :, :, None]).abs().square(), seen, (0, 3))
+        add("dynamic", (lines - static[:, :, :, None]).abs().square(), seen, (0, 3))
         image = magnitude_image(batch.kspace)
         image = scale_image(image, batch.padded)
         add("image", image, present[..., None, None], (0, 2))
@@ -91,6 +105,41 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         image_mean=image_mean.float(),
         image_sd=variance.clamp(min=1e-12).sqrt().float(),
     )
+
+
+def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
+    """Tables of `model.teacher.Components` of the same training subjects as `fit` sees.
+
+    Returns:
+        for ``static`` and ``dynamic`` the mean ``{part}_clean_mean`` of every slice, ``slice pixel``, and the basis
+        ``{part}_clean_basis``, ``pixel model.projection``: eigenvectors of the covariance within slices, largest first,
+        over the fourth root of their variance, together scaled to unit total variance.
+    """
+    rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    count = torch.zeros(config.data.slices, 1, dtype=torch.float64)
+    for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
+        batch = host.to(torch.device("cpu"))
+        present = (~batch.padded).any(-1)
+        count += present.sum(0)[:, None]
+        for part, values in zip(("static", "dynamic"), clean_parts(batch.kspace, batch.padded), strict=True):
+            x = values.double() * present[..., None]
+            sums[part] = sums.get(part, torch.zeros_like(x[0])) + x.sum(0)
+            squares[part] = squares.get(part, x.new_zeros(2 * x.shape[-1:])) + x.flatten(0, 1).T @ x.flatten(0, 1)
+    tables = {}
+    for part, total in sums.items():
+        mean = total / count.clamp(min=1)
+        covariance = (squares[part] - total.T @ mean) / count.sum()
+        variance, vectors = torch.linalg.eigh(covariance)
+        variance, vectors = variance.flip(0), vectors.flip(1)
+        width = config.model.projection
+        variance = nn.functional.pad(variance, (0, max(0, width - len(variance))))[:width]
+        vectors = nn.functional.pad(vectors, (0, max(0, width - vectors.shape[1])))[:, :width]
+        spread = variance.clamp(min=MIN_VARIANCE * float(variance.max().clamp(min=1e-30))).sqrt()
+        tables[f"{part}_clean_mean"] = mean.float()
+        tables[f"{part}_clean_basis"] = (vectors / spread.sqrt() / spread.sum().sqrt()).float()
+    return tables
 
 
 def _floored(sd: Tensor) -> Float[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -264,22 +263,3 @@ def line_decoder(data: Data, model: Model) -> Decoder:
 def patch_decoder(data: Data, model: Model) -> Decoder:
     head = PatchHead(model.decoder_width, PatchTokenizer.features(model))
     return Decoder(Grid.patches(data, model), head, model)
-
-
-def static_dynamic_embedding(
-    frames: Float[Tensor, "batch slice t channel"], absent: Bool[Tensor, "batch slice t"]
-) -> tuple[Float[Tensor, "batch slice channel"], Float[Tensor, "batch slice channel2"]]:
-    """What stays and what moves of each slice: the temporal mean, and the first cosine and sine over the cycle.
-
-    Cine is gated: frame 0 is end-diastole, so the first harmonic holds the contraction. Computed in fp32.
-    """
-    present = (~absent).float()[..., None]
-    x = frames.float()
-    mean = (x * present).sum(2) / present.sum(2).clamp(min=1)
-    deviation = (x - mean[:, :, None]) * present
-    count = present.sum(2).clamp(min=1)  # frames of the cycle: a shorter series is padded at its end
-    t = torch.arange(frames.shape[2], device=frames.device)
-    angle = 2 * math.pi * (t + 0.5) / count
-    basis = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    harmonic = torch.einsum("bstc,bstk->bskc", deviation, basis) * (2 / count[..., None])
-    return mean, harmonic.flatten(2)

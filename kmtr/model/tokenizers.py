@@ -13,7 +13,9 @@ from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, gather
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import gauge, readout, readout_inverse, static_part
+
+LINE_TABLES = ("static_mean", "static_sd", "dynamic_sd")
 
 
 @runtime_checkable
@@ -47,7 +49,7 @@ class Tokens(Places):
 
 
 class LineTokenizer:
-    """Readout lines as tokens: real and imaginary part of the central kx of the dynamic and the static part of a line.
+    """Readout lines as tokens: real and imaginary part of the dynamic and the static part of a line.
 
     Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided
     by SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
@@ -59,19 +61,21 @@ class LineTokenizer:
     def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
         self.data, self.model = data, model
         nx = data.matrix[1]
-        width = max(2, 2 * round(nx * model.readout_fraction / 2))
-        self.kx = slice(nx // 2 - width // 2, nx // 2 + width // 2)
-        self.mean = tables["static_mean"][..., self.kx].to(device)
+        self.samples = model.readout_samples(nx)
+        self.kx = slice(nx // 2 - self.samples // 2, nx // 2 + self.samples // 2)
+        self.hybrid = model.readout == "hybrid"
+        kept = {name: crop_or_pad(tables[name], (self.samples,), (-1,)) for name in LINE_TABLES}
+        self.mean = kept["static_mean"].to(device)
         self.divisor = {}
         for part in ("static", "dynamic"):
-            sd = tables[f"{part}_sd"][..., self.kx].to(device)
+            sd = kept[f"{part}_sd"].to(device)
             unit = sd.pow(2 - 2 * model.normalisation_power).mean().sqrt().clamp(min=torch.finfo(sd.dtype).tiny)
             self.divisor[part] = sd.pow(model.normalisation_power) * unit
 
     @staticmethod
     def features(data: Data, model: Model) -> int:
-        width = max(2, 2 * round(data.matrix[1] * model.readout_fraction / 2))
-        return 2 * width * data.coils * (2 if model.line_parts == "static+dynamic" else 1)
+        parts = 2 if model.line_parts == "static+dynamic" else 1
+        return 2 * parts * model.readout_samples(data.matrix[1]) * data.coils
 
     def __call__(
         self,
@@ -93,23 +97,19 @@ class LineTokenizer:
         """
         kspace = batch.kspace
         factor = gauge(kspace, known if visible is None else visible)
-        coils, lines, readout = kspace.shape[2], kspace.shape[4], kspace.shape[5]
-        full = self.kx.stop - self.kx.start
-        width = min(full, readout)
-        inner = slice(full // 2 - width // 2, full // 2 - width // 2 + width)
-        central = kspace[..., readout // 2 - width // 2 :][..., :width]
+        missing, height = self.data.coils - kspace.shape[2], kspace.shape[4]
+        central = crop_or_pad(kspace, (min(self.samples, kspace.shape[5]),), (-1,))
         static = static_part(central, known)
         places = gather(chosen, lengths)
         row, (z, t, ky) = places.lengths.subject, places.index.unbind(-1)
-        place = torch.tensor(batch.slots, device=kspace.device)[z]
-        shift = self.data.matrix[0] // 2 - lines // 2
         scale = factor[row, z][..., None]
-        line, fixed = central[row, z, :, t, ky] / scale, static[row, z, :, ky] / scale
-
-        def table(full_table: Tensor) -> Tensor:
-            return full_table[:, :coils, :, inner][place, :, ky + shift]
-
-        mean, divisor = table(self.mean), {part: table(values) for part, values in self.divisor.items()}
+        line, fixed = (
+            readout(nn.functional.pad(part / scale, (0, 0, 0, missing)), self.samples, self.hybrid)
+            for part in (central[row, z, :, t, ky], static[row, z, :, ky])
+        )
+        place = torch.tensor(batch.slots, device=kspace.device)[z]
+        ky = ky + self.data.matrix[0] // 2 - height // 2
+        mean, divisor = self.mean[place, :, ky], {name: table[place, :, ky] for name, table in self.divisor.items()}
         if self.model.line_parts == "whole":
             parts = [(line - mean) / divisor["static"]]
         else:
@@ -117,19 +117,23 @@ class LineTokenizer:
         values = torch.stack(parts, dim=1)
         blank = None
         if not self._fills(batch):
-            extent = batch.extent[row, z]
-            absent = (torch.arange(self.data.coils, device=z.device) >= extent[..., :1])[..., None] | ~centred(
-                extent[..., 2], self.data.matrix[1]
-            )[..., None, self.kx]
-            values = nn.functional.pad(values, (inner.start, full - inner.stop, 0, self.data.coils - coils))
+            absent = self._absent(batch.extent[row, z])
             values = values.masked_fill(absent[:, None], 0.0)
             blank = absent[:, None, :, :, None].expand(*values.shape, 2).flatten(1)
-        index = torch.stack([place, t, ky + shift], dim=-1)
+        index = torch.stack([place, t, ky], dim=-1)
         return Tokens(places.lengths, index, torch.view_as_real(values).flatten(1), blank)
 
+    def _absent(self, extent: Int[Tensor, "token 3"]) -> Bool[Tensor, "token coil readout"]:
+        """What of a full token its slice has no data for: coils and, along kx, what a smaller matrix lacks."""
+        absent = torch.arange(self.data.coils, device=extent.device) >= extent[..., :1]
+        if self.hybrid:
+            return absent[..., None].expand(*absent.shape, self.samples)
+        return absent[..., None] | ~centred(extent[..., 2], self.data.matrix[1])[..., None, self.kx]
+
     def _fills(self, batch: Acquisition) -> bool:
-        """Whether coils and readout of all subjects are the configuration's."""
-        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] == self.data.matrix[1]
+        """Whether all subjects have the configuration's coils and all of the readout that enters a token."""
+        full = self.kx.stop - self.kx.start
+        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] >= full
 
     def parts(
         self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]
@@ -139,11 +143,11 @@ class LineTokenizer:
         With ``model.line_parts=whole`` all of a line is static and nothing dynamic.
         """
         count = 1 if self.model.line_parts == "whole" else 2
-        width = self.kx.stop - self.kx.start
         z, _, ky = index.unbind(-1)
-        split = torch.view_as_complex(values.float().reshape(-1, count, self.data.coils, width, 2).contiguous())
+        split = torch.view_as_complex(values.float().reshape(-1, count, self.data.coils, self.samples, 2).contiguous())
         fixed = split[:, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
-        return fixed, split[:, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
+        moving = split[:, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
+        return readout_inverse(fixed, self.hybrid), readout_inverse(moving, self.hybrid)
 
     def fill(
         self,

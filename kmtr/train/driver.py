@@ -224,7 +224,7 @@ def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str
     if path.is_file():
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}
-    fitted = statistics.fit(config, dataset.reader("train", config.data)).tensors()
+    fitted = statistics.tables(config, dataset.reader("train", config.data))
     temporary = path.with_suffix(".tmp")
     save_file({k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}, temporary)
     os.replace(temporary, path)

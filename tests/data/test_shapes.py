@@ -88,10 +88,13 @@ def test_an_epoch_has_few_shapes_and_little_padding(mixed: RunConfig, scans: Dat
     assert len(seen.unique()) == len(seen) == 96
 
 
+@pytest.mark.parametrize("changes", [{}, {"model.readout": "hybrid"}], ids=str)
 def test_a_subject_is_the_same_in_a_batch_of_any_shape(
-    mixed: RunConfig, scans: Dataset, tables: dict[str, Tensor]
+    mixed: RunConfig, scans: Dataset, changes: dict[str, object]
 ) -> None:
-    reader, prepare = scans.reader("train", mixed.data), Preparer(mixed, tables, CPU)
+    mixed = override(mixed, changes)
+    reader = scans.reader("train", mixed.data)
+    prepare = Preparer(mixed, statistics.fit(mixed, reader).tensors(), CPU)
     torch.manual_seed(0)
     model = Pretraining(mixed)
     differs = 0
@@ -109,8 +112,10 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
                 present = ~prepare(tight, stage).absent.all(-1)
                 a, b = (x[name][present] if name == "z" else x[name] for x in (ours, theirs))
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        lines = prepare(tight, "align").all_lines
+        lines, same = prepare(tight, "align").all_lines, prepare(loose, "align").all_lines
         assert lines is not None
+        assert same is not None
+        torch.testing.assert_close(lines.values, same.values, rtol=1e-4, atol=1e-5)
         assert torch.equal(lines.index, loose.sampled.nonzero()[:, 1:])  # the same places of the full grid
     assert differs >= 6
 

@@ -19,11 +19,12 @@ from torch import Tensor
 from kmtr.config import RunConfig, override
 from kmtr.data.batch import Batch
 from kmtr.losses import masked_reconstruction
-from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position, static_dynamic_embedding
+from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position
 from kmtr.model.packing import Lengths, Places, attend, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import Block
 from kmtr.objectives import PASSES, Preparer, Pretraining
+from kmtr.physics.cycle import static_dynamic
 from kmtr.recipes import RECIPES
 from kmtr.types import InputError
 
@@ -247,7 +248,7 @@ def test_frame_vectors_lie_on_their_grid(small: RunConfig, tables: Tables, uneve
     assert not encoded.frames[inputs.absent].any()
     row, (z, t, _) = inputs.line_targets.lengths.subject, inputs.line_targets.index.unbind(-1)
     assert torch.equal(encoded.vectors[encoded.vector_of(inputs.line_targets)], encoded.frames[row, z, t])
-    assert not torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), -1)[3].any()
+    assert not torch.cat(static_dynamic(encoded.frames, encoded.absent), -1)[3].any()
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

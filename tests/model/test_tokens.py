@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,15 +12,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch
-from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
+from kmtr.data import statistics
+from kmtr.data.batch import Batch, collate
+from kmtr.data.reader import Reader
+from kmtr.model.encoder import Grid, Position
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Preparer
+from kmtr.physics.cycle import static_dynamic
+from kmtr.physics.fourier import fftc
 from kmtr.physics.lines import gauge, static_part
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "as in tiny": {},
+    "whole": {"model.line_parts": "whole"},
+    "hybrid": {"model.readout": "hybrid"},
+    "hybrid, whole": {"model.readout": "hybrid", "model.line_parts": "whole"},
+}
+"""Ways to make tokens of lines."""
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, small: RunConfig, reader: Reader) -> tuple[RunConfig, Tables]:
+    """A configuration that makes tokens in one of the ways, and its statistics."""
+    config = override(small, VARIANTS[request.param])
+    return config, statistics.fit(config, reader).tensors()
 
 
 @pytest.fixture
@@ -32,7 +52,8 @@ def uneven(batch: Batch) -> Batch:
     kspace[0].transpose(1, 2)[padded[0]] = 0
     hidden = batch.hidden & sampled
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    return replace(batch, padded=padded, sampled=sampled, kspace=kspace, hidden=hidden, hidden_patches=patches)
+    changes = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
+    return replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **changes)
 
 
 def equal(a: Tokens | None, b: Tokens | None) -> bool:
@@ -57,12 +78,11 @@ def test_gather_lists_the_chosen_cells_in_order(seed: int, share: float) -> None
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
 @pytest.mark.parametrize("stage", ["reconstruct", "align"])
 def test_hidden_and_unsampled_lines_never_reach_the_encoder(
-    small: RunConfig, tables: Tables, uneven: Batch, parts: str, stage: str
+    variant: tuple[RunConfig, Tables], uneven: Batch, stage: str
 ) -> None:
-    prepare = Preparer(override(small, {"model.line_parts": parts}), tables, CPU)
+    prepare = Preparer(*variant, CPU)
     before = prepare(uneven, stage)
     visible = uneven.sampled & ~uneven.hidden
     for what, spoilt in (("hidden", uneven.hidden), ("unsampled", ~uneven.sampled)):
@@ -76,6 +96,27 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
             assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
 
 
+def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
+    small: RunConfig, tables: Tables, reader: Reader
+) -> None:
+    config = override(small, {"reconstruct.target": "all", "model.readout_fraction": 1.0})
+    batch = collate(reader.samples(range(8)), config).to(CPU)
+    prepare = Preparer(config, tables, CPU)
+    before = prepare(batch, "reconstruct")
+    visible = batch.sampled & ~batch.hidden
+    assert torch.equal(before.line_targets.index, (~visible).nonzero()[:, 1:])
+    spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, batch.kspace * -3e3 + 7j)
+    after = prepare(replace(batch, kspace=spoilt), "reconstruct")
+    assert equal(after.lines, before.lines)
+    assert not torch.equal(after.line_targets.values, before.line_targets.values)
+    fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
+    canonical = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
+    row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
+    mean = canonical.mean(3)[row, z, :, ky]  # over all frames, which the source has
+    torch.testing.assert_close(fixed, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fixed + moving, canonical[row, z, :, t, ky], rtol=1e-4, atol=1e-5)
+
+
 def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
     images = tokenizer.images(uneven)
@@ -85,12 +126,14 @@ def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: 
     assert not equal(tokenizer(uneven, others, uneven.hidden_patches), tokenizer(uneven, images, uneven.hidden_patches))
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_tokens_lead_back_to_their_lines(
-    small: RunConfig, tables: Tables, uneven: Batch, parts: str, fraction: float
+    variant: tuple[RunConfig, Tables], reader: Reader, uneven: Batch, fraction: float
 ) -> None:
-    config = override(small, {"model.line_parts": parts, "model.readout_fraction": fraction})
+    config, tables = variant
+    if fraction != config.model.readout_fraction:
+        config = override(config, {"model.readout_fraction": fraction})
+        tables = statistics.fit(config, reader).tensors()
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     tokens = tokenizer(uneven, known=uneven.sampled, chosen=uneven.sampled)
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
@@ -99,16 +142,18 @@ def test_tokens_lead_back_to_their_lines(
     row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
     torch.testing.assert_close(fixed + moving, expected, rtol=1e-4, atol=1e-5)
-    if parts == "whole":
+    if config.model.line_parts == "whole":
         assert not moving.any()
     else:
         static = static_part(canonical, uneven.sampled)[row, z, :, ky][..., tokenizer.kx]
         torch.testing.assert_close(fixed, static, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
-def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tables, batch: Batch, parts: str) -> None:
-    config = override(small, {"model.readout_fraction": 1.0, "model.line_parts": parts})
+def test_filling_puts_acquired_lines_back_exactly(
+    variant: tuple[RunConfig, Tables], reader: Reader, batch: Batch
+) -> None:
+    config = override(variant[0], {"model.readout_fraction": 1.0})
+    tables = statistics.fit(config, reader).tensors()
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     missing = ~batch.sampled
     true = tokenizer(batch, known=batch.sampled, chosen=missing)
@@ -121,9 +166,28 @@ def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tabl
     assert torch.equal(guess[acquired], batch.kspace[acquired])
 
 
-def test_training_lines_have_about_unit_variance(small: RunConfig, tables: Tables, batch: Batch) -> None:
+def test_hybrid_tokens_are_profiles_along_x(small: RunConfig, batch: Batch) -> None:
+    """An object at one x is there and nowhere else, at the resolution of the central half of kx."""
+    profile = torch.zeros(32, dtype=torch.complex64)
+    profile[10] = 1.0
+    kspace = fftc(profile, (-1,)).expand(batch.kspace.shape).clone()
+    config = override(small, {"model.readout": "hybrid", "model.line_parts": "whole"})
+    flat = torch.ones(3, 1, 32, 16)
+    tables = {"static_mean": torch.zeros_like(flat) + 0j, "static_sd": flat, "dynamic_sd": flat}
+    tokens = LineTokenizer(config.data, config.model, tables, CPU)(
+        replace(batch, kspace=kspace), batch.sampled, batch.sampled
+    )
+    size = torch.view_as_complex(tokens.values.unflatten(-1, (16, 2))).abs()
+    expected = torch.zeros(16)
+    expected[5] = math.sqrt(0.5)  # half of the unit energy that gain leaves a line
+    torch.testing.assert_close(size, expected.expand_as(size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("readout", ["kspace", "hybrid"])
+def test_training_lines_have_about_unit_variance(small: RunConfig, reader: Reader, batch: Batch, readout: str) -> None:
     everything = torch.ones_like(batch.sampled)
-    tokenizer = LineTokenizer(small.data, small.model, tables, CPU)
+    config = override(small, {"model.readout": readout})
+    tokenizer = LineTokenizer(config.data, config.model, statistics.fit(config, reader).tensors(), CPU)
     values = tokenizer(batch, known=everything, chosen=everything).values.unflatten(-1, (2, -1, 2))
     power = values.square().sum(-1).mean((0, 2))
     assert ((power > 0.3) & (power < 3)).all()
@@ -185,9 +249,9 @@ def test_the_embedding_tells_what_stays_from_what_moves() -> None:
     t = (torch.arange(8) + 0.5) / 8 * 2 * torch.pi
     frames = (3 + 2 * t.cos() - 0.5 * t.sin() + 0.7 * (3 * t).cos())[None, None, :, None]
     absent = torch.zeros(1, 1, 8, dtype=torch.bool)
-    static, dynamic = static_dynamic_embedding(frames, absent)
+    static, dynamic = static_dynamic(frames, absent)
     torch.testing.assert_close(static, torch.tensor([[[3.0]]]))
     torch.testing.assert_close(dynamic, torch.tensor([[[2.0, -0.5]]]))
-    still = static_dynamic_embedding(torch.full_like(frames, 5.0), absent)
+    still = static_dynamic(torch.full_like(frames, 5.0), absent)
     assert torch.equal(still[1], torch.zeros(1, 1, 2))
-    assert not torch.cat(static_dynamic_embedding(frames, ~absent), -1).any()  # a slice that is not there
+    assert not torch.cat(static_dynamic(frames, ~absent), -1).any()  # a slice that is not there

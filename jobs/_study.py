@@ -1,0 +1,151 @@
+"""What both studies share: tasks over the cluster, and where their results go."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jobs._main import Bar, start_ray
+from kmtr import tracking
+from kmtr.config import RunConfig, override
+from kmtr.data.reader import Dataset
+from kmtr.report.html import Table, png, text_table, write_report
+from kmtr.report.study import Cohort, Source, result_path, write_features, write_probes
+from kmtr.train import driver
+from kmtr.types import KmtrError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: str, device: str) -> None:
+    """Call `function` with every job's arguments, as Ray tasks of one core (and one GPU) each, with a bar.
+
+    Raises:
+        KmtrError: of the first that fails; the others are cancelled.
+    """
+    if not jobs:
+        return
+    start_ray()
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(function)
+    bar, total = Bar(what), len(jobs)
+    waiting = [task.remote(*job) for job in jobs]
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            ray.get(ready)
+            bar(total - len(waiting), total)
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise KmtrError(f"{what}: {lines[-1].strip()}") from None
+    finally:
+        for left in waiting:
+            ray.cancel(left)
+
+
+def device_of(config: RunConfig) -> str:
+    return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
+    """Results of the probes of all (seed, method) from their sources; what is there stays."""
+    device = device_of(cohort.config)
+    missing = {
+        (seed, method): source
+        for (seed, method), source in sources.items()
+        if not all(result_path(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
+    }
+    distinct = list(dict.fromkeys(missing.values()))
+    features = [
+        (cohort, source, r, device)
+        for source in distinct
+        for r in cohort.accelerations
+        if not source.path(cohort, r).is_file()
+    ]
+    each(write_features, features, "study: features", device)
+    probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
+    each(write_probes, probes, "study: probes", "cpu")
+
+
+def named(config: RunConfig, changes: Mapping[str, Any], suffix: str) -> RunConfig:
+    """A run of a study: changed, and with a name of its own where the study was given one."""
+    return override(config, {**changes, "run.name": config.run.name and f"{config.run.name}-{suffix}"})
+
+
+def finished(config: RunConfig, dataset: Dataset) -> driver.Outcome | None:
+    """The outcome of the run of a configuration where it is finished."""
+    return driver.finished(driver.run_folder(config, dataset)[1])
+
+
+def rate(outcome: driver.Outcome, first: int, last: int) -> float:
+    """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
+    logged = tracking.history(Path(outcome.folder) / "spool").get("subjects_per_s", [])
+    values = sorted(value for step, value in logged if first < step <= last)
+    return values[len(values) // 2] if values else float("nan")
+
+
+def publish(
+    cohort: Cohort,
+    name: str,
+    run_id: str,
+    tables: Sequence[Table],
+    figure: Figure,
+    caption: str,
+    summary: str,
+    results: Mapping[str, Any],
+    curves: Mapping[int, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Print the tables, keep them with the figure, the results and a report, and tell MLflow.
+
+    Args:
+        results: what ``results.json`` holds.
+        curves: step (number of labels) -> metrics of the MLflow run.
+
+    Returns:
+        What the last line says of it.
+    """
+    text = "\n\n".join(map(text_table, tables))
+    print(f"\n{text}")
+    folder, uri = cohort.folder, cohort.config.tracking.uri
+    picture = png(figure)
+    (folder / "figure.png").write_bytes(picture)
+    (folder / "tables.txt").write_text(text)
+    temporary = folder / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=1))
+    os.replace(temporary, folder / "results.json")
+    data = Dataset.open(cohort.config.data)
+    report = write_report(
+        folder / "report.html",
+        title=f"k-MTR: {name}",
+        summary=summary,
+        tables=tables,
+        figures=[(caption, picture)],
+        footer=f"run {run_id}, data {data.digest[:12]}, torch {torch.__version__}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    )
+    spool = tracking.Spool(folder / "spool", uri, run_id)
+    for step, metrics in curves.items():
+        spool.metrics(step, metrics)
+    for path in (report, folder / "results.json", folder / "figure.png"):
+        spool.artifact(path, "study")
+    if spool.close(30.0):
+        print(f"tracking: not everything could be sent yet; kept in {folder / 'spool'}")
+    tracking.end_run(uri, run_id, "FINISHED")
+    print(f"report: {report}\nMLflow: {uri} (make ui)")
+    return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
+
+
+def open_run(config: RunConfig, dataset: Dataset, name: str) -> str:
+    """The study's MLflow run, parent of its trainings; found again by name."""
+    uri = config.tracking.uri
+    run_id = tracking.open_run(config, name=name, resume_id=tracking.find_run(uri, config.tracking.experiment, name))
+    tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
+    return run_id

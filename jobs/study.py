@@ -1,0 +1,39 @@
+"""python jobs/study.py labels [RECIPE] [key=value ...]      what pretraining is worth for 100, 200, 1,000 labels
+python jobs/study.py ablation [RECIPE] [key=value ...]      which choices of stage b and stage c matter
+
+labels      for every seed: pretrains (stage b, c, and b for longer), then R2 on held-out subjects of both ridges, an
+            untrained encoder, training from scratch, probes and fine-tuning, at every evaluate.accelerations
+ablation    pretrains the variants of jobs/study_variants.py for study.ablation_steps and scores each by the probe
+
+Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never done again. Tables, a
+figure and an HTML report lie in storage.root/study/, metrics in an MLflow run whose children are the trainings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from jobs import study_ablation, study_labels
+from jobs._main import main, recipe_config
+from kmtr.types import InputError
+
+WHAT = {"labels": study_labels.run, "ablation": study_ablation.run}
+
+
+def run(words: list[str]) -> dict[str, Any]:
+    what, *rest = words or [""]
+    if what not in WHAT:
+        raise InputError(f"study: expected what to study, one of {', '.join(WHAT)}, got {what!r}")
+    if not rest or "=" in rest[0]:
+        rest = ["tiny", *rest]
+    config = recipe_config(rest, __doc__ or "")
+    if config.run.fresh:
+        raise InputError("run.fresh: expected false, got true; another run.name starts a study anew")
+    return WHAT[what](config)
+
+
+if __name__ == "__main__":
+    main(__doc__ or "", run)

@@ -1,0 +1,75 @@
+"""What the ablation compares: choices of pretraining, each against the recipe's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kmtr.config import RunConfig, keys
+from kmtr.types import InputError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variants that answer one question.
+
+    Attributes:
+        stage: ``reconstruct``: what stage b leaves is scored; ``both``: what stage c after it leaves.
+        variants: name -> dotted keys that it changes. One that changes nothing of the recipe is the recipe itself, and
+            no run of its own.
+    """
+
+    name: str
+    asks: str
+    variants: Mapping[str, Mapping[str, Any]]
+    stage: Literal["reconstruct", "both"] = "reconstruct"
+
+
+GROUPS = (
+    Group(
+        "normalisation",
+        "By what power of the population's SD are lines divided, and are static and dynamic parts set apart?",
+        {
+            "power 0": {"model.normalisation_power": 0.0},
+            "power 0.5": {"model.normalisation_power": 0.5},
+            "power 1": {"model.normalisation_power": 1.0},
+            "whole lines": {"model.line_parts": "whole"},
+        },
+    ),
+    Group(
+        "k-space loss",
+        "Which error of hidden lines?",
+        {name: {"reconstruct.kspace_loss": name} for name in ("mse", "l1", "hdr")},
+    ),
+    Group(
+        "mask ratio",
+        "How many of the acquired lines are hidden from the encoder?",
+        {f"{ratio}": {"reconstruct.mask_ratio": ratio} for ratio in (0.5, 0.7, 0.9)},
+    ),
+    Group(
+        "image domain",
+        "Does reconstructing images beside k-space cost or help the k-space encoder?",
+        {"with": {"reconstruct.image_weight": 1.0}, "without": {"reconstruct.image_weight": 0.0}},
+    ),
+    Group(
+        "image encoder",
+        "Is the image encoder of stage c a frozen teacher, or trained too?",
+        {"frozen": {"align.train_image_encoder": False}, "trained": {"align.train_image_encoder": True}},
+        stage="both",
+    ),
+)
+
+
+def check(groups: tuple[Group, ...], config: RunConfig) -> None:
+    """Whether all keys exist: a misspelt one would be a table full of failures.
+
+    Raises:
+        InputError: names group, variant and key.
+    """
+    known = {key for key, _ in keys(config)}
+    for group in groups:
+        for name, changes in group.variants.items():
+            for key in changes:
+                if key not in known:
+                    raise InputError(f"study: group {group.name!r}, variant {name!r}: unknown key {key!r}")

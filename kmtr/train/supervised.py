@@ -1,0 +1,228 @@
+"""Training of the k-space encoder on labelled subjects: few of them, all in memory, one process, plain PyTorch.
+
+Two beginnings: the head that a ridge probe of the pretrained embedding gives, after which all weights learn (linear
+probing, then fine-tuning: Kumar 2022), or initial weights and a head of zeros ("from scratch").
+
+The last weights count, not the best of a held-out part: a tenth of 100 labels is too few to choose by, and would be
+labels that this method alone goes without. The learning rate falls to zero instead, and every visit of a subject draws
+another pattern, which is what holds overfitting back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kmtr.config import RunConfig
+from kmtr.data import pipeline
+from kmtr.data.batch import Batch, HostBatch, collate
+from kmtr.data.plan import permutation
+from kmtr.data.reader import Reader
+from kmtr.encoder import KSpaceEncoder
+from kmtr.metrics import Ridge, fit_ridge
+from kmtr.physics.sampling import PATTERN, VALIDATION
+from kmtr.train.engine import parameter_groups, warm_cosine
+
+CHUNK = 32
+"""Subjects embedded at once."""
+MIN_KNOWN = 3
+"""Subjects with a label, below which no ridge is fitted and a target stays unknown."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast.
+
+    Attributes:
+        learning_rate: its peak, after a linear warm-up; a cosine to zero follows.
+        batch: subjects per step; where fewer are labelled, all of them.
+    """
+
+    steps: int
+    learning_rate: float
+    batch: int = 32
+    warmup_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled subjects as they lie in memory; patterns and augmentation are drawn at every visit.
+
+    Attributes:
+        host: all of them, of the configuration's full shape.
+    """
+
+    host: HostBatch
+
+    @staticmethod
+    def read(reader: Reader, rows: list[int], config: RunConfig, targets: tuple[str, ...]) -> Labelled:
+        """The subjects in these rows; R is drawn per visit from `sampling.accelerations`."""
+        return Labelled(collate(reader.samples(rows), config, None, 0, targets, PATTERN))
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+    @property
+    def labels(self) -> Float[np.ndarray, "subject target"]:
+        """In their units; NaN: unknown."""
+        return self.host.meta["labels"].numpy()
+
+    def batch(self, index: Int[np.ndarray, " batch"], visit: Int[np.ndarray, " batch"], device: torch.device) -> Batch:
+        """These subjects on this visit each."""
+        chosen = torch.from_numpy(index)
+        meta = {name: values[chosen] for name, values in self.host.meta.items()}
+        meta["visit"] = torch.from_numpy(visit)
+        return replace(self.host, stored=self.host.stored[chosen], meta=meta, real=len(index)).to(device)
+
+    def in_order(self, device: torch.device) -> Iterator[Batch]:
+        """All of them once, on their first visit."""
+        for first in range(0, len(self), CHUNK):
+            index = np.arange(first, min(first + CHUNK, len(self)))
+            yield self.batch(index, np.zeros_like(index), device)
+
+
+class Regressor(nn.Module):
+    """A k-space encoder and a linear head on its standardised static and dynamic embedding.
+
+    Answers are in units of the training subjects' SD about their mean; `predict` gives them in the targets' units.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"]):
+        super().__init__()
+        self.encoder, self.kspace_encoder, self.device = encoder, encoder.module, encoder.device
+        self.bf16 = encoder.config.train.bf16
+        features = 3 * encoder.config.model.width * encoder.config.data.slices
+        self.mean, self.sd = moments(labels)
+        self.head = nn.Linear(features, labels.shape[1], device=self.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("centre", torch.zeros(features, device=self.device))
+        self.register_buffer("scale", torch.ones(features, device=self.device))
+
+    def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
+        with self._precision():
+            return self.encoder.encode(batch)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "batch target"]:
+        return self.head((self.embed(batch) - self.centre) / self.scale)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @torch.no_grad()
+    def begin_at_ridge(self, labelled: Labelled) -> None:
+        """Make the head the ridge probe of the embedding as it is, one ridge per target, at the accelerations of
+        training. A target that fewer than MIN_KNOWN have stays at zero.
+        """
+        self.eval()
+        found = [self.embed(batch) for batch in labelled.in_order(self.device)]
+        features = torch.cat(found).float().cpu().numpy().astype(np.float64)
+        centre, scale = features.mean(0), features.std(0)
+        scale = np.where(scale > 0, scale, 1.0)
+        self.centre.copy_(torch.from_numpy(centre))
+        self.scale.copy_(torch.from_numpy(scale))
+        for i, values in enumerate(labelled.labels.T):
+            known = np.isfinite(values)
+            if known.sum() >= MIN_KNOWN:
+                ridge = fit_ridge(features[known], values[known])
+                weights, bias = _restandardised(ridge, centre, scale)
+                self.head.weight[i] = torch.from_numpy(weights / self.sd[i])
+                self.head.bias[i] = float((bias - self.mean[i]) / self.sd[i])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean squared error over the known labels of the batch, standardised; unknown ones (NaN) are not counted."""
+        mean, sd = (torch.from_numpy(x).to(batch.labels) for x in (self.mean, self.sd))
+        truth = (batch.labels - mean) / sd
+        known = torch.isfinite(truth)
+        error = torch.where(known, self(batch) - torch.where(known, truth, 0.0), 0.0)
+        return error.square().sum() / known.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> Float[np.ndarray, "batch target"]:
+        """In the targets' units, float64; NaN where too few labels were known to learn from."""
+        self.eval()
+        answer: np.ndarray = self(batch).double().cpu().numpy()
+        return answer * self.sd + self.mean
+
+
+def moments(
+    labels: Float[np.ndarray, "subject target"],
+) -> tuple[Float[np.ndarray, " target"], Float[np.ndarray, " target"]]:
+    """Mean and SD of the known labels of each target; the mean is NaN where fewer than MIN_KNOWN are."""
+    known = np.isfinite(labels)
+    count = np.maximum(known.sum(0), 1)
+    mean = np.where(known, labels, 0.0).sum(0) / count
+    sd = np.sqrt((np.where(known, labels - mean, 0.0) ** 2).sum(0) / count)
+    return np.where(known.sum(0) >= MIN_KNOWN, mean, np.nan), np.where(sd > 0, sd, 1.0)
+
+
+def _restandardised(ridge: Ridge, centre: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights and bias of the same map on features that others' mean and SD standardise."""
+    slope = ridge.weights / ridge.sd
+    return slope * scale, float(ridge.bias + (centre - ridge.mean) @ slope)
+
+
+def train(
+    regressor: Regressor,
+    labelled: Labelled,
+    training: Training,
+    config: RunConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[float]:
+    """Train all weights; subjects come in a new random order on every pass, as `config.seed` says.
+
+    Returns:
+        The loss of every step, before its update.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    groups = parameter_groups(regressor, config)
+    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=config.optimizer.betas)
+    size = min(training.batch, len(labelled))
+    losses = []
+    regressor.train()
+    for step in range(training.steps):
+        rate = training.learning_rate * warm_cosine(step, training.steps, training.warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        index, visit = visits(config.seed, step, size, len(labelled))
+        optimizer.zero_grad(set_to_none=True)
+        loss = regressor.loss(labelled.batch(index, visit, regressor.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(regressor.parameters(), config.optimizer.clip_norm)
+        losses.append(float(loss.detach()))
+        if not np.isfinite(losses[-1]):
+            raise FloatingPointError(f"step {step + 1}: loss is {losses[-1]}")
+        optimizer.step()
+        progress(step + 1, training.steps)
+    regressor.eval()
+    return losses
+
+
+def visits(seed: int, step: int, size: int, subjects: int) -> tuple[np.ndarray, np.ndarray]:
+    """Subjects of a step and which pass over them each is on: the passes are one endless chain of permutations."""
+    place = np.arange(step * size, (step + 1) * size)
+    visit = place // subjects
+    orders = {int(v): permutation(seed, int(v), subjects) for v in np.unique(visit)}
+    index = np.array([orders[int(v)][p % subjects] for p, v in zip(place, visit, strict=True)])
+    return index, visit
+
+
+def predict_rows(
+    regressor: Regressor, reader: Reader, rows: list[int], config: RunConfig, targets: tuple[str, ...]
+) -> Float[np.ndarray, "subject target"]:
+    """Predictions for a split's rows, in the targets' units, on the fixed patterns of validation at the configuration's
+    accelerations.
+    """
+    read = pipeline.read_in_order(reader, rows, CHUNK, config, targets, VALIDATION)
+    return np.concatenate([regressor.predict(host.to(regressor.device)) for host in read])
