@@ -139,6 +139,9 @@ def work(rank: int, world: int, folder: str, text: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     base = from_json(text)
+    built(base, world).wrapped.destroy()
+    gc.collect()
+    gc.freeze()  # what the libraries hold for ever need not be looked through in `held`
     found = {}
     for name, changes in CASES.items():
         place = Path(folder) / name
