@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def case(config: RunConfig, folder: Path, rank: int, world: int) -> dict[str, An
     for number in range(STEPS):
         if number == SAVED:
             progress: dict[str, Any] = {"step": number}
-            checkpoint.save(folder, engine, averaging, {}, progress, rank, world)
+            mine = folder / f"worker{rank}"
+            checkpoint.save(mine, engine, averaging, {}, progress, rank, world)
+            shutil.copytree(mine, folder, dirs_exist_ok=True)  # as Ray Train brings the parts together
             dist.barrier()
         step(engine, number, rank)
     with engine.averaged():
@@ -146,6 +149,7 @@ def work(rank: int, world: int, folder: str, text: str) -> None:
     for name, changes in CASES.items():
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
+        (place / f"worker{rank}").mkdir()
         found[name] = case(override(base, changes), place, rank, world)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
