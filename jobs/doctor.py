@@ -331,7 +331,15 @@ def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
     """Weights, optimizer and activations of the workers that share a node, or a GPU, against its memory."""
     train = config.train
     sizes = parameters(config)
-    state = state_bytes(sizes, train.workers, train.zero_stage, train.bf16, train.offload, config.optimizer.ema > 0)
+    state = state_bytes(
+        sizes,
+        train.workers,
+        train.zero_stage,
+        train.bf16,
+        offload=train.offload,
+        ema=config.optimizer.ema > 0,
+        accumulates=train.accumulation > 1,
+    )
     active = activation_bytes(config, most_tokens(config))
     text = (
         f"{sum(sizes) / 1e6:.1f} M parameters; per worker {state.device / GIB:.2f} GiB of weights, gradients, optimizer"

@@ -37,7 +37,14 @@ class State:
 
 
 def state_bytes(
-    sizes: Sequence[int], workers: int, zero_stage: int, bf16: bool, offload: bool = False, ema: bool = False
+    sizes: Sequence[int],
+    workers: int,
+    zero_stage: int,
+    bf16: bool,
+    *,
+    offload: bool = False,
+    ema: bool = False,
+    accumulates: bool = False,
 ) -> State:
     """Bytes of weights, gradients, AdamW's state and ZeRO's buffers on one worker (Rajbhandari et al. 2020, "ZeRO",
     figure 1, and what DeepSpeed 0.19 was measured to hold beside; a test compares).
@@ -45,31 +52,32 @@ def state_bytes(
     Per weight: w = g = 2 in bf16, else 4; o = 12 (fp32 master copy and two moments), or 8 where DeepSpeed keeps no
     master copy (stage 0 in fp32); `ema` adds 4 to o. With n workers: stage 0 w + g + o; 1 w + g + o/n; 2 w + (g + o)/n;
     3 (w + g + o)/n. ZeRO adds a bucket of gradients, w bytes for each of `engine.BUCKET` weights, or of all if fewer;
-    stage 3 keeps tensors of up to 1e5 weights whole. `offload` moves o/n to the host, with fp32 gradients (4/n). Stages
-    1 and 2 then keep there, not on the GPU, the gradients of the share, and w/n to send back, and the largest tensor
-    once at each end. Activations, batches and libraries come on top.
+    stage 1 under accumulation another g; stage 3 keeps tensors of up to 1e5 weights whole. `offload` moves o/n to the
+    host, with fp32 gradients (4/n). Stages 1 and 2 then keep there w/n to send back, and the largest tensor once at
+    each end; stage 2 has its share of the gradients there, and only under accumulation. Activations, batches and
+    libraries come on top.
 
     Args:
         sizes: weights in each tensor of the model.
+        accumulates: several micro-batches per step.
     """
     count = sum(sizes)
     w = g = 2 if bf16 else 4
     o = (12 if zero_stage or bf16 else 8) + (4 if ema else 0)
     if zero_stage == 0:
         return State(float(count * (w + g + o)), 0.0)
-    whole = sum(size for size in sizes if size <= PERSISTENT)
-    device = {
-        1: count * (w + g),
-        2: count * (w + g / workers),
-        3: count * (w + g) / workers + whole * w,
-    }[zero_stage] + min(BUCKET, count) * w
-    if not offload:
-        return State(device + count * o / workers, 0.0)
-    host = count * (o + 4) / workers
+    bucket, share = min(BUCKET, count) * w, count / workers
     if zero_stage == 3:
-        return State(device, host)
-    kept = g / workers if zero_stage == 2 else 0
-    return State(device - count * kept + max(sizes) * w, host + count * w / workers + max(sizes) * w)
+        device = share * (w + g) + sum(size for size in sizes if size <= PERSISTENT) * w + bucket
+        return State(device, share * (o + 4)) if offload else State(device + share * o, 0.0)
+    gradients = count * g * (2 if accumulates else 1) if zero_stage == 1 else share * g
+    if not offload:
+        return State(count * w + gradients + bucket + share * o, 0.0)
+    largest = max(sizes) * w
+    host = share * (o + 4 + w) + largest
+    if zero_stage == 1:
+        return State(count * w + gradients + bucket + largest, host)
+    return State(count * w + bucket + largest, host + gradients * accumulates)
 
 
 def most_tokens(config: RunConfig) -> Counts:

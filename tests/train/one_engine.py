@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def case(config: RunConfig, folder: Path, rank: int, world: int) -> dict[str, An
     for number in range(STEPS):
         if number == SAVED:
             progress: dict[str, Any] = {"step": number}
-            checkpoint.save(folder, engine, averaging, {}, progress, rank, world)
+            mine = folder / f"worker{rank}"
+            checkpoint.save(mine, engine, averaging, {}, progress, rank, world)
+            shutil.copytree(mine, folder, dirs_exist_ok=True)  # as Ray Train brings the parts together
             dist.barrier()
         step(engine, number, rank)
     with engine.averaged():
@@ -139,10 +142,14 @@ def work(rank: int, world: int, folder: str, text: str) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     base = from_json(text)
+    built(base, world).wrapped.destroy()
+    gc.collect()
+    gc.freeze()  # what the libraries hold for ever need not be looked through in `held`
     found = {}
     for name, changes in CASES.items():
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
+        (place / f"worker{rank}").mkdir()
         found[name] = case(override(base, changes), place, rank, world)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -55,7 +55,8 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
 
 
 def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp_path: Path) -> None:
-    config = override(config, {"reconstruct.steps": 30, "align.steps": 4, "train.eval_every": 10})
+    changes = {"reconstruct.steps": 18, "align.steps": 4, "train.eval_every": 11, "train.checkpoint_every": 5}
+    config = override(config, changes | {"optimizer.ema": 0.9})
     resolved, dataset = driver.resolve(config)
     name, folder = driver.run_folder(resolved, dataset)
     killed: list[int] = []
