@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kmtr.config import RunConfig
+from kmtr.config import RunConfig, override
 from kmtr.data.batch import Batch
-from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+from kmtr.model.packing import Lengths, Places
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import GatedLinear
 from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
 
@@ -28,41 +29,51 @@ BOTH, ONE, FORWARD = 3, 2, 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one subject: lines that the encoder sees, hidden ones, all acquired; and so of patches."""
+    """Tokens of one subject: lines that the encoder sees, predicted ones, all acquired; so of patches; frames."""
 
     visible: int
-    hidden: int
+    targets: int
     sampled: int
     visible_patches: int
     hidden_patches: int
     patches: int
+    cells: int
+    patch_cells: int
 
 
 def useful(batch: Batch, config: RunConfig) -> list[Counts]:
-    """Tokens of each subject, padding left out."""
+    """Tokens of each subject, by what its batch holds."""
     present = ~batch.padded.unflatten(2, (-1, config.model.patch[0])).all(-1)
     patches = present[..., None, None].expand(batch.hidden_patches.shape)
     kinds = (
         batch.sampled & ~batch.hidden,
-        batch.hidden,
+        batch.targets,
         batch.sampled,
         patches & ~batch.hidden_patches,
         patches & batch.hidden_patches,
         patches,
+        ~batch.padded,
+        present,
     )
     table = torch.stack([kind.flatten(1).sum(1) for kind in kinds], dim=1)
     return [Counts(*row) for row in table.tolist()]
 
 
-def executed(inputs: Inputs) -> Counts:
-    """What is computed for each subject of a micro-batch, padding included."""
-
-    def length(tokens: Tokens | None) -> int:
-        return 0 if tokens is None else tokens.padded.shape[1]
-
-    lines = (inputs.lines, inputs.line_targets, inputs.all_lines)
-    patches = (inputs.patches, inputs.patch_targets, inputs.all_patches)
-    return Counts(*map(length, lines + patches))
+def executed(inputs: Inputs) -> list[Counts]:
+    """What is computed for each subject of a micro-batch."""
+    kinds = (
+        inputs.lines,
+        inputs.line_targets,
+        inputs.all_lines,
+        inputs.patches,
+        inputs.patch_targets,
+        inputs.all_patches,
+        inputs.cells,
+        inputs.patch_cells,
+    )
+    none = (0,) * len(inputs.absent)
+    lengths = (none if places is None else places.lengths.host for places in kinds)
+    return [Counts(*row) for row in zip(*lengths, strict=True)]
 
 
 def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[str, float]:
@@ -74,8 +85,7 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
     data, model = config.data, config.model
     frozen = stage == "align" and not config.align.train_image_encoder
     line, patch = LineTokenizer.features(data, model), PatchTokenizer.features(model)
-    cells = data.slices * data.frames
-    patch_cells = cells // model.patch[0]
+    grid = data.slices * data.frames
 
     def block(tokens: int, source: int, width: int) -> int:
         maps = 2 * model.mlp_ratio + 2  # of width x width: MLP, queries, output; keys and values are the source's
@@ -83,29 +93,29 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
 
     def encoder(features: int, tokens: int, frames: int, gated: bool, trained: bool = True) -> int:
         width, rank = model.width, RANK if gated else 1
-        first, pool = 2 * tokens * features * rank * width, 2 * tokens * frames * width
+        first = 2 * tokens * features * rank * width
         rest = model.depth * block(tokens, tokens, width) + block(frames, frames, width)
         rest += 2 * tokens * rank * width if gated else 0
-        return BOTH * rest + ONE * (first + pool) if trained else FORWARD * (rest + first + pool)
+        return BOTH * rest + ONE * first if trained else FORWARD * (rest + first)
 
     def decoder(features: int, tokens: int, queries: int, frames: int, gated: bool) -> int:
         width, memory = model.decoder_width, tokens + frames
-        inputs = 2 * (memory + queries) * model.width * width
+        inputs = 2 * (memory + frames) * model.width * width
         head = 2 * queries * width * features * (RANK if gated else 1)
         head += 2 * queries * RANK * features if gated else 0
         return BOTH * (inputs + model.decoder_depth * block(queries, memory, width) + head)
 
     encoders = decoders = contrast = 0
     if stage == "reconstruct" or config.align.reconstruct_weight:
-        encoders += encoder(line, n.visible, cells, True)
-        decoders += decoder(line, n.visible, n.hidden, cells, True)
+        encoders += encoder(line, n.visible, n.cells, True)
+        decoders += decoder(line, n.visible, n.targets, n.cells, True)
         if config.reconstruct.image_weight and not frozen:
-            encoders += encoder(patch, n.visible_patches, patch_cells, False)
-            decoders += decoder(patch, n.visible_patches, n.hidden_patches, patch_cells, False)
+            encoders += encoder(patch, n.visible_patches, n.patch_cells, False)
+            decoders += decoder(patch, n.visible_patches, n.hidden_patches, n.patch_cells, False)
     if stage == "align":
-        encoders += encoder(line, n.sampled, cells, True)
-        encoders += encoder(patch, n.patches, patch_cells, False, trained=not frozen)
-        for frames, trained in ((cells, True), (patch_cells, not frozen)):
+        encoders += encoder(line, n.sampled, n.cells, True)
+        encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
+        for frames, trained in ((grid, True), (grid // model.patch[0], not frozen)):
             harmonics = 2 * frames * 2 * model.width
             heads = 2 * data.slices * 3 * model.width * model.projection
             contrast += harmonics * (ONE if trained else FORWARD) + heads * (BOTH if trained else ONE)
@@ -119,13 +129,14 @@ def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tenso
     Nothing is computed: operations are counted by the shapes of tensors that have no memory. Attention is counted as
     plain products, since the backward pass of a fused kernel computes some twice.
     """
+    config = override(config, {"train.compile": False})
     prepare = _Prepared(config, tables, batch, stage)
     with torch.device("meta"):
         engine = _Alone(Pretraining(config))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             STAGES[stage](engine, [_shapes_of(batch)], prepare, config)
-    per_subject = formula(config, stage, executed(prepare.inputs), candidates=len(batch))
-    return counter.get_total_flops(), len(batch) * sum(per_subject.values())
+    subjects = [formula(config, stage, n, candidates=len(batch)) for n in executed(prepare.inputs)]
+    return counter.get_total_flops(), sum(sum(parts.values()) for parts in subjects)
 
 
 class _Prepared(Preparer):
@@ -139,7 +150,7 @@ class _Prepared(Preparer):
         return self.inputs
 
 
-Record = TypeVar("Record", Inputs, Batch, Tokens)
+Record = TypeVar("Record", bound=Inputs | Batch | Places | Lengths)
 
 
 def _shapes_of(record: Record) -> Record:
@@ -149,7 +160,7 @@ def _shapes_of(record: Record) -> Record:
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changes[field.name] = value.to("meta")
-        elif isinstance(value, Tokens):
+        elif isinstance(value, Places | Lengths):
             changes[field.name] = _shapes_of(value)
     return replace(record, **changes)
 

@@ -121,8 +121,8 @@ def _waiting(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]
 
 def _marked(out: Any, clock: Clock, part: str) -> Any:
     if isinstance(out, Encoded):
-        tokens, frames = _Mark.apply(clock, part, out.tokens, out.frames)
-        return replace(out, tokens=tokens, frames=frames)
+        tokens, vectors = _Mark.apply(clock, part, out.tokens, out.vectors)
+        return replace(out, tokens=tokens, vectors=vectors)
     return _Mark.apply(clock, part, out)[0]
 
 

@@ -10,6 +10,7 @@ that of our model.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,6 +31,25 @@ TOLERANCE = 0.05
 
 Positions = Literal["all", "acquired"]
 """What the decoder of lines runs over: every (slice, t, ky), or only those that were acquired."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Tokens of each subject, filled up to the most that one of the batch has."""
+
+    values: Float[Tensor, "batch token feature"]
+    index: Int[Tensor, "batch token axis"]
+    padded: Bool[Tensor, "batch token"]
+
+    @staticmethod
+    def of(tokens: Tokens) -> Padded:
+        most = max(1, *tokens.lengths.host)
+        there = torch.arange(most, device=tokens.index.device) < tokens.lengths.counts[:, None]
+
+        def spread(x: Tensor) -> Tensor:
+            return x.new_zeros(*there.shape, x.shape[-1]).masked_scatter(there[..., None], x)
+
+        return Padded(spread(tokens.values), spread(tokens.index), ~there)
 
 
 class Attention(nn.Module):
@@ -93,13 +113,13 @@ class Autoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(model.decoder_width)
         self.head = nn.Linear(model.decoder_width, features)
 
-    def encode(self, tokens: Tokens) -> Float[Tensor, "batch token channel"]:
+    def encode(self, tokens: Padded) -> Float[Tensor, "batch token channel"]:
         x = self.embed(tokens.values) + self.position(tokens.index)
         for block in self.blocks:
             x = block(x, tokens.padded)
         return self.norm(x)
 
-    def decode(self, encoded: Tensor, visible: Tokens, targets: Tokens, positions: Positions) -> Tensor:
+    def decode(self, encoded: Tensor, visible: Padded, targets: Padded, positions: Positions) -> Tensor:
         """Predictions at the targets, ``batch target feature``."""
         x = self.to_decoder(encoded)
         if positions == "all":
@@ -118,7 +138,7 @@ class Autoencoder(nn.Module):
         row = torch.arange(len(x), device=x.device)[:, None]
         return x[row, self._flat(targets.index)]
 
-    def _on_grid(self, x: Tensor, visible: Tokens) -> tuple[Tensor, Tensor]:
+    def _on_grid(self, x: Tensor, visible: Padded) -> tuple[Tensor, Tensor]:
         """Visible tokens at their places in the whole grid, mask tokens elsewhere; and the index of every place."""
         size = math.prod(self.sizes)
         place = self._flat(visible.index).masked_fill(visible.padded, size)  # padding goes where nobody looks
@@ -133,7 +153,7 @@ class Autoencoder(nn.Module):
             flat = flat * size + index[..., axis]
         return flat
 
-    def pooled(self, encoded: Tensor, tokens: Tokens) -> Float[Tensor, "batch slice t channel"]:
+    def pooled(self, encoded: Tensor, tokens: Padded) -> Float[Tensor, "batch slice t channel"]:
         """Mean of the tokens of each slice and frame."""
         slices, frames = self.frames
         cell = (tokens.index[..., 0] * frames + tokens.index[..., 1])[..., None]
@@ -161,23 +181,32 @@ class Reference(nn.Module):
         loss = self.config.reconstruct.kspace_loss
         aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
         if not aligned or self.config.align.reconstruct_weight:
-            targets = inputs.line_targets
-            values = self.kspace.decode(self.kspace.encode(inputs.lines), inputs.lines, targets, self.positions)
-            out["kspace"] = masked_reconstruction(values, targets.values, targets.padded, loss, targets.blank)
+            out["kspace"] = self._reconstruct(self.kspace, inputs.lines, inputs.line_targets, self.positions, loss)
         if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
-            targets = inputs.patch_targets
-            values = self.image.decode(self.image.encode(inputs.patches), inputs.patches, targets, "all")
-            out["image"] = masked_reconstruction(values, targets.values, targets.padded)
+            out["image"] = self._reconstruct(self.image, inputs.patches, inputs.patch_targets, "all")
         if aligned and inputs.all_lines is not None and inputs.all_patches is not None:
-            lines = self.kspace.pooled(self.kspace.encode(inputs.all_lines), inputs.all_lines)
+            every, shown = Padded.of(inputs.all_lines), Padded.of(inputs.all_patches)
+            lines = self.kspace.pooled(self.kspace.encode(every), every)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                patches = self.image.pooled(self.image.encode(inputs.all_patches), inputs.all_patches)
+                patches = self.image.pooled(self.image.encode(shown), shown)
             parts = (
                 *static_dynamic_embedding(lines, inputs.absent),
                 *static_dynamic_embedding(patches, inputs.absent_patches),
             )
             out["z"] = torch.stack([head(x) for head, x in zip(self.heads, parts, strict=True)], dim=2)
         return out
+
+    def _reconstruct(
+        self,
+        model: Autoencoder,
+        seen: Tokens,
+        asked: Tokens,
+        positions: Positions,
+        loss: Literal["mse", "l1", "hdr"] = "mse",
+    ) -> Float[Tensor, " batch"]:
+        visible, targets = Padded.of(seen), Padded.of(asked)
+        values = model.decode(model.encode(visible), visible, targets, positions)[~targets.padded]
+        return masked_reconstruction(values, asked.values, asked.lengths.counts, loss, asked.blank)
 
 
 def count(module: nn.Module) -> int:

@@ -249,7 +249,7 @@ def report(config: RunConfig, result: dict[str, Any]) -> list[Table]:
             ("ratio to DDP", *interval("ratio_to_ddp")),
         ),
         note="Ratios: how many times faster ours is; medians of steps in turns, 95 % interval.\n"
-        "tokens/s: acquired lines. MFU: FLOPs by formula on real tokens, over the best large matmul of this run.\n"
+        "tokens/s: acquired lines. MFU: FLOPs by formula, over the best large matmul of this run.\n"
         f"Reference: fp32, attention matrices in memory, heads of {HEAD}, decoders on all positions, batch of {BATCH}, "
         "same losses and data.\n"
         f"All but the last three lines: one of {world} workers alone, with its share of CPUs and of the batch.",

@@ -175,6 +175,7 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
     looked_at = [next(batches).to(worker.device) for _ in range(COUNTED)]
     counted, formula = bench_flops.counted(config, stage, looked_at[0], worker.tables)
     useful = [n for batch in looked_at for n in bench_flops.useful(batch, config)]
+    first = [bench_flops.formula(config, stage, n, len(looked_at[0])) for n in useful[: len(looked_at[0])]]
     parts = [bench_flops.formula(config, stage, n, config.data.global_batch) for n in useful]
     worker.tell(f"{stage}: FLOPs counted / by formula {counted / formula:.3f}")
     ours = ShardedEngine(worker.model(), config, 1, worker.device)
@@ -206,7 +207,7 @@ def _beside_reference(worker: Worker, stage: str) -> dict[str, Any]:
         "flops_per_subject": {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]},
         "flops_counted_over_formula": counted / formula,
         "lines_per_subject": sum(n.sampled for n in useful) / len(useful),
-        "padding_flops": 1 - sum(sum(p.values()) for p in parts) / (formula * COUNTED),
+        "padding_flops": 1 - sum(sum(p.values()) for p in first) / formula,
         "matmul_flops": flops,
     }
 

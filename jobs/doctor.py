@@ -27,13 +27,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from jobs._main import main, recipe_config, start_ray
+from jobs.doctor_memory import activation_bytes, most_tokens, parameters, state_bytes
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline, storage
 from kmtr.data.batch import check_shapes, collate, unreached
 from kmtr.data.reader import Dataset
 from kmtr.data.splits import SPLITS
-from kmtr.objectives import Pretraining
 from kmtr.tracking.store import local_path, reaching
 from kmtr.train import driver
 from kmtr.types import KmtrError
@@ -46,7 +46,8 @@ SAME_EVERYWHERE = ("torch", "ray", "deepspeed", "pyarrow", "numpy", "mlflow")
 KEPT_CHECKPOINTS = 3
 """Two that Ray Train keeps and the one being written."""
 ROOM = 0.6
-"""Share of a machine's memory that parameters and optimizer may take: activations and data need the rest."""
+"""Share of a machine's memory that a worker's state and activations may take: batches, kernels and libraries need the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -326,58 +327,54 @@ def plan(config: RunConfig) -> Check:
     return Check("plan", "ok", text)
 
 
-def parameters(config: RunConfig) -> int:
-    """Weights of the pretraining module, counted without memory for them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Pretraining(config).parameters())
-
-
-def state_bytes(count: int, workers: int, zero_stage: int, bf16: bool) -> float:
-    """Bytes of weights, gradients and AdamW's state on one worker (Rajbhandari et al. 2020, "ZeRO", figure 1).
-
-    Per weight: w = g = 2 in bf16, else 4; o = 12 (fp32 master copy and two moments), or 8 where DeepSpeed keeps no
-    master copy (stage 0 in fp32). With n workers: stage 0 w + g + o; 1 w + g + o/n; 2 w + (g + o)/n; 3 (w + g + o)/n.
-    Activations, batches and libraries come on top.
-    """
-    w = g = 2 if bf16 else 4
-    o = 12 if zero_stage or bf16 else 8
-    each = {
-        0: w + g + o,
-        1: w + g + o / workers,
-        2: w + (g + o) / workers,
-        3: (w + g + o) / workers,
-    }[zero_stage]
-    return count * each
-
-
 def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
-    """Parameters and optimizer of the workers that share a node, or a GPU, against its memory."""
+    """Weights, optimizer and activations of the workers that share a node, or a GPU, against its memory."""
     train = config.train
-    count = parameters(config)
-    per_worker = state_bytes(count, train.workers, train.zero_stage, train.bf16)
+    sizes = parameters(config)
+    state = state_bytes(sizes, train.workers, train.zero_stage, train.bf16, train.offload, config.optimizer.ema > 0)
+    active = activation_bytes(config, most_tokens(config))
+    text = (
+        f"{sum(sizes) / 1e6:.1f} M parameters; per worker {state.device / GIB:.2f} GiB of weights, gradients, optimizer"
+    )
+    text += f" (ZeRO-{train.zero_stage}, {'bf16' if train.bf16 else 'fp32'}), about {active / GIB:.2f} of activations"
+    if state.host:
+        text += f", {state.host / GIB:.2f} offloaded to the host"
     answers = [answer for answer in said.values() if "lost" not in answer]
-    text = f"{count / 1e6:.1f} M parameters; weights, gradients and optimizer {per_worker / GIB:.2f} GiB per worker"
-    text += f" (ZeRO-{train.zero_stage}, {'bf16' if train.bf16 else 'fp32'})"
     if not answers:
         return Check("memory", "warn", f"{text}; the nodes' memory is not known")
     gpus = [answer["gpu"] for answer in answers if answer["gpu"]] if train.device != "cpu" else []
-    share = 1 if gpus else -(-train.workers // len(answers))
-    limit = min(gpus or [answer["memory"] for answer in answers])
-    where = "GPU" if gpus else f"node ({share} worker(s) each)"
-    text += f", activations not counted; {limit / GIB:.1f} GiB per {where}"
-    used = share * per_worker / limit
-    if used > 1:
-        return Check("memory", "FAIL", f"{text}: use more train.workers with train.zero_stage=3, or a smaller model")
+    share = -(-train.workers // len(answers))
+    host = min(answer["memory"] for answer in answers)
+    text += f"; {min(gpus) / GIB:.1f} GiB per GPU" if gpus else ""
+    text += f"; {host / GIB:.1f} GiB per node ({share} worker(s) each)"
+    if gpus:
+        fixed = max(state.device / min(gpus), share * state.host / host)
+        used = max((state.device + active) / min(gpus), share * state.host / host)
+    else:
+        fixed = share * (state.device + state.host) / host
+        used = fixed + share * active / host
+    if fixed > 1:
+        return Check(
+            "memory",
+            "FAIL",
+            f"{text}: use more train.workers with train.zero_stage=3, train.offload=true, or a smaller model",
+        )
     if used > ROOM:
         return Check(
-            "memory", "warn", f"{text}: little is left for activations; raise train.zero_stage or train.workers"
+            "memory",
+            "warn",
+            f"{text}: little is left; raise train.accumulation, train.zero_stage or train.workers, or set "
+            "model.checkpointing=true",
         )
     return Check("memory", "ok", text)
 
 
 def disk(config: RunConfig) -> Check:
-    """Free space for the checkpoints that exist at once: weights, master copy and moments of all workers together."""
-    size = KEPT_CHECKPOINTS * parameters(config) * ((2 if config.train.bf16 else 4) + 12)
+    """Free space for the checkpoints that exist at once: weights, master copy, moments and average of all
+    workers together.
+    """
+    each = (2 if config.train.bf16 else 4) + 12 + (4 if config.optimizer.ema else 0)
+    size = KEPT_CHECKPOINTS * sum(parameters(config)) * each
     root = local_path(config.storage.root)
     if root is None:
         return Check(

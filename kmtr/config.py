@@ -137,25 +137,45 @@ class Model(Section):
     decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
     decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    readout: Literal["kspace", "hybrid"] = Field(
+        "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
+    )
     readout_fraction: float = Field(1.0, gt=0, le=1, description="central share of kx that enters a line token")
     line_parts: Literal["static+dynamic", "whole"] = Field(
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
     normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    drop_path: float = Field(
+        0.0, ge=0, lt=1, description="stochastic depth per subject in training: rate of the last encoder block, 0 first"
+    )
     checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
     projection: int = Field(128, gt=0, description="width of the alignment space")
+
+    def readout_samples(self, nx: int) -> int:
+        """Samples of a line of nx that enter its token: an even number of central ones."""
+        return max(2, 2 * round(nx * self.readout_fraction / 2))
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Model:
         for name in ("width", "decoder_width"):
             if getattr(self, name) % self.head_width:
                 raise ValueError(f"model.{name}: expected a multiple of model.head_width={self.head_width}")
+        if self.head_width % 8 or self.head_width > 256:
+            raise ValueError(
+                f"model.head_width: expected a multiple of 8 up to 256, as fused attention takes, got {self.head_width}"
+            )
         return self
 
 
 class Reconstruct(Section):
     steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
     mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
+    target: Literal["acquired", "all"] = Field(
+        "acquired", description="lines predicted: acquired and hidden, or all that are not shown (what the source has)"
+    )
+    target_lines: float = Field(
+        0.0, ge=0, lt=1, description="share of those lines that is drawn for the loss, anew each pass; 0: all of them"
+    )
     image_mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of image patches hidden from the encoder")
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
     image_weight: float = Field(1.0, ge=0, description="weight of the image domain's loss against k-space's")
@@ -189,6 +209,9 @@ class Optimizer(Section):
     cooldown: float = Field(0.2, gt=0, le=1, description="last share of the steps, linear to zero, of a plateau")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of a block over that of the one above it")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm limit")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay per step of the averaged weights validated and exported, as .999; 0: off"
+    )
 
 
 class Train(Section):
@@ -197,13 +220,23 @@ class Train(Section):
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
     threads: int = Field(0, ge=0, description="threads of a worker on a CPU; 0: its share of the node's cores")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
+    offload: bool = Field(
+        False, description="optimizer in the host's memory (zero_stage 1 to 3): slower, less GPU memory"
+    )
     bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
+    compile: bool = Field(False, description="torch.compile of the transformer blocks, once for all numbers of tokens")
     accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
     log_every: int = Field(10, gt=0, description="steps between lines and logged metrics")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.offload and not self.zero_stage:
+            raise ValueError("train.offload: expected train.zero_stage of 1, 2 or 3, got 0, which shards no optimizer")
+        return self
 
 
 class Run(Section):

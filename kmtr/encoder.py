@@ -25,6 +25,7 @@ from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Loaded
 from kmtr.data.shards import schema, to_row
 from kmtr.model.encoder import line_encoder, static_dynamic_embedding
+from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer
 from kmtr.physics import sampling
 from kmtr.types import InputError, Study
@@ -50,7 +51,7 @@ class KSpaceEncoder:
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
         lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
-        encoded = self.module(lines, batch.padded)
+        encoded = self.module([lines], gather(~batch.padded), batch.padded)
         return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
 
     def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:

@@ -14,11 +14,11 @@ HDR_EPS = 0.5
 
 
 def masked_reconstruction(
-    predicted: Float[Tensor, "batch token feature"],
-    target: Float[Tensor, "batch token feature"],
-    padded: Bool[Tensor, "batch token"],
+    predicted: Float[Tensor, "token feature"],
+    target: Float[Tensor, "token feature"],
+    counts: Int[Tensor, " batch"],
     kind: Literal["mse", "l1", "hdr"] = "mse",
-    blank: Bool[Tensor, "batch token feature"] | None = None,
+    blank: Bool[Tensor, "token feature"] | None = None,
 ) -> Float[Tensor, " batch"]:
     """Mean over the hidden tokens of each subject; 0 for a subject that has none.
 
@@ -26,6 +26,7 @@ def masked_reconstruction(
     real and imaginary part, interleaved).
 
     Args:
+        counts: tokens of each subject, which come one after the other.
         blank: features that are no data; a token's mean is over the others.
     """
     error = predicted.float() - target.float()
@@ -41,8 +42,8 @@ def masked_reconstruction(
         per_token = per_feature.mean(-1)
     else:
         per_token = per_feature.masked_fill(blank, 0.0).sum(-1) / (~blank).sum(-1).clamp(min=1)
-    present = ~padded
-    return (per_token * present).sum(-1) / present.sum(-1).clamp(min=1)
+    total = torch.segment_reduce(per_token, "sum", lengths=counts, unsafe=True, initial=0.0)  # unsafe: asks nothing
+    return total / counts.clamp(min=1)
 
 
 class Contrast(NamedTuple):

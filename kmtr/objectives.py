@@ -22,13 +22,19 @@ from kmtr.config import MIN_TEMPERATURE, RunConfig
 from kmtr.data.batch import Batch
 from kmtr.losses import info_nce, masked_reconstruction
 from kmtr.model.encoder import (
+    Encoded,
     line_decoder,
     line_encoder,
     patch_decoder,
     patch_encoder,
     static_dynamic_embedding,
 )
+from kmtr.model.packing import Lengths, Places
+from kmtr.model.packing import gather as gather_places
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+from kmtr.model.transformer import Block
+from kmtr.physics import random
+from kmtr.physics.lines import CENTRE
 
 
 @runtime_checkable
@@ -43,10 +49,12 @@ class Inputs:
     """One micro-batch as the model sees it, made in fp32 outside the engine.
 
     Attributes:
-        lines, line_targets: visible and hidden acquired lines; the visible ones never depend on the hidden ones.
+        lines, line_targets: visible lines and those to predict; the visible ones never depend on any other.
         patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
         all_lines, all_patches: everything acquired, for alignment; None in stage b.
-        absent, absent_patches: frame slots without data, in the frames of either domain.
+        cells, patch_cells: frame slots that hold data, in the frames of either domain.
+        absent, absent_patches: those that do not.
+        draws: uniform numbers for stochastic depth, of `PASSES`; None: nothing is left out.
     """
 
     lines: Tokens
@@ -55,8 +63,15 @@ class Inputs:
     patch_targets: Tokens | None
     all_lines: Tokens | None
     all_patches: Tokens | None
+    cells: Places
+    patch_cells: Places
     absent: Bool[Tensor, "batch slice t"]
     absent_patches: Bool[Tensor, "batch slice pt"]
+    draws: Float[Tensor, "batch pass block 2"] | None = None
+
+
+PASSES = ("lines", "patches", "all_lines", "all_patches")
+"""Tokens that an encoder reads; each pass draws its own depth."""
 
 
 class Preparer:
@@ -67,24 +82,52 @@ class Preparer:
         self.lines = LineTokenizer(config.data, config.model, tables, device)
         self.patches = PatchTokenizer(config.data, config.model, tables, device)
 
+    def readout(self, stage: str) -> int | None:
+        """Central kx samples of a batch that a stage looks at; None: all, since it needs images."""
+        return None if stage == "align" or self.config.reconstruct.image_weight else max(self.lines.samples, CENTRE)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, stage: str) -> Inputs:
-        visible, most = batch.sampled & ~batch.hidden, batch.counts.get
-        images = self.patches.images(batch)
+        seen, visible = batch.sampled, batch.sampled & ~batch.hidden
         absent_patches = batch.padded.unflatten(2, (-1, self.config.model.patch[0])).all(-1)
         present = ~absent_patches[..., None, None].expand(batch.hidden_patches.shape)
-        both, seen = stage == "align", batch.sampled
-        shown, withheld = most("visible_patches"), most("hidden_patches")
+        shown, withheld = present & ~batch.hidden_patches, present & batch.hidden_patches
+        absent = self.on_grid(batch.padded, batch.slots)
+        absent_patches = self.on_grid(absent_patches, batch.slots, self.config.model.patch[0])
+        chosen = [visible, batch.targets, seen, shown, withheld, present, ~absent, ~absent_patches]
+        many = Lengths.of(chosen)  # all at once: each question makes the host wait for the device
+        both = stage == "align"
+        patches = patch_targets = all_patches = None
+        if self.readout(stage) is None:
+            images = self.patches.images(batch)
+            frozen = both and not self.config.align.train_image_encoder
+            if self.config.reconstruct.image_weight and not frozen:
+                patches = self.patches(batch, images, shown, many[3])
+                patch_targets = self.patches(batch, images, withheld, many[4])
+            if both:
+                all_patches = self.patches(batch, images, present, many[5])
+        known = batch.acquired if self.config.reconstruct.target == "all" else seen
         return Inputs(
-            lines=self.lines(batch, known=visible, chosen=visible, length=most("visible")),
-            line_targets=self.lines(batch, known=seen, chosen=batch.hidden, visible=visible, length=most("hidden")),
-            patches=self.patches(batch, images, present & ~batch.hidden_patches, shown),
-            patch_targets=self.patches(batch, images, present & batch.hidden_patches, withheld),
-            all_lines=self.lines(batch, known=seen, chosen=seen, length=most("sampled")) if both else None,
-            all_patches=self.patches(batch, images, present, present[0].numel()) if both else None,
-            absent=self.on_grid(batch.padded, batch.slots),
-            absent_patches=self.on_grid(absent_patches, batch.slots, self.config.model.patch[0]),
+            lines=self.lines(batch, known=visible, chosen=visible, lengths=many[0]),
+            line_targets=self.lines(batch, known=known, chosen=batch.targets, visible=visible, lengths=many[1]),
+            patches=patches,
+            patch_targets=patch_targets,
+            all_lines=self.lines(batch, known=seen, chosen=seen, lengths=many[2]) if both else None,
+            all_patches=all_patches,
+            cells=gather_places(~absent, many[6]),
+            patch_cells=gather_places(~absent_patches, many[7]),
+            absent=absent,
+            absent_patches=absent_patches,
+            draws=self.draws(batch),
         )
+
+    def draws(self, batch: Batch) -> Float[Tensor, "batch pass block 2"] | None:
+        """Uniform numbers of (seed, visit, subject), so that neither workers nor recomputation change them."""
+        model = self.config.model
+        if batch.visit is None or not model.drop_path:
+            return None
+        shape = (len(PASSES), model.depth, 2)
+        return random.uniform(self.config.seed, batch.visit, batch.key, random.DEPTH, shape)
 
     def on_grid(self, absent: Bool[Tensor, "batch slice t"], slots: tuple[int, ...], every: int = 1) -> Tensor:
         """Which (slice, t) of the configuration's grid of frame vectors hold no data, bool ``batch slice t``."""
@@ -96,10 +139,11 @@ class Preparer:
     def queries(self, batch: Batch, queried: Bool[Tensor, "batch slice t ky"] | None = None) -> Inputs:
         """All acquired lines as input; as targets the positions to predict (their values are of no use)."""
         seen = batch.sampled
-        lines = self.lines(batch, known=seen, chosen=seen, length=batch.counts.get("sampled"))
+        lines = self.lines(batch, known=seen, chosen=seen)
         targets = lines if queried is None else self.lines(batch, known=seen, chosen=queried)
         absent = self.on_grid(batch.padded, batch.slots)
-        return Inputs(lines, targets, None, None, None, None, absent, absent)
+        cells = gather_places(~absent)
+        return Inputs(lines, targets, None, None, None, None, cells, cells, absent, absent)
 
 
 class Pretraining(nn.Module):
@@ -120,6 +164,10 @@ class Pretraining(nn.Module):
             self.log_temperature = nn.Parameter(torch.tensor([math.log(config.align.temperature - MIN_TEMPERATURE)]))
         self.kspace_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
         self.image_heads = nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()})
+        if config.train.compile:
+            for module in self.modules():
+                if isinstance(module, Block):
+                    module.compiled()
 
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
         """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``, and
@@ -131,36 +179,46 @@ class Pretraining(nn.Module):
         """
         out: dict[str, Tensor] = {}
         if stage in ("embed", "predict"):
-            encoded = self.kspace_encoder(inputs.lines, inputs.absent)
+            encoded = self._encode(inputs, "lines")
             if stage == "embed":
                 return {"embedding": torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), -1).flatten(1)}
-            return {"values": self.kspace_decoder(encoded, inputs.line_targets.index)}
+            return {"values": self.kspace_decoder(encoded, inputs.line_targets)}
         loss = self.config.reconstruct.kspace_loss
         aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
         if not aligned or self.config.align.reconstruct_weight:
-            encoded = self.kspace_encoder(inputs.lines, inputs.absent)
-            predicted = self.kspace_decoder(encoded, inputs.line_targets.index)
             targets = inputs.line_targets
-            out["kspace"] = masked_reconstruction(predicted, targets.values, targets.padded, loss, targets.blank)
+            predicted = self.kspace_decoder(self._encode(inputs, "lines"), targets)
+            out["kspace"] = masked_reconstruction(
+                predicted, targets.values, targets.lengths.counts, loss, targets.blank
+            )
         if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
-            encoded = self.image_encoder(inputs.patches, inputs.absent_patches)
-            predicted = self.image_decoder(encoded, inputs.patch_targets.index)
-            out["image"] = masked_reconstruction(predicted, inputs.patch_targets.values, inputs.patch_targets.padded)
+            targets = inputs.patch_targets
+            predicted = self.image_decoder(self._encode(inputs, "patches"), targets)
+            out["image"] = masked_reconstruction(predicted, targets.values, targets.lengths.counts)
         if aligned and inputs.all_lines is not None and inputs.all_patches is not None:
-            lines = self.kspace_encoder(inputs.all_lines, inputs.absent)
+            lines = self._encode(inputs, "all_lines")
             with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                patches = self.image_encoder(inputs.all_patches, inputs.absent_patches)
+                patches = self._encode(inputs, "all_patches", whole=frozen)
             ends = ((lines, self.kspace_heads), (patches, self.image_heads))
             z = []
             for end, heads in ends:
                 parts = static_dynamic_embedding(end.frames, end.absent)
                 pairs = zip((heads["static"], heads["dynamic"]), parts, strict=True)
-                z += [head(x.to(end.frames.dtype)) for head, x in pairs]
+                z += [head(x.to(end.vectors.dtype)) for head, x in pairs]
             out["z"] = torch.stack(z, dim=2)
             if self.config.align.learn_temperature:
                 # Learnt as a logarithm, as in CLIP (Radford 2021), above a floor that never stops its gradient.
                 out["temperature"] = MIN_TEMPERATURE + self.log_temperature[0].float().exp()
         return out
+
+    def _encode(self, inputs: Inputs, kind: str, whole: bool = False) -> Encoded:
+        """What the encoder of its domain makes of one of `PASSES`; `whole`: at full depth."""
+        lines = kind.endswith("lines")
+        encoder = self.kspace_encoder if lines else self.image_encoder
+        cells = (inputs.cells, inputs.absent) if lines else (inputs.patch_cells, inputs.absent_patches)
+        draws = None if inputs.draws is None or whole else inputs.draws[:, PASSES.index(kind)]
+        encoded: Encoded = encoder([getattr(inputs, kind)], *cells, draws)
+        return encoded
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import doctor
+from jobs import bench_flops, doctor, doctor_memory
 from kmtr.config import RunConfig, override
-from kmtr.objectives import Pretraining
+from kmtr.data.batch import Batch
+from kmtr.objectives import Preparer, Pretraining
 
 pytestmark = pytest.mark.slow
 
@@ -175,22 +176,85 @@ def test_tracking_leaves_no_run_behind(config: RunConfig) -> None:
 
 
 def test_state_per_worker_by_zero_stage() -> None:
-    """ZeRO's own example (Rajbhandari et al. 2020, figure 1): 7.5 B parameters, 64 workers, mixed precision, in GB."""
-    sizes = [doctor.state_bytes(7_500_000_000, 64, stage, bf16=True) / 1e9 for stage in range(4)]
-    assert sizes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.06)
-    assert doctor.state_bytes(1, 1, 0, bf16=False) == 16
-    assert doctor.state_bytes(1, 1, 2, bf16=False) == 20
+    """ZeRO's own example (Rajbhandari et al. 2020, figure 1), in GB: 7.5 B parameters, 64 workers; and a bucket."""
+    sizes = [7_500_000] * 1000
+    bucket = 0.1
+    found = [doctor_memory.state_bytes(sizes, 64, stage, bf16=True).device / 1e9 for stage in range(4)]
+    assert found == pytest.approx([120, 31.4 + bucket, 16.6 + bucket, 1.9 + bucket], abs=0.06)
+    assert doctor_memory.state_bytes([1], 1, 0, bf16=False).device == 16
+    assert doctor_memory.state_bytes([1], 1, 0, bf16=False, ema=True).device == 20
+    split = doctor_memory.state_bytes(sizes, 64, 3, bf16=True, offload=True)
+    assert split.device / 1e9 == pytest.approx(7.5 * 4 / 64 + bucket)
+    assert split.host / 1e9 == pytest.approx(7.5 * 16 / 64)
+
+
+def test_tokens_are_at_most_those_of_the_lowest_acceleration(small: RunConfig, batch: Batch) -> None:
+    most = doctor_memory.most_tokens(small)
+    for name, count in vars(most).items():
+        real = max(getattr(n, name) for n in bench_flops.useful(batch, small))
+        assert real <= 1.1 * count + 1
+        assert 0.8 * count <= real
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("reconstruct", {}),
+        ("reconstruct", {"model.depth": 4, "model.mlp_ratio": 4}),
+        ("reconstruct", {"model.depth": 4, "model.checkpointing": True, "reconstruct.image_weight": 0.0}),
+        ("align", {}),
+        ("align", {"align.train_image_encoder": True}),
+    ],
+)
+def test_activations_are_what_autograd_keeps(
+    small: RunConfig, tables: dict[str, torch.Tensor], batch: Batch, stage: str, changes: dict[str, Any]
+) -> None:
+    """Bytes of the tensors that the graph saves, weights and inputs left out: within 25 %."""
+    steps = {"stage": stage, "data.global_batch": 8, "train.workers": 1}
+    config = override(small, {"model.width": 64, "model.decoder_width": 64} | steps | changes)
+    module = Pretraining(config)
+    inputs = Preparer(config, tables, torch.device("cpu"))(batch, stage)
+    known = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            saved[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = module(inputs, stage)
+    held = sum(storage.nbytes() for storage in saved.values())
+    expected = doctor_memory.activation_bytes(config, bench_flops.executed(inputs))
+    if config.model.checkpointing:  # one block is whole only while it is run again
+        block = (9 + 2 * config.model.mlp_ratio) * config.model.width * 4 * len(batch)
+        expected -= block * inputs.lines.padded.shape[1]
+    assert kept
+    assert expected == pytest.approx(held, rel=0.25)
 
 
 def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.parameters(config) == sum(p.numel() for p in Pretraining(config).parameters())
+    sizes = doctor_memory.parameters(config)
+    assert sum(sizes) == sum(p.numel() for p in Pretraining(config).parameters())
     said = answers(config, ("a",))
-    needed = 2 * doctor.state_bytes(doctor.parameters(config), 2, config.train.zero_stage, config.train.bf16)
-    for memory, expected in ((needed * 0.9, "FAIL"), (needed * 1.2, "warn"), (needed * 3, "ok")):
+    train = config.train
+    state = doctor_memory.state_bytes(sizes, 2, train.zero_stage, train.bf16).device
+    active = doctor_memory.activation_bytes(config, doctor_memory.most_tokens(config))
+    for memory, expected in (
+        (2 * state * 0.9, "FAIL"),
+        (2 * (state + active) * 1.2, "warn"),
+        (2 * (state + active) * 3, "ok"),
+    ):
         said["a"] |= {"memory": memory, "gpu": 0}
         assert doctor.memory(config, said).state == expected
-    said["a"] |= {"memory": needed * 9, "gpu": needed * 0.4}  # a worker has a GPU of its own: half of it each
+    said["a"] |= {"memory": 1e12, "gpu": state * 0.8}  # a worker has a GPU of its own
     assert doctor.memory(config, said).state == "FAIL"
+    offloaded = override(config, {"train.offload": True})
+    assert "offloaded to the host" in doctor.memory(offloaded, said).found
+    assert doctor.memory(offloaded, said | {"a": said["a"] | {"gpu": 1e12}}).state == "ok"
+    said["a"] |= {"memory": state / 10, "gpu": 1e12}  # what is offloaded does not fit the host
+    assert doctor.memory(offloaded, said).state == "FAIL"
     vast = override(config, {"model.width": 128_000})
     assert doctor.disk(vast).state == "FAIL"
 

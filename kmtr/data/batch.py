@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
-from kmtr.config import Data, RunConfig
+from kmtr.config import Augment, Data, RunConfig
 from kmtr.data import pages, patterns, shards, storage
 from kmtr.data.buckets import Shape
 from kmtr.data.reader import Dataset, Samples
@@ -37,8 +37,10 @@ class Batch:
 
     Attributes:
         kspace: as stored (augmented where asked for), everything the source acquired; zeros where padded.
-        sampled: lines that the (simulated) scanner acquired.
-        hidden: acquired lines withheld from the encoder in masked pretraining.
+        acquired: lines that the source has.
+        sampled: those of them that the (simulated) scanner acquired.
+        hidden: sampled lines withheld from the encoder in masked pretraining.
+        targets: lines that masked pretraining predicts: hidden ones, or also those that only the source has.
         hidden_patches: image patches withheld from the image encoder; images have the configuration's full matrix.
         padded: slots of slice and frame that hold no data.
         extent: coils, ny and nx of each slice.
@@ -48,13 +50,14 @@ class Batch:
         slots: slice slot of the configuration that each slice of the batch is.
         real: subjects of the GLOBAL batch that are not repeated.
         same: whether coils and readout of all subjects fill the batch.
-        counts: most tokens of a subject by kind (``visible``, ``hidden``, ``sampled`` lines, ``visible_patches``,
-            ``hidden_patches``); those of lines are missing where sources bring patterns of their own.
+        visit: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
     """
 
     kspace: Complex[Tensor, "batch slice coil t ky kx"]
+    acquired: Bool[Tensor, "batch slice t ky"]
     sampled: Bool[Tensor, "batch slice t ky"]
     hidden: Bool[Tensor, "batch slice t ky"]
+    targets: Bool[Tensor, "batch slice t ky"]
     hidden_patches: Bool[Tensor, "batch slice pt py px"]
     padded: Bool[Tensor, "batch slice t"]
     extent: Int[Tensor, "batch slice 3"]
@@ -64,7 +67,7 @@ class Batch:
     slots: tuple[int, ...]
     real: int
     same: bool
-    counts: dict[str, int]
+    visit: Int[Tensor, " batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -111,9 +114,16 @@ class HostBatch:
     def __len__(self) -> int:
         return len(self.stored)
 
-    def to(self, device: torch.device) -> Batch:
-        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live."""
+    def to(self, device: torch.device, readout: int | None = None) -> Batch:
+        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live.
+
+        Args:
+            readout: central kx samples that are needed; None: all, as images do. What is not needed is not even cast.
+        """
         stored = self.stored
+        if readout is not None and readout < stored.shape[-2] and self.config.augment == Augment():
+            first = stored.shape[-2] // 2 - readout // 2
+            stored = stored[..., first : first + readout, :]
         if device.type == "cuda" and not stored.is_pinned():
             stored = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
         meta = {name: tensor.to(device, non_blocking=True) for name, tensor in self.meta.items()}
@@ -125,13 +135,15 @@ class HostBatch:
                 kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, visit, key, given.any(1)
             )
         slots = slots_of(config.data, self.shape[0])
-        sampled, hidden, patches = draw(
+        sampled, hidden, targets, patches = draw(
             config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, visit, self.purpose
         )
         return Batch(
             kspace=kspace,
+            acquired=acquired,
             sampled=sampled,
             hidden=hidden,
+            targets=targets,
             hidden_patches=patches,
             padded=meta["padded"],
             extent=meta["extent"],
@@ -141,7 +153,7 @@ class HostBatch:
             slots=slots,
             real=self.real,
             same=self._same,
-            counts=token_counts(config, self.shape, drawn=not bool(self.meta["given"].any())),
+            visit=visit if self.purpose == sampling.PATTERN else None,
         )
 
     @property
@@ -418,8 +430,13 @@ def draw(
     key: Int[Tensor, " batch"],
     visit: Int[Tensor, " batch"],
     purpose: int,
-) -> tuple[Bool[Tensor, "batch slice t ky"], Bool[Tensor, "batch slice t ky"], Bool[Tensor, "batch slice pt py px"]]:
-    """Pattern, hidden lines and hidden patches of each subject: functions of (seed, visit, subject) alone.
+) -> tuple[
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice pt py px"],
+]:
+    """Pattern, hidden and target lines, hidden patches of each subject: functions of (seed, visit, subject) alone.
 
     Slices are numbered as in the configuration's full shape and lines from the centre, so that a subject gets the same
     numbers in a batch of any shape. A source that was undersampled by its scanner (`given`) keeps its own pattern.
@@ -441,44 +458,17 @@ def draw(
         u = numbers(purpose).flatten(0, 1)[:, None]
         drawn = sampling.pattern(u, each, ny.flatten(), how.acs_lines, how.family).view(acquired.shape)
     sampled = torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
-    hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, config.reconstruct.mask_ratio)
+    goal = config.reconstruct
+    hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, goal.mask_ratio)
+    targets = hidden if goal.target == "acquired" else acquired & ~sampled | hidden
+    if goal.target_lines:
+        targets = sampling.hide(numbers(sampling.TARGET_LINES), targets, goal.target_lines)
     pt, py, px = config.model.patch
     patches = (frames // pt, data.matrix[0] // py, data.matrix[1] // px)
     u = random.uniform(seed, visit, key, sampling.HIDDEN_PATCHES, (data.slices, *patches))[:, rows]
     present = ~padded.unflatten(2, (-1, pt)).all(-1)
     candidates = present[..., None, None].expand(u.shape)
-    return sampled, hidden, sampling.hide(u, candidates, config.reconstruct.image_mask_ratio)
-
-
-def token_counts(config: RunConfig, shape: Shape, drawn: bool = True) -> dict[str, int]:
-    """Most tokens of one subject in a batch of a shape, by kind: what `draw` leaves (at most, for family
-    ``kt-gaussian-acs``).
-
-    Args:
-        drawn: lines follow the configuration; else there is no bound on theirs.
-    """
-    sax, _, frames, lines, _ = shape
-    slices = len(slots_of(config.data, sax))
-    pt, py, px = config.model.patch
-    patches = frames // pt * (config.data.matrix[0] // py) * (config.data.matrix[1] // px)
-
-    def split(count: int, ratio: float) -> tuple[int, int]:
-        hidden = min(round(count * ratio), max(count - 1, 0))
-        return count - hidden, hidden
-
-    visible, hidden = split(patches, config.reconstruct.image_mask_ratio)
-    counts = {"visible_patches": slices * visible, "hidden_patches": slices * hidden}
-    if drawn:
-        how = config.sampling
-        if (table := patterns.table(how)) is not None:
-            sampled = [int(sampling.repeat(table, (1, 1, frames, lines)).sum())]
-        else:
-            most = [sampling.most_lines(lines, r, how.acs_lines, how.family) for r in how.accelerations]
-            sampled = [frames * count for count in most]
-        parts = [split(count, config.reconstruct.mask_ratio) for count in sampled]
-        counts["sampled"] = slices * max(sampled)
-        counts["visible"], counts["hidden"] = (slices * max(part[i] for part in parts) for i in (0, 1))
-    return counts
+    return sampled, hidden, targets, sampling.hide(u, candidates, goal.image_mask_ratio)
 
 
 # ------------------------------------------------------------------------------------------------------------ transport

@@ -15,7 +15,7 @@ from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import gauge, readout, static_part
 
 MAX_SUBJECTS = 256
 MIN_SUBJECTS_FOR_MEAN = 16
@@ -24,9 +24,9 @@ MIN_SUBJECTS_FOR_MEAN = 16
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of canonical k-space (see physics.lines) and of images scaled to unit RMS per subject.
+    """Of canonical lines (see physics.lines), as tokens hold them, and of images scaled to unit RMS per subject.
 
-    Attributes:
+    Attributes (the readout is all of kx, or x of the band that tokens hold):
         static_mean: population mean of the static part.
         static_sd: SD of the static part around it; floored where the population does not vary.
         dynamic_sd: SD of the dynamic part, over subjects and frames.
@@ -34,9 +34,9 @@ class Statistics:
         image_sd: one SD for all pixels.
     """
 
-    static_mean: Complex[Tensor, "slice coil ky kx"]
-    static_sd: Float[Tensor, "slice coil ky kx"]
-    dynamic_sd: Float[Tensor, "slice coil ky kx"]
+    static_mean: Complex[Tensor, "slice coil ky readout"]
+    static_sd: Float[Tensor, "slice coil ky readout"]
+    dynamic_sd: Float[Tensor, "slice coil ky readout"]
     image_mean: Float[Tensor, "slice y x"]
     image_sd: Float[Tensor, ""]
 
@@ -49,6 +49,8 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
     rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
+    nx, hybrid = config.data.matrix[1], config.model.readout == "hybrid"
+    samples = config.model.readout_samples(nx) if hybrid else nx
 
     def add(name: str, values: Tensor, present: Tensor, axes: tuple[int, ...]) -> None:
         present = present.to(values.real.dtype)
@@ -62,15 +64,18 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         batch = host.to(torch.device("cpu"))
         present = ~batch.padded
         coils = torch.arange(config.data.coils) < batch.extent[..., :1]
-        inside = coils[..., None] & centred(batch.extent[..., 2], config.data.matrix[1])[:, :, None]
+        known = torch.ones(samples, dtype=torch.bool)  # along x; along kx a smaller matrix leaves some without data
+        if not hybrid:
+            known = centred(batch.extent[..., 2], nx)[:, :, None]
+        inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
-        kspace = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
-        static = static_part(kspace, visible)
+        lines = readout(batch.kspace / gauge(batch.kspace, visible)[..., None, None, None], samples, hybrid)
+        static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]
         ever = seen.any(3)
         add("mean", static, ever, (0,))
         add("square", static.abs().square(), ever, (0,))
-        add("dynamic", (kspace - static[:, :, :, None]).abs().square(), seen, (0, 3))
+        add("dynamic", (lines - static[:, :, :, None]).abs().square(), seen, (0, 3))
         image = magnitude_image(batch.kspace)
         image = scale_image(image, batch.padded)
         add("image", image, present[..., None, None], (0, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kmtr.config import Data, Model
+from kmtr.model.packing import Lengths, Places, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.model.transformer import Block, GatedLinear, sincos
 
@@ -70,7 +72,7 @@ class Position(nn.Module):
         self.view = nn.Embedding(max(grid.views) + 1, width)
         nn.init.normal_(self.view.weight, std=0.02)
 
-    def forward(self, index: Int[Tensor, "batch token axis"]) -> Float[Tensor, "batch token channel"]:
+    def forward(self, index: Int[Tensor, "*token axis"]) -> Float[Tensor, "*token channel"]:
         """Code of each index; axes beyond those given (frame vectors have no place) stay zero."""
         parts = [getattr(self, f"table{i}")[index[..., i]] for i in range(index.shape[-1])]
         code = torch.cat(parts, dim=-1).to(self.view.weight.dtype)  # whether or not the engine cast the tables
@@ -80,53 +82,99 @@ class Position(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder made of a subject: its tokens, and one vector per slice and temporal position."""
+    """What an encoder made of each subject: its tokens, and one vector per slice and temporal position that is there.
 
-    tokens: Float[Tensor, "batch token channel"]
-    padded: Bool[Tensor, "batch token"]
-    frames: Float[Tensor, "batch slice t channel"]
+    Attributes:
+        lengths: of the tokens.
+        cells: (slice, t) of the vectors.
+        absent: (slice, t) without one.
+    """
+
+    tokens: Float[Tensor, "token channel"]
+    lengths: Lengths
+    vectors: Float[Tensor, "cell channel"]
+    cells: Places
     absent: Bool[Tensor, "batch slice t"]
+
+    @property
+    def frames(self) -> Float[Tensor, "batch slice t channel"]:
+        """The vectors on their grid, zeros where absent."""
+        if self.absent.numel() == len(self.vectors):
+            return self.vectors.unflatten(0, self.absent.shape)
+        empty = self.vectors.new_zeros(*self.absent.shape, self.vectors.shape[-1])
+        return empty.masked_scatter(~self.absent[..., None], self.vectors)
+
+    def vector_of(self, places: Places) -> Int[Tensor, " token"]:
+        """Which of the vectors lies at the slice and time of each of these places."""
+        number = (~self.absent).flatten().cumsum(0) - 1
+        return number[places.cell((self.absent.shape[1], self.absent.shape[2]))]
 
 
 class Encoder(nn.Module):
     """Tokens -> transformer -> mean per (slice, t) -> one block over those frame vectors.
 
     Pooling everything into one mean would lose the motion (METHOD's pilot), so (slice, t) is kept.
+
+    Args:
+        vocabularies: grid and embedding of each kind of tokens that it reads. The means are those of the first kind, on
+            its grid; the others are attended to.
     """
 
-    def __init__(self, grid: Grid, embed: nn.Module, model: Model):
+    def __init__(self, vocabularies: Sequence[tuple[Grid, nn.Module]], model: Model):
         super().__init__()
         width, heads = model.width, model.width // model.head_width
-        self.grid_shape, self.checkpointing = grid.shape, model.checkpointing
-        self.embed = embed
-        self.position = Position(grid, width)
+        self.grid_shape, self.checkpointing = vocabularies[0][0].shape, model.checkpointing
+        self.rates = [model.drop_path * i / max(model.depth - 1, 1) for i in range(model.depth)]
+        self.embed = nn.ModuleList(embed for _, embed in vocabularies)
+        self.position = nn.ModuleList(Position(grid, width) for grid, _ in vocabularies)
         self.blocks = nn.ModuleList(Block(width, heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm = nn.LayerNorm(width)
         self.frame_block = Block(width, heads, model.mlp_ratio)
         self.frame_norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tokens, absent: Bool[Tensor, "batch slice t"]) -> Encoded:
-        x = self.embed(tokens.values, tokens.index) + self.position(tokens.index)
-        for block in self.blocks:
+    def forward(
+        self,
+        kinds: Sequence[Tokens],
+        cells: Places,
+        absent: Bool[Tensor, "batch slice t"],
+        draws: Float[Tensor, "batch block 2"] | None = None,
+    ) -> Encoded:
+        """
+        Args:
+            kinds: tokens of each vocabulary.
+            cells: (slice, t) that hold data; those that are not `absent`.
+            draws: uniform numbers for stochastic depth (Huang 2016): a subject leaves out a block's attention or MLP
+                where its number is below the block's rate, and the rest grows by as much. None: nothing is left out.
+        """
+        embedded = [
+            (embed(tokens.values, tokens.index) + position(tokens.index), tokens.lengths)
+            for tokens, embed, position in zip(kinds, self.embed, self.position, strict=True)
+        ]
+        x, lengths, places = join(embedded)
+        for number, block in enumerate(self.blocks):
+            scale = None
+            if draws is not None and (rate := self.rates[number]):
+                scale = ((draws[:, number] >= rate) / (1 - rate)).to(x.dtype)[lengths.subject]
             if self.checkpointing and torch.is_grad_enabled():
                 # The reentrant kind would end a weight's gradient twice where an encoder runs twice in a step (ZeRO-3).
-                x = checkpoint(block, x, tokens.padded, use_reentrant=False)
+                x = checkpoint(block, x, lengths, scale=scale, use_reentrant=False)
             else:
-                x = block(x, tokens.padded)
+                x = block(x, lengths, scale=scale)
         x = self.norm(x)
-        slices, frames = self.grid_shape
-        cell = tokens.index[..., 0] * frames + tokens.index[..., 1]
-        seen = (~tokens.padded).to(x.dtype)
-        place = nn.functional.one_hot(cell, slices * frames).to(x.dtype) * seen[..., None]
-        count = place.sum(1).clamp(min=1)
-        pooled = torch.einsum("blf,blc->bfc", place, x) / count[..., None]
-        z, t = torch.meshgrid(
-            torch.arange(slices, device=x.device), torch.arange(frames, device=x.device), indexing="ij"
-        )
-        where = torch.stack([z, t], dim=-1).view(1, -1, 2).expand(len(x), -1, -1)
-        vectors = self.frame_block(pooled + self.position(where), absent.flatten(1))
-        vectors = self.frame_norm(vectors).unflatten(1, (slices, frames))
-        return Encoded(x, tokens.padded, vectors, absent)
+        pooled = self._pool(x if len(kinds) == 1 else x[places[0]], kinds[0], cells).to(x.dtype)
+        vectors = self.frame_block(pooled + self.position[0](cells.index), cells.lengths)
+        return Encoded(x, lengths, self.frame_norm(vectors), cells, absent)
+
+    def _pool(self, x: Float[Tensor, "token channel"], tokens: Tokens, cells: Places) -> Float[Tensor, "cell channel"]:
+        """Mean of the tokens in each cell, in fp32; zero where there are none."""
+        size = len(tokens.lengths.host) * self.grid_shape[0] * self.grid_shape[1]
+        cell = (tokens.cell(self.grid_shape),)
+        # Not index_add: its order of summation, and so the last bit, is left to chance on a GPU.
+        total = x.new_zeros(size, x.shape[-1], dtype=torch.float32).index_put(cell, x.float(), accumulate=True)
+        ones = total.new_ones(())
+        count = total.new_zeros(size).index_put(cell, ones, accumulate=True)
+        mean = total / count.clamp(min=1)[:, None]
+        return mean if cells.lengths.total == size else mean[cells.cell(self.grid_shape)]
 
 
 class LineEmbed(nn.Module):
@@ -136,7 +184,7 @@ class LineEmbed(nn.Module):
         super().__init__()
         self.linear = GatedLinear(features, width, lines)
 
-    def forward(self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]) -> Tensor:
+    def forward(self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]) -> Tensor:
         return self.linear(values.to(self.linear.gate.dtype), index[..., -1])
 
 
@@ -147,7 +195,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.linear = nn.Linear(features, width)
 
-    def forward(self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]) -> Tensor:
+    def forward(self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]) -> Tensor:
         return self.linear(values.to(self.linear.weight.dtype))
 
 
@@ -167,15 +215,14 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = head
 
-    def forward(self, encoded: Encoded, index: Int[Tensor, "batch query axis"]) -> Float[Tensor, "batch query feature"]:
-        frames = encoded.frames.flatten(1, 2)
-        memory = self.memory(torch.cat([encoded.tokens, frames], dim=1))
-        padded = torch.cat([encoded.padded, encoded.absent.flatten(1)], dim=1)
-        row = torch.arange(len(index), device=index.device)[:, None]
-        x = self.position(index) + self.query(encoded.frames[row, index[..., 0], index[..., 1]])
+    def forward(self, encoded: Encoded, asked: Places) -> Float[Tensor, "token feature"]:
+        """Contents of the tokens at the places that are asked for."""
+        memory, sources, _ = join([(encoded.tokens, encoded.lengths), (encoded.vectors, encoded.cells.lengths)])
+        memory = self.memory(memory)
+        x = self.position(asked.index) + self.query(encoded.vectors)[encoded.vector_of(asked)]
         for block in self.blocks:
-            x = block(x, padded, memory)
-        return self.head(self.norm(x), index)
+            x = block(x, asked.lengths, memory, sources)
+        return self.head(self.norm(x), asked.index)
 
 
 class LineHead(nn.Module):
@@ -185,7 +232,7 @@ class LineHead(nn.Module):
         super().__init__()
         self.linear = GatedLinear(width, features, lines)
 
-    def forward(self, x: Tensor, index: Int[Tensor, "batch token axis"]) -> Float[Tensor, "batch token feature"]:
+    def forward(self, x: Tensor, index: Int[Tensor, "token axis"]) -> Float[Tensor, "token feature"]:
         return self.linear(x, index[..., -1])
 
 
@@ -196,17 +243,17 @@ class PatchHead(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, features)
 
-    def forward(self, x: Tensor, index: Int[Tensor, "batch token axis"]) -> Float[Tensor, "batch token feature"]:
+    def forward(self, x: Tensor, index: Int[Tensor, "token axis"]) -> Float[Tensor, "token feature"]:
         return self.linear(x)
 
 
 def line_encoder(data: Data, model: Model) -> Encoder:
     features = LineTokenizer.features(data, model)
-    return Encoder(Grid.lines(data), LineEmbed(features, data.matrix[0], model.width), model)
+    return Encoder([(Grid.lines(data), LineEmbed(features, data.matrix[0], model.width))], model)
 
 
 def patch_encoder(data: Data, model: Model) -> Encoder:
-    return Encoder(Grid.patches(data, model), PatchEmbed(PatchTokenizer.features(model), model.width), model)
+    return Encoder([(Grid.patches(data, model), PatchEmbed(PatchTokenizer.features(model), model.width))], model)
 
 
 def line_decoder(data: Data, model: Model) -> Decoder:

@@ -10,9 +10,12 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from kmtr.config import Data, Model
+from kmtr.model.packing import Lengths, Places, gather
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import gauge, readout, readout_inverse, static_part
+
+LINE_TABLES = ("static_mean", "static_sd", "dynamic_sd")
 
 
 @runtime_checkable
@@ -32,51 +35,21 @@ class Acquisition(Protocol):
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A padded sequence per subject.
+class Tokens(Places):
+    """A sequence per subject, one after the other.
 
     Attributes:
-        values: normalised content of the tokens (zeros where padded).
-        index: position of each token in the configuration's grid: (slice, t, ky) of lines, (slice, t, y, x) of patches.
-        padded: not a token.
+        index: in the configuration's grid: (slice, t, ky) of lines, (slice, t, y, x) of patches.
+        values: normalised content of the tokens.
         blank: features of a token that are no data (a smaller matrix, fewer coils); None: all are.
     """
 
-    values: Float[Tensor, "batch token feature"]
-    index: Int[Tensor, "batch token axis"]
-    padded: Bool[Tensor, "batch token"]
-    blank: Bool[Tensor, "batch token feature"] | None = None
-
-    def __getitem__(self, rows: slice) -> Tokens:
-        blank = None if self.blank is None else self.blank[rows]
-        return Tokens(self.values[rows], self.index[rows], self.padded[rows], blank)
-
-
-def gather(
-    chosen: Bool[Tensor, batch * grid], length: int | None = None
-) -> tuple[Int[Tensor, "batch token axis"], Bool[Tensor, "batch token"]]:
-    """Positions of the chosen cells of a grid, in order, padded to `length` or the largest count.
-
-    A known length keeps the shape the same from step to step (compiled kernels) and asks nothing back from the device.
-
-    Returns:
-        index of each token on the grid's axes, and which tokens are padding (they point at some cell not chosen).
-    """
-    grid = chosen.shape[1:]
-    flat = chosen.flatten(1)
-    count = flat.sum(1)
-    length = max(int(count.max()), 1) if length is None else min(max(length, 1), flat.shape[1])
-    order = torch.argsort((~flat).to(torch.uint8), dim=1, stable=True)[:, :length]
-    padded = torch.arange(length, device=flat.device) >= count[:, None]
-    index, rest = [], order
-    for size in reversed(grid):
-        index.append(rest % size)
-        rest = rest // size
-    return torch.stack(index[::-1], dim=-1), padded
+    values: Float[Tensor, "token feature"]
+    blank: Bool[Tensor, "token feature"] | None = None
 
 
 class LineTokenizer:
-    """Readout lines as tokens: real and imaginary part of the central kx of the dynamic and the static part of a line.
+    """Readout lines as tokens: real and imaginary part of the dynamic and the static part of a line.
 
     Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided
     by SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
@@ -88,19 +61,21 @@ class LineTokenizer:
     def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
         self.data, self.model = data, model
         nx = data.matrix[1]
-        width = max(2, 2 * round(nx * model.readout_fraction / 2))
-        self.kx = slice(nx // 2 - width // 2, nx // 2 + width // 2)
-        self.mean = tables["static_mean"][..., self.kx].to(device)
+        self.samples = model.readout_samples(nx)
+        self.kx = slice(nx // 2 - self.samples // 2, nx // 2 + self.samples // 2)
+        self.hybrid = model.readout == "hybrid"
+        kept = {name: crop_or_pad(tables[name], (self.samples,), (-1,)) for name in LINE_TABLES}
+        self.mean = kept["static_mean"].to(device)
         self.divisor = {}
         for part in ("static", "dynamic"):
-            sd = tables[f"{part}_sd"][..., self.kx].to(device)
+            sd = kept[f"{part}_sd"].to(device)
             unit = sd.pow(2 - 2 * model.normalisation_power).mean().sqrt().clamp(min=torch.finfo(sd.dtype).tiny)
             self.divisor[part] = sd.pow(model.normalisation_power) * unit
 
     @staticmethod
     def features(data: Data, model: Model) -> int:
-        width = max(2, 2 * round(data.matrix[1] * model.readout_fraction / 2))
-        return 2 * width * data.coils * (2 if model.line_parts == "static+dynamic" else 1)
+        parts = 2 if model.line_parts == "static+dynamic" else 1
+        return 2 * parts * model.readout_samples(data.matrix[1]) * data.coils
 
     def __call__(
         self,
@@ -108,7 +83,7 @@ class LineTokenizer:
         known: Bool[Tensor, "batch slice t ky"],
         chosen: Bool[Tensor, "batch slice t ky"],
         visible: Bool[Tensor, "batch slice t ky"] | None = None,
-        length: int | None = None,
+        lengths: Lengths | None = None,
     ) -> Tokens:
         """Tokens of the `chosen` lines.
 
@@ -118,72 +93,68 @@ class LineTokenizer:
         Args:
             known: lines that the temporal mean is taken over.
             visible: lines that phase and gain are estimated from; `known` where not given.
-            length: of the sequence; see `gather`.
+            lengths: of `chosen`; see `packing.gather`.
         """
         kspace = batch.kspace
         factor = gauge(kspace, known if visible is None else visible)
-        coils, lines, readout = kspace.shape[2], kspace.shape[4], kspace.shape[5]
-        full = self.kx.stop - self.kx.start
-        width = min(full, readout)
-        inner = slice(full // 2 - width // 2, full // 2 - width // 2 + width)
-        central = kspace[..., readout // 2 - width // 2 :][..., :width]
+        missing, height = self.data.coils - kspace.shape[2], kspace.shape[4]
+        central = crop_or_pad(kspace, (min(self.samples, kspace.shape[5]),), (-1,))
         static = static_part(central, known)
-        index, padded = gather(chosen, length)
-        z, t, ky = index.unbind(-1)
-        place = torch.tensor(batch.slots, device=kspace.device)[z]
-        shift = self.data.matrix[0] // 2 - lines // 2
-        row = torch.arange(len(kspace), device=kspace.device)[:, None]
+        places = gather(chosen, lengths)
+        row, (z, t, ky) = places.lengths.subject, places.index.unbind(-1)
         scale = factor[row, z][..., None]
-        line, fixed = central[row, z, :, t, ky] / scale, static[row, z, :, ky] / scale
-
-        def table(full_table: Tensor) -> Tensor:
-            return full_table[:, :coils, :, inner][place, :, ky + shift]
-
-        mean, divisor = table(self.mean), {part: table(values) for part, values in self.divisor.items()}
+        line, fixed = (
+            readout(nn.functional.pad(part / scale, (0, 0, 0, missing)), self.samples, self.hybrid)
+            for part in (central[row, z, :, t, ky], static[row, z, :, ky])
+        )
+        place = torch.tensor(batch.slots, device=kspace.device)[z]
+        ky = ky + self.data.matrix[0] // 2 - height // 2
+        mean, divisor = self.mean[place, :, ky], {name: table[place, :, ky] for name, table in self.divisor.items()}
         if self.model.line_parts == "whole":
             parts = [(line - mean) / divisor["static"]]
         else:
             parts = [(line - fixed) / divisor["dynamic"], (fixed - mean) / divisor["static"]]
-        values = torch.stack(parts, dim=2)
+        values = torch.stack(parts, dim=1)
         blank = None
         if not self._fills(batch):
-            extent = batch.extent[row, z]
-            absent = (torch.arange(self.data.coils, device=z.device) >= extent[..., :1])[..., None] | ~centred(
-                extent[..., 2], self.data.matrix[1]
-            )[..., None, self.kx]
-            values = nn.functional.pad(values, (inner.start, full - inner.stop, 0, self.data.coils - coils))
-            values = values.masked_fill(absent[:, :, None], 0.0)
-            blank = absent[:, :, None, :, :, None].expand(*values.shape, 2).flatten(2)
-        values = torch.view_as_real(values).flatten(2)
-        index = torch.stack([place, t, ky + shift], dim=-1)
-        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded, blank)
+            absent = self._absent(batch.extent[row, z])
+            values = values.masked_fill(absent[:, None], 0.0)
+            blank = absent[:, None, :, :, None].expand(*values.shape, 2).flatten(1)
+        index = torch.stack([place, t, ky], dim=-1)
+        return Tokens(places.lengths, index, torch.view_as_real(values).flatten(1), blank)
+
+    def _absent(self, extent: Int[Tensor, "token 3"]) -> Bool[Tensor, "token coil readout"]:
+        """What of a full token its slice has no data for: coils and, along kx, what a smaller matrix lacks."""
+        absent = torch.arange(self.data.coils, device=extent.device) >= extent[..., :1]
+        if self.hybrid:
+            return absent[..., None].expand(*absent.shape, self.samples)
+        return absent[..., None] | ~centred(extent[..., 2], self.data.matrix[1])[..., None, self.kx]
 
     def _fills(self, batch: Acquisition) -> bool:
-        """Whether coils and readout of all subjects are the configuration's."""
-        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] == self.data.matrix[1]
+        """Whether all subjects have the configuration's coils and all of the readout that enters a token."""
+        full = self.kx.stop - self.kx.start
+        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] >= full
 
     def parts(
-        self, values: Float[Tensor, "batch token feature"], index: Int[Tensor, "batch token axis"]
-    ) -> tuple[Complex[Tensor, "batch token coil kx"], Complex[Tensor, "batch token coil kx"]]:
+        self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]
+    ) -> tuple[Complex[Tensor, "token coil kx"], Complex[Tensor, "token coil kx"]]:
         """Static and dynamic part of canonical lines (central kx) from token values: inverse of the normalisation.
 
         With ``model.line_parts=whole`` all of a line is static and nothing dynamic.
         """
         count = 1 if self.model.line_parts == "whole" else 2
-        width = self.kx.stop - self.kx.start
         z, _, ky = index.unbind(-1)
-        split = torch.view_as_complex(
-            values.float().reshape(*values.shape[:2], count, self.data.coils, width, 2).contiguous()
-        )
-        fixed = split[:, :, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
-        return fixed, split[:, :, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
+        split = torch.view_as_complex(values.float().reshape(-1, count, self.data.coils, self.samples, 2).contiguous())
+        fixed = split[:, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
+        moving = split[:, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
+        return readout_inverse(fixed, self.hybrid), readout_inverse(moving, self.hybrid)
 
     def fill(
         self,
         kspace: Complex[Tensor, "batch slice coil t ky kx"],
         visible: Bool[Tensor, "batch slice t ky"],
-        values: Float[Tensor, "batch token feature"],
-        index: Int[Tensor, "batch token axis"],
+        values: Float[Tensor, "token feature"],
+        places: Places,
     ) -> Complex[Tensor, "batch slice coil t ky kx"]:
         """k-space with the visible lines as they are and predicted ones elsewhere (data consistency).
 
@@ -192,10 +163,9 @@ class LineTokenizer:
         seen = visible.any(2)[:, :, None, None, :, None]
         static = static_part(kspace, visible)[:, :, :, None]
         filled = torch.where(seen & (self.model.line_parts != "whole"), static, 0).expand(kspace.shape).clone()
-        row = torch.arange(len(kspace), device=kspace.device)[:, None]
-        z, t, ky = index.unbind(-1)
+        row, (z, t, ky) = places.lengths.subject, places.index.unbind(-1)
         scale = gauge(kspace, visible)[row, z][..., None]
-        fixed, moving = self.parts(values, index)
+        fixed, moving = self.parts(values, places.index)
         known = seen[row, z, 0, 0, ky] & (self.model.line_parts != "whole")
         central = filled[..., self.kx]
         central[row, z, :, t, ky] += scale * torch.where(known[..., None], moving, fixed + moving)
@@ -230,15 +200,13 @@ class PatchTokenizer:
         batch: Acquisition,
         images: Float[Tensor, "batch slice t y x"],
         chosen: Bool[Tensor, "batch slice pt py px"],
-        length: int | None = None,
+        lengths: Lengths | None = None,
     ) -> Tokens:
         """Tokens of the `chosen` patches of normalised images."""
         pt, py, px = self.patch
         cells = images.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
-        index, padded = gather(chosen, length)
-        z, t, y, x = index.unbind(-1)
-        row = torch.arange(len(images), device=images.device)[:, None]
-        values = cells[row, z, t, y, x].flatten(2)
+        places = gather(chosen, lengths)
+        row, (z, t, y, x) = places.lengths.subject, places.index.unbind(-1)
         place = torch.tensor(batch.slots, device=z.device)[z]
         index = torch.stack([place, t, y, x], dim=-1)
-        return Tokens(values.masked_fill(padded[..., None], 0.0), index, padded)
+        return Tokens(places.lengths, index, cells[row, z, t, y, x].flatten(1))

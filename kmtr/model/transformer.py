@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from kmtr.model.packing import Lengths, attend
 
 
 def sincos(positions: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
@@ -18,7 +19,7 @@ def sincos(positions: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to memory (itself where none is given) on the fused kernel of the device."""
+    """Multi-head attention of each subject's queries to its own memory (itself where none is given)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -26,18 +27,18 @@ class Attention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
+        self.attend = attend
 
     def forward(
         self,
-        x: Float[Tensor, "batch token channel"],
-        memory: Float[Tensor, "batch source channel"],
-        padded: Bool[Tensor, "batch source"],
-    ) -> Float[Tensor, "batch token channel"]:
-        batch, tokens, width = x.shape
-        q = self.query(x).view(batch, tokens, self.heads, -1).transpose(1, 2)
-        k, v = self.key_value(memory).view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=~padded[:, None, None, :])
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+        x: Float[Tensor, "token channel"],
+        memory: Float[Tensor, "source channel"],
+        queries: Lengths,
+        sources: Lengths,
+    ) -> Float[Tensor, "token channel"]:
+        q = self.query(x).unflatten(-1, (self.heads, -1))
+        k, v = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.out(self.attend(q, k, v, queries, sources).flatten(-2))
 
 
 class Block(nn.Module):
@@ -53,14 +54,27 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch token channel"],
-        padded: Bool[Tensor, "batch source"],
-        memory: Float[Tensor, "batch source channel"] | None = None,
-    ) -> Float[Tensor, "batch token channel"]:
+        x: Float[Tensor, "token channel"],
+        lengths: Lengths,
+        memory: Float[Tensor, "source channel"] | None = None,
+        sources: Lengths | None = None,
+        scale: Float[Tensor, "token 2"] | None = None,
+    ) -> Float[Tensor, "token channel"]:
+        """
+        Args:
+            scale: of attention and MLP, for stochastic depth: 0 where a subject leaves it out.
+        """
         y = self.norm_attention(x)
         source = y if memory is None or self.norm_memory is None else self.norm_memory(memory)
-        x = x + self.attention(y, source, padded)
-        return x + self.mlp(self.norm_mlp(x))
+        y = self.attention(y, source, lengths, lengths if sources is None else sources)
+        x = x + (y if scale is None else y * scale[:, :1])
+        y = self.mlp(self.norm_mlp(x))
+        return x + (y if scale is None else y * scale[:, 1:])
+
+    def compiled(self) -> None:
+        """From now on by torch.compile, once for all lengths; attention stays the fused kernel that it is."""
+        self.attention.attend = torch.compiler.disable(attend)
+        self.compile(dynamic=True)
 
 
 class GatedLinear(nn.Module):
@@ -76,8 +90,6 @@ class GatedLinear(nn.Module):
         radius = (torch.arange(lines) - lines // 2).abs() / (lines / 2)
         self.gate = nn.Parameter(torch.cos(math.pi * radius[:, None] * torch.arange(rank)) / math.sqrt(rank))
 
-    def forward(
-        self, x: Float[Tensor, "batch token inputs"], ky: Int[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token outputs"]:
+    def forward(self, x: Float[Tensor, "token inputs"], ky: Int[Tensor, " token"]) -> Float[Tensor, "token outputs"]:
         y = self.linear(x).unflatten(-1, (self.rank, -1))
         return (self.gate[ky].to(y.dtype)[..., None, :] @ y).squeeze(-2)  # an einsum of the same takes longer on CPUs

@@ -5,6 +5,7 @@ hidden or unacquired leaks:
 
     gauge          phase of each slice and coil, gain of each subject; k-space divided by it is called canonical
     static_part    mean of a line over the frames that saw it; its deviation from that mean is the dynamic part
+    readout        the samples of a line that are used, along kx or, in hybrid space, along x
 
 METHOD's pilot: these two decide more than the network does.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Complex
 from torch import Tensor
+
+from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 
 CENTRE = 4
 """Central samples along ky (and kx) that phase and gain are estimated from: the usual ACS lines."""
@@ -52,3 +55,19 @@ def static_part(
     seen = torch.where(visible[:, :, None, :, :, None], kspace, 0)  # a weight of 0 would let NaN and infinity through
     mean = torch.einsum("bsctyxk,bsty->bscyxk", torch.view_as_real(seen), weight)
     return torch.view_as_complex(mean.contiguous())
+
+
+def readout(lines: Complex[Tensor, "*axes kx"], samples: int, hybrid: bool = False) -> Complex[Tensor, "*axes readout"]:
+    """The central `samples` of each line along kx, zeros around a shorter one; `hybrid`: their inverse transform, x.
+
+    The readout is fully sampled, so x is known line by line: hybrid space (x, ky). The band is cut in kx, not in x.
+    Either domain then holds the same information, one being a unitary map of the other: `samples` positions over the
+    whole field of view at the band's resolution. A shorter line is interpolated, so that no x is without data.
+    """
+    central = crop_or_pad(lines, (samples,), (-1,))
+    return ifftc(central, (-1,)) if hybrid else central
+
+
+def readout_inverse(values: Complex[Tensor, "*axes readout"], hybrid: bool = False) -> Complex[Tensor, "*axes readout"]:
+    """The central samples along kx that `readout` made `values` of."""
+    return fftc(values, (-1,)) if hybrid else values

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kmtr.physics import random
 from kmtr.physics.fourier import centred, crop_or_pad
-from kmtr.physics.random import HIDDEN_LINES, HIDDEN_PATCHES, PATTERN, VALIDATION
+from kmtr.physics.random import HIDDEN_LINES, HIDDEN_PATCHES, PATTERN, TARGET_LINES, VALIDATION
 from kmtr.types import InputError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "HIDDEN_LINES",
     "HIDDEN_PATCHES",
     "PATTERN",
+    "TARGET_LINES",
     "VALIDATION",
     "check",
     "draw_acceleration",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +13,32 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.objectives import Inputs
+from kmtr.train.average import Average
+
+BUCKET = 50_000_000
+"""Gradients that ZeRO reduces at once, and weights that it gathers: 100 MB in bf16. DeepSpeed's own 5e8 would take 1 GB
+of every GPU, whatever the model's size."""
 
 
-def settings(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; every number in it follows from ours."""
+def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration; every number in it follows from ours and the module's `parameters`."""
     train = config.train
+    bucket = min(BUCKET, parameters)
+    zero: dict[str, Any] = {
+        "stage": train.zero_stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": bucket,
+    }
+    if train.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_batch_size": config.data.global_batch,
         "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // train.accumulation,
         "gradient_accumulation_steps": train.accumulation,
         "gradient_clipping": config.optimizer.clip_norm,
-        "zero_optimization": {"stage": train.zero_stage},
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: no kernel is compiled
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, on the host too: no kernel is compiled
         "bf16": {"enabled": train.bf16},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -93,6 +109,8 @@ class ShardedEngine:
 
     DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it
     updates the weights. That last call is `update`, so that a loss can be looked at before it changes anything.
+
+    With `optimizer.ema` it also keeps the moving average of all weights, sharded and placed as AdamW's state is.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, world_size: int, device: torch.device):
@@ -102,15 +120,19 @@ class ShardedEngine:
 
         self._deepspeed = deepspeed
         optimizer = torch.optim.AdamW(
-            parameter_groups(module, config), lr=config.reconstruct.learning_rate, betas=config.optimizer.betas
+            parameter_groups(module, config),
+            lr=config.reconstruct.learning_rate,
+            betas=config.optimizer.betas,
+            fused=True,
         )
         self.wrapped, self.optimizer, _, _ = deepspeed.initialize(
             model=module.to(device),
             optimizer=optimizer,
-            config=settings(config, world_size),
+            config=settings(config, world_size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
         self._pending = False
+        self.average = Average(self._masters(), config.optimizer.ema) if config.optimizer.ema else None
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
         return self.wrapped(inputs, stage)
@@ -128,20 +150,69 @@ class ShardedEngine:
             group["lr"] = 0.0 if frozen else rate * group["share"]
         self.wrapped.step()
         self._pending = False
+        if self.average is not None:
+            self.average.update(self._masters())
 
     def gradient_norm(self) -> float:
         """Norm of the last update's gradient before clipping; NaN where DeepSpeed does not tell."""
         norm = self.wrapped.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average; as they are without `optimizer.ema`. All workers must enter it.
+
+        They are exchanged in place, so it takes no more memory, and come back bit for bit. An error inside leaves the
+        average in place: it ends the run, and a collective call here would wait for workers that have left.
+        """
+        if self.average is None:
+            yield
+            return
+        self._exchange(self.average)
+        yield
+        self._exchange(self.average)
+
     def weights(self, prefix: str) -> dict[str, Tensor]:
-        """Whole fp32 weights of a submodule on the CPU; every worker must call it, since ZeRO-3 gathers them."""
-        module = self.wrapped.module.get_submodule(prefix)
-        with self._deepspeed.zero.GatheredParameters(list(module.parameters())):
-            return {name: p.detach().float().cpu().clone() for name, p in module.state_dict().items()}
+        """Whole weights of a submodule on the CPU: the fp32 ones that AdamW updates, also of a bf16 engine.
+
+        Every worker must call it, since they are gathered.
+        """
+        found = {}
+        for name, parameter in self.wrapped.module.get_submodule(prefix).named_parameters():
+            whole = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+            if whole is None:  # no ZeRO
+                whole = self._copies().get(parameter, parameter)
+            found[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        return found
 
     def save(self, folder: str) -> None:
         self.wrapped.save_checkpoint(folder, tag="engine")
 
     def load(self, folder: str) -> None:
         self.wrapped.load_checkpoint(folder, tag="engine")
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 weights that AdamW updates in this worker: its shares under ZeRO, everything without."""
+        flat = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 hides them from param_groups
+        return list(flat) if flat is not None else [p for g in self.optimizer.param_groups for p in g["params"]]
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        """bf16 weight -> the fp32 one that AdamW updates, of a bf16 engine without ZeRO."""
+        pairs = zip(getattr(self.optimizer, "fp16_groups", ()), getattr(self.optimizer, "fp32_groups", ()), strict=True)
+        return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+    @torch.no_grad()
+    def _exchange(self, average: Average) -> None:
+        """Swap the weights and their average, also in what the model computes with."""
+        average.exchange(self._masters())
+        optimizer, stage = self.optimizer, self.wrapped.zero_optimization_stage()
+        if stage == 3:
+            optimizer.checkpoint_event_prologue()  # small weights are kept whole; they are gathered anew below
+            for flat, master in zip(optimizer.fp16_partitioned_groups_flat, self._masters(), strict=True):
+                flat.data.copy_(master.data)  # one and the same in fp32
+            optimizer.checkpoint_event_epilogue()
+        elif stage:
+            optimizer.update_lp_params()
+        else:
+            for low, high in self._copies().items():
+                low.copy_(high)

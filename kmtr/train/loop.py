@@ -99,7 +99,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     if last is not None:
         with last.as_directory() as folder:
             try:
-                progress = checkpoint.restore(Path(folder), engine, config, world)
+                progress = checkpoint.restore(Path(folder), engine, config, rank, world)
                 failure = None
             except KmtrError as error:
                 failure = error
@@ -121,7 +121,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         agree(failure, device)
         assert host is not None
 
-        batch = host.to(device)
+        batch = host.to(device, prepare.readout(stage))
         micro = [batch[i : i + size] for i in range(0, len(batch), size)]
         means = reduce(STAGES[stage](engine, micro, prepare, config), device)
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
@@ -144,7 +144,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                 spool.metrics(done, {k: v for k, v in logged.items() if math.isfinite(v)})
                 tell.put(done, stage, logged)
         if done % config.train.eval_every == 0 or end_of_stage:
-            metrics, figure = validate(engine)
+            with engine.averaged():
+                metrics, figure = validate(engine)
             if spool and tell:
                 spool.metrics(done, metrics)
                 tell.put(done, stage, metrics)
@@ -161,7 +162,8 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
             watch.reset()
         if done == config.reconstruct_steps and config.align_steps:
             progress["reference"] = metrics
-            weights = engine.weights("kspace_encoder")
+            with engine.averaged():
+                weights = engine.weights("kspace_encoder")
             if rank == 0:
                 export_encoder(Path(job["folder"]) / RECONSTRUCT_ENCODER, config, weights, tables)
         progress["step"] = done

@@ -133,7 +133,7 @@ class Validation:
         queried[:, z] = batch.existing[:, z]
         inputs = self.prepare.queries(batch, queried)
         values = engine(inputs, "predict")["values"]
-        filled = self.prepare.lines.fill(batch.kspace, batch.sampled, values, inputs.line_targets.index)
+        filled = self.prepare.lines.fill(batch.kspace, batch.sampled, values, inputs.line_targets)
         if self.rank != 0:
             return None
         frames = slice(0, int(present[z]))

@@ -133,6 +133,37 @@ def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study
     assert not (batch.hidden & ~batch.sampled).any()
 
 
+def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig, reader: Reader, study: Study) -> None:
+    every = override(small, {"reconstruct.target": "all"})
+    samples = reader.samples(range(8))
+    for config in (small, override(small, {"sampling.accelerations": (1,)})):
+        batch = collate(samples, config).to(CPU)
+        assert torch.equal(batch.targets, batch.hidden)
+        assert torch.equal(batch.acquired, batch.existing)
+    full = collate(samples, override(every, {"sampling.accelerations": (1,)})).to(CPU)
+    assert torch.equal(full.targets, full.hidden)  # nothing is left out at R = 1
+    batch = collate(samples, every).to(CPU)
+    assert torch.equal(batch.targets, batch.existing & ~(batch.sampled & ~batch.hidden))
+    pattern = np.random.default_rng(0).random((2, 4, 32)) < 0.3
+    given = Study("p-1", {"sax": View(study.views["sax"].kspace, sampled=pattern), "lax_4ch": study.views["lax_4ch"]})
+    batch = batch_of(every, given)
+    assert torch.equal(batch.targets[:, :2], batch.hidden[:, :2])  # what the scanner left out nobody knows
+    assert torch.equal(batch.targets[:, 2], (batch.existing & ~batch.sampled | batch.hidden)[:, 2])
+
+
+@pytest.mark.parametrize("target", ["acquired", "all"])
+def test_a_share_of_the_target_lines_is_drawn_anew_each_pass(small: RunConfig, reader: Reader, target: str) -> None:
+    whole = override(small, {"reconstruct.target": target})
+    few = override(whole, {"reconstruct.target_lines": 0.3})
+    first, second = (collate(reader.samples(range(8)), few, visit=visit).to(CPU) for visit in (0, 1))
+    every = collate(reader.samples(range(8)), whole).to(CPU)
+    assert torch.equal(first.hidden, every.hidden)
+    assert not (first.targets & ~every.targets).any()
+    assert torch.equal(first.targets.sum((2, 3)), (every.targets.sum((2, 3)).double() * 0.3).round().long())
+    assert not torch.equal(first.targets, second.targets)
+    assert same(collate(reader.samples([5]), few).to(CPU), first[5:6])
+
+
 def test_cropping_k_space_is_cropping_the_image(small: RunConfig, study: Study) -> None:
     for size in ((24, 16), (40, 64), (16, 40)):
         changes = {"data.crop": True, "data.matrix": size, "model.patch": (2, 8, 8), "sampling.accelerations": (2,)}

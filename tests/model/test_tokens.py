@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,33 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch
-from kmtr.model.encoder import Grid, Position, line_encoder, patch_encoder, static_dynamic_embedding
-from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens, gather
+from kmtr.data import statistics
+from kmtr.data.batch import Batch, collate
+from kmtr.data.reader import Reader
+from kmtr.model.encoder import Grid, Position, static_dynamic_embedding
+from kmtr.model.packing import gather
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Preparer
+from kmtr.physics.fourier import fftc
 from kmtr.physics.lines import gauge, static_part
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "as in tiny": {},
+    "whole": {"model.line_parts": "whole"},
+    "hybrid": {"model.readout": "hybrid"},
+    "hybrid, whole": {"model.readout": "hybrid", "model.line_parts": "whole"},
+}
+"""Ways to make tokens of lines."""
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request: pytest.FixtureRequest, small: RunConfig, reader: Reader) -> tuple[RunConfig, Tables]:
+    """A configuration that makes tokens in one of the ways, and its statistics."""
+    config = override(small, VARIANTS[request.param])
+    return config, statistics.fit(config, reader).tensors()
 
 
 @pytest.fixture
@@ -31,11 +51,14 @@ def uneven(batch: Batch) -> Batch:
     kspace[0].transpose(1, 2)[padded[0]] = 0
     hidden = batch.hidden & sampled
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    return replace(batch, padded=padded, sampled=sampled, kspace=kspace, hidden=hidden, hidden_patches=patches)
+    changes = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
+    return replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **changes)
 
 
 def equal(a: Tokens | None, b: Tokens | None) -> bool:
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(Tokens) if f.name != "blank")
+    assert a is not None
+    assert b is not None
+    return a.lengths.host == b.lengths.host and torch.equal(a.index, b.index) and torch.equal(a.values, b.values)
 
 
 # ------------------------------------------------------------------------------------------------------------- gather
@@ -45,34 +68,52 @@ def equal(a: Tokens | None, b: Tokens | None) -> bool:
 def test_gather_lists_the_chosen_cells_in_order(seed: int, share: float) -> None:
     chosen = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(seed)) < share
     chosen[0] = False
-    index, padded = gather(chosen)
-    assert index.shape[:2] == padded.shape
-    assert index.shape[1] == max(int(chosen.flatten(1).sum(1).max()), 1)
-    for row in range(3):
-        assert torch.equal(index[row][~padded[row]], chosen[row].nonzero())
-        assert not chosen[row][tuple(index[row][padded[row]].T)].any()
+    places = gather(chosen)
+    assert torch.equal(torch.cat([places.lengths.subject[:, None], places.index], 1), chosen.nonzero())
+    assert places.lengths.host == tuple(places.lengths.counts.tolist()) == tuple(chosen.sum((1, 2, 3)).tolist())
+    assert places.lengths.starts.tolist() == [0, 0, int(chosen[1].sum()), int(chosen.sum())]
 
 
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
 @pytest.mark.parametrize("stage", ["reconstruct", "align"])
 def test_hidden_and_unsampled_lines_never_reach_the_encoder(
-    small: RunConfig, tables: Tables, uneven: Batch, parts: str, stage: str
+    variant: tuple[RunConfig, Tables], uneven: Batch, stage: str
 ) -> None:
-    prepare = Preparer(override(small, {"model.line_parts": parts}), tables, CPU)
+    prepare = Preparer(*variant, CPU)
     before = prepare(uneven, stage)
     visible = uneven.sampled & ~uneven.hidden
     for what, spoilt in (("hidden", uneven.hidden), ("unsampled", ~uneven.sampled)):
         kspace = torch.where(spoilt[:, :, None, :, :, None], uneven.kspace * -3e3 + 7j, uneven.kspace)
         after = prepare(replace(uneven, kspace=kspace), stage)
         assert equal(after.lines, before.lines), what
-        assert torch.equal(after.lines.index[0][~after.lines.padded[0]], visible[0].nonzero())
+        assert torch.equal(after.lines.index, visible.nonzero()[:, 1:])
         changed = not torch.equal(after.line_targets.values, before.line_targets.values)
         assert changed == (what == "hidden")
         if stage == "align":
             assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
+
+
+def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
+    small: RunConfig, tables: Tables, reader: Reader
+) -> None:
+    config = override(small, {"reconstruct.target": "all", "model.readout_fraction": 1.0})
+    batch = collate(reader.samples(range(8)), config).to(CPU)
+    prepare = Preparer(config, tables, CPU)
+    before = prepare(batch, "reconstruct")
+    visible = batch.sampled & ~batch.hidden
+    assert torch.equal(before.line_targets.index, (~visible).nonzero()[:, 1:])
+    spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, batch.kspace * -3e3 + 7j)
+    after = prepare(replace(batch, kspace=spoilt), "reconstruct")
+    assert equal(after.lines, before.lines)
+    assert not torch.equal(after.line_targets.values, before.line_targets.values)
+    fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
+    canonical = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
+    row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
+    mean = canonical.mean(3)[row, z, :, ky]  # over all frames, which the source has
+    torch.testing.assert_close(fixed, mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fixed + moving, canonical[row, z, :, t, ky], rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
@@ -84,49 +125,70 @@ def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: 
     assert not equal(tokenizer(uneven, others, uneven.hidden_patches), tokenizer(uneven, images, uneven.hidden_patches))
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_tokens_lead_back_to_their_lines(
-    small: RunConfig, tables: Tables, uneven: Batch, parts: str, fraction: float
+    variant: tuple[RunConfig, Tables], reader: Reader, uneven: Batch, fraction: float
 ) -> None:
-    config = override(small, {"model.line_parts": parts, "model.readout_fraction": fraction})
+    config, tables = variant
+    if fraction != config.model.readout_fraction:
+        config = override(config, {"model.readout_fraction": fraction})
+        tables = statistics.fit(config, reader).tensors()
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     tokens = tokenizer(uneven, known=uneven.sampled, chosen=uneven.sampled)
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
     canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled)[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
-    z, t, ky = tokens.index.unbind(-1)
-    row = torch.arange(8)[:, None]
+    row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
-    seen = ~tokens.padded
-    torch.testing.assert_close((fixed + moving)[seen], expected[seen], rtol=1e-4, atol=1e-5)
-    if parts == "whole":
+    torch.testing.assert_close(fixed + moving, expected, rtol=1e-4, atol=1e-5)
+    if config.model.line_parts == "whole":
         assert not moving.any()
     else:
         static = static_part(canonical, uneven.sampled)[row, z, :, ky][..., tokenizer.kx]
-        torch.testing.assert_close(fixed[seen], static[seen], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fixed, static, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
-def test_filling_puts_acquired_lines_back_exactly(small: RunConfig, tables: Tables, batch: Batch, parts: str) -> None:
-    config = override(small, {"model.readout_fraction": 1.0, "model.line_parts": parts})
+def test_filling_puts_acquired_lines_back_exactly(
+    variant: tuple[RunConfig, Tables], reader: Reader, batch: Batch
+) -> None:
+    config = override(variant[0], {"model.readout_fraction": 1.0})
+    tables = statistics.fit(config, reader).tensors()
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     missing = ~batch.sampled
     true = tokenizer(batch, known=batch.sampled, chosen=missing)
-    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true.index)
+    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true)
     acquired = batch.sampled[:, :, None, :, :, None].expand_as(filled)
     assert torch.equal(filled[acquired], batch.kspace[acquired])
     scale = batch.kspace.abs().amax((1, 2, 3, 4, 5), keepdim=True)
     torch.testing.assert_close(filled / scale, batch.kspace / scale, rtol=1e-4, atol=1e-6)
-    guess = tokenizer.fill(batch.kspace, batch.sampled, torch.randn_like(true.values), true.index)
+    guess = tokenizer.fill(batch.kspace, batch.sampled, torch.randn_like(true.values), true)
     assert torch.equal(guess[acquired], batch.kspace[acquired])
 
 
-def test_training_lines_have_about_unit_variance(small: RunConfig, tables: Tables, batch: Batch) -> None:
+def test_hybrid_tokens_are_profiles_along_x(small: RunConfig, batch: Batch) -> None:
+    """An object at one x is there and nowhere else, at the resolution of the central half of kx."""
+    profile = torch.zeros(32, dtype=torch.complex64)
+    profile[10] = 1.0
+    kspace = fftc(profile, (-1,)).expand(batch.kspace.shape).clone()
+    config = override(small, {"model.readout": "hybrid", "model.line_parts": "whole"})
+    flat = torch.ones(3, 1, 32, 16)
+    tables = {"static_mean": torch.zeros_like(flat) + 0j, "static_sd": flat, "dynamic_sd": flat}
+    tokens = LineTokenizer(config.data, config.model, tables, CPU)(
+        replace(batch, kspace=kspace), batch.sampled, batch.sampled
+    )
+    size = torch.view_as_complex(tokens.values.unflatten(-1, (16, 2))).abs()
+    expected = torch.zeros(16)
+    expected[5] = math.sqrt(0.5)  # half of the unit energy that gain leaves a line
+    torch.testing.assert_close(size, expected.expand_as(size), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("readout", ["kspace", "hybrid"])
+def test_training_lines_have_about_unit_variance(small: RunConfig, reader: Reader, batch: Batch, readout: str) -> None:
     everything = torch.ones_like(batch.sampled)
-    tokenizer = LineTokenizer(small.data, small.model, tables, CPU)
+    config = override(small, {"model.readout": readout})
+    tokenizer = LineTokenizer(config.data, config.model, statistics.fit(config, reader).tensors(), CPU)
     values = tokenizer(batch, known=everything, chosen=everything).values.unflatten(-1, (2, -1, 2))
-    power = values.square().sum(-1).mean((0, 1, 3))
+    power = values.square().sum(-1).mean((0, 2))
     assert ((power > 0.3) & (power < 3)).all()
 
 
@@ -151,12 +213,13 @@ def test_patches_make_up_the_image(small: RunConfig, tables: Tables, batch: Batc
     images = tokenizer.images(batch)
     assert abs(float(images.square().mean()) - 1) < 0.5
     tokens = tokenizer(batch, images, torch.ones_like(batch.hidden_patches))
-    assert not tokens.padded.any()
     back = torch.zeros_like(images)
     pt, py, px = small.model.patch
-    for values, (z, t, y, x) in zip(tokens.values.unbind(1), tokens.index[0].tolist(), strict=True):
-        place = back[:, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
-        place += values.reshape(-1, pt, py, px)
+    for values, row, (z, t, y, x) in zip(
+        tokens.values, tokens.lengths.subject.tolist(), tokens.index.tolist(), strict=True
+    ):
+        place = back[row, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
+        place += values.reshape(pt, py, px)
     assert torch.equal(back, images)
 
 
@@ -167,7 +230,7 @@ def test_every_position_has_its_own_code(small: RunConfig) -> None:
     for grid in (Grid.lines(small.data), Grid.patches(small.data, small.model)):
         sizes = (len(grid.views), len(grid.frames), *map(len, grid.places))
         index = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, -2)
-        code = Position(grid, small.model.width)(index[None])[0].detach()
+        code = Position(grid, small.model.width)(index).detach()
         distance = torch.cdist(code, code).fill_diagonal_(torch.inf)
         assert distance.min() > 1e-2
 
@@ -179,30 +242,6 @@ def test_both_domains_share_the_axes_of_slice_and_time(small: RunConfig) -> None
     assert patches.frames == (0.5, 2.5)  # centres of two frames each
     assert lines.places[0][16] == 0
     assert sum(patches.places[0]) == 0
-
-
-@pytest.mark.parametrize("domain", ["lines", "patches"])
-def test_padding_changes_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
-    torch.manual_seed(0)
-    encoder = (line_encoder if domain == "lines" else patch_encoder)(small.data, small.model)
-    prepare = Preparer(small, tables, CPU)
-    outputs = []
-    for batch in (uneven, replace(uneven[:1], counts={})):
-        inputs = prepare(batch, "reconstruct")
-        tokens = inputs.lines if domain == "lines" else inputs.patches
-        outputs.append(encoder(tokens, inputs.absent if domain == "lines" else inputs.absent_patches))
-    together, alone = outputs
-    assert together.padded[0].sum() > alone.padded[0].sum()
-    length = alone.tokens.shape[1]
-    torch.testing.assert_close(together.tokens[0, :length], alone.tokens[0], rtol=0, atol=1e-5)
-    present = ~alone.absent[0]
-    torch.testing.assert_close(together.frames[0][present], alone.frames[0][present], rtol=0, atol=1e-5)
-    for a, b in zip(
-        static_dynamic_embedding(together.frames[:1], together.absent[:1]),
-        static_dynamic_embedding(alone.frames, alone.absent),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_the_embedding_tells_what_stays_from_what_moves() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from kmtr.data.batch import Batch
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.fourier import crop_or_pad, fftc
+from kmtr.physics.lines import gauge, readout, readout_inverse, static_part
 
 
 def canonical(kspace: Tensor, visible: Tensor) -> Tensor:
@@ -77,3 +80,23 @@ def test_a_subject_without_a_central_line_keeps_its_numbers_finite(kspace: Tenso
     visible[0] = False
     assert canonical(kspace, visible).isfinite().all()
     assert (gauge(kspace, visible)[0].abs() == 1).all()
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("samples", [6, 10, 14])
+def test_the_readout_of_a_line_is_unitary_on_its_band(kspace: Tensor, hybrid: bool, samples: int) -> None:
+    values = readout(kspace, samples, hybrid)
+    assert values.shape[-1] == samples
+    kept = slice(max(0, 5 - samples // 2), 5 + samples // 2)
+    band = torch.zeros_like(kspace)
+    band[..., kept] = kspace[..., kept]
+    torch.testing.assert_close(values.abs().square().sum(-1), band.abs().square().sum(-1))
+    torch.testing.assert_close(crop_or_pad(readout_inverse(values, hybrid), (10,), (-1,)), band, rtol=0, atol=1e-5)
+
+
+def test_a_line_of_a_smaller_matrix_is_interpolated_along_x() -> None:
+    x = torch.arange(24) / 24 - 0.5
+    wave = torch.polar(torch.ones(24), 2 * torch.pi * 3 * x)
+    fine = readout(fftc(wave, (-1,)), 32, hybrid=True)
+    expected = torch.polar(torch.full((32,), math.sqrt(24 / 32)), 2 * torch.pi * 3 * (torch.arange(32) / 32 - 0.5))
+    torch.testing.assert_close(fine, expected, rtol=0, atol=1e-5)

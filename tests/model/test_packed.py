@@ -1,0 +1,406 @@
+"""Packed sequences are what each subject gives on its own: values and gradients, of attention up to both stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kmtr.config import RunConfig, override
+from kmtr.data.batch import Batch
+from kmtr.losses import masked_reconstruction
+from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position, static_dynamic_embedding
+from kmtr.model.packing import Lengths, Places, attend, join
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
+from kmtr.model.transformer import Block
+from kmtr.objectives import PASSES, Inputs, Preparer, Pretraining
+from kmtr.recipes import RECIPES
+from kmtr.types import InputError
+
+CPU = torch.device("cpu")
+Tables = dict[str, Tensor]
+
+
+def lengths_of(*counts: int) -> Lengths:
+    return Lengths(counts, torch.tensor(counts))
+
+
+@pytest.fixture
+def uneven(batch: Batch) -> Batch:
+    """Both R, and: a subject without long axis and with three frames, one with a single slice, one with no data."""
+    padded, extent = batch.padded.clone(), batch.extent.clone()
+    padded[0, 2] = padded[0, :, 3] = True
+    padded[1, 1:] = True
+    padded[3] = True
+    sampled = batch.sampled & ~padded[..., None]
+    kspace = batch.kspace.masked_fill(padded[:, :, None, :, None, None], 0)
+    patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
+    changed = replace(batch, padded=padded, extent=extent, sampled=sampled, kspace=kspace, hidden_patches=patches)
+    changed = replace(changed, hidden=batch.hidden & sampled)
+    assert len({int(n) for n in changed.sampled.sum((1, 2, 3))}) > 3
+    return changed
+
+
+# --------------------------------------------------------------------------------------------------------- sequences
+
+counts = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=6)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, queries: Lengths, sources: Lengths) -> Tensor:
+    """The same over all pairs of tokens at once, those of different subjects masked out."""
+    same = queries.subject[:, None] == sources.subject
+    scores = torch.einsum("thc,shc->hts", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hts,shc->thc", scores.masked_fill(~same, -torch.inf).softmax(-1), v)
+
+
+@given(counts, st.integers(0, 2**32))
+def test_attention_stays_within_a_subject(sizes: list[tuple[int, int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries, sources = (lengths_of(*each) for each in zip(*sizes, strict=True))
+
+    def draw(lengths: Lengths) -> Tensor:
+        x = torch.randn(lengths.total, 2, 8, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    given_to = draw(queries), draw(sources), draw(sources)
+    results = []
+    for attention in (attend, masked_attention):
+        out = attention(*given_to, queries, sources)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), given_to)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=5))
+def test_joining_keeps_every_subject_together_and_in_order(sizes: list[tuple[int, int, int]]) -> None:
+    kinds = [lengths_of(*each) for each in zip(*sizes, strict=True)]
+    named = [
+        torch.stack([lengths.subject, torch.full((lengths.total,), kind), torch.arange(lengths.total)], 1).double()
+        for kind, lengths in enumerate(kinds)
+    ]
+    x, lengths, places = join(list(zip(named, kinds, strict=True)))
+    assert lengths.host == tuple(map(sum, sizes)) == tuple(lengths.counts.tolist())
+    assert [tuple(row) for row in x.tolist()] == sorted(tuple(row) for part in named for row in part.tolist())
+    assert torch.equal(lengths.subject, x[:, 0].long())
+    for place, part in zip(places, named, strict=True):
+        assert torch.equal(x[place], part)
+
+
+def test_half_precision_on_a_gpu_is_one_kernel_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU in bf16: flash attention over `starts`, and no value is asked back from the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    queries, sources = (Lengths(c, torch.tensor(c, device="cuda")) for c in ((5, 0, 70), (3, 2, 90)))
+    q, k, v = (torch.randn(n.total, 2, 32, device="cuda", requires_grad=True) for n in (queries, sources, sources))
+    weight = torch.randn_like(q)
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attend(*half, queries, sources)
+        (out * weight).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = attend(q, k, v, queries, sources)
+    (exact * weight).sum().backward()
+    torch.testing.assert_close(out.float(), exact, rtol=0.02, atol=0.02)
+    for a, b in zip(half, (q, k, v), strict=True):
+        torch.testing.assert_close(a.grad.float(), b.grad, rtol=0.05, atol=0.05)
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def gradients(module: torch.nn.Module, losses: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    losses.sum().backward()
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    largest = max(1.0, *(float(x.detach().abs().max()) for x in theirs.values()))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def terms(module: Pretraining, prepare: Preparer, batch: Batch, stage: str) -> dict[str, Tensor]:
+    """All that `stage` says of each subject; of an absent slice nothing is asked."""
+    inputs = prepare(batch, stage)
+    out = module(inputs, stage)
+    if "z" in out:
+        out["z"] = out["z"].masked_fill(inputs.absent.all(-1)[..., None, None], 0.0)
+    return out
+
+
+def added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.depth": 3, "model.decoder_depth": 2, "model.checkpointing": True}])
+@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+def test_packed_is_one_by_one_is_masked(
+    small: RunConfig, tables: Tables, uneven: Batch, stage: str, changes: dict[str, Any]
+) -> None:
+    """Three ways: all subjects packed; each subject alone; and packed with attention as one masked softmax."""
+    config = override(small, changes | {"align.train_image_encoder": True})
+    torch.manual_seed(0)
+    module, prepare = Pretraining(config), Preparer(config, tables, CPU)
+
+    def result(out: dict[str, Tensor]) -> dict[str, Tensor]:
+        weighted = torch.cat([x.flatten() * torch.linspace(0.5, 2, x.numel()) for x in out.values()])
+        return out | gradients(module, weighted)
+
+    packed = result(terms(module, prepare, uneven, stage))
+    close(result(added([terms(module, prepare, uneven[i : i + 1], stage) for i in range(len(uneven))])), packed)
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.attention.attend = masked_attention
+    close(result(terms(module, prepare, uneven, stage)), packed)
+
+
+def test_no_subject_hears_of_another(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    torch.manual_seed(0)
+    module, prepare = Pretraining(small).eval(), Preparer(small, tables, CPU)
+    kspace = uneven.kspace.clone()
+    kspace[2] = kspace[2] * -3 + 1
+    with torch.no_grad():
+        before, after = (terms(module, prepare, batch, "align") for batch in (uneven, replace(uneven, kspace=kspace)))
+    others = torch.arange(len(uneven)) != 2
+    for name in before:
+        assert torch.equal(before[name][others], after[name][others]), name
+        assert not torch.equal(before[name][2], after[name][2]), name
+
+
+def test_hidden_lines_and_padding_never_reach_the_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    """What it says of the visible lines is the same bit for bit whatever was hidden, unsampled or padded."""
+    torch.manual_seed(0)
+    module, prepare = Pretraining(small), Preparer(small, tables, CPU)
+    visible = (uneven.sampled & ~uneven.hidden)[:, :, None, :, :, None]
+    spoilt = torch.where(visible, uneven.kspace, torch.full_like(uneven.kspace, complex(1e4, torch.nan)))
+    encoded = []
+    for kspace in (uneven.kspace, spoilt):
+        inputs = prepare(replace(uneven, kspace=kspace), "reconstruct")
+        encoded.append(module.kspace_encoder([inputs.lines], inputs.cells, inputs.absent))
+    assert torch.equal(encoded[0].tokens, encoded[1].tokens)
+    assert torch.equal(encoded[0].vectors, encoded[1].vectors)
+    assert not encoded[0].frames[uneven.padded].any()
+
+
+@pytest.mark.parametrize("domain", ["lines", "patches"])
+def test_the_order_of_tokens_means_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
+    """A subject's tokens permuted, its encoded tokens are permuted; its frame vectors stay."""
+    torch.manual_seed(0)
+    module, inputs = Pretraining(small), Preparer(small, tables, CPU)(uneven, "reconstruct")
+    encoder = module.kspace_encoder if domain == "lines" else module.image_encoder
+    where = (inputs.cells, inputs.absent) if domain == "lines" else (inputs.patch_cells, inputs.absent_patches)
+    tokens = getattr(inputs, domain)
+    order = torch.cat([place[torch.randperm(len(place))] for place in _split(torch.arange(len(tokens.index)), tokens)])
+    plain = encoder([tokens], *where)
+    turned = encoder([replace(tokens, index=tokens.index[order], values=tokens.values[order])], *where)
+    torch.testing.assert_close(turned.tokens, plain.tokens[order], rtol=0, atol=1e-5)
+    torch.testing.assert_close(turned.vectors, plain.vectors, rtol=0, atol=1e-5)
+
+
+def _split(x: Tensor, places: Places) -> tuple[Tensor, ...]:
+    return x.split(list(places.lengths.host))
+
+
+def test_several_vocabularies_are_one_sequence(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    """Lines and patches through one encoder: packed as one by one, the vectors are means over the lines."""
+    torch.manual_seed(0)
+    data, model = small.data, small.model
+    line = LineEmbed(LineTokenizer.features(data, model), data.matrix[0], model.width)
+    patch = PatchEmbed(PatchTokenizer.features(model), model.width)
+    encoder = Encoder([(Grid.lines(data), line), (Grid.patches(data, model), patch)], model)
+    prepare = Preparer(small, tables, CPU)
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = prepare(batch, "reconstruct")
+        assert inputs.patches is not None
+        encoded = encoder([inputs.lines, inputs.patches], inputs.cells, inputs.absent)
+        assert encoded.lengths.host == tuple(
+            a + b for a, b in zip(inputs.lines.lengths.host, inputs.patches.lengths.host, strict=True)
+        )
+        return encoded.tokens, encoded.vectors, encoded.frames
+
+    alone = [torch.cat(parts) for parts in zip(*(run(uneven[i : i + 1]) for i in range(8)), strict=True)]
+    for ours, theirs in zip(run(uneven), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_frame_vectors_lie_on_their_grid(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    torch.manual_seed(0)
+    inputs = Preparer(small, tables, CPU)(uneven, "reconstruct")
+    encoded = Pretraining(small).kspace_encoder([inputs.lines], inputs.cells, inputs.absent)
+    assert torch.equal(encoded.frames[~inputs.absent], encoded.vectors)
+    assert not encoded.frames[inputs.absent].any()
+    row, (z, t, _) = inputs.line_targets.lengths.subject, inputs.line_targets.index.unbind(-1)
+    assert torch.equal(encoded.vectors[encoded.vector_of(inputs.line_targets)], encoded.frames[row, z, t])
+    assert not torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), -1)[3].any()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_positions_of_a_recipe_have_different_codes(recipe: str) -> None:
+    """A code is (slice, t, places), each in channels of its own, so that codes differ where those of one axis do."""
+    config = RECIPES[recipe]()
+    for grid in (Grid.lines(config.data), Grid.patches(config.data, config.model)):
+        position = Position(grid, config.model.width)
+        assert position.tables == 2 + len(grid.places)
+        for axis in range(position.tables):
+            table = position.get_buffer(f"table{axis}")
+            assert torch.pdist(table).min() > 0.1, (recipe, axis)
+
+
+# ------------------------------------------------------------------------------------------------------- drop path
+
+
+def test_stochastic_depth_leaves_out_whole_branches_of_a_subject(
+    small: RunConfig, tables: Tables, uneven: Batch
+) -> None:
+    config = override(small, {"model.depth": 3, "model.drop_path": 0.5})
+    torch.manual_seed(0)
+    encoder = Pretraining(config).kspace_encoder
+    assert encoder.rates == [0.0, 0.25, 0.5]
+    inputs = Preparer(config, tables, CPU)(uneven, "reconstruct")
+    run = partial(encoder, [inputs.lines], inputs.cells, inputs.absent)
+    never, always = torch.ones(8, 3, 2), torch.zeros(8, 3, 2)
+    mixed = torch.where(torch.arange(8)[:, None, None] == 2, always, never)
+    out = run(mixed)
+    rows = inputs.lines.lengths.subject
+    with torch.no_grad():
+        x = encoder.embed[0](inputs.lines.values, inputs.lines.index) + encoder.position[0](inputs.lines.index)
+        first = encoder.blocks[0](x, inputs.lines.lengths)
+        torch.testing.assert_close(out.tokens[rows == 2], encoder.norm(first)[rows == 2])  # rate 0 never leaves out
+        y = encoder.norm(_scaled(encoder.blocks, first, inputs.lines.lengths, (1 / 0.75, 2.0)))
+        torch.testing.assert_close(out.tokens[rows != 2], y[rows != 2])
+
+
+def _scaled(blocks: torch.nn.ModuleList, x: Tensor, lengths: Lengths, factors: tuple[float, ...]) -> Tensor:
+    for block, factor in zip(list(blocks)[1:], factors, strict=True):
+        y = block.norm_attention(x)
+        x = x + factor * block.attention(y, y, lengths, lengths)
+        x = x + factor * block.mlp(block.norm_mlp(x))
+    return x
+
+
+def test_stochastic_depth_is_a_function_of_seed_visit_and_subject(
+    small: RunConfig, tables: Tables, batch: Batch
+) -> None:
+    config = override(small, {"model.depth": 2, "model.drop_path": 0.5})
+    prepare = Preparer(config, tables, CPU)
+    whole = prepare.draws(batch)
+    assert whole is not None
+    assert whole.shape == (8, len(PASSES), 2, 2)
+    for i in (0, 5):
+        assert torch.equal(prepare.draws(batch[i : i + 1]), whole[i : i + 1])
+    assert batch.visit is not None
+    assert not torch.equal(prepare.draws(replace(batch, visit=batch.visit + 1)), whole)
+    assert prepare.draws(replace(batch, visit=None)) is None, "validation"
+    assert prepare(batch, "reconstruct").draws is not None
+    assert Preparer(small, tables, CPU).draws(batch) is None
+
+
+@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+def test_stochastic_depth_draws_the_same_when_a_block_is_run_again(
+    small: RunConfig, tables: Tables, batch: Batch, stage: str
+) -> None:
+    results = []
+    for checkpointing in (False, True):
+        config = override(small, {"model.depth": 3, "model.drop_path": 0.9, "model.checkpointing": checkpointing})
+        torch.manual_seed(0)
+        module = Pretraining(config)
+        out = module(Preparer(config, tables, CPU)(batch, stage), stage)
+        results.append(out | gradients(module, torch.cat([x.flatten() for x in out.values()])))
+    close(*results)
+    whole = Pretraining(override(small, {"model.depth": 3}))
+    whole.load_state_dict(module.state_dict())
+    assert not torch.equal(whole(Preparer(small, tables, CPU)(batch, stage), stage)["kspace"], out["kspace"])
+
+
+@pytest.mark.parametrize("width", [4, 20, 264])
+def test_heads_that_no_kernel_takes_are_refused(small: RunConfig, width: int) -> None:
+    changes = {"model.head_width": width, "model.width": 2 * width, "model.decoder_width": width}
+    with pytest.raises(InputError, match=rf"model\.head_width: expected a multiple of 8 up to 256.*got {width}"):
+        override(small, changes)
+
+
+# ----------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_is_eager_and_compiles_once(
+    small: RunConfig, tables: Tables, uneven: Batch, batch: Batch, checkpointing: bool
+) -> None:
+    config = override(small, {"model.depth": 2, "model.checkpointing": checkpointing, "model.drop_path": 0.3})
+    prepare = Preparer(config, tables, CPU)
+    modules = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        modules.append(Pretraining(override(config, {"train.compile": compiled})))
+    assert list(modules[0].state_dict()) == list(modules[1].state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def check(inputs: Inputs, stage: str) -> None:
+        plain, fast = ((m, m(inputs, stage)) for m in modules)
+        close(*(out | gradients(m, torch.cat([x.flatten() for x in out.values()])) for m, out in (fast, plain)))
+
+    for stage in ("reconstruct", "align"):
+        check(prepare(uneven, stage), stage)
+    frames = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert frames > 0
+    for other in (batch, uneven[2:7], uneven[:2]):
+        check(prepare(other, "reconstruct"), "reconstruct")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == frames, "other lengths, the same kernels"
+
+
+# ---------------------------------------------------------------------------------------------- a known optimum
+
+
+def test_a_linear_predictor_finds_the_conditional_mean() -> None:
+    """Gaussian lines with a known covariance: masked reconstruction has its minimum at the conditional mean.
+
+    Let a subject's lines be y = (v, h) with zero mean and covariance S, v visible and h hidden. E|h - W v|^2 is least
+    at the orthogonal projection, W = S_hv S_vv^-1, where the residual is uncorrelated with v (normal equations); for
+    Gaussian y that is E[h | v], which no predictor beats. The loss left is the trace of the Schur complement
+    S_hh - S_hv S_vv^-1 S_vh, over the features. On a finite sample the same holds with the sample's S.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator, dtype=torch.float64) / 2 + torch.eye(6, dtype=torch.float64)
+    y = torch.randn(4000, 6, generator=generator, dtype=torch.float64) @ mixing.T
+    v, h = y[:, :4], y[:, 4:].float()
+    sample = y.T @ y / len(y)
+    closed = sample[4:, :4] @ torch.linalg.inv(sample[:4, :4])
+    least = torch.trace(sample[4:, 4:] - closed @ sample[:4, 4:]) / 2
+    each = torch.tensor([2500, 0, 1500])  # subjects with different numbers of hidden lines
+
+    def loss(weight: Tensor) -> Tensor:
+        means = masked_reconstruction(v.float() @ weight.T, h, each)
+        return (means * each).sum() / each.sum()  # a mean per subject: weighed back to one over the lines
+
+    weight = closed.float().requires_grad_()
+    loss(weight).backward()
+    assert weight.grad is not None
+    assert weight.grad.abs().max() < 1e-5
+    torch.testing.assert_close(loss(weight).double(), least, rtol=1e-5, atol=0)
+    learnt = torch.zeros(2, 4, requires_grad=True)
+    optimizer = torch.optim.LBFGS([learnt], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(learnt)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(learnt.detach().double(), closed, rtol=0, atol=1e-3)
+    with torch.no_grad():
+        assert all(loss(closed.float() + 0.05 * torch.randn(2, 4, generator=generator)) > least for _ in range(20))

@@ -1,0 +1,63 @@
+"""What the real DeepSpeed holds and averages in every ZeRO stage, on two workers, in fp32 and bf16, with offload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing as mp
+from one_engine import CASES, SIZES, work
+
+from jobs.doctor_memory import state_bytes
+from kmtr.config import RunConfig, override, to_json
+from kmtr.types import InputError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def found(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What each of two workers saw."""
+    folder = tmp_path_factory.mktemp("engines")
+    config = override(small, {"train.workers": 2, "train.accumulation": 2, "data.global_batch": 8})
+    mp.spawn(work, (2, str(folder), to_json(config)), nprocs=2)
+    return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_average_is_its_closed_form_and_disturbs_nothing(found: list[dict[str, dict[str, Any]]], name: str) -> None:
+    for worker in found:
+        seen = worker[name]
+        assert seen["moved"] > 1e-3, "the weights must move, else nothing is averaged"
+        assert seen["off_by"] < 1e-6
+        assert seen["used"] > 1e-3, "inside, the engine computes with the average"
+        assert seen["undisturbed"], "training with an average must go as without, bit for bit"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_restart_continues_the_average_bit_for_bit(found: list[dict[str, dict[str, Any]]], name: str) -> None:
+    assert all(worker[name]["restart_equal"] for worker in found)
+
+
+def test_offload_changes_no_number(found: list[dict[str, dict[str, Any]]]) -> None:
+    for name in (name for name in CASES if name.endswith("-offload")):
+        here = found[0][name]["last"]
+        assert here == pytest.approx(found[0][name.removesuffix("-offload")]["last"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_doctor_s_estimate_is_what_is_held(found: list[dict[str, dict[str, Any]]], name: str) -> None:
+    """Within 5 %: weights that lie across the border of two workers' shares are held by both."""
+    train = CASES[name]
+    stage, bf16, offload = train["train.zero_stage"], train["train.bf16"], train["train.offload"]
+    estimate = state_bytes(SIZES, 2, stage, bf16, offload)
+    for worker in found:
+        assert worker[name]["bytes"] == pytest.approx(estimate.device + estimate.host, rel=0.05)
+
+
+def test_offload_needs_a_sharded_optimizer(small: RunConfig) -> None:
+    with pytest.raises(InputError, match=r"^train\.offload: expected train\.zero_stage of 1, 2 or 3, got 0") as error:
+        override(small, {"train.offload": True, "train.zero_stage": 0})
+    assert "\n" not in str(error.value)
