@@ -11,7 +11,6 @@ another pattern, which is what holds overfitting back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +25,6 @@ from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
 from kmtr.encoder import KSpaceEncoder
 from kmtr.metrics import Ridge, fit_ridge
-from kmtr.model.encoder import static_dynamic_embedding
 from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.train.engine import parameter_groups, warm_cosine
 
@@ -99,7 +97,8 @@ class Regressor(nn.Module):
 
     def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"]):
         super().__init__()
-        self.kspace_encoder, self.tokenizer, self.device = encoder.module, encoder.tokenizer, encoder.device
+        self.encoder, self.device = encoder, encoder.device
+        self.kspace_encoder = encoder.module  # named as in pretraining, whose parameter groups go by names
         self.bf16 = encoder.config.train.bf16
         features = 3 * encoder.config.model.width * encoder.config.data.slices
         self.mean, self.sd = moments(labels)
@@ -110,16 +109,10 @@ class Regressor(nn.Module):
         self.register_buffer("scale", torch.ones(features, device=self.device))
 
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
-        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
-        with self._precision():
-            encoded = self.kspace_encoder(lines, batch.padded)
-        return torch.cat(static_dynamic_embedding(encoded.frames, encoded.absent), dim=-1).flatten(1)
+        return self.encoder.learnable(batch, self.bf16)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch target"]:
         return self.head((self.embed(batch) - self.centre) / self.scale)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def begin_at_ridge(self, labelled: Labelled) -> None:
