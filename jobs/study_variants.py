@@ -38,6 +38,16 @@ GROUPS = (
         },
     ),
     Group(
+        "line tokens",
+        "A line along kx, or as what it is along x?",
+        {name: {"model.readout": name} for name in ("kspace", "hybrid")},
+    ),
+    Group(
+        "target",
+        "Are the hidden acquired lines predicted, or all that the encoder does not see?",
+        {name: {"reconstruct.target": name} for name in ("acquired", "all")},
+    ),
+    Group(
         "k-space loss",
         "Which error of hidden lines?",
         {name: {"reconstruct.kspace_loss": name} for name in ("mse", "l1", "hdr")},

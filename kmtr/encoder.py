@@ -57,13 +57,17 @@ class KSpaceEncoder:
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
-        return self.encode(batch)
+        return self.learnable(batch)
 
-    def encode(self, batch: Batch) -> Float[Tensor, "batch feature"]:
-        """As `embed`, with gradient."""
-        with torch.no_grad():
-            lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
-        encoded = self.module([lines], gather(~batch.padded), batch.padded)
+    def learnable(self, batch: Batch, bf16: bool = False) -> Float[Tensor, "batch feature"]:
+        """`embed` with a gradient to the module's weights, for training on labels.
+
+        Args:
+            bf16: the transformer under autocast; tokens and the embedding stay fp32.
+        """
+        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            encoded = self.module([lines], gather(~batch.padded), batch.padded)
         return torch.cat(static_dynamic(encoded.frames, encoded.absent), dim=-1).flatten(1)
 
     def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:

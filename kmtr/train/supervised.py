@@ -11,7 +11,6 @@ another pattern, which is what holds overfitting back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,7 +97,8 @@ class Regressor(nn.Module):
 
     def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"]):
         super().__init__()
-        self.encoder, self.kspace_encoder, self.device = encoder, encoder.module, encoder.device
+        self.encoder, self.device = encoder, encoder.device
+        self.kspace_encoder = encoder.module  # named as in pretraining, whose parameter groups go by names
         self.bf16 = encoder.config.train.bf16
         features = 3 * encoder.config.model.width * encoder.config.data.slices
         self.mean, self.sd = moments(labels)
@@ -109,14 +109,10 @@ class Regressor(nn.Module):
         self.register_buffer("scale", torch.ones(features, device=self.device))
 
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
-        with self._precision():
-            return self.encoder.encode(batch)
+        return self.encoder.learnable(batch, self.bf16)
 
     def forward(self, batch: Batch) -> Float[Tensor, "batch target"]:
         return self.head((self.embed(batch) - self.centre) / self.scale)
-
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     @torch.no_grad()
     def begin_at_ridge(self, labelled: Labelled) -> None:

@@ -88,9 +88,7 @@ def test_what_is_not_sampled_reaches_the_teacher_and_no_token(
     assert not torch.allclose(after.clean, before.clean)
 
 
-def test_only_the_central_readout_is_needed(
-    taught: RunConfig, fitted: dict[str, Tensor], reader: Reader
-) -> None:
+def test_only_the_central_readout_is_needed(taught: RunConfig, fitted: dict[str, Tensor], reader: Reader) -> None:
     """Losses from batches that were cropped to what a stage looks at are those of whole ones."""
     config = override(taught, {"model.readout_fraction": 0.5, "data.matrix": (32, 32)})
     prepare = Preparer(config, statistics.tables(config, reader), CPU)
