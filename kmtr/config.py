@@ -144,7 +144,16 @@ class Model(Section):
     line_parts: Literal["static+dynamic", "whole"] = Field(
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
-    normalisation_power: float = Field(0.5, ge=0, le=1, description="lines are divided by SD^power of the population")
+    coils: int = Field(0, ge=0, description="virtual coils of a line, told by the visible lines; 0: coils as stored")
+    gauge: Literal["phase+gain", "gain", "none"] = Field(
+        "phase+gain", description="taken off before all else: phase of each slice and coil, gain of each subject"
+    )
+    normalisation: Literal["population", "line", "none"] = Field(
+        "population",
+        description="population: its mean taken off, over its SD^power; line: over each line's own RMS, whose log is "
+        "kept; none: one factor for all",
+    )
+    normalisation_power: float = Field(0.5, ge=0, le=1, description="power of the population's SD, for population")
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="stochastic depth per subject in training: rate of the last encoder block, 0 first"
     )
@@ -449,6 +458,8 @@ class RunConfig(Section):
                 f"model.patch: expected a divisor of (data.frames, *data.matrix) = {(d.frames, *d.matrix)}, "
                 f"got {self.model.patch}"
             )
+        if self.model.coils > d.coils:
+            raise ValueError(f"model.coils: expected at most data.coils={d.coils}, got {self.model.coils}")
         if t.eval_every % t.log_every:
             raise ValueError(
                 f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}"

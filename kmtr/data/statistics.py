@@ -16,7 +16,7 @@ from kmtr.data.reader import Reader
 from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, readout, static_part
+from kmtr.physics.lines import compress, gauge, readout, static_part
 
 MAX_SUBJECTS = 256
 MIN_VARIANCE = 1e-6
@@ -58,8 +58,9 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
     rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
-    nx, hybrid = config.data.matrix[1], config.model.readout == "hybrid"
-    samples = config.model.readout_samples(nx) if hybrid else nx
+    model, nx = config.model, config.data.matrix[1]
+    hybrid = model.readout == "hybrid"
+    samples = model.readout_samples(nx) if hybrid else nx
 
     def add(name: str, values: Tensor, present: Tensor, axes: tuple[int, ...]) -> None:
         present = present.to(values.real.dtype)
@@ -72,13 +73,14 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
     for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
         batch = host.to(torch.device("cpu"))
         present = ~batch.padded
-        coils = torch.arange(config.data.coils) < batch.extent[..., :1]
+        coils = torch.arange(model.coils or config.data.coils) < batch.extent[..., :1]
         known = torch.ones(samples, dtype=torch.bool)  # along x; along kx a smaller matrix leaves some without data
         if not hybrid:
             known = centred(batch.extent[..., 2], nx)[:, :, None]
         inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
-        lines = readout(batch.kspace / gauge(batch.kspace, visible)[..., None, None, None], samples, hybrid)
+        kspace = compress(batch.kspace, visible, model.coils)
+        lines = readout(kspace / gauge(kspace, visible, model.gauge)[..., None, None, None], samples, hybrid)
         static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]
         ever = seen.any(3)

@@ -13,9 +13,11 @@ from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, gather
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import gauge, readout, readout_inverse, static_part
+from kmtr.physics.lines import compress, compression, gauge, mix, readout, readout_inverse, static_part
 
 LINE_TABLES = ("static_mean", "static_sd", "dynamic_sd")
+FAINTEST = 1e-4
+"""RMS, over the population's, below which a line is not blown up to unit RMS."""
 
 
 @runtime_checkable
@@ -51,8 +53,15 @@ class Tokens(Places):
 class LineTokenizer:
     """Readout lines as tokens: real and imaginary part of the dynamic and the static part of a line.
 
-    Lines are made canonical (physics.lines), the population mean is taken from the static part, both parts are divided
-    by SD^power of the population and scaled to unit variance. Everything is estimated from the lines that may be seen.
+    Coils are compressed where asked for, lines made canonical (physics.lines), then normalised (`model.normalisation`):
+
+        population    the population mean is taken from the static part, both parts are divided by SD^power of the
+                      population and scaled to unit variance
+        line          each part is divided by its own RMS, whose decadic logarithm (over the population's RMS) follows
+                      as one more complex number, its imaginary part zero
+        none          one factor for all gives the population unit variance
+
+    Everything is estimated from the lines that may be seen.
 
     Args:
         tables: `data.statistics.Statistics.tensors()`.
@@ -61,21 +70,26 @@ class LineTokenizer:
     def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):
         self.data, self.model = data, model
         nx = data.matrix[1]
-        self.samples = model.readout_samples(nx)
+        self.coils, self.samples = model.coils or data.coils, model.readout_samples(nx)
         self.kx = slice(nx // 2 - self.samples // 2, nx // 2 + self.samples // 2)
         self.hybrid = model.readout == "hybrid"
-        kept = {name: crop_or_pad(tables[name], (self.samples,), (-1,)) for name in LINE_TABLES}
-        self.mean = kept["static_mean"].to(device)
-        self.divisor = {}
-        for part in ("static", "dynamic"):
-            sd = kept[f"{part}_sd"].to(device)
+        self.parts_held = ("static",) if model.line_parts == "whole" else ("dynamic", "static")
+        mean, static, dynamic = (crop_or_pad(tables[name], (self.samples,), (-1,)).to(device) for name in LINE_TABLES)
+        self.mean, self.divisor = mean, {}
+        for part, sd in (("static", static), ("dynamic", dynamic)):
             unit = sd.pow(2 - 2 * model.normalisation_power).mean().sqrt().clamp(min=torch.finfo(sd.dtype).tiny)
             self.divisor[part] = sd.pow(model.normalisation_power) * unit
+        power = {"static": mean.abs().square().mean() + static.square().mean(), "dynamic": dynamic.square().mean()}
+        if model.line_parts == "whole":
+            power["static"] = power["static"] + power["dynamic"]
+        if model.normalisation == "none":
+            power = dict.fromkeys(power, torch.stack([power[part] for part in self.parts_held]).mean())
+        self.rms = {part: square.sqrt() for part, square in power.items()}
 
     @staticmethod
     def features(data: Data, model: Model) -> int:
-        parts = 2 if model.line_parts == "static+dynamic" else 1
-        return 2 * parts * model.readout_samples(data.matrix[1]) * data.coils
+        parts, log_rms = 2 if model.line_parts == "static+dynamic" else 1, model.normalisation == "line"
+        return 2 * parts * (model.readout_samples(data.matrix[1]) * (model.coils or data.coils) + log_rms)
 
     def __call__(
         self,
@@ -92,12 +106,13 @@ class LineTokenizer:
 
         Args:
             known: lines that the temporal mean is taken over.
-            visible: lines that phase and gain are estimated from; `known` where not given.
+            visible: lines that coils, phase and gain are estimated from; `known` where not given.
             lengths: of `chosen`; see `packing.gather`.
         """
-        kspace = batch.kspace
-        factor = gauge(kspace, known if visible is None else visible)
-        missing, height = self.data.coils - kspace.shape[2], kspace.shape[4]
+        visible = known if visible is None else visible
+        kspace = compress(batch.kspace, visible, self.model.coils)
+        factor = gauge(kspace, visible, self.model.gauge)
+        missing, height = self.coils - kspace.shape[2], kspace.shape[4]
         central = crop_or_pad(kspace, (min(self.samples, kspace.shape[5]),), (-1,))
         static = static_part(central, known)
         places = gather(chosen, lengths)
@@ -109,23 +124,49 @@ class LineTokenizer:
         )
         place = torch.tensor(batch.slots, device=kspace.device)[z]
         ky = ky + self.data.matrix[0] // 2 - height // 2
-        mean, divisor = self.mean[place, :, ky], {name: table[place, :, ky] for name, table in self.divisor.items()}
-        if self.model.line_parts == "whole":
-            parts = [(line - mean) / divisor["static"]]
-        else:
-            parts = [(line - fixed) / divisor["dynamic"], (fixed - mean) / divisor["static"]]
-        values = torch.stack(parts, dim=1)
+        split = {"static": line} if self.model.line_parts == "whole" else {"dynamic": line - fixed, "static": fixed}
+        values = torch.stack([self._normalised(split[part], part, place, ky) for part in self.parts_held], dim=1)
         blank = None
         if not self._fills(batch):
-            absent = self._absent(batch.extent[row, z])
+            absent = self._absent(batch.extent[row, z]).flatten(1)
+            absent = nn.functional.pad(absent, (0, values.shape[2] - absent.shape[1]))
             values = values.masked_fill(absent[:, None], 0.0)
-            blank = absent[:, None, :, :, None].expand(*values.shape, 2).flatten(1)
+            blank = absent[:, None, :, None].expand(*values.shape, 2).flatten(1)
         index = torch.stack([place, t, ky], dim=-1)
         return Tokens(places.lengths, index, torch.view_as_real(values).flatten(1), blank)
 
+    def _normalised(
+        self,
+        lines: Complex[Tensor, "token coil readout"],
+        part: str,
+        z: Int[Tensor, " token"],
+        ky: Int[Tensor, " token"],
+    ) -> Complex[Tensor, "token number"]:
+        """One part of canonical lines as tokens hold it."""
+        if self.model.normalisation == "population":
+            if part == "static":
+                lines = lines - self.mean[z, :, ky]
+            return (lines / self.divisor[part][z, :, ky]).flatten(1)
+        if self.model.normalisation == "none":
+            return (lines / self.rms[part]).flatten(1)
+        rms = (lines.abs().square().mean((1, 2)).sqrt() / self.rms[part]).clamp(min=FAINTEST)[:, None]
+        return torch.cat([lines.flatten(1) / (rms * self.rms[part]), rms.log10().to(lines.dtype)], dim=1)
+
+    def _restored(
+        self, numbers: Complex[Tensor, "token number"], part: str, z: Int[Tensor, " token"], ky: Int[Tensor, " token"]
+    ) -> Complex[Tensor, "token coil readout"]:
+        """Inverse of `_normalised`."""
+        lines = numbers[:, : self.coils * self.samples].unflatten(1, (self.coils, self.samples))
+        if self.model.normalisation == "population":
+            lines = lines * self.divisor[part][z, :, ky]
+            return lines + self.mean[z, :, ky] if part == "static" else lines
+        if self.model.normalisation == "none":
+            return lines * self.rms[part]
+        return lines * (self.rms[part] * 10 ** numbers[:, -1].real)[:, None, None]
+
     def _absent(self, extent: Int[Tensor, "token 3"]) -> Bool[Tensor, "token coil readout"]:
         """What of a full token its slice has no data for: coils and, along kx, what a smaller matrix lacks."""
-        absent = torch.arange(self.data.coils, device=extent.device) >= extent[..., :1]
+        absent = torch.arange(self.coils, device=extent.device) >= extent[..., :1]
         if self.hybrid:
             return absent[..., None].expand(*absent.shape, self.samples)
         return absent[..., None] | ~centred(extent[..., 2], self.data.matrix[1])[..., None, self.kx]
@@ -133,7 +174,7 @@ class LineTokenizer:
     def _fills(self, batch: Acquisition) -> bool:
         """Whether all subjects have the configuration's coils and all of the readout that enters a token."""
         full = self.kx.stop - self.kx.start
-        return batch.same and batch.kspace.shape[2] == self.data.coils and batch.kspace.shape[5] >= full
+        return batch.same and batch.kspace.shape[2] >= self.coils and batch.kspace.shape[5] >= full
 
     def parts(
         self, values: Float[Tensor, "token feature"], index: Int[Tensor, "token axis"]
@@ -142,12 +183,11 @@ class LineTokenizer:
 
         With ``model.line_parts=whole`` all of a line is static and nothing dynamic.
         """
-        count = 1 if self.model.line_parts == "whole" else 2
         z, _, ky = index.unbind(-1)
-        split = torch.view_as_complex(values.float().reshape(-1, count, self.data.coils, self.samples, 2).contiguous())
-        fixed = split[:, -1] * self.divisor["static"][z, :, ky] + self.mean[z, :, ky]
-        moving = split[:, 0] * self.divisor["dynamic"][z, :, ky] if count == 2 else torch.zeros_like(fixed)
-        return readout_inverse(fixed, self.hybrid), readout_inverse(moving, self.hybrid)
+        split = torch.view_as_complex(values.float().unflatten(1, (len(self.parts_held), -1, 2)).contiguous())
+        lines = {part: self._restored(split[:, i], part, z, ky) for i, part in enumerate(self.parts_held)}
+        moving = lines.get("dynamic", torch.zeros_like(lines["static"]))
+        return readout_inverse(lines["static"], self.hybrid), readout_inverse(moving, self.hybrid)
 
     def fill(
         self,
@@ -159,16 +199,20 @@ class LineTokenizer:
         """k-space with the visible lines as they are and predicted ones elsewhere (data consistency).
 
         Where a line was visible in other frames, their mean is its static part and only the dynamic part is predicted.
+        Of compressed coils, predicted lines are what the virtual ones hold.
         """
+        weights = compression(kspace, visible, self.model.coils) if self.model.coils else None
+        lines = kspace if weights is None else mix(kspace, weights)
         seen = visible.any(2)[:, :, None, None, :, None]
-        static = static_part(kspace, visible)[:, :, :, None]
-        filled = torch.where(seen & (self.model.line_parts != "whole"), static, 0).expand(kspace.shape).clone()
+        static = static_part(lines, visible)[:, :, :, None]
+        filled = torch.where(seen & (self.model.line_parts != "whole"), static, 0).expand(lines.shape).clone()
         row, (z, t, ky) = places.lengths.subject, places.index.unbind(-1)
-        scale = gauge(kspace, visible)[row, z][..., None]
+        scale = gauge(lines, visible, self.model.gauge)[row, z][..., None]
         fixed, moving = self.parts(values, places.index)
         known = seen[row, z, 0, 0, ky] & (self.model.line_parts != "whole")
         central = filled[..., self.kx]
         central[row, z, :, t, ky] += scale * torch.where(known[..., None], moving, fixed + moving)
+        filled = filled if weights is None else mix(filled, weights.mH)
         return torch.where(visible[:, :, None, :, :, None], kspace, filled)
 
 

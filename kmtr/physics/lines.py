@@ -3,6 +3,7 @@
 What training, statistics and reconstruction share, all estimated from the lines that `visible` allows, so that nothing
 hidden or unacquired leaks:
 
+    compress       the coils of a slice as the few virtual ones of most energy
     gauge          phase of each slice and coil, gain of each subject; k-space divided by it is called canonical
     static_part    mean of a line over the frames that saw it; its deviation from that mean is the dynamic part
     readout        the samples of a line that are used, along kx or, in hybrid space, along x
@@ -11,6 +12,8 @@ METHOD's pilot: these two decide more than the network does.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Complex
@@ -22,15 +25,54 @@ CENTRE = 4
 """Central samples along ky (and kx) that phase and gain are estimated from: the usual ACS lines."""
 
 
+def compression(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"], coils: int
+) -> Complex[Tensor, "batch slice virtual coil"]:
+    """Weights of the `coils` most energetic virtual coils of each slice, as `coils.compress` has them; no more than are
+    given.
+
+    The leading eigenvectors of the coils' covariance over the visible lines of all frames (Huang 2008), the same in all
+    frames. Rows are orthonormal, so that energy kept is the sum of the largest eigenvalues, and the adjoint leads back.
+    Each row's largest weight is real and positive. Coils without a signal get none, so that virtual coils beyond a
+    slice's own stay silent.
+    """
+    seen = torch.where(visible[:, :, None, :, :, None], kspace, 0).flatten(3)
+    _, vectors = torch.linalg.eigh((seen @ seen.mH).to(torch.complex128))
+    leading = vectors.flip(-1)[..., : min(coils, kspace.shape[2])]
+    largest = leading.gather(-2, leading.abs().argmax(-2, keepdim=True))
+    return (leading * torch.polar(torch.ones_like(largest.real), -largest.angle())).mH.to(kspace.dtype)
+
+
+def mix(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"], weights: Complex[Tensor, "batch slice other coil"]
+) -> Complex[Tensor, "batch slice other t ky kx"]:
+    """Linear combinations of the coils of each slice."""
+    return (weights @ kspace.flatten(3)).unflatten(3, kspace.shape[3:])
+
+
+def compress(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"], coils: int
+) -> Complex[Tensor, "batch slice other t ky kx"]:
+    """The virtual coils of `compression`; 0: the coils as they are."""
+    return mix(kspace, compression(kspace, visible, coils)) if coils else kspace
+
+
 def gauge(
-    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"]
+    kspace: Complex[Tensor, "batch slice coil t ky kx"],
+    visible: Bool[Tensor, "batch slice t ky"],
+    fixes: Literal["phase+gain", "gain", "none"] = "phase+gain",
 ) -> Complex[Tensor, "batch slice coil"]:
     """Phase of each slice and coil and gain of each subject: k-space divided by it is canonical.
 
     The phase is that of the sum over the visible central 4 x 4 samples (the image near the field of view's centre,
     blurred); the gain is the root of the mean energy of the visible central lines, averaged over ky first so that it
     depends little on which of them are visible. Zeros around k-space change neither.
+
+    Args:
+        fixes: what is estimated; the rest is 1.
     """
+    if fixes == "none":
+        return torch.ones(kspace.shape[:3], dtype=kspace.dtype, device=kspace.device)
     ny, nx = kspace.shape[-2:]
     ky = slice(ny // 2 - CENTRE // 2, ny // 2 + CENTRE // 2)
     kx = slice(nx // 2 - CENTRE // 2, nx // 2 + CENTRE // 2)
@@ -41,7 +83,8 @@ def gauge(
     energy = torch.view_as_real(centre).square().sum((-2, -1)).sum((1, 2, 3)) / count.clamp(min=1)
     gain = (energy.sum(-1) / (count > 0).sum(-1).clamp(min=1)).sqrt()
     gain = torch.where(gain > 0, gain, torch.ones_like(gain))
-    return torch.polar(gain[:, None, None].expand(summed.shape).contiguous(), summed.angle())
+    angle = summed.angle() if fixes == "phase+gain" else torch.zeros_like(summed.real)
+    return torch.polar(gain[:, None, None].expand(summed.shape).contiguous(), angle)
 
 
 def static_part(

@@ -88,7 +88,9 @@ def test_an_epoch_has_few_shapes_and_little_padding(mixed: RunConfig, scans: Dat
     assert len(seen.unique()) == len(seen) == 96
 
 
-@pytest.mark.parametrize("changes", [{}, {"model.readout": "hybrid"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"model.readout": "hybrid", "model.normalisation": "line"}, {"model.coils": 1}], ids=str
+)
 def test_a_subject_is_the_same_in_a_batch_of_any_shape(
     mixed: RunConfig, scans: Dataset, changes: dict[str, object]
 ) -> None:

@@ -21,7 +21,7 @@ from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.objectives import Preparer
 from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import fftc
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import compress, compression, gauge, mix, static_part
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]
@@ -31,6 +31,10 @@ VARIANTS: dict[str, dict[str, object]] = {
     "whole": {"model.line_parts": "whole"},
     "hybrid": {"model.readout": "hybrid"},
     "hybrid, whole": {"model.readout": "hybrid", "model.line_parts": "whole"},
+    "per line": {"model.normalisation": "line", "model.gauge": "gain"},
+    "per line, whole": {"model.normalisation": "line", "model.line_parts": "whole"},
+    "raw": {"model.normalisation": "none", "model.gauge": "none"},
+    "virtual coil": {"model.coils": 1, "model.normalisation": "none"},
 }
 """Ways to make tokens of lines."""
 
@@ -137,7 +141,7 @@ def test_tokens_lead_back_to_their_lines(
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     tokens = tokenizer(uneven, known=uneven.sampled, chosen=uneven.sampled)
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
-    canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled)[..., None, None, None]
+    canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled, config.model.gauge)[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
     row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
@@ -191,6 +195,97 @@ def test_training_lines_have_about_unit_variance(small: RunConfig, reader: Reade
     values = tokenizer(batch, known=everything, chosen=everything).values.unflatten(-1, (2, -1, 2))
     power = values.square().sum(-1).mean((0, 2))
     assert ((power > 0.3) & (power < 3)).all()
+
+
+def test_lines_that_are_normalised_one_by_one_have_unit_rms_and_keep_its_logarithm(
+    small: RunConfig, tables: Tables, batch: Batch
+) -> None:
+    config = override(small, {"model.normalisation": "line", "model.line_parts": "whole"})
+    tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
+    chosen = batch.sampled
+
+    def numbers(kspace: Tensor) -> Tensor:
+        tokens = tokenizer(replace(batch, kspace=kspace), chosen, chosen)
+        return torch.view_as_complex(tokens.values.unflatten(1, (-1, 2)))
+
+    values = numbers(batch.kspace)
+    assert values.shape[1] == 17  # half of kx, and the logarithm
+    torch.testing.assert_close(values[:, :16].abs().square().mean(1), torch.ones(len(values)))
+    outer = torch.arange(32)[:, None] == 3
+    others = numbers(torch.where(outer, 10 * batch.kspace, batch.kspace))
+    ours = gather(chosen).index[:, 2] == 3
+    assert ours.any()
+    torch.testing.assert_close(others[:, :16], values[:, :16])
+    torch.testing.assert_close(others[:, 16].real - values[:, 16].real, ours.float(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", ["static+dynamic", "whole"])
+def test_raw_lines_differ_from_the_source_by_one_factor(
+    small: RunConfig, tables: Tables, batch: Batch, parts: str
+) -> None:
+    config = override(small, {"model.normalisation": "none", "model.gauge": "none", "model.line_parts": parts})
+    tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
+    every = torch.ones_like(batch.sampled)
+    lines = batch.kspace[:, :, 0, :, :, 8:24].flatten(0, 3)
+    values = torch.view_as_complex(tokenizer(batch, every, every).values.unflatten(1, (-1, 16, 2))).sum(1)
+    factor = (values / lines).real.median()
+    torch.testing.assert_close(values, lines * factor, rtol=1e-4, atol=1e-5)
+    config = override(config, {"model.gauge": "phase+gain"})
+    values = LineTokenizer(config.data, config.model, tables, CPU)(batch, every, every).values
+    assert values.square().sum(1).mean() / (16 * (2 if parts == "static+dynamic" else 1)) == pytest.approx(1, abs=0.3)
+
+
+@pytest.fixture
+def array(small: RunConfig, batch: Batch) -> tuple[RunConfig, Batch]:
+    """The batch as four unlike coils with noise would have seen it, and a configuration of two virtual ones."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(8, 3, 4, 1, 1, 1, dtype=torch.complex64, generator=generator)
+    kspace = batch.kspace * weights
+    kspace = kspace + 0.2 * kspace.abs().mean() * torch.randn(kspace.shape, dtype=torch.complex64, generator=generator)
+    extent = batch.extent.clone()
+    extent[..., 0] = 4
+    return override(small, {"data.coils": 4, "model.coils": 2}), replace(batch, kspace=kspace, extent=extent)
+
+
+def flat(config: RunConfig) -> Tables:
+    """Statistics of a population without structure."""
+    ny, nx = config.data.matrix
+    sd = torch.ones(config.data.slices, config.model.coils or config.data.coils, ny, nx)
+    return {"static_mean": torch.zeros_like(sd) + 0j, "static_sd": sd, "dynamic_sd": sd}
+
+
+@pytest.mark.parametrize("readout", ["kspace", "hybrid"])
+def test_tokens_of_virtual_coils_do_not_depend_on_how_coils_are_mixed_or_on_what_is_hidden(
+    array: tuple[RunConfig, Batch], readout: str
+) -> None:
+    config = override(array[0], {"model.readout": readout})
+    tokenizer, batch = LineTokenizer(config.data, config.model, flat(config), CPU), array[1]
+    visible = batch.sampled & ~batch.hidden
+
+    def lines(kspace: Tensor) -> Tokens:
+        return tokenizer(replace(batch, kspace=kspace), visible, visible)
+
+    tokens = lines(batch.kspace)
+    assert tokens.blank is None
+    assert tokens.values.shape[1] == LineTokenizer.features(config.data, config.model) == 2 * 2 * 16 * 2
+    unitary, _ = torch.linalg.qr(torch.randn(8, 3, 4, 4, dtype=torch.complex64))
+    torch.testing.assert_close(lines(mix(batch.kspace, unitary)).values, tokens.values, rtol=1e-2, atol=1e-3)
+    spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, 1e3j)
+    assert torch.equal(lines(spoilt).values, tokens.values)
+
+
+@pytest.mark.parametrize("coils", [2, 4])
+def test_filling_leads_from_virtual_coils_back(array: tuple[RunConfig, Batch], coils: int) -> None:
+    config = override(array[0], {"model.coils": coils, "model.readout_fraction": 1.0})
+    tokenizer, batch = LineTokenizer(config.data, config.model, flat(config), CPU), array[1]
+    true = tokenizer(batch, known=batch.sampled, chosen=~batch.sampled)
+    filled = tokenizer.fill(batch.kspace, batch.sampled, true.values, true)
+    acquired = batch.sampled[:, :, None, :, :, None].expand_as(filled)
+    assert torch.equal(filled[acquired], batch.kspace[acquired])
+    projected = mix(compress(batch.kspace, batch.sampled, coils), compression(batch.kspace, batch.sampled, coils).mH)
+    torch.testing.assert_close(filled[~acquired], projected[~acquired], rtol=1e-3, atol=1e-3)
+    if coils == 4:  # all of them: nothing is lost
+        torch.testing.assert_close(filled, batch.kspace, rtol=1e-3, atol=1e-3)
 
 
 def test_slices_may_be_permuted(small: RunConfig, tables: Tables, batch: Batch) -> None:

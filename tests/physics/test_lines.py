@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kmtr.data.batch import Batch
+from kmtr.physics import coils
 from kmtr.physics.fourier import crop_or_pad, fftc
-from kmtr.physics.lines import gauge, readout, readout_inverse, static_part
+from kmtr.physics.lines import compress, compression, gauge, mix, readout, readout_inverse, static_part
 
 
 def canonical(kspace: Tensor, visible: Tensor) -> Tensor:
@@ -40,6 +41,12 @@ def test_phase_of_a_slice_and_coil_and_gain_of_a_subject_drop_out(kspace: Tensor
     torch.testing.assert_close(canonical(turned, visible)[seen], canonical(kspace, visible)[seen], rtol=1e-4, atol=1e-5)
 
 
+def test_a_part_of_the_gauge_leaves_the_other(kspace: Tensor, visible: Tensor) -> None:
+    whole, gain = gauge(kspace, visible), gauge(kspace, visible, "gain")
+    torch.testing.assert_close(gain, whole.abs() + 0j)
+    assert torch.equal(gauge(kspace, visible, "none"), torch.ones(2, 3, 2, dtype=torch.complex64))
+
+
 def test_canonical_k_space_has_no_phase_in_its_centre_and_unit_gain(kspace: Tensor) -> None:
     everything = torch.ones(2, 3, 4, 12, dtype=torch.bool)
     fixed = canonical(kspace, everything)
@@ -64,6 +71,9 @@ def test_gain_depends_little_on_which_central_lines_are_seen(batch: Batch) -> No
 def test_what_is_not_visible_is_never_looked_at(kspace: Tensor, visible: Tensor, rubbish: float) -> None:
     spoilt = torch.where(visible[:, :, None, :, :, None], kspace, torch.tensor(complex(rubbish, rubbish)))
     torch.testing.assert_close(gauge(spoilt, visible), gauge(kspace, visible), rtol=0, atol=0)
+    torch.testing.assert_close(compression(spoilt, visible, 2), compression(kspace, visible, 2), rtol=0, atol=0)
+    seen = visible[:, :, None, :, :, None].expand_as(kspace)
+    torch.testing.assert_close(compress(spoilt, visible, 2)[seen], compress(kspace, visible, 2)[seen], rtol=0, atol=0)
     torch.testing.assert_close(static_part(spoilt, visible), static_part(kspace, visible), rtol=0, atol=0)
 
 
@@ -100,3 +110,55 @@ def test_a_line_of_a_smaller_matrix_is_interpolated_along_x() -> None:
     fine = readout(fftc(wave, (-1,)), 32, hybrid=True)
     expected = torch.polar(torch.full((32,), math.sqrt(24 / 32)), 2 * torch.pi * 3 * (torch.arange(32) / 32 - 0.5))
     torch.testing.assert_close(fine, expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------- coils
+
+
+@pytest.fixture
+def array() -> Tensor:
+    """Two subjects, two slices, five unlike coils, three frames."""
+    generator = torch.Generator().manual_seed(3)
+    kspace = torch.randn(2, 2, 5, 3, 12, 10, dtype=torch.complex64, generator=generator)
+    mixing = torch.randn(2, 2, 5, 5, dtype=torch.complex64, generator=generator)
+    return mix(kspace, mixing)
+
+
+@pytest.fixture
+def shown() -> Tensor:
+    return torch.rand(2, 2, 3, 12, generator=torch.Generator().manual_seed(4)) < 0.5
+
+
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_virtual_coils_keep_the_energy_of_the_largest_eigenvalues(array: Tensor, shown: Tensor, few: int) -> None:
+    weights = compression(array, shown, few)
+    torch.testing.assert_close(weights @ weights.mH, torch.eye(few).expand(2, 2, few, few) + 0j, rtol=0, atol=1e-5)
+    virtual = mix(array, weights) * shown[:, :, None, :, :, None]
+    seen = (array * shown[:, :, None, :, :, None]).flatten(3)
+    largest = torch.linalg.eigvalsh(seen @ seen.mH).flip(-1)[..., :few]
+    torch.testing.assert_close(virtual.flatten(3).abs().square().sum(-1), largest, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("few", [1, 2, 4])
+def test_virtual_coils_are_those_of_ingestion(array: Tensor, shown: Tensor, few: int) -> None:
+    ours = compress(array, shown, few)
+    for row in range(2):
+        theirs = torch.from_numpy(coils.compress(array[row].numpy(), shown[row].numpy(), few))
+        torch.testing.assert_close(ours[row], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_mixing_coils_by_a_unitary_matrix_turns_virtual_ones_by_a_phase(array: Tensor, shown: Tensor) -> None:
+    unitary, _ = torch.linalg.qr(torch.randn(2, 2, 5, 5, dtype=torch.complex64))
+    ours, theirs = (compress(kspace, shown, 3) for kspace in (array, mix(array, unitary)))
+    torch.testing.assert_close(canonical(theirs, shown), canonical(ours, shown), rtol=1e-3, atol=1e-4)
+
+
+def test_one_coil_stays_and_coils_without_a_signal_make_none(array: Tensor, shown: Tensor) -> None:
+    torch.testing.assert_close(compress(array[:, :, :1], shown, 1), array[:, :, :1])
+    padded = array.clone()
+    padded[:, :, 3:] = 0
+    few = compress(array[:, :, :3], shown, 5)
+    assert few.shape[2] == 3
+    many = compress(padded, shown, 5)
+    torch.testing.assert_close(many[:, :, :3], few)
+    assert many[:, :, 3:].abs().max() < 1e-4
