@@ -34,6 +34,8 @@ GROUPS = (
             "power 0": {"model.normalisation_power": 0.0},
             "power 0.5": {"model.normalisation_power": 0.5},
             "power 1": {"model.normalisation_power": 1.0},
+            "each line": {"model.normalisation": "line"},
+            "none": {"model.normalisation": "none"},
             "whole lines": {"model.line_parts": "whole"},
         },
     ),
