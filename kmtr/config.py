@@ -210,6 +210,8 @@ class Align(Section):
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
+    head_steps: int = Field(0, ge=0, description="first steps in which the projections learn alone, without warm-up")
+    head_factor: float = Field(1.0, gt=0, description="learning rate of the projections over that of the stage")
 
 
 class Optimizer(Section):
