@@ -59,8 +59,9 @@ def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any
     """Groups by domain, decay and share of the learning rate.
 
     Domains (of `learning_rates`) are ``kspace``, ``image`` and ``heads``, which are alignment's projections. Matrices
-    decay; biases, norms, gates and embeddings of view types do not. With `optimizer.layer_decay` d, block l of an encoder's
-    L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the whole.
+    decay; biases, norms, gates and embeddings of view types do not. With `optimizer.layer_decay` d, block l of an
+    encoder's L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the
+    whole.
     """
     groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
