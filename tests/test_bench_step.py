@@ -102,8 +102,9 @@ def test_the_formula_is_what_is_computed(
 
 
 def test_what_is_computed_is_what_the_batch_holds(small: RunConfig, tables: Tables, batch: Batch) -> None:
-    inputs = Preparer(small, tables, CPU)(batch, "align")
-    counts = bench_flops.useful(batch, small)
+    config = override(small, {"align.train_image_encoder": True})  # so that all kinds of tokens are there
+    inputs = Preparer(config, tables, CPU)(batch, "align")
+    counts = bench_flops.useful(batch, config)
     assert counts == bench_flops.executed(inputs), "nothing is computed on padding"
     assert len({n.visible for n in counts}) > 1
     assert all(n.visible + n.targets == n.sampled for n in counts)

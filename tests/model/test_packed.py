@@ -39,15 +39,16 @@ def lengths_of(*counts: int) -> Lengths:
 @pytest.fixture
 def uneven(batch: Batch) -> Batch:
     """Both R, and: a subject without long axis and with three frames, one with a single slice, one with no data."""
-    padded, extent = batch.padded.clone(), batch.extent.clone()
+    padded = batch.padded.clone()
     padded[0, 2] = padded[0, :, 3] = True
     padded[1, 1:] = True
     padded[3] = True
     sampled = batch.sampled & ~padded[..., None]
     kspace = batch.kspace.masked_fill(padded[:, :, None, :, None, None], 0)
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    changed = replace(batch, padded=padded, extent=extent, sampled=sampled, kspace=kspace, hidden_patches=patches)
-    changed = replace(changed, hidden=batch.hidden & sampled)
+    hidden = batch.hidden & sampled
+    lines = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
+    changed = replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **lines)
     assert len({int(n) for n in changed.sampled.sum((1, 2, 3))}) > 3
     return changed
 
