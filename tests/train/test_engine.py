@@ -28,8 +28,8 @@ def test_matrices_decay_and_lower_blocks_learn_slower(small: RunConfig) -> None:
         assert shares == [0.5**4, 0.5**3, 0.5**2, 0.5**1]
         assert found[f"{domain}_encoder.frame_block.mlp.0.weight"] == (1.0, 0.05)
         assert found[f"{domain}_decoder.blocks.0.mlp.0.bias"] == (1.0, 0.0)
-    assert found["kspace_encoder.embed.linear.linear.weight"] == (0.5**4, 0.05)
-    for name in ("embed.linear.gate", "position.0.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
+    assert found["kspace_encoder.embed.0.linear.linear.weight"] == (0.5**4, 0.05)
+    for name in ("embed.0.linear.gate", "position.0.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
         assert found[f"kspace_encoder.{name}"][1] == 0
     assert {share for share, _ in rates(small).values()} == {1.0}
 
