@@ -245,11 +245,10 @@ class Pretraining(nn.Module):
         encoder = self.kspace_encoder if lines else self.image_encoder
         cells = (inputs.cells, inputs.absent) if lines else (inputs.patch_cells, inputs.absent_patches)
         draws = None if inputs.draws is None or whole else inputs.draws[:, PASSES.index(kind)]
-        tokens = [getattr(inputs, kind)]
-        if lines:
-            shown = inputs.all_zerofilled if kind == "all_lines" else inputs.zerofilled
-            tokens = encoder_inputs(self.config.model, *tokens, shown)
-        encoded: Encoded = encoder(tokens, *cells, draws)
+        tokens = getattr(inputs, kind)
+        shown = inputs.all_zerofilled if kind == "all_lines" else inputs.zerofilled
+        read = encoder_inputs(self.config.model, tokens, shown) if lines else [tokens]
+        encoded: Encoded = encoder(read, *cells, draws)
         return encoded
 
 
