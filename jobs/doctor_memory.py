@@ -93,11 +93,12 @@ def most_tokens(config: RunConfig) -> Counts:
     patch_cells = cells // config.model.patch[0]
     sampled = cells * kept
     hidden = round(how.mask_ratio * sampled)
-    targets = hidden if how.target == "acquired" else round(how.target_lines * (cells * lines - sampled + hidden))
+    candidates = hidden if how.target == "acquired" else cells * lines - sampled + hidden
+    targets = round(how.target_lines * candidates) if how.target_lines else candidates
     patches = patch_cells * lines * data.matrix[1] // (config.model.patch[1] * config.model.patch[2])
     hidden_patches = round(how.image_mask_ratio * patches)
     visible = (sampled - hidden, targets, sampled, patches - hidden_patches, hidden_patches, patches)
-    return Counts(*visible, cells, patch_cells)
+    return Counts(*visible, cells, patch_cells, 0 if config.model.encoder_inputs == "kspace" else patches)
 
 
 def activation_bytes(config: RunConfig, subjects: Sequence[Counts]) -> float:

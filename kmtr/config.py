@@ -137,6 +137,9 @@ class Model(Section):
     decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
     decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    encoder_inputs: Literal["kspace", "zerofilled", "both"] = Field(
+        "kspace", description="what the k-space encoder reads: visible lines, patches of their zero-filled image, both"
+    )
     readout: Literal["kspace", "hybrid"] = Field(
         "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
     )

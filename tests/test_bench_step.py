@@ -88,6 +88,8 @@ def test_a_size_for_a_cpu(recipe: str) -> None:
         ("reconstruct", {}),
         ("reconstruct", {"model.depth": 2, "model.decoder_depth": 2, "model.mlp_ratio": 4}),
         ("reconstruct", {"reconstruct.image_weight": 0.0, "model.line_parts": "whole"}),
+        ("reconstruct", {"model.encoder_inputs": "zerofilled"}),
+        ("align", {"model.encoder_inputs": "both"}),
         ("align", {}),
         ("align", {"align.train_image_encoder": True}),
         ("align", {"align.reconstruct_weight": 0.0}),
