@@ -29,7 +29,8 @@ BOTH, ONE, FORWARD = 3, 2, 1
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one subject: lines that the encoder sees, predicted ones, all acquired; so of patches; frames."""
+    """Tokens of one subject: lines that the encoder sees, predicted ones, all acquired; so of patches; frames;
+    patches that the k-space encoder reads."""
 
     visible: int
     targets: int
@@ -39,6 +40,7 @@ class Counts:
     patches: int
     cells: int
     patch_cells: int
+    zerofilled: int
 
 
 def useful(batch: Batch, config: RunConfig) -> list[Counts]:
@@ -54,6 +56,7 @@ def useful(batch: Batch, config: RunConfig) -> list[Counts]:
         patches,
         ~batch.padded,
         present,
+        patches & (config.model.encoder_inputs != "kspace"),
     )
     table = torch.stack([kind.flatten(1).sum(1) for kind in kinds], dim=1)
     return [Counts(*row) for row in table.tolist()]
@@ -70,6 +73,7 @@ def executed(inputs: Inputs) -> list[Counts]:
         inputs.all_patches,
         inputs.cells,
         inputs.patch_cells,
+        inputs.zerofilled,
     )
     none = (0,) * len(inputs.absent)
     lengths = (none if places is None else places.lengths.host for places in kinds)
@@ -91,12 +95,18 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
         maps = 2 * model.mlp_ratio + 2  # of width x width: MLP, queries, output; keys and values are the source's
         return 2 * tokens * maps * width**2 + 4 * source * width**2 + 4 * tokens * source * width
 
-    def encoder(features: int, tokens: int, frames: int, gated: bool, trained: bool = True) -> int:
-        width, rank = model.width, RANK if gated else 1
-        first = 2 * tokens * features * rank * width
+    def encoder(kinds: list[tuple[int, int, int]], frames: int, trained: bool = True) -> int:
+        """Of kinds of (features, tokens, rank of the embedding, 0 where it is not gated)."""
+        width, tokens = model.width, sum(count for _, count, _ in kinds)
+        first = sum(2 * count * features * max(rank, 1) * width for features, count, rank in kinds)
         rest = model.depth * block(tokens, tokens, width) + block(frames, frames, width)
-        rest += 2 * tokens * rank * width if gated else 0
+        rest += sum(2 * count * rank * width for _, count, rank in kinds)
         return BOTH * rest + ONE * first if trained else FORWARD * (rest + first)
+
+    def read(lines: int) -> list[tuple[int, int, int]]:
+        """What the k-space encoder reads where it sees so many lines."""
+        kinds = [(line, lines, RANK)] if model.encoder_inputs != "zerofilled" else []
+        return kinds + ([(patch, n.zerofilled, 0)] if n.zerofilled else [])
 
     def decoder(features: int, tokens: int, queries: int, frames: int, gated: bool) -> int:
         width, memory = model.decoder_width, tokens + frames
@@ -107,16 +117,17 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
 
     encoders = decoders = contrast = 0
     if stage == "reconstruct" or config.align.reconstruct_weight:
-        encoders += encoder(line, n.visible, n.cells, True)
-        decoders += decoder(line, n.visible, n.targets, n.cells, True)
+        encoders += encoder(read(n.visible), n.cells)
+        memory = sum(count for _, count, _ in read(n.visible))
+        decoders += decoder(line, memory, n.targets, n.cells, True)
         if config.reconstruct.image_weight and not frozen:
-            encoders += encoder(patch, n.visible_patches, n.patch_cells, False)
+            encoders += encoder([(patch, n.visible_patches, 0)], n.patch_cells)
             decoders += decoder(patch, n.visible_patches, n.hidden_patches, n.patch_cells, False)
     if stage == "align":
-        encoders += encoder(line, n.sampled, n.cells, True)
+        encoders += encoder(read(n.sampled), n.cells)
         ends = [(grid, True)]
         if config.align.teacher == "encoder":
-            encoders += encoder(patch, n.patches, n.patch_cells, False, trained=not frozen)
+            encoders += encoder([(patch, n.patches, 0)], n.patch_cells, trained=not frozen)
             ends.append((grid // model.patch[0], not frozen))
         for frames, trained in ends:
             harmonics = 2 * frames * 2 * model.width

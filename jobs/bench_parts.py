@@ -8,7 +8,7 @@ each turn, so that a measured step is slower than an undisturbed one: shares cou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
@@ -81,7 +81,9 @@ def watched(clock: Clock, module: nn.Module) -> Iterator[None]:
     handles = []
     for name in ("kspace_encoder", "image_encoder", "kspace_decoder", "image_decoder"):
         part = f"{name.partition('_')[2]}s"
-        child = module.get_submodule(name)
+        child = dict(module.named_children()).get(name)
+        if child is None:  # no images are read
+            continue
 
         def enter(_: nn.Module, __: Any, part: str = part) -> None:
             clock(part)
@@ -146,7 +148,7 @@ class Engine(Protocol):
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None: ...
-    def update(self, rate: float, freeze_images: bool) -> None: ...
+    def update(self, rates: Mapping[str, float]) -> None: ...
 
 
 class Announced(Preparer):
@@ -178,7 +180,7 @@ class OnTheClock:
         self.engine.backward(loss)
         self.clock("rest")
 
-    def update(self, rate: float, freeze_images: bool) -> None:
+    def update(self, rates: Mapping[str, float]) -> None:
         self.clock("optimizer")
-        self.engine.update(rate, freeze_images)
+        self.engine.update(rates)
         self.clock("rest")

@@ -39,6 +39,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Measure, print and keep; what the last line on stdout says."""
     if "://" in config.bench.folder:
         raise InputError(f"bench.folder: expected a local folder, got {config.bench.folder!r}")
+    if config.model.encoder_inputs != "kspace":
+        raise InputError(
+            f"model.encoder_inputs: expected kspace, which the reference reads, got {config.model.encoder_inputs}"
+        )
     device = device_of(config)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     world = min(config.train.workers, gpus) if gpus else max(2, config.train.workers)

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,7 +66,7 @@ class Plain:
         self.module = self.wrapped = module.to(device)
         self.config, self.device = config, device
         groups = parameter_groups(module, config)
-        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=config.optimizer.betas)
+        self.optimizer = torch.optim.AdamW(groups, lr=RATE, betas=config.optimizer.betas, fused=True)
 
     def distribute(self) -> None:
         """Wrap in DDP, after a backward pass that showed which parameters get a gradient."""
@@ -83,11 +83,11 @@ class Plain:
     def backward(self, loss: Tensor) -> None:
         (loss / self.config.train.accumulation).backward()
 
-    def update(self, rate: float, freeze_images: bool) -> None:
+    def update(self, rates: Mapping[str, float]) -> None:
         trained = [p for p in self.module.parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rates[group["domain"]]
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -143,7 +143,8 @@ class Worker:
         means = reduce(STAGES[stage](engine, micro, self.prepare, config), self.device)
         if not all(map(math.isfinite, means.values())):
             raise KmtrError(f"{stage}: expected finite losses, got {means}")
-        engine.update(RATE, stage == "align" and not config.align.train_image_encoder)
+        frozen = stage == "align" and not config.align.train_image_encoder
+        engine.update({"kspace": RATE, "image": 0.0 if frozen else RATE, "heads": RATE})
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds, from when all processes are ready to when the device is done."""

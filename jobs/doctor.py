@@ -340,7 +340,8 @@ def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
         ema=config.optimizer.ema > 0,
         accumulates=train.accumulation > 1,
     )
-    active = activation_bytes(config, most_tokens(config))
+    size = config.data.global_batch // train.workers // train.accumulation
+    active = activation_bytes(config, [most_tokens(config)] * size)
     text = (
         f"{sum(sizes) / 1e6:.1f} M parameters; per worker {state.device / GIB:.2f} GiB of weights, gradients, optimizer"
     )

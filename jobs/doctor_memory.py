@@ -82,21 +82,26 @@ def state_bytes(
 
 def most_tokens(config: RunConfig) -> Counts:
     """Tokens of a subject that fills all slices and frames, at the lowest acceleration."""
-    data, sampling, model = config.data, config.sampling, config.model
+    data, sampling, how = config.data, config.sampling, config.reconstruct
     lines, r = data.matrix[0], min(sampling.accelerations)
     kept, _ = sampling.budget(lines, r)
     if r == 1:
         kept = lines
     elif sampling.family == "kt-gaussian-acs":
         kept = min(lines, kept + sampling.acs_lines)
-    sampled = data.slices * data.frames * kept
-    hidden = round(config.reconstruct.mask_ratio * sampled)
-    patches = data.slices * data.frames * lines * data.matrix[1] // (model.patch[0] * model.patch[1] * model.patch[2])
-    hidden_patches = round(config.reconstruct.image_mask_ratio * patches)
-    return Counts(sampled - hidden, hidden, sampled, patches - hidden_patches, hidden_patches, patches)
+    cells = data.slices * data.frames
+    patch_cells = cells // config.model.patch[0]
+    sampled = cells * kept
+    hidden = round(how.mask_ratio * sampled)
+    candidates = hidden if how.target == "acquired" else cells * lines - sampled + hidden
+    targets = round(how.target_lines * candidates) if how.target_lines else candidates
+    patches = patch_cells * lines * data.matrix[1] // (config.model.patch[1] * config.model.patch[2])
+    hidden_patches = round(how.image_mask_ratio * patches)
+    visible = (sampled - hidden, targets, sampled, patches - hidden_patches, hidden_patches, patches)
+    return Counts(*visible, cells, patch_cells, 0 if config.model.encoder_inputs == "kspace" else patches)
 
 
-def activation_bytes(config: RunConfig, n: Counts) -> float:
+def activation_bytes(config: RunConfig, subjects: Sequence[Counts]) -> float:
     """Bytes that the forward pass of a micro-batch keeps on one worker, of the stage that keeps most.
 
     With width d and MLP ratio r a block keeps (9 + 2 r) d numbers a token: input and output of both norms, queries,
@@ -104,37 +109,37 @@ def activation_bytes(config: RunConfig, n: Counts) -> float:
     after its activation (Korthikanti et al. 2022, equation 2, without attention matrices, which the fused kernel never
     writes, and dropout). In a decoder's block (7 + 2 r) d a query and 4 d a token of its memory. With
     `model.checkpointing` an encoder's block keeps d a token, and one block is whole at a time. Embedding and head of
-    lines keep the `RANK` maps that their gates mix; pooling a one-hot code, tokens x frames. Numbers are 2 bytes in
-    bf16, else 4; losses are fp32.
+    lines keep the `RANK` maps that their gates mix. Numbers are 2 bytes in bf16, else 4; losses are fp32.
 
     Args:
-        n: tokens of each subject, padding included.
+        subjects: tokens of each subject of the micro-batch.
     """
-    data, model = config.data, config.model
-    subjects = data.global_batch // config.train.workers // config.train.accumulation
+    model = config.model
     width, inner, r = model.width, model.decoder_width, model.mlp_ratio
-    line, patch = LineTokenizer.features(data, model), PatchTokenizer.features(model)
-    cells, patch_cells = data.slices * data.frames, data.slices * data.frames // model.patch[0]
+    line, patch = LineTokenizer.features(config.data, model), PatchTokenizer.features(model)
     size = 2 if config.train.bf16 else 4
 
-    def encoder(tokens: int, frames: int, features: int, embedded: int) -> int:
+    def encoder(tokens: int, cells: int, features: int, embedded: int) -> int:
         block = (9 + 2 * r) * width
         blocks = model.depth * width + block if model.checkpointing else model.depth * block
-        return size * (tokens * (features + embedded + blocks + 2 * width + frames) + frames * (block + 2 * width))
+        return size * (tokens * (features + embedded + blocks + 2 * width) + cells * (block + 2 * width))
 
     def decoder(queries: int, tokens: int, features: int, mixed: int) -> int:
         block = queries * (7 + 2 * r) * inner + tokens * 4 * inner
-        read = tokens * width + queries * (width + 2 * inner + mixed)
+        read = tokens * width + queries * (2 * inner + mixed)
         return size * (model.decoder_depth * block + read) + 4 * queries * features
 
-    kspace = encoder(n.visible, cells, line, RANK * width)
-    kspace += decoder(n.hidden, n.visible + cells, line, RANK * line)
-    image = encoder(n.visible_patches, patch_cells, patch, 0)
-    image += decoder(n.hidden_patches, n.visible_patches + patch_cells, patch, 0)
-    image *= config.reconstruct.image_weight > 0
-    trained = config.align.train_image_encoder
-    aligned = encoder(n.sampled, cells, line, RANK * width)
-    aligned += (kspace + image * trained) * (config.align.reconstruct_weight > 0)
-    aligned += encoder(n.patches, patch_cells, patch, 0) * trained
-    stages = [kspace + image] * (config.reconstruct_steps > 0) + [aligned] * (config.align_steps > 0)
-    return float(subjects * max(stages))
+    def of(n: Counts) -> int:
+        """One subject's."""
+        kspace = encoder(n.visible, n.cells, line, RANK * width)
+        kspace += decoder(n.targets, n.visible + n.cells, line, RANK * line)
+        image = encoder(n.visible_patches, n.patch_cells, patch, 0)
+        image += decoder(n.hidden_patches, n.visible_patches + n.patch_cells, patch, 0)
+        image *= config.reconstruct.image_weight > 0
+        trained = config.align.teacher == "encoder" and config.align.train_image_encoder
+        aligned = encoder(n.sampled, n.cells, line, RANK * width)
+        aligned += (kspace + image * trained) * (config.align.reconstruct_weight > 0)
+        aligned += encoder(n.patches, n.patch_cells, patch, 0) * trained
+        return max((kspace + image) * (config.reconstruct_steps > 0), aligned * (config.align_steps > 0))
+
+    return float(sum(map(of, subjects)))

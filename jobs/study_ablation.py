@@ -141,7 +141,9 @@ def _train_all(configs: Sequence[RunConfig], parent: str, at_once: int) -> dict[
     from jobs._main import Bar
 
     task = ray.remote(num_cpus=0, max_retries=0)(_train)
-    bar, left, running, failures, done = Bar("study: runs"), list(configs), [], {}, 0
+    bar, left, done = Bar("study: runs"), list(configs), 0
+    running: list[Any] = []
+    failures: dict[str, str] = {}
     while left or running:
         while left and len(running) < at_once:
             running.append(task.remote(to_json(left.pop(0)), parent))

@@ -137,6 +137,9 @@ class Model(Section):
     decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
     decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
+    encoder_inputs: Literal["kspace", "zerofilled", "both"] = Field(
+        "kspace", description="what the k-space encoder reads: visible lines, patches of their zero-filled image, both"
+    )
     readout: Literal["kspace", "hybrid"] = Field(
         "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
     )
@@ -210,6 +213,8 @@ class Align(Section):
     train_image_encoder: bool = Field(False, description="False: the image encoder is a frozen teacher")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up, then optimizer.schedule")
+    head_steps: int = Field(0, ge=0, description="first steps in which the projections learn alone, without warm-up")
+    head_factor: float = Field(1.0, gt=0, description="learning rate of the projections over that of the stage")
 
 
 class Optimizer(Section):

@@ -26,7 +26,7 @@ from kmtr.data.reader import Loaded
 from kmtr.data.shards import schema, to_row
 from kmtr.model.encoder import line_encoder
 from kmtr.model.packing import gather
-from kmtr.model.tokenizers import LineTokenizer
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, encoder_inputs
 from kmtr.physics import sampling
 from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.lines import CENTRE
@@ -47,12 +47,14 @@ class KSpaceEncoder:
             self.module = line_encoder(config.data, config.model).to(device).eval()
         if weights is not None:
             self.module.load_state_dict(weights)
-        self.tokenizer = LineTokenizer(config.data, config.model, tables, device)
+        self.lines = LineTokenizer(config.data, config.model, tables, device)
+        self.patches = PatchTokenizer(config.data, config.model, tables, device)
 
     @property
     def readout(self) -> int:
         """Central kx samples of a batch that are looked at."""
-        return max(self.tokenizer.samples, CENTRE)
+        imaged = self.config.model.encoder_inputs != "kspace"
+        return self.config.data.matrix[1] if imaged else max(self.lines.samples, CENTRE)
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
@@ -65,9 +67,11 @@ class KSpaceEncoder:
         Args:
             bf16: the transformer under autocast; tokens and the embedding stay fp32.
         """
-        lines = self.tokenizer(batch, known=batch.sampled, chosen=batch.sampled)
+        seen, model = batch.sampled, self.config.model
+        lines = self.lines(batch, known=seen, chosen=seen)
+        zerofilled = None if model.encoder_inputs == "kspace" else self.patches.zerofilled(batch, seen)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            encoded = self.module([lines], gather(~batch.padded), batch.padded)
+            encoded = self.module(encoder_inputs(model, lines, zerofilled), gather(~batch.padded), batch.padded)
         return torch.cat(static_dynamic(encoded.frames, encoded.absent), dim=-1).flatten(1)
 
     def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:

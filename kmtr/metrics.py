@@ -19,26 +19,29 @@ def r2(truth: np.ndarray, predicted: np.ndarray, reference: float | np.ndarray) 
 
 @dataclass(frozen=True)
 class Ridge:
-    """A fitted ridge regression on standardised features.
+    """A fitted ridge regression on scaled features.
 
     Attributes:
-        mean, sd: of the features, ``feature``.
+        mean, scale: taken off the features and dividing them, ``feature``.
         weights: ``feature``; bias: the mean of the target.
         penalty: chosen by leave-one-out error.
     """
 
     mean: np.ndarray
-    sd: np.ndarray
+    scale: np.ndarray
     weights: np.ndarray
     bias: float
     penalty: float
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        return (features - self.mean) / self.sd @ self.weights + self.bias
+        return (features - self.mean) / self.scale @ self.weights + self.bias
 
 
 def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
-    """Ridge regression, its penalty chosen by the exact leave-one-out error (Golub, Heath and Wahba 1979).
+    """Ridge regression; penalty and scaling chosen by the exact leave-one-out error (Golub, Heath and Wahba 1979).
+
+    Features count either standardised, each the same, or by their own variance, as an embedding whose directions of
+    little variance are noise wants it. Which of the two is nothing that a source of features should win by.
 
     Args:
         features: ``subject feature``, finite.
@@ -47,10 +50,10 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
     Raises:
         ValueError: fewer than 3 subjects.
     """
-    mean, sd = _scales(features)
-    x, bias = ((features - mean) / sd).astype(np.float64), float(target.mean())
-    penalty, dual = _dual(x @ x.T / x.shape[1], target.astype(np.float64)[:, None] - bias)
-    return Ridge(mean, sd, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
+    bias = float(target.mean())
+    mean, scale, penalty, dual = _best(features, target.astype(np.float64)[:, None] - bias)
+    x = ((features - mean) / scale).astype(np.float64)
+    return Ridge(mean, scale, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
 
 
 def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -64,20 +67,27 @@ def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndar
     Returns:
         float32 ``subject output`` of `others`.
     """
-    mean, sd = _scales(features)
-    x, y = ((values - mean) / sd for values in (features, others))
     bias = targets.mean(0)
-    _, dual = _dual((x @ x.T / x.shape[1]).astype(np.float64), targets - bias)
+    mean, scale, _, dual = _best(features, targets - bias)
+    x, y = ((values - mean) / scale for values in (features, others))
     return (y @ x.T / x.shape[1]).astype(np.float32) @ dual.astype(np.float32) + bias.astype(np.float32)
 
 
-def _scales(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best(features: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """Mean and scale of the features, penalty and dual weights with the least leave-one-out error."""
     mean, sd = features.mean(0), features.std(0)
-    return mean, np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, np.ones_like(sd))
+    own = np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, np.ones_like(sd))
+    common = np.full_like(own, max(float(np.sqrt((sd.astype(np.float64) ** 2).mean())), 1e-30))
+    found = []
+    for scale in (own, common):
+        x = (features - mean) / scale
+        found.append((scale, *_dual((x @ x.T / x.shape[1]).astype(np.float64), y)))
+    scale, _, penalty, dual = min(found, key=lambda one: one[1])
+    return mean, scale, penalty, dual
 
 
-def _dual(gram: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """Penalty with the least leave-one-out error over (a part of) the outputs, and dual weights ``subject output``.
+def _dual(gram: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """The least leave-one-out error over (a part of) the outputs, its penalty, and dual weights ``subject output``.
 
     Args:
         gram: ``subject subject`` over the number of features: it serves any number of them, and
@@ -98,7 +108,7 @@ def _dual(gram: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
         leverage = 1 - (vectors**2) @ shrink + 1 / n
         error = float(np.mean((residual / np.clip(1 - leverage, 1e-6, None)[:, None]) ** 2))
         best = min(best, (error, penalty))
-    return best[1], vectors @ (rotated / (values + best[1])[:, None])
+    return *best, vectors @ (rotated / (values + best[1])[:, None])
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from kmtr.model.encoder import (
 from kmtr.model.packing import Lengths, Places
 from kmtr.model.packing import gather as gather_places
 from kmtr.model.teacher import Components
-from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
+from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens, encoder_inputs
 from kmtr.model.transformer import Block
 from kmtr.physics import random
 from kmtr.physics.cycle import SIDE, static_dynamic
@@ -53,6 +53,7 @@ class Inputs:
         lines, line_targets: visible lines and those to predict; the visible ones never depend on any other.
         patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
         all_lines, all_patches: everything acquired, for alignment; None in stage b.
+        zerofilled, all_zerofilled: patches of what `lines` and `all_lines` show, where the k-space encoder reads them.
         cells, patch_cells: frame slots that hold data, in the frames of either domain.
         absent, absent_patches: those that do not.
         clean: static and dynamic components of the clean image, where they are alignment's teacher.
@@ -71,6 +72,8 @@ class Inputs:
     absent_patches: Bool[Tensor, "batch slice pt"]
     clean: Float[Tensor, "batch slice part channel"] | None = None
     draws: Float[Tensor, "batch pass block 2"] | None = None
+    zerofilled: Tokens | None = None
+    all_zerofilled: Tokens | None = None
 
 
 PASSES = ("lines", "patches", "all_lines", "all_patches")
@@ -89,12 +92,12 @@ class Preparer:
 
     def readout(self, stage: str) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all, since it needs images."""
-        if self.reads_images(stage):
+        if self.reads_images(stage) or self.config.model.encoder_inputs != "kspace":
             return None
         return max(self.lines.samples, CENTRE, SIDE if stage == "align" else 0)
 
     def reads_images(self, stage: str) -> bool:
-        """Whether an encoder reads images in this stage."""
+        """Whether an encoder reads clean images in this stage."""
         config = self.config
         if stage == "align" and (config.align.teacher == "encoder" or config.align.train_image_encoder):
             return True
@@ -104,13 +107,13 @@ class Preparer:
     def __call__(self, batch: Batch, stage: str) -> Inputs:
         seen, visible = batch.sampled, batch.sampled & ~batch.hidden
         absent_patches = batch.padded.unflatten(2, (-1, self.config.model.patch[0])).all(-1)
-        present = ~absent_patches[..., None, None].expand(batch.hidden_patches.shape)
+        present = self.patches.present(batch)
         shown, withheld = present & ~batch.hidden_patches, present & batch.hidden_patches
         absent = self.on_grid(batch.padded, batch.slots)
         absent_patches = self.on_grid(absent_patches, batch.slots, self.config.model.patch[0])
         chosen = [visible, batch.targets, seen, shown, withheld, present, ~absent, ~absent_patches]
         many = Lengths.of(chosen)  # all at once: each question makes the host wait for the device
-        both = stage == "align"
+        both, imaged = stage == "align", self.config.model.encoder_inputs != "kspace"
         patches = patch_targets = all_patches = None
         if self.reads_images(stage):
             images = self.patches.images(batch)
@@ -134,6 +137,8 @@ class Preparer:
             absent_patches=absent_patches,
             clean=self.components(batch) if both and self.components else None,
             draws=self.draws(batch),
+            zerofilled=self.patches.zerofilled(batch, visible, many[5]) if imaged else None,
+            all_zerofilled=self.patches.zerofilled(batch, seen, many[5]) if imaged and both else None,
         )
 
     def draws(self, batch: Batch) -> Float[Tensor, "batch pass block 2"] | None:
@@ -158,7 +163,8 @@ class Preparer:
         targets = lines if queried is None else self.lines(batch, known=seen, chosen=queried)
         absent = self.on_grid(batch.padded, batch.slots)
         cells = gather_places(~absent)
-        return Inputs(lines, targets, None, None, None, None, cells, cells, absent, absent)
+        zerofilled = None if self.config.model.encoder_inputs == "kspace" else self.patches.zerofilled(batch, seen)
+        return Inputs(lines, targets, None, None, None, None, cells, cells, absent, absent, zerofilled=zerofilled)
 
 
 class Pretraining(nn.Module):
@@ -239,7 +245,10 @@ class Pretraining(nn.Module):
         encoder = self.kspace_encoder if lines else self.image_encoder
         cells = (inputs.cells, inputs.absent) if lines else (inputs.patch_cells, inputs.absent_patches)
         draws = None if inputs.draws is None or whole else inputs.draws[:, PASSES.index(kind)]
-        encoded: Encoded = encoder([getattr(inputs, kind)], *cells, draws)
+        tokens = getattr(inputs, kind)
+        shown = inputs.all_zerofilled if kind == "all_lines" else inputs.zerofilled
+        read = encoder_inputs(self.config.model, tokens, shown) if lines else [tokens]
+        encoded: Encoded = encoder(read, *cells, draws)
         return encoded
 
 

@@ -21,7 +21,7 @@ def tiny() -> RunConfig:
             matrix=(64, 64),
             global_batch=32,
         ),
-        sampling=Sampling(accelerations=(4, 8)),
+        sampling=Sampling(accelerations=(4, 8, 16), acs_lines=2),
         model=Model(
             width=96,
             depth=2,
@@ -33,11 +33,11 @@ def tiny() -> RunConfig:
             readout_fraction=0.5,
             projection=64,
         ),
-        reconstruct=Reconstruct(steps=180),
-        align=Align(steps=30),
-        train=Train(workers=2, checkpoint_every=90, eval_every=90),
+        reconstruct=Reconstruct(steps=700, target_lines=0.3, image_weight=0.0),
+        align=Align(steps=200, teacher="components", learning_rate=5e-4, head_steps=40, head_factor=4.0),
+        train=Train(workers=2, checkpoint_every=140, eval_every=140),
         simulate=Simulate(subjects=1600, difficulty="easy"),
-        evaluate=Evaluate(accelerations=(4, 8, 12), labels=800, subjects=320),
+        evaluate=Evaluate(accelerations=(4, 8, 16), labels=800, subjects=320),
     )
 
 

@@ -27,7 +27,7 @@ def run(block: Block, queries: Lengths, sources: Lengths, cross: bool, again: bo
     scale = None if cross else torch.rand(queries.total, 2, generator=generator)
     arguments = (x, queries, memory if cross else None, sources if cross else None, scale)
     y = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
-    return [y, *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *block.parameters()])]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Alone:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def update(self, rate: float, freeze_images: bool) -> None:
+    def update(self, rates: Mapping[str, float]) -> None:
         pass
 
 
@@ -88,6 +88,8 @@ def test_a_size_for_a_cpu(recipe: str) -> None:
         ("reconstruct", {}),
         ("reconstruct", {"model.depth": 2, "model.decoder_depth": 2, "model.mlp_ratio": 4}),
         ("reconstruct", {"reconstruct.image_weight": 0.0, "model.line_parts": "whole"}),
+        ("reconstruct", {"model.encoder_inputs": "zerofilled"}),
+        ("align", {"model.encoder_inputs": "both"}),
         ("align", {}),
         ("align", {"align.train_image_encoder": True}),
         ("align", {"align.reconstruct_weight": 0.0}),
@@ -102,8 +104,9 @@ def test_the_formula_is_what_is_computed(
 
 
 def test_what_is_computed_is_what_the_batch_holds(small: RunConfig, tables: Tables, batch: Batch) -> None:
-    inputs = Preparer(small, tables, CPU)(batch, "align")
-    counts = bench_flops.useful(batch, small)
+    config = override(small, {"align.train_image_encoder": True})  # so that all kinds of tokens are there
+    inputs = Preparer(config, tables, CPU)(batch, "align")
+    counts = bench_flops.useful(batch, config)
     assert counts == bench_flops.executed(inputs), "nothing is computed on padding"
     assert len({n.visible for n in counts}) > 1
     assert all(n.visible + n.targets == n.sampled for n in counts)
@@ -202,7 +205,7 @@ def test_the_clock_loses_nothing_and_changes_nothing(
             clock.start()
             began = time.perf_counter()
             STAGES[stage](engine, [batch], prepare, small)
-            engine.update(0.0, False)
+            engine.update({})
             clock("rest")
             elapsed = time.perf_counter() - began
 

@@ -82,6 +82,7 @@ def test_a_wrong_value_names_its_key_and_what_came(key: str, value: str) -> None
         ({"train.accumulation": "3"}, "2 * 3, got 32"),
         ({"sampling.accelerations": "16"}, "sampling.accelerations: R = 16 leaves 4 of 64 lines"),
         ({"evaluate.accelerations": "16"}, "evaluate.accelerations: R = 16 leaves 4 of 64 lines"),
+        ({"model.coils": "2"}, "model.coils: expected at most data.coils=1, got 2"),
         ({"model.patch": "3,16,16"}, "model.patch: expected a divisor"),
         ({"model.patch": "2,16,24"}, "model.patch: expected a divisor"),
         ({"train.eval_every": "15"}, "train.eval_every: expected a multiple of train.log_every=10, got 15"),

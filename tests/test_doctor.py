@@ -228,8 +228,8 @@ def test_activations_are_what_autograd_keeps(
     held = sum(storage.nbytes() for storage in saved.values())
     expected = doctor_memory.activation_bytes(config, bench_flops.executed(inputs))
     if config.model.checkpointing:  # one block is whole only while it is run again
-        block = (9 + 2 * config.model.mlp_ratio) * config.model.width * 4 * len(batch)
-        expected -= block * inputs.lines.padded.shape[1]
+        block = (9 + 2 * config.model.mlp_ratio) * config.model.width * 4
+        expected -= block * sum(inputs.lines.lengths.host)
     assert kept
     assert expected == pytest.approx(held, rel=0.25)
 
@@ -240,7 +240,7 @@ def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pyt
     said = answers(config, ("a",))
     train = config.train
     state = doctor_memory.state_bytes(sizes, 2, train.zero_stage, train.bf16).device
-    active = doctor_memory.activation_bytes(config, doctor_memory.most_tokens(config))
+    active = doctor_memory.activation_bytes(config, [doctor_memory.most_tokens(config)] * 4)
     for memory, expected in (
         (2 * state * 0.9, "FAIL"),
         (2 * (state + active) * 1.2, "warn"),

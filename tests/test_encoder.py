@@ -65,6 +65,19 @@ def test_a_round_trip_gives_the_same_embeddings(
     assert after.config == small
 
 
+@pytest.mark.parametrize("inputs", ["zerofilled", "both"])
+def test_an_encoder_of_zero_filled_images_stands_alone_too(
+    small: RunConfig, tables: Tables, study: Study, batch: Batch, inputs: str, tmp_path: Path
+) -> None:
+    config = override(small, {"model.encoder_inputs": inputs})
+    torch.manual_seed(5)
+    weights = line_encoder(config.data, config.model).state_dict()
+    export_encoder(tmp_path, config, weights, tables)
+    before, after = KSpaceEncoder(config, weights, tables, CPU), load_encoder(tmp_path)
+    assert torch.equal(before.embed(batch), after.embed(batch))
+    assert after(study, acceleration=4).shape == (3 * 3 * small.model.width,)
+
+
 def test_a_study_and_a_batch_give_the_same_embedding(small: RunConfig, folder: Path, reader: Reader) -> None:
     encoder = load_encoder(folder)
     config = override(small, {"sampling.accelerations": (4,)})

@@ -45,7 +45,7 @@ def test_the_penalty_is_the_best_of_explicit_refits_without_each_subject(
 ) -> None:
     x, y = problem(subjects, subjects, features, noise)
     ridge = fit_ridge(x, y)
-    standard = (x - ridge.mean) / ridge.sd
+    standard = (x - ridge.mean) / ridge.scale
     errors = []
     for penalty in RIDGE_PENALTIES:
         left_out = []

@@ -79,7 +79,7 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
             known = centred(batch.extent[..., 2], nx)[:, :, None]
         inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
-        kspace = compress(batch.kspace, visible, model.coils)
+        kspace = compress(batch.kspace, visible, model.coils, model.readout_samples(nx))
         lines = readout(kspace / gauge(kspace, visible, model.gauge)[..., None, None, None], samples, hybrid)
         static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]

@@ -115,17 +115,23 @@ class Encoder(nn.Module):
     Pooling everything into one mean would lose the motion (METHOD's pilot), so (slice, t) is kept.
 
     Args:
-        vocabularies: grid and embedding of each kind of tokens that it reads. The means are those of the first kind, on
-            its grid; the others are attended to.
+        vocabularies: grid and embedding of each kind of tokens that it reads.
+        grid: of the frame vectors; that of the first kind where not given. A token that spans several of its frames
+            counts in each; of several kinds, each kind's mean weighs the same, however many tokens it has.
     """
 
-    def __init__(self, vocabularies: Sequence[tuple[Grid, nn.Module]], model: Model):
+    def __init__(self, vocabularies: Sequence[tuple[Grid, nn.Module]], model: Model, grid: Grid | None = None):
         super().__init__()
         width, heads = model.width, model.width // model.head_width
-        self.grid_shape, self.checkpointing = vocabularies[0][0].shape, model.checkpointing
+        grids = [each for each, _ in vocabularies]
+        grid = grids[0] if grid is None else grid
+        self.grid_shape, self.checkpointing = grid.shape, model.checkpointing
+        self.spans = [len(grid.frames) // len(each.frames) for each in grids]
+        grids += [grid] if grid not in grids else []
+        self.frame_position = grids.index(grid)
         self.rates = [model.drop_path * i / max(model.depth - 1, 1) for i in range(model.depth)]
         self.embed = nn.ModuleList(embed for _, embed in vocabularies)
-        self.position = nn.ModuleList(Position(grid, width) for grid, _ in vocabularies)
+        self.position = nn.ModuleList(Position(each, width) for each in grids)
         self.blocks = nn.ModuleList(Block(width, heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm = nn.LayerNorm(width)
         self.frame_block = Block(width, heads, model.mlp_ratio)
@@ -147,7 +153,7 @@ class Encoder(nn.Module):
         """
         embedded = [
             (embed(tokens.values, tokens.index) + position(tokens.index), tokens.lengths)
-            for tokens, embed, position in zip(kinds, self.embed, self.position, strict=True)
+            for tokens, embed, position in zip(kinds, self.embed, self.position, strict=False)
         ]
         x, lengths, places = join(embedded)
         for number, block in enumerate(self.blocks):
@@ -160,18 +166,31 @@ class Encoder(nn.Module):
             else:
                 x = block(x, lengths, scale=scale)
         x = self.norm(x)
-        pooled = self._pool(x if len(kinds) == 1 else x[places[0]], kinds[0], cells).to(x.dtype)
-        vectors = self.frame_block(pooled + self.position[0](cells.index), cells.lengths)
+        means = [
+            self._pool(x if len(kinds) == 1 else x[place], tokens, span, cells)
+            for tokens, place, span in zip(kinds, places, self.spans, strict=True)
+        ]
+        pooled = (sum(means[1:], means[0]) / len(means)).to(x.dtype)
+        vectors = self.frame_block(pooled + self.position[self.frame_position](cells.index), cells.lengths)
         return Encoded(x, lengths, self.frame_norm(vectors), cells, absent)
 
-    def _pool(self, x: Float[Tensor, "token channel"], tokens: Tokens, cells: Places) -> Float[Tensor, "cell channel"]:
-        """Mean of the tokens in each cell, in fp32; zero where there are none."""
-        size = len(tokens.lengths.host) * self.grid_shape[0] * self.grid_shape[1]
-        cell = (tokens.cell(self.grid_shape),)
-        # Not index_add: its order of summation, and so the last bit, is left to chance on a GPU.
-        total = x.new_zeros(size, x.shape[-1], dtype=torch.float32).index_put(cell, x.float(), accumulate=True)
-        ones = total.new_ones(())
-        count = total.new_zeros(size).index_put(cell, ones, accumulate=True)
+    def _pool(
+        self, x: Float[Tensor, "token channel"], tokens: Tokens, span: int, cells: Places
+    ) -> Float[Tensor, "cell channel"]:
+        """Mean of the tokens in each cell, in fp32; zero where there are none.
+
+        Args:
+            span: frames that a token's temporal position covers.
+        """
+        slices, frames = self.grid_shape
+        size = len(tokens.lengths.host) * slices * frames
+        first = tokens.cell((slices, frames // span)) * span
+        total, count = x.new_zeros(size, x.shape[-1], dtype=torch.float32), x.new_zeros(size, dtype=torch.float32)
+        for offset in range(span):
+            cell = (first + offset,)
+            # Not index_add: its order of summation, and so the last bit, is left to chance on a GPU.
+            total = total.index_put(cell, x.float(), accumulate=True)
+            count = count.index_put(cell, count.new_ones(()), accumulate=True)
         mean = total / count.clamp(min=1)[:, None]
         return mean if cells.lengths.total == size else mean[cells.cell(self.grid_shape)]
 
@@ -247,8 +266,14 @@ class PatchHead(nn.Module):
 
 
 def line_encoder(data: Data, model: Model) -> Encoder:
-    features = LineTokenizer.features(data, model)
-    return Encoder([(Grid.lines(data), LineEmbed(features, data.matrix[0], model.width))], model)
+    """The k-space encoder: of lines, of patches of zero-filled images, or of both (`model.encoder_inputs`)."""
+    lines, patches = Grid.lines(data), Grid.patches(data, model)
+    vocabularies: list[tuple[Grid, nn.Module]] = []
+    if model.encoder_inputs != "zerofilled":
+        vocabularies.append((lines, LineEmbed(LineTokenizer.features(data, model), data.matrix[0], model.width)))
+    if model.encoder_inputs != "kspace":
+        vocabularies.append((patches, PatchEmbed(PatchTokenizer.features(model), model.width)))
+    return Encoder(vocabularies, model, lines)
 
 
 def patch_encoder(data: Data, model: Model) -> Encoder:

@@ -110,7 +110,7 @@ class LineTokenizer:
             lengths: of `chosen`; see `packing.gather`.
         """
         visible = known if visible is None else visible
-        kspace = compress(batch.kspace, visible, self.model.coils)
+        kspace = compress(batch.kspace, visible, self.model.coils, self.samples)
         factor = gauge(kspace, visible, self.model.gauge)
         missing, height = self.coils - kspace.shape[2], kspace.shape[4]
         central = crop_or_pad(kspace, (min(self.samples, kspace.shape[5]),), (-1,))
@@ -201,7 +201,7 @@ class LineTokenizer:
         Where a line was visible in other frames, their mean is its static part and only the dynamic part is predicted.
         Of compressed coils, predicted lines are what the virtual ones hold.
         """
-        weights = compression(kspace, visible, self.model.coils) if self.model.coils else None
+        weights = compression(kspace, visible, self.model.coils, self.samples) if self.model.coils else None
         lines = kspace if weights is None else mix(kspace, weights)
         seen = visible.any(2)[:, :, None, None, :, None]
         static = static_part(lines, visible)[:, :, :, None]
@@ -229,13 +229,21 @@ class PatchTokenizer:
         pt, py, px = model.patch
         return pt * py * px
 
-    def images(self, batch: Acquisition) -> Float[Tensor, "batch slice t y x"]:
+    def images(
+        self, batch: Acquisition, visible: Bool[Tensor, "batch slice t ky"] | None = None
+    ) -> Float[Tensor, "batch slice t y x"]:
         """Normalised magnitude images: unit RMS per subject, then the population's mean and SD taken off.
 
         All have the configuration's full matrix: k-space of a smaller one is filled up with zeros, which keeps the
         field of view and interpolates.
+
+        Args:
+            visible: lines that they are made of, zeros in place of the others, each frame by itself; None: all.
         """
-        kspace = crop_or_pad(batch.kspace, self.matrix, (-2, -1))
+        kspace = batch.kspace
+        if visible is not None:
+            kspace = torch.where(visible[:, :, None, :, :, None], kspace, 0)
+        kspace = crop_or_pad(kspace, self.matrix, (-2, -1))
         mean = self.mean[torch.tensor(batch.slots, device=self.mean.device), None]
         return scale_image(magnitude_image(kspace), batch.padded).sub_(mean).div_(self.sd)
 
@@ -254,3 +262,22 @@ class PatchTokenizer:
         place = torch.tensor(batch.slots, device=z.device)[z]
         index = torch.stack([place, t, y, x], dim=-1)
         return Tokens(places.lengths, index, cells[row, z, t, y, x].flatten(1))
+
+    def present(self, batch: Acquisition) -> Bool[Tensor, "batch slice pt py px"]:
+        """Patches of which some frame holds data."""
+        pt, py, px = self.patch
+        present = ~batch.padded.unflatten(2, (-1, pt)).all(-1)
+        return present[..., None, None].expand(*present.shape, self.matrix[0] // py, self.matrix[1] // px)
+
+    def zerofilled(
+        self, batch: Acquisition, visible: Bool[Tensor, "batch slice t ky"], lengths: Lengths | None = None
+    ) -> Tokens:
+        """All patches of the images that the `visible` lines alone make, aliased as they are."""
+        return self(batch, self.images(batch, visible), self.present(batch), lengths)
+
+
+def encoder_inputs(model: Model, lines: Tokens, zerofilled: Tokens | None) -> list[Tokens]:
+    """What the k-space encoder reads, in the order of its vocabularies (`model.encoder.line_encoder`)."""
+    if zerofilled is None:
+        return [lines]
+    return [zerofilled] if model.encoder_inputs == "zerofilled" else [lines, zerofilled]

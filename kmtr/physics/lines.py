@@ -26,7 +26,10 @@ CENTRE = 4
 
 
 def compression(
-    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"], coils: int
+    kspace: Complex[Tensor, "batch slice coil t ky kx"],
+    visible: Bool[Tensor, "batch slice t ky"],
+    coils: int,
+    samples: int | None = None,
 ) -> Complex[Tensor, "batch slice virtual coil"]:
     """Weights of the `coils` most energetic virtual coils of each slice, as `coils.compress` has them; no more than are
     given.
@@ -35,8 +38,12 @@ def compression(
     frames. Rows are orthonormal, so that energy kept is the sum of the largest eigenvalues, and the adjoint leads back.
     Each row's largest weight is real and positive. Coils without a signal get none, so that virtual coils beyond a
     slice's own stay silent.
+
+    Args:
+        samples: central ones along kx that tell; None: all.
     """
-    seen = torch.where(visible[:, :, None, :, :, None], kspace, 0).flatten(3)
+    band = kspace if samples is None else crop_or_pad(kspace, (min(samples, kspace.shape[-1]),), (-1,))
+    seen = torch.where(visible[:, :, None, :, :, None], band, 0).flatten(3)
     _, vectors = torch.linalg.eigh((seen @ seen.mH).to(torch.complex128))
     leading = vectors.flip(-1)[..., : min(coils, kspace.shape[2])]
     largest = leading.gather(-2, leading.abs().argmax(-2, keepdim=True))
@@ -51,10 +58,13 @@ def mix(
 
 
 def compress(
-    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"], coils: int
+    kspace: Complex[Tensor, "batch slice coil t ky kx"],
+    visible: Bool[Tensor, "batch slice t ky"],
+    coils: int,
+    samples: int | None = None,
 ) -> Complex[Tensor, "batch slice other t ky kx"]:
     """The virtual coils of `compression`; 0: the coils as they are."""
-    return mix(kspace, compression(kspace, visible, coils)) if coils else kspace
+    return mix(kspace, compression(kspace, visible, coils, samples)) if coils else kspace
 
 
 def gauge(

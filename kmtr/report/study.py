@@ -98,14 +98,14 @@ def cohort(config: RunConfig, dataset: Dataset, folder: Path, budgets: Sequence[
     """
     targets = tuple(name for name in config.study.targets if dataset.labels.get(name))
     if not targets:
-        wanted, there = ", ".join(config.study.targets), ", ".join(dataset.labels) or "no labels"
-        raise InputError(f"study.targets: expected at least one that the dataset has, got {wanted}; it has {there}")
+        wanted, known = ", ".join(config.study.targets), ", ".join(dataset.labels) or "no labels"
+        raise InputError(f"study.targets: expected at least one that the dataset has, got {wanted}; it has {known}")
     readers = {split: dataset.reader(split, config.data) for split in ("train", "test")}
     for split, reader in readers.items():
         if len(reader) < 3:
             raise InputError(f"study: expected at least 3 subjects in split {split}, got {len(reader)}")
     there = len(readers["train"])
-    some = tuple(sorted({min(budget, there) for budget in budgets}))
+    some: tuple[int, ...] = tuple(sorted({min(budget, there) for budget in budgets}))
     labelled = {seed: permutation(seed + 2, 0, there)[: some[-1]].tolist() for seed in config.study.seeds}
     held_out = permutation(config.seed + 2, 0, len(readers["test"]))[: config.evaluate.subjects].tolist()
     labels = {seed: _labels(readers["train"], rows, targets) for seed, rows in labelled.items()}

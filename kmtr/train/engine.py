@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,17 +45,28 @@ def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, A
     }
 
 
+DOMAINS = {
+    "image_encoder": "image",
+    "image_decoder": "image",
+    "kspace_heads": "heads",
+    "image_heads": "heads",
+    "log_temperature": "heads",
+}
+"""Of the parts of `objectives.Pretraining` that are not k-space's."""
+
+
 def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Groups by domain, decay and share of the learning rate.
 
-    Matrices decay; biases, norms, gates and embeddings of view types do not. The heads of alignment count as k-space:
-    they learn also where the image encoder is a frozen teacher. With `optimizer.layer_decay` d, block l of an encoder's
-    L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the whole.
+    Domains (of `learning_rates`) are ``kspace``, ``image`` and ``heads``, which are alignment's projections. Matrices
+    decay; biases, norms, gates and embeddings of view types do not. With `optimizer.layer_decay` d, block l of an
+    encoder's L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the
+    whole.
     """
     groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(("gate", "view.weight"))
-        domain = "image" if name.startswith(("image_encoder", "image_decoder")) else "kspace"
+        domain = next((domain for prefix, domain in DOMAINS.items() if name.startswith(prefix)), "kspace")
         share = config.optimizer.layer_decay ** (config.model.depth - _block(name, config.model.depth))
         groups.setdefault((domain, decays, share), []).append(parameter)
     weight_decay = config.optimizer.weight_decay
@@ -95,6 +106,22 @@ def learning_rate(config: RunConfig, step: int) -> float:
         left = (part.steps - local) / max(config.optimizer.cooldown * part.steps, 1)
         return part.learning_rate * min(warm, left)
     return part.learning_rate * warm_cosine(local, part.steps, part.warmup_steps)
+
+
+def learning_rates(config: RunConfig, step: int) -> dict[str, float]:
+    """Learning rate of each domain of `parameter_groups`.
+
+    In alignment the projections learn at `align.head_factor` times the rate, and for the first `align.head_steps` steps
+    they alone, without warm-up: until they say something their gradient would only disturb the encoder. A teacher that
+    is not trained has rate 0.
+    """
+    stage, local = stage_of(config, step)
+    rate, align = learning_rate(config, step), config.align
+    if stage == "reconstruct":
+        return {"kspace": rate, "image": rate, "heads": rate}
+    if local < align.head_steps:
+        return {"kspace": 0.0, "image": 0.0, "heads": align.learning_rate * align.head_factor}
+    return {"kspace": rate, "image": rate if align.train_image_encoder else 0.0, "heads": rate * align.head_factor}
 
 
 def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
@@ -143,11 +170,10 @@ class ShardedEngine:
         self.wrapped.backward(loss)
         self._pending = True
 
-    def update(self, rate: float, freeze_images: bool) -> None:
-        """Change the weights by what `backward` accumulated, at this learning rate."""
+    def update(self, rates: Mapping[str, float]) -> None:
+        """Change the weights by what `backward` accumulated, at the learning rate of their domain."""
         for group in self.optimizer.param_groups:
-            frozen = freeze_images and group["domain"] == "image"
-            group["lr"] = 0.0 if frozen else rate * group["share"]
+            group["lr"] = rates[group["domain"]] * group["share"]
         self.wrapped.step()
         self._pending = False
         if self.average is not None:

@@ -25,7 +25,7 @@ from kmtr.encoder import export_encoder
 from kmtr.objectives import STAGES, Preparer, Pretraining, Step
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, guard, validation
-from kmtr.train.engine import ShardedEngine, learning_rate, stage_of
+from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
 from kmtr.train.progress import Sender
 from kmtr.types import KmtrError
 
@@ -130,15 +130,15 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
                 f"step {step + 1}: {stage} {wrong[0]} is {means[wrong[0]]}, expected a finite number; nothing was "
                 f"updated; lower {stage}.learning_rate, or resume from the last checkpoint by the same command"
             )
-        rate = learning_rate(config, step)
-        engine.update(rate, freeze_images=stage == "align" and not config.align.train_image_encoder)
+        rates = learning_rates(config, step)
+        engine.update(rates)
         done = step + 1
         watch.stepped(host, batch)
 
         end_of_stage = done in (config.reconstruct_steps, config.total_steps)
         if done % config.train.log_every == 0 or done == 1 or end_of_stage:
             logged = {f"{stage}/{name}": value for name, value in means.items()}
-            logged |= {f"{stage}/learning_rate": rate, f"{stage}/gradient_norm": engine.gradient_norm()}
+            logged |= {f"{stage}/learning_rate": rates["kspace"], f"{stage}/gradient_norm": engine.gradient_norm()}
             logged |= {"epoch": float(plan.epoch(step))} | watch.rates(config, world, device)
             if spool and tell:
                 spool.metrics(done, {k: v for k, v in logged.items() if math.isfinite(v)})

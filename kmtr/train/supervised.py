@@ -72,18 +72,24 @@ class Labelled:
         """In their units; NaN: unknown."""
         return self.host.meta["labels"].numpy()
 
-    def batch(self, index: Int[np.ndarray, " batch"], visit: Int[np.ndarray, " batch"], device: torch.device) -> Batch:
-        """These subjects on this visit each."""
+    def batch(
+        self,
+        index: Int[np.ndarray, " batch"],
+        visit: Int[np.ndarray, " batch"],
+        device: torch.device,
+        readout: int | None = None,
+    ) -> Batch:
+        """These subjects on this visit each; `readout` as for `HostBatch.to`."""
         chosen = torch.from_numpy(index)
         meta = {name: values[chosen] for name, values in self.host.meta.items()}
         meta["visit"] = torch.from_numpy(visit)
-        return replace(self.host, stored=self.host.stored[chosen], meta=meta, real=len(index)).to(device)
+        return replace(self.host, stored=self.host.stored[chosen], meta=meta, real=len(index)).to(device, readout)
 
-    def in_order(self, device: torch.device) -> Iterator[Batch]:
+    def in_order(self, device: torch.device, readout: int | None = None) -> Iterator[Batch]:
         """All of them once, on their first visit."""
         for first in range(0, len(self), CHUNK):
             index = np.arange(first, min(first + CHUNK, len(self)))
-            yield self.batch(index, np.zeros_like(index), device)
+            yield self.batch(index, np.zeros_like(index), device, readout)
 
 
 class Regressor(nn.Module):
@@ -120,7 +126,7 @@ class Regressor(nn.Module):
         training. A target that fewer than MIN_KNOWN have stays at zero.
         """
         self.eval()
-        found = [self.embed(batch) for batch in labelled.in_order(self.device)]
+        found = [self.embed(batch) for batch in labelled.in_order(self.device, self.encoder.readout)]
         features = torch.cat(found).float().cpu().numpy().astype(np.float64)
         centre, scale = features.mean(0), features.std(0)
         scale = np.where(scale > 0, scale, 1.0)
@@ -163,7 +169,7 @@ def moments(
 
 def _restandardised(ridge: Ridge, centre: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, float]:
     """Weights and bias of the same map on features that others' mean and SD standardise."""
-    slope = ridge.weights / ridge.sd
+    slope = ridge.weights / ridge.scale
     return slope * scale, float(ridge.bias + (centre - ridge.mean) @ slope)
 
 
@@ -193,7 +199,8 @@ def train(
             group["lr"] = rate * group["share"]
         index, visit = visits(config.seed, step, size, len(labelled))
         optimizer.zero_grad(set_to_none=True)
-        loss = regressor.loss(labelled.batch(index, visit, regressor.device))
+        batch = labelled.batch(index, visit, regressor.device, regressor.encoder.readout)
+        loss = regressor.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(regressor.parameters(), config.optimizer.clip_norm)
         losses.append(float(loss.detach()))
@@ -221,4 +228,4 @@ def predict_rows(
     accelerations.
     """
     read = pipeline.read_in_order(reader, rows, CHUNK, config, targets, VALIDATION)
-    return np.concatenate([regressor.predict(host.to(regressor.device)) for host in read])
+    return np.concatenate([regressor.predict(host.to(regressor.device, regressor.encoder.readout)) for host in read])

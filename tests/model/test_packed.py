@@ -39,15 +39,16 @@ def lengths_of(*counts: int) -> Lengths:
 @pytest.fixture
 def uneven(batch: Batch) -> Batch:
     """Both R, and: a subject without long axis and with three frames, one with a single slice, one with no data."""
-    padded, extent = batch.padded.clone(), batch.extent.clone()
+    padded = batch.padded.clone()
     padded[0, 2] = padded[0, :, 3] = True
     padded[1, 1:] = True
     padded[3] = True
     sampled = batch.sampled & ~padded[..., None]
     kspace = batch.kspace.masked_fill(padded[:, :, None, :, None, None], 0)
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    changed = replace(batch, padded=padded, extent=extent, sampled=sampled, kspace=kspace, hidden_patches=patches)
-    changed = replace(changed, hidden=batch.hidden & sampled)
+    hidden = batch.hidden & sampled
+    lines = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
+    changed = replace(batch, padded=padded, extent=extent, kspace=kspace, hidden_patches=patches, **lines)
     assert len({int(n) for n in changed.sampled.sum((1, 2, 3))}) > 3
     return changed
 
@@ -218,7 +219,7 @@ def _split(x: Tensor, places: Places) -> tuple[Tensor, ...]:
 
 
 def test_several_vocabularies_are_one_sequence(small: RunConfig, tables: Tables, uneven: Batch) -> None:
-    """Lines and patches through one encoder: packed as one by one, the vectors are means over the lines."""
+    """Lines and patches through one encoder: packed as one by one."""
     torch.manual_seed(0)
     data, model = small.data, small.model
     line = LineEmbed(LineTokenizer.features(data, model), data.matrix[0], model.width)
@@ -238,6 +239,45 @@ def test_several_vocabularies_are_one_sequence(small: RunConfig, tables: Tables,
     alone = [torch.cat(parts) for parts in zip(*(run(uneven[i : i + 1]) for i in range(8)), strict=True)]
     for ours, theirs in zip(run(uneven), alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["kspace", "zerofilled", "both"])
+def test_what_the_k_space_encoder_reads_may_be_lines_patches_or_both(
+    small: RunConfig, tables: Tables, uneven: Batch, inputs: str
+) -> None:
+    """One vector per frame slot of the lines in any case, packed as one by one, and losses with a gradient."""
+    config = override(small, {"model.encoder_inputs": inputs})
+    torch.manual_seed(0)
+    module, prepare = Pretraining(config), Preparer(config, tables, CPU)
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor]:
+        made = prepare(batch, "reconstruct")
+        return module(made, "reconstruct")["kspace"], module(prepare.queries(batch), "embed")["embedding"]
+
+    loss, embedding = run(uneven)
+    alone = [torch.cat(parts) for parts in zip(*(run(uneven[i : i + 1]) for i in range(8)), strict=True)]
+    torch.testing.assert_close(loss, alone[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedding, alone[1], rtol=0, atol=1e-5)
+    assert embedding.shape == (8, 3 * 3 * small.model.width)
+    loss.sum().backward()
+    embeds = [p.grad for name, p in module.named_parameters() if name.startswith("kspace_encoder.embed.")]
+    assert all(grad is not None and grad.any() for grad in embeds)
+
+
+def test_a_patch_counts_in_each_frame_that_it_covers(small: RunConfig, tables: Tables, uneven: Batch) -> None:
+    config = override(small, {"model.encoder_inputs": "zerofilled"})
+    inputs = Preparer(config, tables, CPU)(uneven, "reconstruct")
+    tokens = inputs.zerofilled
+    assert tokens is not None
+    encoder = Pretraining(config).kspace_encoder
+    assert encoder.spans == [2]
+    x = torch.randn(len(tokens.index), 5)
+    means = encoder._pool(x, tokens, 2, inputs.cells)
+    for cell in range(0, len(means), 7):
+        row, (z, t) = inputs.cells.lengths.subject[cell], inputs.cells.index[cell]
+        ours = (tokens.lengths.subject == row) & (tokens.index[:, 0] == z) & (tokens.index[:, 1] == t // 2)
+        assert int(ours.sum()) == 4 * 4
+        torch.testing.assert_close(means[cell], x[ours].mean(0))
 
 
 def test_frame_vectors_lie_on_their_grid(small: RunConfig, tables: Tables, uneven: Batch) -> None:

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "per line": {"model.normalisation": "line", "model.gauge": "gain"},
     "per line, whole": {"model.normalisation": "line", "model.line_parts": "whole"},
     "raw": {"model.normalisation": "none", "model.gauge": "none"},
+    "both": {"model.encoder_inputs": "both"},
     "virtual coil": {"model.coils": 1, "model.normalisation": "none"},
 }
 """Ways to make tokens of lines."""
@@ -93,11 +94,15 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
         kspace = torch.where(spoilt[:, :, None, :, :, None], uneven.kspace * -3e3 + 7j, uneven.kspace)
         after = prepare(replace(uneven, kspace=kspace), stage)
         assert equal(after.lines, before.lines), what
+        if before.zerofilled is not None:
+            assert equal(after.zerofilled, before.zerofilled), what
         assert torch.equal(after.lines.index, visible.nonzero()[:, 1:])
         changed = not torch.equal(after.line_targets.values, before.line_targets.values)
         assert changed == (what == "hidden")
         if stage == "align":
             assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
+            if before.all_zerofilled is not None:
+                assert equal(after.all_zerofilled, before.all_zerofilled) == (what == "unsampled")
 
 
 def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
@@ -317,6 +322,19 @@ def test_patches_make_up_the_image(small: RunConfig, tables: Tables, batch: Batc
         place = back[row, z, t * pt : (t + 1) * pt, y * py : (y + 1) * py, x * px : (x + 1) * px]
         place += values.reshape(pt, py, px)
     assert torch.equal(back, images)
+
+
+def test_zero_filled_patches_are_those_of_the_image_where_all_lines_are_seen(
+    small: RunConfig, tables: Tables, batch: Batch
+) -> None:
+    tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
+    whole = tokenizer(batch, tokenizer.images(batch), tokenizer.present(batch))
+    assert equal(tokenizer.zerofilled(batch, torch.ones_like(batch.sampled)), whole)
+    seen = tokenizer.zerofilled(batch, batch.sampled)
+    kept = replace(batch, kspace=batch.kspace * batch.sampled[:, :, None, :, :, None])
+    assert equal(seen, tokenizer(kept, tokenizer.images(kept), tokenizer.present(kept)))
+    assert torch.equal(seen.index, whole.index)
+    assert not torch.equal(seen.values, whole.values)
 
 
 # ------------------------------------------------------------------------------------------------------------- encoder

@@ -7,7 +7,7 @@ import torch
 
 from kmtr.config import RunConfig, override
 from kmtr.objectives import Pretraining
-from kmtr.train.engine import learning_rate, parameter_groups
+from kmtr.train.engine import learning_rate, learning_rates, parameter_groups
 
 
 def rates(config: RunConfig) -> dict[str, tuple[float, float]]:
@@ -28,8 +28,8 @@ def test_matrices_decay_and_lower_blocks_learn_slower(small: RunConfig) -> None:
         assert shares == [0.5**4, 0.5**3, 0.5**2, 0.5**1]
         assert found[f"{domain}_encoder.frame_block.mlp.0.weight"] == (1.0, 0.05)
         assert found[f"{domain}_decoder.blocks.0.mlp.0.bias"] == (1.0, 0.0)
-    assert found["kspace_encoder.embed.linear.linear.weight"] == (0.5**4, 0.05)
-    for name in ("embed.linear.gate", "position.0.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
+    assert found["kspace_encoder.embed.0.linear.linear.weight"] == (0.5**4, 0.05)
+    for name in ("embed.0.linear.gate", "position.0.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
         assert found[f"kspace_encoder.{name}"][1] == 0
     assert {share for share, _ in rates(small).values()} == {1.0}
 
@@ -52,3 +52,22 @@ def test_a_plateau_is_the_same_however_long_the_run(small: RunConfig) -> None:
     assert learning_rate(short, 29) == rate
     falling = torch.tensor([learning_rate(short, i) / rate for i in range(30, 40)])
     torch.testing.assert_close(falling, torch.arange(10, 0, -1) / 10)
+
+
+def test_projections_learn_alone_first_and_a_teacher_that_is_not_trained_never(small: RunConfig) -> None:
+    config = override(
+        small,
+        {"align.steps": 10, "align.head_steps": 3, "align.head_factor": 5.0, "align.learning_rate": 2e-4},
+    )
+    first = config.reconstruct_steps
+    assert len(set(learning_rates(config, first - 1).values())) == 1
+    for step in range(first, first + 3):
+        assert learning_rates(config, step) == {"kspace": 0.0, "image": 0.0, "heads": pytest.approx(1e-3)}
+    found = learning_rates(config, first + 3)
+    assert found["kspace"] == learning_rate(config, first + 3) > 0
+    assert found["heads"] == pytest.approx(5 * found["kspace"])
+    assert found["image"] == 0.0
+    trained = learning_rates(override(config, {"align.train_image_encoder": True}), first + 3)
+    assert trained["image"] == trained["kspace"]
+    domains = {g["domain"] for g in parameter_groups(Pretraining(config), config)}
+    assert domains == set(found)

@@ -51,7 +51,7 @@ def losses(job: dict[str, Any]) -> dict[str, Steps]:
     from kmtr.data import pipeline
     from kmtr.data.reader import Dataset
     from kmtr.objectives import STAGES, Preparer, Pretraining
-    from kmtr.train.engine import ShardedEngine, learning_rate, stage_of
+    from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
     from kmtr.train.loop import reduce
 
     context = ray.train.get_context()
@@ -75,7 +75,7 @@ def losses(job: dict[str, Any]) -> dict[str, Steps]:
             micro = [batch[i : i + size] for i in range(0, len(batch), size)]
             means = reduce(STAGES[stage](engine, micro, prepare, config), device)
             values.append({name: value for name, value in means.items() if "top1" not in name})
-            engine.update(learning_rate(config, step), freeze_images=stage == "align")
+            engine.update(learning_rates(config, step))
         found[name] = values
     return found
 
