@@ -274,7 +274,7 @@ def report(
     asked = "\n\n".join(f"{group.name}: {group.asks}" for group in GROUPS)
     summary = (
         f"Every variant changes one choice of the recipe {cohort.config.recipe} and is pretrained for "
-        f"{study_config.ablation_steps} steps of stage b (group image encoder: and {study_config.ablation_align_steps} "
+        f"{study_config.ablation_steps} steps of stage b (group image side: and {study_config.ablation_align_steps} "
         f"of stage c), then scored by a ridge probe.\n\n{asked}"
     )
     caption = (

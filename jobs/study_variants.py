@@ -65,9 +65,17 @@ GROUPS = (
         {"with": {"reconstruct.image_weight": 1.0}, "without": {"reconstruct.image_weight": 0.0}},
     ),
     Group(
-        "image encoder",
-        "Is the image encoder of stage c a frozen teacher, or trained too?",
-        {"frozen": {"align.train_image_encoder": False}, "trained": {"align.train_image_encoder": True}},
+        "image side",
+        "Is k-space aligned with fixed components of the clean image, or with an image encoder, frozen or trained?",
+        {
+            "components": {"align.teacher": "components", "align.train_image_encoder": False},
+            "frozen encoder": {"align.teacher": "encoder", "reconstruct.image_weight": 1.0},
+            "trained encoder": {
+                "align.teacher": "encoder",
+                "align.train_image_encoder": True,
+                "reconstruct.image_weight": 1.0,
+            },
+        },
         stage="both",
     ),
 )

@@ -30,7 +30,7 @@ from kmtr.report import controls, evaluate
 from kmtr.train import supervised
 from kmtr.types import InputError
 
-VERSION = 1
+VERSION = 2
 """Of what a study does; one of another version starts anew."""
 
 CONTROLS: dict[str, evaluate.Features] = {"central": controls.central, "lowres": controls.low_resolution}
