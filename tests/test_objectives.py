@@ -15,6 +15,7 @@ from one_worker import CPU, PlainEngine, step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kmtr import objectives
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.batch import Batch
 from kmtr.objectives import Preparer, Pretraining, _Sums, contrastive
@@ -212,3 +213,55 @@ def test_an_engine_is_what_objectives_ask_for(small: RunConfig) -> None:
     from kmtr.objectives import Engine
 
     assert isinstance(PlainEngine(Pretraining(small), 1), Engine)
+
+
+# ------------------------------------------------------------------------------------------------- autograd functions
+
+
+def gathered(x: Tensor) -> Tensor:
+    """A nonlinear function of all workers' rows in which rows of different workers meet."""
+    rows = objectives.gather(x)
+    return (rows[:, None] * rows[None]).sin().sum((0, 1))
+
+
+def check_gather(rank: int, world: int, folder: str) -> None:
+    """Gradient of every worker's own output summed over workers, against finite differences of the same sum."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/{world}", rank=rank, world_size=world)
+    try:
+        everything = torch.randn(world * 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weight = torch.arange(1.0, 3.0, dtype=torch.float64) * (rank + 1)  # workers want different things
+        x = everything[3 * rank : 3 * rank + 3].clone().requires_grad_()
+        (gathered(x) * weight).sum().backward()
+        found = x.grad
+        assert found is not None
+        step = 1e-6
+        for owner in range(world):  # all workers move together, since each evaluation is a collective
+            for i in range(3):
+                for j in range(2):
+                    sides = []
+                    for sign in (1, -1):
+                        moved = x.detach().clone()
+                        moved[i, j] += sign * step * (owner == rank)
+                        total = (gathered(moved) * weight).sum()
+                        torch.distributed.all_reduce(total)
+                        sides.append(float(total))
+                    if owner == rank:
+                        assert float(found[i, j]) == pytest.approx(
+                            (sides[0] - sides[1]) / (2 * step), rel=1e-6, abs=1e-6
+                        )
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_gradient_through_all_workers_is_that_of_finite_differences(tmp_path: Path, world: int) -> None:
+    if world == 1:
+        x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(gathered, (x,))
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path}/one", rank=0, world_size=1)
+        try:
+            assert torch.autograd.gradcheck(objectives._Gather.apply, (x,))
+        finally:
+            torch.distributed.destroy_process_group()
+        return
+    torch.multiprocessing.start_processes(check_gather, (world, str(tmp_path)), nprocs=world, start_method="spawn")
