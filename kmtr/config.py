@@ -386,7 +386,7 @@ class Study(Section):
     scratch_steps: int = Field(200, gt=0, description="optimizer steps of supervised training from scratch")
     scratch_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of training from scratch")
     ablation_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage b of every variant")
-    ablation_align_steps: int = Field(20, gt=0, description="study.py ablation: steps of stage c where a group asks")
+    ablation_align_steps: int = Field(80, gt=0, description="study.py ablation: steps of stage c where a group asks")
     ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
     concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
 
