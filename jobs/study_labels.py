@@ -104,7 +104,7 @@ def pretrain(
         outcomes[seed, "c"] = _fit(both, dataset, run_id, f"seed {seed}, stages b and c")
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
     steps = config.reconstruct.steps + more
-    for seed in config.study.seeds:
+    for seed in config.study.seeds[: config.study.controls]:
         changes = {"seed": seed, "stage": "reconstruct", "reconstruct.steps": steps}
         alone = named(config, changes, f"seed{seed}-longer")
         outcomes[seed, "longer"] = _fit(alone, dataset, run_id, f"seed {seed}, {steps} steps of stage b alone")
@@ -181,11 +181,13 @@ def trainings(
 def collect(
     cohort: study.Cohort, encoders: Mapping[tuple[int, str], str], longer_steps: int
 ) -> dict[tuple[str, int], list[study.Result]]:
-    """(method, labels) -> results, one per seed."""
+    """(method, labels) -> results, one per seed; of ``longer`` those of the first seeds alone."""
     found: dict[tuple[str, int], list[study.Result]] = {}
     for method in TITLES:
         for budget in cohort.budgets:
             for seed in cohort.labelled:
+                if method == "longer" and (seed, "longer") not in encoders:
+                    continue
                 own = method if (seed, "c") in encoders else INSTEAD.get(method, method)
                 result = study.read_result(cohort, seed, _file_name(own, longer_steps), budget)
                 found.setdefault((method, budget), []).append(result)
@@ -245,7 +247,9 @@ def report(
         "guard_stopped_at": {str(seed): step for seed, step in stopped.items()},
         "r2": _nested(scores),
         "r2_of_seeds": {
-            str(seed): _nested({key: study.scores([found[i]], cohort) for key, found in results.items()})
+            str(seed): _nested(
+                {key: study.scores([found[i]], cohort) for key, found in results.items() if i < len(found)}
+            )
             for i, seed in enumerate(cohort.labelled)
         },
         "differences": compared,
@@ -273,9 +277,10 @@ def differences(cohort: study.Cohort, results: Mapping[tuple[str, int], list[stu
         targets = [cohort.targets.index(target)] if target else None
         for budget in cohort.budgets:
             for i, r in [*enumerate(cohort.accelerations), (None, "all")]:
+                both = min(len(results[a, budget]), len(results[b, budget]))  # seeds; those of longer are the first
                 gain = study.difference(
-                    results[a, budget],
-                    results[b, budget],
+                    results[a, budget][:both],
+                    results[b, budget][:both],
                     cohort.truth,
                     cohort.config.evaluate.bootstrap,
                     None if i is None else [i],
@@ -309,7 +314,7 @@ def mean_table(
             by_budget = [scores[method, budget][r] for budget in cohort.budgets]
             means = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if several else "") for s in by_budget]
             rows.append((int(r), title, *means, *(s[t] for t in lvef for s in by_budget)))
-    note = f"Longer: {longer_steps} more steps of stage b, alignment's time."
+    note = f"Longer: {longer_steps} more steps of stage b, alignment's time, {cohort.config.study.controls} seed(s)."
     return Table(
         f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
         f"labels, mean over {len(cohort.labelled)} seed(s){' ± SD' if several else ''}",

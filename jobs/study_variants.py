@@ -65,6 +65,23 @@ GROUPS = (
         {"with": {"reconstruct.image_weight": 1.0}, "without": {"reconstruct.image_weight": 0.0}},
     ),
     Group(
+        "encoder inputs",
+        "Does the encoder read lines, patches of their zero-filled image, or both?",
+        {name: {"model.encoder_inputs": name} for name in ("kspace", "zerofilled", "both")},
+    ),
+    Group(
+        "alignment",
+        "Which part of stage c matters?",
+        {
+            "as it is": {},
+            "static alone": {"align.dynamic_weight": 0.0},
+            "dynamic alone": {"align.static_weight": 0.0},
+            "without stage b's loss": {"align.reconstruct_weight": 0.0},
+            "projections not first": {"align.head_steps": 0, "align.head_factor": 1.0},
+        },
+        stage="both",
+    ),
+    Group(
         "image side",
         "Is k-space aligned with fixed components of the clean image, or with an image encoder, frozen or trained?",
         {

@@ -42,23 +42,23 @@ def tiny() -> RunConfig:
 
 
 def base() -> RunConfig:
-    """``python jobs/pretrain.py base data.root=...``: 106 M parameters, one GPU; cost and metric not measured yet."""
+    """``python jobs/pretrain.py base data.root=...``: 92 M parameters, one GPU; cost and metric not measured yet."""
     return RunConfig(
         recipe="base",
         data=Data(root="runs/base"),
         shards=Shards(rows=32),  # of 14.7 MB: files of half a GB, footers of 0.1 MB
-        model=Model(width=768, depth=6),
+        model=Model(width=768, depth=5),
         train=Train(zero_stage=1, bf16=True),
     )
 
 
 def large() -> RunConfig:
-    """``python jobs/pretrain.py large train.workers=8``: 662 M parameters, ZeRO-3 on GPUs; not measured yet."""
+    """``python jobs/pretrain.py large train.workers=8``: 586 M parameters, ZeRO-3 on GPUs; not measured yet."""
     return RunConfig(
         recipe="large",
         data=Data(root="runs/large", global_batch=256),
         shards=Shards(rows=32),
-        model=Model(width=1024, depth=24, decoder_width=512, decoder_depth=4),
+        model=Model(width=1024, depth=21, decoder_width=512, decoder_depth=4),
         reconstruct=Reconstruct(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
         train=Train(workers=8, zero_stage=3, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),
     )

@@ -119,9 +119,13 @@ def _labels(reader: Reader, rows: list[int], targets: Sequence[str]) -> np.ndarr
     return np.stack([meta.column(name).to_numpy().astype(np.float64) for name in targets], axis=1)
 
 
+_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "controls", "concurrent"}
+"""Settings of a study that the names of its files tell, or that change no result."""
+
+
 def digest(config: RunConfig, run_name: str) -> str:
     """What everything in a study follows from but its seeds, budgets and encoders, which name its files."""
-    study = config.study.model_dump_json(exclude={"seeds", "labels", "ablation_labels", "longer_steps", "concurrent"})
+    study = config.study.model_dump_json(exclude=_NAMED)
     reading = config.evaluate.model_dump_json(include={"accelerations", "subjects"}) + patterns.digest(config.sampling)
     said = f"{VERSION} {controls.VERSION} {run_name} {study} {reading} {config.seed}"
     return hashlib.sha256(said.encode()).hexdigest()[:8]
