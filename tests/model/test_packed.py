@@ -48,7 +48,7 @@ def uneven(batch: Batch) -> Batch:
     patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
     hidden = batch.hidden & sampled
     lines = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
-    changed = replace(batch, padded=padded, extent=extent, kspace=kspace, hidden_patches=patches, **lines)
+    changed = replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **lines)
     assert len({int(n) for n in changed.sampled.sum((1, 2, 3))}) > 3
     return changed
 
