@@ -80,7 +80,8 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
         kspace = compress(batch.kspace, visible, model.coils, model.readout_samples(nx))
-        lines = readout(kspace / gauge(kspace, visible, model.gauge)[..., None, None, None], samples, hybrid)
+        factor = gauge(kspace, visible, model.gauge, model.readout_samples(nx))
+        lines = readout(kspace / factor[..., None, None, None], samples, hybrid)
         static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]
         ever = seen.any(3)

@@ -71,6 +71,7 @@ def gauge(
     kspace: Complex[Tensor, "batch slice coil t ky kx"],
     visible: Bool[Tensor, "batch slice t ky"],
     fixes: Literal["phase+gain", "gain", "none"] = "phase+gain",
+    samples: int | None = None,
 ) -> Complex[Tensor, "batch slice coil"]:
     """Phase of each slice and coil and gain of each subject: k-space divided by it is canonical.
 
@@ -80,6 +81,8 @@ def gauge(
 
     Args:
         fixes: what is estimated; the rest is 1.
+        samples: central ones along kx whose energy counts, so that k-space cropped to them has the same gain; None:
+            all.
     """
     if fixes == "none":
         return torch.ones(kspace.shape[:3], dtype=kspace.dtype, device=kspace.device)
@@ -90,7 +93,8 @@ def gauge(
     centre = torch.where(seen, kspace[..., ky, :], 0)
     summed = centre[..., kx].sum((-3, -2, -1))
     count = seen.sum((1, 2, 3, 5))
-    energy = torch.view_as_real(centre).square().sum((-2, -1)).sum((1, 2, 3)) / count.clamp(min=1)
+    band = centre if samples is None else crop_or_pad(centre, (min(samples, nx),), (-1,))
+    energy = torch.view_as_real(band).square().sum((-2, -1)).sum((1, 2, 3)) / count.clamp(min=1)
     gain = (energy.sum(-1) / (count > 0).sum(-1).clamp(min=1)).sqrt()
     gain = torch.where(gain > 0, gain, torch.ones_like(gain))
     angle = summed.angle() if fixes == "phase+gain" else torch.zeros_like(summed.real)

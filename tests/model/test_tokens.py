@@ -119,7 +119,9 @@ def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
     assert equal(after.lines, before.lines)
     assert not torch.equal(after.line_targets.values, before.line_targets.values)
     fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
-    canonical = batch.kspace / gauge(batch.kspace, visible)[..., None, None, None]
+    canonical = (
+        batch.kspace / gauge(batch.kspace, visible, samples=small.model.readout_samples(32))[..., None, None, None]
+    )
     row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
     mean = canonical.mean(3)[row, z, :, ky]  # over all frames, which the source has
     torch.testing.assert_close(fixed, mean, rtol=1e-4, atol=1e-5)
@@ -146,7 +148,9 @@ def test_tokens_lead_back_to_their_lines(
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     tokens = tokenizer(uneven, known=uneven.sampled, chosen=uneven.sampled)
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
-    canonical = uneven.kspace / gauge(uneven.kspace, uneven.sampled, config.model.gauge)[..., None, None, None]
+    samples = config.model.readout_samples(config.data.matrix[1])
+    factor = gauge(uneven.kspace, uneven.sampled, config.model.gauge, samples)
+    canonical = uneven.kspace / factor[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
     row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
     expected = canonical[row, z, :, t, ky][..., tokenizer.kx]
