@@ -54,7 +54,10 @@ class Alone:
         (["step", "bench.folder=s3://bucket/bench"], "bench.folder: expected a local folder"),
         (["step", "bench.lines=100"], "bench.lines: expected at least the 128 lines of one slice, got 100"),
         (["step", "bench.pairs=1"], "bench.pairs"),
-        (["step", "model.width=32", "model.depth=1", "model.decoder_width=32"], "heads of 205 channels"),
+        (
+            ["step", "model.width=32", "model.depth=1", "model.decoder_width=32", "reconstruct.image_weight=1"],
+            "heads of 205 channels",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words: list[str], said: str) -> None:
