@@ -139,7 +139,8 @@ def test_nothing_to_draw_is_refused() -> None:
 
 
 def test_sampling_states_what_was_measured() -> None:
-    config = override(tiny(), {"sampling.family": "kt-gaussian-acs"})
+    changes = {"sampling.accelerations": (4, 8), "sampling.acs_lines": 4}
+    config = override(tiny(), changes | {"sampling.family": "kt-gaussian-acs"})
     figure = figures.sampling(config)
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert [title.partition(":")[0] for title in titles] == ["R = 4", "R = 8"]

@@ -100,6 +100,7 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
     torch.manual_seed(0)
     model = Pretraining(mixed)
     differs = 0
+    atol = 1e-4 if "model.coils" in changes else 1e-5  # eigenvectors feel the order of a sum
     for row in range(12):
         samples = reader.samples([row])
         subject = {v: samples.meta.column(f"shape_{v}")[0].as_py() for v in mixed.data.views}
@@ -113,11 +114,11 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
             for name in ours:
                 present = ~prepare(tight, stage).absent.all(-1)
                 a, b = (x[name][present] if name == "z" else x[name] for x in (ours, theirs))
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
         lines, same = prepare(tight, "align").all_lines, prepare(loose, "align").all_lines
         assert lines is not None
         assert same is not None
-        torch.testing.assert_close(lines.values, same.values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lines.values, same.values, rtol=1e-4, atol=atol)
         assert torch.equal(lines.index, loose.sampled.nonzero()[:, 1:])  # the same places of the full grid
     assert differs >= 6
 
