@@ -116,7 +116,8 @@ def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
     Returns:
         for ``static`` and ``dynamic`` the mean ``{part}_clean_mean`` of every slice, ``slice pixel``, and the basis
         ``{part}_clean_basis``, ``pixel model.projection``: eigenvectors of the covariance within slices, largest first,
-        over the fourth root of their variance, together scaled to unit total variance.
+        over the fourth root of their variance, together scaled to unit total variance; the largest pixel of each is
+        positive.
     """
     rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
     sums: dict[str, Tensor] = {}
@@ -136,6 +137,7 @@ def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
         covariance = (squares[part] - total.T @ mean) / count.sum()
         variance, vectors = torch.linalg.eigh(covariance)
         variance, vectors = variance.flip(0), vectors.flip(1)
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()  # else chance decides
         width = config.model.projection
         variance = nn.functional.pad(variance, (0, max(0, width - len(variance))))[:width]
         vectors = nn.functional.pad(vectors, (0, max(0, width - vectors.shape[1])))[:, :width]
