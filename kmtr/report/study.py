@@ -213,25 +213,29 @@ def write_mean(cohort: Cohort, seed: int, budget: int) -> None:
 def write_trained(
     cohort: Cohort, encoder: str, method: str, seed: int, budget: int, scratch: bool, device: str
 ) -> None:
-    """Train an encoder on the labels of a budget: from its weights and the ridge's head, or from scratch."""
+    """Train an encoder on the labels of a budget: from its weights and the ridge's head, or from scratch.
+
+    One model for each R, as every probe has its own: what a linear head reads shifts with R.
+    """
     study = cohort.config.study
-    config = override(cohort.config, {"seed": seed})
-    rows = cohort.labelled[seed][:budget]
-    labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
-    regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
     if scratch:
         training = supervised.Training(
             study.scratch_steps, study.scratch_learning_rate, study.batch, study.warmup_steps
         )
     else:
-        regressor.begin_at_ridge(labelled)
         training = supervised.Training(study.steps, study.learning_rate, study.batch, study.warmup_steps)
-    supervised.train(regressor, labelled, training, config)
-    reader = cohort.reader("test")
-    predicted = [
-        supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
-        for r in cohort.accelerations
-    ]
+    predicted = []
+    for r in cohort.accelerations:
+        config = override(cohort.at(r), {"seed": seed})
+        rows = cohort.labelled[seed][:budget]
+        labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
+        regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
+        if not scratch:
+            regressor.begin_at_ridge(labelled)
+        supervised.train(regressor, labelled, training, config)
+        reader = cohort.reader("test")
+        found = supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
+        predicted.append(found)
     _write_result(cohort, seed, method, budget, np.stack(predicted))
 
 
