@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs._main import start_ray
 from jobs._study import finished, named, open_run, probe_all, publish, rate
-from jobs.study_variants import GROUPS, Group, check
+from jobs.study_variants import Group, asked, check
 from kmtr import figures
 from kmtr.config import RunConfig, from_json, to_json
 from kmtr.data.reader import Dataset
@@ -54,14 +54,15 @@ class Variant:
 
 def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
-    check(GROUPS, config)
+    groups = asked(config)
+    check(groups, config)
     config, dataset = driver.resolve(named(config, base_of(config, "both"), "ablation"))
     run_name, _ = driver.run_folder(config, dataset)
     name = f"ablation-{config.recipe}-{study.digest(config, run_name)}"
     folder = Path(config.storage.root) / "study" / name
     cohort = study.cohort(config, dataset, folder, config.study.ablation_labels)
     folder.mkdir(parents=True, exist_ok=True)
-    variants = variants_of(config, GROUPS)
+    variants = variants_of(config, groups)
     pretrain(config, dataset, variants, lambda: open_run(config, dataset, name))
     run_id = open_run(config, dataset, name)
     sources = {(v.seed, v.run): study.Source(v.run, v.outcome.encoder, seeds=(v.seed,)) for v in variants if v.outcome}
@@ -271,11 +272,11 @@ def report(
             values = {f"r2/{key}": statistics.fmean(row["r2"].values()), f"s_per_step/{key}": row["seconds_per_step"]}
             curves.setdefault(row["labels"], {}).update({k: v for k, v in values.items() if math.isfinite(v)})
     study_config = cohort.config.study
-    asked = "\n\n".join(f"{group.name}: {group.asks}" for group in GROUPS)
+    questions = "\n\n".join(f"{group.name}: {group.asks}" for group in asked(cohort.config))
     summary = (
         f"Every variant changes one choice of the recipe {cohort.config.recipe} and is pretrained for "
         f"{study_config.ablation_steps} steps of stage b (group image side: and {study_config.ablation_align_steps} "
-        f"of stage c), then scored by a ridge probe.\n\n{asked}"
+        f"of stage c), then scored by a ridge probe.\n\n{questions}"
     )
     caption = (
         f"Difference to the recipe's own choice with {budget} labels, 95 % intervals over held-out subjects; grey: "

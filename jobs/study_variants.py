@@ -98,6 +98,19 @@ GROUPS = (
 )
 
 
+def asked(config: RunConfig) -> tuple[Group, ...]:
+    """Those of `study.groups`, all where it names none.
+
+    Raises:
+        InputError: a group that does not exist.
+    """
+    names = {group.name for group in GROUPS}
+    for name in config.study.groups:
+        if name not in names:
+            raise InputError(f"study.groups: expected some of {', '.join(sorted(names))}, got {name!r}")
+    return tuple(group for group in GROUPS if not config.study.groups or group.name in config.study.groups)
+
+
 def check(groups: tuple[Group, ...], config: RunConfig) -> None:
     """Whether all keys exist: a misspelt one would be a table full of failures.
 

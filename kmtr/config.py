@@ -389,6 +389,7 @@ class Study(Section):
     ablation_steps: int = Field(150, gt=0, description="study.py ablation: steps of stage b of every variant")
     ablation_align_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage c where a group asks")
     ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
+    groups: tuple[str, ...] = Field((), description="study.py ablation: questions that are asked; empty: all")
     concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
 
     @pydantic.model_validator(mode="after")

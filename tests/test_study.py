@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jobs import _study, study, study_ablation, study_labels
-from jobs.study_variants import GROUPS, Group, check
+from jobs.study_variants import GROUPS, Group, asked, check
 from kmtr.config import RunConfig, override
 from kmtr.data.reader import Dataset
 from kmtr.encoder import export_encoder
@@ -210,3 +210,11 @@ def test_commands_refuse_with_one_line() -> None:
         study.run(["labels", "run.fresh=true"])
     with pytest.raises(InputError, match=r"study\.labels: expected one or more different integers from 3"):
         study.run(["labels", "tiny", "study.labels=100,100"])
+
+
+def test_only_the_groups_that_are_asked_for_are_run(config: RunConfig) -> None:
+    assert asked(config) == GROUPS
+    some = override(config, {"study.groups": "target,mask ratio"})
+    assert [group.name for group in asked(some)] == ["target", "mask ratio"]
+    with pytest.raises(InputError, match=r"study\.groups: expected some of .*mask ratio.*, got 'maskratio'"):
+        asked(override(config, {"study.groups": "maskratio"}))

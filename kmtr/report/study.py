@@ -119,7 +119,7 @@ def _labels(reader: Reader, rows: list[int], targets: Sequence[str]) -> np.ndarr
     return np.stack([meta.column(name).to_numpy().astype(np.float64) for name in targets], axis=1)
 
 
-_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "controls", "concurrent"}
+_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "controls", "groups", "concurrent"}
 """Settings of a study that the names of its files tell, or that change no result."""
 
 
