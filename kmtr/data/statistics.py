@@ -143,7 +143,7 @@ def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
         vectors = nn.functional.pad(vectors, (0, max(0, width - vectors.shape[1])))[:, :width]
         spread = variance.clamp(min=MIN_VARIANCE * float(variance.max().clamp(min=1e-30))).sqrt()
         tables[f"{part}_clean_mean"] = mean.float()
-        tables[f"{part}_clean_basis"] = (vectors / spread.sqrt() / spread.sum().sqrt()).float()
+        tables[f"{part}_clean_basis"] = (vectors / spread.sqrt() / spread.sum().sqrt()).float().contiguous()
     return tables
 
 
