@@ -499,8 +499,13 @@ class RunConfig(Section):
 
     @property
     def has_image_encoder(self) -> bool:
-        """Whether a stage reads images by an encoder of their own."""
-        return bool(self.reconstruct.image_weight) or (self.align_steps > 0 and self.align.teacher == "encoder")
+        """Whether a stage reads images by an encoder of their own, be it one that this run leaves out."""
+        return bool(self.reconstruct.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
+
+    @property
+    def has_components(self) -> bool:
+        """Whether components of the clean image are alignment's teacher."""
+        return self.align.steps > 0 and self.align.teacher == "components"
 
     @property
     def total_steps(self) -> int:

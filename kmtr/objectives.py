@@ -87,8 +87,7 @@ class Preparer:
         self.config = config
         self.lines = LineTokenizer(config.data, config.model, tables, device)
         self.patches = PatchTokenizer(config.data, config.model, tables, device)
-        self.taught = config.align_steps > 0 and config.align.teacher == "components"
-        self.components = Components(tables, device) if self.taught else None
+        self.components = Components(tables, device) if config.has_components else None
 
     def readout(self, stage: str) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all, since it needs images."""

@@ -49,8 +49,7 @@ class Statistics:
 
 def tables(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
     """All that a run has to know of its population: `fit`, and `components` where they are alignment's teacher."""
-    taught = config.align_steps > 0 and config.align.teacher == "components"
-    return fit(config, reader).tensors() | (components(config, reader) if taught else {})
+    return fit(config, reader).tensors() | (components(config, reader) if config.has_components else {})
 
 
 def fit(config: RunConfig, reader: Reader) -> Statistics:
