@@ -249,6 +249,11 @@ class Train(Section):
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
 
+    @pydantic.field_validator("zero_stage", mode="before")
+    @classmethod
+    def _as_typed(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdecimal() else value
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> Train:
         if self.offload and not self.zero_stage:

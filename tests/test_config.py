@@ -209,6 +209,11 @@ def test_other_data_is_another_run_and_a_given_name_wins() -> None:
     assert override(tiny(), {"run.name": "mine"}).run_name(DIGEST) == "mine"
 
 
+def test_the_zero_stage_may_be_typed() -> None:
+    assert override(tiny(), {"train.zero_stage": "1"}).train.zero_stage == 1
+    assert "train.zero_stage: input should be 0, 1, 2 or 3, got '4'" in refusal(**{"train.zero_stage": "4"})
+
+
 def test_slots_of_views_follow_their_order() -> None:
     data = override(tiny(), {"data.views": "lax_4ch,sax", "data.sax_slices": "3"}).data
     assert (data.slices, data.view_types) == (4, (3, 0, 0, 0))
