@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +21,16 @@ from kmtr.types import PHENOTYPES, VIEWS, InputError
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _known(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value or set(value) - set(PHENOTYPES):
+        raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+    return value
+
+
+Phenotypes = Annotated[tuple[str, ...], pydantic.AfterValidator(_known)]
+"""One or more of `types.PHENOTYPES`."""
 
 
 class Data(Section):
@@ -320,20 +330,13 @@ class Evaluate(Section):
     encoder: str = Field(
         "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
     )
-    targets: tuple[str, ...] = Field(
+    targets: Phenotypes = Field(
         ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
     )
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
-
-    @pydantic.field_validator("targets")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or set(value) - set(PHENOTYPES):
-            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
-        return value
 
 
 class Verify(Section):
@@ -378,7 +381,7 @@ class Study(Section):
 
     seeds: tuple[int, ...] = Field((0, 1, 2), description="study.py: seeds; each pretrains and draws its labels anew")
     labels: tuple[int, ...] = Field((100, 200, 1000), description="study.py labels: numbers of labelled subjects")
-    targets: tuple[str, ...] = Field(
+    targets: Phenotypes = Field(
         ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
     )
     longer_steps: int = Field(
@@ -406,13 +409,6 @@ class Study(Section):
                     f"study.{key}: expected one or more different integers from {least}, got {value or 'none'}"
                 )
         return self
-
-    @pydantic.field_validator("targets")
-    @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or set(value) - set(PHENOTYPES):
-            raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
-        return value
 
 
 class RunConfig(Section):
