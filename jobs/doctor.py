@@ -92,19 +92,12 @@ def versions(project: Path) -> Check:
 
 
 def compiler() -> Check:
-    """What DeepSpeed builds its shared-memory collectives with, for several workers on the CPUs of one node."""
+    """What `train.compile` builds its kernels with; nothing else needs one."""
     cxx = os.environ.get("CXX", "c++")
-    missing = [tool for tool in (cxx, "ninja") if _first_line(tool, "--version") is None]
-    if not missing:
-        return Check("compiler", "ok", f"{_first_line(cxx, '--version')}, ninja {_first_line('ninja', '--version')}")
-    what = f"{' and '.join(missing)} not found on PATH"
-    if torch.cuda.is_available():
-        return Check("compiler", "ok", f"{what}; not needed on GPUs")
-    return Check(
-        "compiler",
-        "FAIL",
-        f"{what}: install a C++ compiler (g++ or clang; or set CXX), and activate the environment that has ninja",
-    )
+    found = _first_line(cxx, "--version")
+    if found is None:
+        return Check("compiler", "warn", f"{cxx} not found on PATH: train.compile=true needs it (g++, clang or CXX)")
+    return Check("compiler", "ok", found)
 
 
 def cluster() -> Check:

@@ -29,6 +29,7 @@ SMALL = {
     "data.matrix": (32, 32),
     "data.global_batch": 8,
     "data.loader": "threads",
+    "train.zero_stage": 2,
     "sampling.accelerations": (2, 4),
     "sampling.acs_lines": 4,
     "evaluate.accelerations": (2, 4),

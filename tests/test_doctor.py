@@ -70,9 +70,8 @@ def test_versions_against_pins(tmp_path: Path) -> None:
 
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = doctor.compiler()
-    assert found.state == "FAIL"
+    assert found.state == "warn"
     assert "no-such-compiler" in found.found
 
 

@@ -1,4 +1,4 @@
-"""Training on labels: it learns, it begins at the ridge, unknown labels count nothing, and it is reproducible."""
+"""Training on labels: it learns, its head begins at the mean, unknown labels count nothing, and it is reproducible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from kmtr.config import RunConfig, override
 from kmtr.data.batch import Batch
 from kmtr.data.reader import Reader
 from kmtr.encoder import KSpaceEncoder
-from kmtr.metrics import fit_ridge
 from kmtr.train import supervised
 from kmtr.train.supervised import Labelled, Regressor, Training, visits
 
@@ -52,17 +51,26 @@ def test_a_linear_target_of_the_embedding_is_learnt(
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
 
 
-def test_the_head_begins_at_the_ridge_probe(encoder: KSpaceEncoder, labelled: Labelled) -> None:
-    labels = labelled.labels.astype(np.float64).copy()
-    labels[:4, 1] = np.nan  # each target's ridge has subjects of its own
-    labelled = with_labels(labelled, labels)
+def test_standardised_on_the_subjects_of_training(encoder: KSpaceEncoder, labelled: Labelled) -> None:
     regressor = Regressor(encoder, labelled.labels)
-    regressor.begin_at_ridge(labelled)
-    features = encoder.embed(whole(labelled)).numpy().astype(np.float64)
-    for i, column in enumerate(labelled.labels.T):
-        known = np.isfinite(column)
-        ridge = fit_ridge(features[known], column[known])
-        np.testing.assert_allclose(regressor.predict(whole(labelled))[:, i], ridge(features), rtol=1e-3)
+    regressor.standardise(labelled)
+    with torch.no_grad():
+        found = (regressor.embed(whole(labelled)) - regressor.centre) / regressor.scale
+    spread = found.std(0, correction=0)
+    assert spread.max() > 0
+    torch.testing.assert_close(found.mean(0), torch.zeros_like(spread), atol=1e-4, rtol=0)
+    torch.testing.assert_close(spread[spread > 0], torch.ones_like(spread[spread > 0]), atol=1e-3, rtol=0)
+    truth = np.broadcast_to(regressor.mean, (SUBJECTS, len(TARGETS)))
+    np.testing.assert_allclose(regressor.predict(whole(labelled)), truth, rtol=1e-6)  # a head of zeros says the mean
+
+
+def test_augmentation_moves_subjects_between_visits(small: RunConfig, reader: Reader) -> None:
+    still = Labelled.read(reader, [0, 1], small, TARGETS)
+    moving = Labelled.read(reader, [0, 1], override(small, {"augment.shift": 0.05, "augment.rotation_deg": 10}), TARGETS)
+    index = np.arange(2)
+    first, second = (moving.batch(index, np.full(2, visit), CPU).kspace for visit in (0, 1))
+    assert not torch.allclose(first.abs(), second.abs())
+    torch.testing.assert_close(still.batch(index, index, CPU).kspace, still.batch(index, 5 + index, CPU).kspace)
 
 
 def test_unknown_labels_are_never_counted(encoder: KSpaceEncoder, labelled: Labelled) -> None:
@@ -87,10 +95,10 @@ def test_a_target_without_labels_is_unknown_and_harms_no_other(
     small: RunConfig, encoder: KSpaceEncoder, labelled: Labelled
 ) -> None:
     labels = labelled.labels.copy()
-    labels[2:, 1] = np.nan  # two are fewer than a ridge takes
+    labels[2:, 1] = np.nan  # two are too few
     labelled = with_labels(labelled, labels)
     regressor = Regressor(encoder, labelled.labels)
-    regressor.begin_at_ridge(labelled)
+    regressor.standardise(labelled)
     losses = supervised.train(regressor, labelled, Training(2, 1e-3, batch=4), small)
     assert np.isfinite(losses).all()
     predicted = regressor.predict(whole(labelled))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from kmtr.config import RunConfig, override
+from kmtr.config import RunConfig, Study, override
 from kmtr.data import patterns, pipeline
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Dataset, Reader
@@ -213,7 +213,7 @@ def write_mean(cohort: Cohort, seed: int, budget: int) -> None:
 def write_trained(
     cohort: Cohort, encoder: str, method: str, seed: int, budget: int, scratch: bool, device: str
 ) -> None:
-    """Train an encoder on the labels of a budget: from its weights and the ridge's head, or from scratch.
+    """Train an encoder on the labels of a budget: from its weights, or from scratch.
 
     One model for each R, as every probe has its own: what a linear head reads shifts with R.
     """
@@ -226,17 +226,21 @@ def write_trained(
         training = supervised.Training(study.steps, study.learning_rate, study.batch, study.warmup_steps)
     predicted = []
     for r in cohort.accelerations:
-        config = override(cohort.at(r), {"seed": seed})
+        config = override(cohort.at(r), {"seed": seed, **augmentation(study)})
         rows = cohort.labelled[seed][:budget]
         labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
         regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
-        if not scratch:
-            regressor.begin_at_ridge(labelled)
+        regressor.standardise(labelled)
         supervised.train(regressor, labelled, training, config)
         reader = cohort.reader("test")
         found = supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
         predicted.append(found)
     _write_result(cohort, seed, method, budget, np.stack(predicted))
+
+
+def augmentation(study: Study) -> dict[str, Any]:
+    """Changes that make subjects move between visits, by what no phenotype depends on."""
+    return {"augment.shift": study.shift, "augment.rotation_deg": study.rotation_deg}
 
 
 def read_result(cohort: Cohort, seed: int, method: str, budget: int) -> Result:

@@ -145,6 +145,10 @@ class ShardedEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed  # here and not above: it probes the machine at import
 
+        if device.type == "cpu":
+            # Else every first run compiles collectives that only inference calls; killed meanwhile, it leaves a lock
+            # behind for which all later runs wait without a word.
+            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         self._deepspeed = deepspeed
         optimizer = torch.optim.AdamW(
             parameter_groups(module, config),

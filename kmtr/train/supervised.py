@@ -1,11 +1,12 @@
 """Training of the k-space encoder on labelled subjects: few of them, all in memory, one process, plain PyTorch.
 
-Two beginnings: the head that a ridge probe of the pretrained embedding gives, after which all weights learn (linear
-probing, then fine-tuning: Kumar 2022), or initial weights and a head of zeros ("from scratch").
+All weights learn, from pretrained ones (fine-tuning) or from initial ones ("from scratch"). The head begins at zero on
+the standardised embedding. Beginning at the head of a ridge probe (Kumar 2022) is worse here: with few labels that head
+fits the training subjects almost exactly, and leaves the encoder little to learn from.
 
 The last weights count, not the best of a held-out part: a tenth of 100 labels is too few to choose by, and would be
 labels that this method alone goes without. The learning rate falls to zero instead, and every visit of a subject draws
-another pattern, which is what holds overfitting back.
+another pattern and, with `augment.*`, another shift and rotation, which is what holds overfitting back.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from kmtr.data.batch import Batch, HostBatch, collate
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Reader
 from kmtr.encoder import KSpaceEncoder
-from kmtr.metrics import Ridge, fit_ridge
 from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.train.engine import parameter_groups, warm_cosine
 
 CHUNK = 32
 """Subjects embedded at once."""
 MIN_KNOWN = 3
-"""Subjects with a label, below which no ridge is fitted and a target stays unknown."""
+"""Subjects with a label, below which a target stays unknown."""
 
 
 @dataclass(frozen=True)
@@ -121,24 +121,14 @@ class Regressor(nn.Module):
         return self.head((self.embed(batch) - self.centre) / self.scale)
 
     @torch.no_grad()
-    def begin_at_ridge(self, labelled: Labelled) -> None:
-        """Make the head the ridge probe of the embedding as it is, one ridge per target, at the accelerations of
-        training. A target that fewer than MIN_KNOWN have stays at zero.
-        """
+    def standardise(self, labelled: Labelled) -> None:
+        """Take mean and SD of the embedding as it is now over these subjects; a feature that never differs stays 0."""
         self.eval()
         found = [self.embed(batch) for batch in labelled.in_order(self.device, self.encoder.readout)]
-        features = torch.cat(found).float().cpu().numpy().astype(np.float64)
-        centre, scale = features.mean(0), features.std(0)
-        scale = np.where(scale > 0, scale, 1.0)
-        self.centre.copy_(torch.from_numpy(centre))
-        self.scale.copy_(torch.from_numpy(scale))
-        for i, values in enumerate(labelled.labels.T):
-            known = np.isfinite(values)
-            if known.sum() >= MIN_KNOWN:
-                ridge = fit_ridge(features[known], values[known])
-                weights, bias = _restandardised(ridge, centre, scale)
-                self.head.weight[i] = torch.from_numpy(weights / self.sd[i])
-                self.head.bias[i] = float((bias - self.mean[i]) / self.sd[i])
+        features = torch.cat(found).double()
+        scale = features.std(0, correction=0)
+        self.centre.copy_(features.mean(0))
+        self.scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean squared error over the known labels of the batch, standardised; unknown ones (NaN) are not counted."""
@@ -165,12 +155,6 @@ def moments(
     mean = np.where(known, labels, 0.0).sum(0) / count
     sd = np.sqrt((np.where(known, labels - mean, 0.0) ** 2).sum(0) / count)
     return np.where(known.sum(0) >= MIN_KNOWN, mean, np.nan), np.where(sd > 0, sd, 1.0)
-
-
-def _restandardised(ridge: Ridge, centre: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights and bias of the same map on features that others' mean and SD standardise."""
-    slope = ridge.weights / ridge.scale
-    return slope * scale, float(ridge.bias + (centre - ridge.mean) @ slope)
 
 
 def train(
