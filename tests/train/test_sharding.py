@@ -18,11 +18,17 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def found(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def found(small: RunConfig, folder: Path) -> list[dict[str, dict[str, Any]]]:
     """What each of two workers saw."""
-    folder = tmp_path_factory.mktemp("engines")
     config = override(small, {"train.workers": 2, "train.accumulation": 2, "data.global_batch": 8})
-    mp.spawn(work, (2, str(folder), to_json(config)), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "compiled"))
+        mp.spawn(work, (2, str(folder), to_json(config)), nprocs=2)
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -61,6 +67,12 @@ def test_the_doctor_s_estimate_is_what_is_held(found: list[dict[str, dict[str, A
     late = 1.25 * sum(SIZES) * (2 if bf16 else 4) if stage == 2 else 0.0
     for worker in found:
         assert 0.95 * expected <= worker[name]["bytes"] <= 1.05 * expected + late
+
+
+def test_nothing_is_compiled(found: list[dict[str, dict[str, Any]]], folder: Path) -> None:
+    """A build that is killed leaves a lock for which every later run would wait."""
+    assert found
+    assert not (folder / "compiled").exists()
 
 
 def test_offload_needs_a_sharded_optimizer(small: RunConfig) -> None:
