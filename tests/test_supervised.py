@@ -66,7 +66,8 @@ def test_standardised_on_the_subjects_of_training(encoder: KSpaceEncoder, labell
 
 def test_augmentation_moves_subjects_between_visits(small: RunConfig, reader: Reader) -> None:
     still = Labelled.read(reader, [0, 1], small, TARGETS)
-    moving = Labelled.read(reader, [0, 1], override(small, {"augment.shift": 0.05, "augment.rotation_deg": 10}), TARGETS)
+    augmented = override(small, {"augment.shift": 0.05, "augment.rotation_deg": 10})
+    moving = Labelled.read(reader, [0, 1], augmented, TARGETS)
     index = np.arange(2)
     first, second = (moving.batch(index, np.full(2, visit), CPU).kspace for visit in (0, 1))
     assert not torch.allclose(first.abs(), second.abs())
