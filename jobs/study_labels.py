@@ -25,6 +25,7 @@ TITLES = {
     "mean": "predict the mean",
     "central": "ridge on central 4 x 8 samples",
     "lowres": "ridge on low-res image",
+    "moved": "ridge on low-res image, moved copies",
     "untrained": "untrained encoder, probe",
     "scratch": "supervised from scratch",
     "b": "stage b, probe",
@@ -37,7 +38,8 @@ TITLES = {
 
 STYLES = {
     "central": (figures.COLOURS[5], ":"),
-    "lowres": (figures.COLOURS[5], "-"),
+    "lowres": (figures.COLOURS[5], "--"),
+    "moved": (figures.COLOURS[5], "-"),
     "untrained": (figures.COLOURS[3], ":"),
     "scratch": (figures.COLOURS[3], "-"),
     "b": (figures.COLOURS[0], "--"),
@@ -55,6 +57,9 @@ COMPARED = (
     ("b", "untrained", ""),
     ("b-tuned", "scratch", ""),
     ("b-tuned", "lowres", ""),
+    ("b-tuned", "moved", ""),
+    ("c-tuned", "moved", ""),
+    ("c-tuned", "b-tuned", ""),
     ("c", "longer", ""),
     ("c", "b", ""),
     ("c", "b", "lvef_pct"),
@@ -155,6 +160,7 @@ def sources(
     """Features of every probe."""
     seeds = tuple(cohort.labelled)
     found = {(seed, name): study.Source(name, seeds=seeds) for seed in seeds for name in study.CONTROLS}
+    found |= {(seed, "moved"): study.Source("lowres", seeds=seeds, moved=True) for seed in seeds}
     for (seed, method), encoder in encoders.items():
         name = _file_name(method, longer_steps)
         found[seed, name] = study.Source(f"{name}-{seed}", encoder, seeds=(seed,))

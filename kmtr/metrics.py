@@ -44,14 +44,17 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
     little variance are noise wants it. Which of the two is nothing that a source of features should win by.
 
     Args:
-        features: ``subject feature``, finite.
+        features: ``subject feature``, or ``subject copy feature`` where each subject is there in several copies, as
+            augmentation makes them: all copies of a subject are left out together, and the first one's error counts.
         target: ``subject``, finite; NaN must have been left out by the caller.
 
     Raises:
         ValueError: fewer than 3 subjects.
     """
-    bias = float(target.mean())
-    mean, scale, penalty, dual = _best(features, target.astype(np.float64)[:, None] - bias)
+    bias, copies = float(target.mean()), features.shape[1] if features.ndim == 3 else 1
+    features = features.reshape(len(target) * copies, -1)
+    y = np.repeat(target.astype(np.float64), copies)[:, None] - bias
+    mean, scale, penalty, dual = _best(features, y, copies)
     x = ((features - mean) / scale).astype(np.float64)
     return Ridge(mean, scale, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
 
@@ -73,40 +76,46 @@ def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndar
     return (y @ x.T / x.shape[1]).astype(np.float32) @ dual.astype(np.float32) + bias.astype(np.float32)
 
 
-def _best(features: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """Mean and scale of the features, penalty and dual weights with the least leave-one-out error."""
+def _best(features: np.ndarray, y: np.ndarray, copies: int = 1) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
+    """Mean and scale of the features, penalty and dual weights with the least leave-one-out error.
+
+    `copies` rows that follow each other are of one subject.
+    """
     mean, sd = features.mean(0), features.std(0)
     own = np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, np.ones_like(sd))
     common = np.full_like(own, max(float(np.sqrt((sd.astype(np.float64) ** 2).mean())), 1e-30))
     found = []
     for scale in (own, common):
         x = (features - mean) / scale
-        found.append((scale, *_dual((x @ x.T / x.shape[1]).astype(np.float64), y)))
+        found.append((scale, *_dual((x @ x.T / x.shape[1]).astype(np.float64), y, copies)))
     scale, _, penalty, dual = min(found, key=lambda one: one[1])
     return mean, scale, penalty, dual
 
 
-def _dual(gram: np.ndarray, y: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """The least leave-one-out error over (a part of) the outputs, its penalty, and dual weights ``subject output``.
+def _dual(gram: np.ndarray, y: np.ndarray, copies: int) -> tuple[float, float, np.ndarray]:
+    """The least leave-one-out error over (a part of) the outputs, its penalty, and dual weights ``row output``.
+
+    The error of a subject that is left out is (I - H_gg)^-1 (y - H y)_g, with g its rows and H the smoother.
 
     Args:
-        gram: ``subject subject`` over the number of features: it serves any number of them, and
-            H = K (K + p I)^-1 in its eigenbasis, plus the mean.
-        y: ``subject output``, of mean zero.
+        gram: ``row row`` over the number of features: it serves any number of them, and H = K (K + p I)^-1 in its
+            eigenbasis, plus the mean.
+        y: ``row output``, of mean zero.
     """
     n = len(y)
-    if n < 3:
-        raise ValueError(f"ridge: expected at least 3 subjects with this label, got {n}")
+    if n < 3 * copies:
+        raise ValueError(f"ridge: expected at least 3 subjects with this label, got {n // copies}")
     values, vectors = np.linalg.eigh(gram)
     values = np.clip(values, 0, None)
     rotated = vectors.T @ y
     some = rotated[:, :: -(-y.shape[1] // LEAVE_ONE_OUT_OUTPUTS)]  # of a mask's pixels enough to choose by
+    of_subject = vectors.reshape(n // copies, copies, n)
     best: tuple[float, float] = (np.inf, 0.0)
     for penalty in RIDGE_PENALTIES:
         shrink = penalty / (values + penalty)
-        residual = vectors @ (shrink[:, None] * some)
-        leverage = 1 - (vectors**2) @ shrink + 1 / n
-        error = float(np.mean((residual / np.clip(1 - leverage, 1e-6, None)[:, None]) ** 2))
+        residual = (vectors @ (shrink[:, None] * some)).reshape(n // copies, copies, -1)
+        block = (of_subject * shrink) @ of_subject.swapaxes(1, 2) - 1 / n + 1e-6 * np.eye(copies)
+        error = float(np.mean(np.linalg.solve(block, residual)[:, 0] ** 2))
         best = min(best, (error, penalty))
     return *best, vectors @ (rotated / (values + best[1])[:, None])
 

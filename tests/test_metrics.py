@@ -38,20 +38,28 @@ def solve(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, flo
     return weights, float(y.mean() - x.mean(0) @ weights)
 
 
+@pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize(("subjects", "features"), [(12, 5), (15, 30), (30, 8)])
 def test_the_penalty_is_the_best_of_explicit_refits_without_each_subject(
-    subjects: int, features: int, noise: float
+    subjects: int, features: int, noise: float, copies: int
 ) -> None:
+    """Without all its copies, that is, and judged by the first of them."""
     x, y = problem(subjects, subjects, features, noise)
-    ridge = fit_ridge(x, y)
+    if copies > 1:
+        moved = np.random.default_rng(9).standard_normal((subjects, copies - 1, features))
+        ridge = fit_ridge(np.concatenate([x[:, None], x[:, None] + moved], 1), y)
+        x, y = np.concatenate([x[:, None], x[:, None] + moved], 1).reshape(-1, features), np.repeat(y, copies)
+    else:
+        ridge = fit_ridge(x, y)
     standard = (x - ridge.mean) / ridge.scale
     errors = []
     for penalty in RIDGE_PENALTIES:
         left_out = []
         for i in range(subjects):
-            weights, intercept = solve(np.delete(standard, i, 0), np.delete(y, i), penalty)
-            left_out.append((y[i] - standard[i] @ weights - intercept) ** 2)
+            own = np.s_[i * copies : (i + 1) * copies]
+            weights, intercept = solve(np.delete(standard, own, 0), np.delete(y, own), penalty)
+            left_out.append((y[own][0] - standard[own][0] @ weights - intercept) ** 2)
         errors.append(np.mean(left_out))
     assert ridge.penalty == RIDGE_PENALTIES[int(np.argmin(errors))]
     weights, intercept = solve(standard, y, ridge.penalty)

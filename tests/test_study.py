@@ -137,8 +137,8 @@ def test_everything_is_computed_once(
             for budget in cohort.budgets:
                 report.write_mean(cohort, seed, budget)
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
-    assert called.count("study: features") == (2 + 2 + 2 + 2 + 1) * accelerations  # controls are shared by the seeds
-    assert called.count("study: probes") == 2 * 2 + 2 * 2 + 2 + 1
+    assert called.count("study: features") == (3 + 2 + 2 + 2 + 1) * accelerations  # controls are shared by the seeds
+    assert called.count("study: probes") == 2 * 3 + 2 * 2 + 2 + 1
     assert called.count("trainings") == (2 + 2 + 1) * budgets
 
     results = study_labels.collect(cohort, encoders, 10)
@@ -152,6 +152,25 @@ def test_everything_is_computed_once(
     assert {(one["a"], one["b"], one["target"]) for one in compared} >= {("c", "longer", "mean"), ("c", "b", "lvef")}
     scores = {key: report.scores(found, cohort) for key, found in results.items()}
     assert len(study_labels.mean_table(cohort, scores, "", 10).rows) == accelerations * len(study_labels.TITLES)
+
+
+def test_moved_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -> None:
+    plain, moved = Source("lowres", seeds=(0,)), Source("lowres", seeds=(0,), moved=True)
+    assert plain.path(cohort, 4) != moved.path(cohort, 4)
+    found = []
+    for source in (plain, moved):
+        report.write_features(cohort, source, 4, "cpu")
+        with np.load(source.path(cohort, 4)) as file:
+            found.append(dict(file))
+    (rows, as_they_are), copies = found[0]["train"].shape[:2], found[1]["train"]
+    assert (as_they_are, copies.shape[:2]) == (1, (rows, 1 + cohort.config.study.copies))
+    np.testing.assert_array_equal(copies[:, :1], found[0]["train"])
+    np.testing.assert_array_equal(found[1]["test"], found[0]["test"])
+    centred = (copies - copies.mean((0, 1))).reshape(rows, -1, copies.shape[2])
+    unit = centred / np.linalg.norm(centred, axis=2, keepdims=True)
+    alike = np.einsum("acf,bdf->abcd", unit, unit).mean((2, 3))
+    assert (alike.argmax(1) == np.arange(rows)).mean() > 0.8, "a copy resembles its own subject most"
+    assert np.abs(np.diff(copies, axis=1)).max(2).min() > 0, "no two copies are the same"
 
 
 def test_fine_tuning_before_a_step_is_the_ridge_probe(cohort: Cohort, tables: dict, tmp_path: Path) -> None:

@@ -30,8 +30,11 @@ from kmtr.report import controls, evaluate
 from kmtr.train import supervised
 from kmtr.types import InputError
 
-VERSION = 2
+VERSION = 3
 """Of what a study does; one of another version starts anew."""
+
+MOST_ROWS = 2000
+"""Of a ridge: its time grows with their third power. Of more labelled subjects fewer copies are taken."""
 
 CONTROLS: dict[str, evaluate.Features] = {"central": controls.central, "lowres": controls.low_resolution}
 
@@ -142,19 +145,21 @@ class Source:
         encoder: folder of an exported one; empty: the control of this name.
         untrained: its architecture with initial weights.
         seeds: whose labelled subjects need features.
+        moved: labelled subjects are there in `study.copies` more copies, moved as fine-tuning moves them.
     """
 
     name: str
     encoder: str = ""
     untrained: bool = False
     seeds: tuple[int, ...] = ()
+    moved: bool = False
 
     def rows(self, cohort: Cohort) -> list[int]:
         return sorted({row for seed in self.seeds for row in cohort.labelled[seed]})
 
     def path(self, cohort: Cohort, acceleration: int) -> Path:
         """Named by all that decides the features."""
-        said = f"{self.rows(cohort)} {cohort.held_out} {self.untrained} " + (
+        said = f"{self.rows(cohort)} {cohort.held_out} {self.untrained} {self.moved} " + (
             hashlib.sha256((Path(self.encoder) / WEIGHTS).read_bytes()).hexdigest() if self.encoder else ""
         )
         name = f"{self.name}-R{acceleration}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.npz"
@@ -162,19 +167,35 @@ class Source:
 
 
 def write_features(cohort: Cohort, source: Source, acceleration: int, device: str) -> None:
-    """Features of a source at one R, of its labelled and of the held-out subjects, on validation's patterns."""
+    """Features of a source at one R, of its labelled and of the held-out subjects, on validation's patterns.
+
+    The labelled ones' are ``subject copy feature``: as they are, then moved copies on patterns of their own.
+    """
     if source.encoder:
         make = evaluate.embedding(load_encoder(source.encoder, device, untrained=source.untrained))
     else:
         make = CONTROLS[source.name]
-    rows = source.rows(cohort)
+    rows, config, on = source.rows(cohort), cohort.at(acceleration), torch.device(device)
     found = {"rows": np.array(rows)}
     for split, wanted in (("train", rows), ("test", cohort.held_out)):
-        read = pipeline.read_in_order(
-            cohort.reader(split), wanted, evaluate.CHUNK, cohort.at(acceleration), cohort.targets, VALIDATION
-        )
-        found[split] = np.concatenate([make(host.to(torch.device(device))) for host in read])
+        read = pipeline.read_in_order(cohort.reader(split), wanted, evaluate.CHUNK, config, cohort.targets, VALIDATION)
+        found[split] = np.concatenate([make(host.to(on)) for host in read])
+    copies = [found["train"], *(_moved_copies(cohort, rows, config, make, on) if source.moved else ())]
+    found["train"] = np.stack(copies, 1)
     _save(source.path(cohort, acceleration), found)
+
+
+def _moved_copies(
+    cohort: Cohort, rows: list[int], config: RunConfig, make: evaluate.Features, device: torch.device
+) -> list[Float[np.ndarray, "subject feature"]]:
+    """Features of `study.copies` visits of labelled subjects, as training sees them."""
+    moving, reader = override(config, augmentation(config.study)), cohort.reader("train")
+    copies: list[list[np.ndarray]] = [[] for _ in range(config.study.copies)]
+    for first in range(0, len(rows), evaluate.CHUNK):
+        some = supervised.Labelled.read(reader, rows[first : first + evaluate.CHUNK], moving, cohort.targets)
+        for visit, parts in enumerate(copies):
+            parts.append(make(some.batch(np.arange(len(some)), np.full(len(some), visit), device)))
+    return [np.concatenate(parts) for parts in copies]
 
 
 # -------------------------------------------------------------------------------------------------------- predictions
@@ -196,7 +217,8 @@ def write_probes(cohort: Cohort, source: Source, method: str, seed: int) -> None
         for budget in open_ones:
             for j, target in enumerate(cohort.labels[seed][:budget].T):
                 # The ridge is asked of every held-out subject; which of them are labelled, R2 looks up itself.
-                fitted = probe(train[:budget], target, test, np.zeros(len(test)))
+                copies = max(1, MOST_ROWS // budget)
+                fitted = probe(train[:budget, :copies], target, test, np.zeros(len(test)))
                 if fitted is not None:
                     predicted[budget][i, :, j] = fitted.predicted
     for budget in open_ones:
