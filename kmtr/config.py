@@ -390,9 +390,9 @@ class Study(Section):
     controls: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that control")
     batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
     warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
-    steps: int = Field(150, gt=0, description="optimizer steps of fine-tuning")
+    steps: int = Field(300, gt=0, description="optimizer steps of fine-tuning, one model for all R")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of fine-tuning")
-    scratch_steps: int = Field(150, gt=0, description="optimizer steps of supervised training from scratch")
+    scratch_steps: int = Field(300, gt=0, description="optimizer steps of supervised training from scratch")
     scratch_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of training from scratch")
     shift: float = Field(0.05, ge=0, le=0.5, description="augment.shift of both")
     rotation_deg: float = Field(

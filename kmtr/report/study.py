@@ -235,9 +235,9 @@ def write_mean(cohort: Cohort, seed: int, budget: int) -> None:
 def write_trained(
     cohort: Cohort, encoder: str, method: str, seed: int, budget: int, scratch: bool, device: str
 ) -> None:
-    """Train an encoder on the labels of a budget: from its weights, or from scratch.
+    """Train an encoder on the labels of a budget, from its weights or from scratch, and ask it at each R.
 
-    One model for each R, as every probe has its own: what a linear head reads shifts with R.
+    One model for all R, which every visit of a subject draws anew, as in pretraining.
     """
     study = cohort.config.study
     if scratch:
@@ -246,17 +246,19 @@ def write_trained(
         )
     else:
         training = supervised.Training(study.steps, study.learning_rate, study.batch, study.warmup_steps)
-    predicted = []
-    for r in cohort.accelerations:
-        config = override(cohort.at(r), {"seed": seed, **augmentation(study)})
-        rows = cohort.labelled[seed][:budget]
-        labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
-        regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
-        regressor.standardise(labelled)
-        supervised.train(regressor, labelled, training, config)
-        reader = cohort.reader("test")
-        found = supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
-        predicted.append(found)
+    config = override(
+        cohort.config, {"sampling.accelerations": cohort.accelerations, "seed": seed, **augmentation(study)}
+    )
+    rows = cohort.labelled[seed][:budget]
+    labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
+    regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
+    regressor.standardise(labelled)
+    supervised.train(regressor, labelled, training, config)
+    reader = cohort.reader("test")
+    predicted = [
+        supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
+        for r in cohort.accelerations
+    ]
     _write_result(cohort, seed, method, budget, np.stack(predicted))
 
 
