@@ -57,7 +57,7 @@ GROUPS = (
     Group(
         "mask ratio",
         "How many of the acquired lines are hidden from the encoder?",
-        {f"{ratio}": {"reconstruct.mask_ratio": ratio} for ratio in (0.5, 0.7, 0.9)},
+        {f"{ratio}": {"reconstruct.mask_ratio": ratio} for ratio in (0.3, 0.5, 0.7, 0.9)},
     ),
     Group(
         "image domain",
