@@ -173,8 +173,10 @@ def test_moved_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -> No
     assert np.abs(np.diff(copies, axis=1)).max(2).min() > 0, "no two copies are the same"
 
 
-def test_fine_tuning_before_a_step_is_the_ridge_probe(cohort: Cohort, tables: dict, tmp_path: Path) -> None:
-    """At one acceleration, the same for training and evaluation, a rate of nearly zero leaves the probe's R2."""
+def test_the_first_step_of_fine_tuning_goes_where_the_ridge_probe_points(
+    cohort: Cohort, tables: dict, tmp_path: Path
+) -> None:
+    """From a head of zeros, at a rate that leaves the encoder as it is."""
     config = override(
         cohort.config,
         {
