@@ -100,7 +100,7 @@ def test_draws_have_the_configured_counts(batch: Batch, small: RunConfig) -> Non
     assert set(batch.sampled.sum(-1).flatten().tolist()) == {8, 16}  # of 32 lines at R = 4 and 2
     assert not (batch.hidden & ~batch.sampled).any()
     share = batch.hidden.sum((2, 3)) / batch.sampled.sum((2, 3))
-    torch.testing.assert_close(share, torch.full_like(share, 0.7), atol=0.02, rtol=0)
+    torch.testing.assert_close(share, torch.full_like(share, 0.5), atol=0.02, rtol=0)
     patches = batch.hidden_patches.float().mean((2, 3, 4))
     torch.testing.assert_close(patches, torch.full_like(patches, 0.7), atol=0.02, rtol=0)
     assert batch.hidden_patches.shape == (8, 3, 2, 4, 4)
