@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -68,32 +67,48 @@ def test_what_cannot_be_measured_is_refused(words: list[str], said: str) -> None
 # ------------------------------------------------------------------------------------------------------------- clock
 
 
-def slow(waits: list[float]) -> Generator[torch.Tensor, None, None]:
-    for number, wait in enumerate(waits):
-        time.sleep(wait)
-        yield torch.full((2, 6), number, dtype=torch.float64)
+class Clock:
+    """Time that only batches move: a busy machine changes nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def slow(self, waits: list[float]) -> Generator[torch.Tensor, None, None]:
+        for number, wait in enumerate(waits):
+            self.now += wait
+            yield torch.full((2, 6), number, dtype=torch.float64)
 
 
-def test_the_clock_leaves_the_first_batch_out_and_knows_the_borders() -> None:
-    speed = bench_peers.measure(lambda: slow([0.2, 0.01, 0.1, 0.01, 0.05, 0.01]), epoch=2 * 96)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(bench_peers, "time", clock)
+    return clock
+
+
+def test_the_clock_leaves_the_first_batch_out_and_knows_the_borders(clock: Clock) -> None:
+    speed = bench_peers.measure(lambda: clock.slow([0.2, 0.01, 0.15, 0.01, 0.05, 0.3]), epoch=2 * 96)
     assert speed.batches == 6
-    assert 0.2 <= speed.first_batch_s < 0.5
-    assert 0.1 <= speed.gap_s < 0.2
-    assert 0.1 <= speed.border_gap_s < 0.2, "batches 2 and 4 begin an epoch"
-    assert speed.gb_s == pytest.approx(5 * 96 / 1e9 / 0.18, rel=0.3)
+    assert speed.first_batch_s == pytest.approx(0.2)
+    assert speed.gap_s == pytest.approx(0.3)
+    assert speed.border_gap_s == pytest.approx(0.15), "batches 2 and 4 begin an epoch"
+    assert speed.gb_s == pytest.approx(5 * 96 / 1e9 / 0.52)
 
 
-def test_time_ends_a_measurement_and_its_iterator() -> None:
+def test_time_ends_a_measurement_and_its_iterator(clock: Clock) -> None:
     closed = []
 
     def endless() -> Generator[torch.Tensor, None, None]:
         try:
-            yield from slow([0.01] * 10_000)
+            yield from clock.slow([0.02] * 10_000)
         finally:
             closed.append(True)
 
-    speed = bench_peers.measure(endless, seconds=0.1)
-    assert 2 <= speed.batches <= 12
+    speed = bench_peers.measure(endless, seconds=0.09)
+    assert speed.batches == 6, "the first starts the clock, the sixth is the first beyond the end"
     assert closed == [True]
 
 
