@@ -65,10 +65,11 @@ def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None
     }
     distinct = list(dict.fromkeys(missing.values()))
     features = [
-        (cohort, source, r, device)
+        (cohort, source, r, budget, device)
         for source in distinct
         for r in cohort.accelerations
-        if not source.path(cohort, r).is_file()
+        for budget in source.budgets(cohort)
+        if not source.path(cohort, r, budget).is_file()
     ]
     each(write_features, features, "study: features", device)
     probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]

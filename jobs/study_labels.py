@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ TITLES = {
     "mean": "predict the mean",
     "central": "ridge on central 4 x 8 samples",
     "lowres": "ridge on low-res image",
-    "moved": "ridge on low-res image, moved copies",
+    "lowres-moved": "ridge on low-res image, moved copies",
     "untrained": "untrained encoder, probe",
+    "untrained-moved": "untrained encoder, probe on moved copies",
     "scratch": "supervised from scratch",
     "b": "stage b, probe",
+    "b-moved": "stage b, probe on moved copies",
     "longer": "stage b for longer, probe",
     "c": "stage c, probe",
+    "c-moved": "stage c, probe on moved copies",
     "b-tuned": "stage b, fine-tuned",
     "c-tuned": "stage c, fine-tuned",
 }
@@ -39,27 +43,32 @@ TITLES = {
 STYLES = {
     "central": (figures.COLOURS[5], ":"),
     "lowres": (figures.COLOURS[5], "--"),
-    "moved": (figures.COLOURS[5], "-"),
+    "lowres-moved": (figures.COLOURS[5], "-"),
     "untrained": (figures.COLOURS[3], ":"),
     "scratch": (figures.COLOURS[3], "-"),
     "b": (figures.COLOURS[0], "--"),
+    "b-moved": (figures.COLOURS[0], "-."),
     "longer": (figures.COLOURS[4], "--"),
     "c": (figures.COLOURS[1], "--"),
+    "c-moved": (figures.COLOURS[1], "-."),
     "b-tuned": (figures.COLOURS[0], "-"),
     "c-tuned": (figures.COLOURS[1], "-"),
 }
 """Colour of what is learnt from, dashes for probes of it."""
 
-INSTEAD = {"c": "b", "c-tuned": "b-tuned"}
+INSTEAD = {"c": "b", "c-moved": "b-moved", "c-tuned": "b-tuned"}
 """What stands for a method of a seed whose alignment the guard stopped."""
 
 COMPARED = (
     ("b", "untrained", ""),
     ("b-tuned", "scratch", ""),
     ("b-tuned", "lowres", ""),
-    ("b-tuned", "moved", ""),
-    ("c-tuned", "moved", ""),
+    ("b-tuned", "lowres-moved", ""),
+    ("c-tuned", "lowres-moved", ""),
     ("c-tuned", "b-tuned", ""),
+    ("b-moved", "untrained-moved", ""),
+    ("c-moved", "lowres-moved", ""),
+    ("c-tuned", "c-moved", ""),
     ("c", "longer", ""),
     ("c", "b", ""),
     ("c", "b", "lvef_pct"),
@@ -160,13 +169,17 @@ def sources(
     """Features of every probe."""
     seeds = tuple(cohort.labelled)
     found = {(seed, name): study.Source(name, seeds=seeds) for seed in seeds for name in study.CONTROLS}
-    found |= {(seed, "moved"): study.Source("lowres", seeds=seeds, moved=True) for seed in seeds}
     for (seed, method), encoder in encoders.items():
         name = _file_name(method, longer_steps)
         found[seed, name] = study.Source(f"{name}-{seed}", encoder, seeds=(seed,))
         if method == "b":
             found[seed, "untrained"] = study.Source(f"untrained-{seed}", encoder, untrained=True, seeds=(seed,))
-    return found
+    wanted = {
+        (seed, method.removesuffix("-moved")): method for seed in seeds for method in TITLES if "-moved" in method
+    }
+    return found | {
+        (key[0], wanted[key]): replace(source, moved=True) for key, source in found.items() if key in wanted
+    }
 
 
 def trainings(

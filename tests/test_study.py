@@ -137,8 +137,10 @@ def test_everything_is_computed_once(
             for budget in cohort.budgets:
                 report.write_mean(cohort, seed, budget)
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
-    assert called.count("study: features") == (3 + 2 + 2 + 2 + 1) * accelerations  # controls are shared by the seeds
-    assert called.count("study: probes") == 2 * 3 + 2 * 2 + 2 + 1
+    assert (
+        called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
+    )  # controls are shared by the seeds; moved copies are made for each budget
+    assert called.count("study: probes") == 2 * 2 + 2 * 2 + 2 + 1 + (2 + 2 + 2 + 1)
     assert called.count("trainings") == (2 + 2 + 1) * budgets
 
     results = study_labels.collect(cohort, encoders, 10)
@@ -156,11 +158,11 @@ def test_everything_is_computed_once(
 
 def test_moved_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -> None:
     plain, moved = Source("lowres", seeds=(0,)), Source("lowres", seeds=(0,), moved=True)
-    assert plain.path(cohort, 4) != moved.path(cohort, 4)
+    assert plain.path(cohort, 4, 24) != moved.path(cohort, 4, 24)
     found = []
     for source in (plain, moved):
-        report.write_features(cohort, source, 4, "cpu")
-        with np.load(source.path(cohort, 4)) as file:
+        report.write_features(cohort, source, 4, 24, "cpu")
+        with np.load(source.path(cohort, 4, 24)) as file:
             found.append(dict(file))
     (rows, as_they_are), copies = found[0]["train"].shape[:2], found[1]["train"]
     assert (as_they_are, copies.shape[:2]) == (1, (rows, 1 + cohort.config.study.copies))
@@ -191,7 +193,7 @@ def test_the_first_step_of_fine_tuning_goes_where_the_ridge_probe_points(
     export_encoder(tmp_path / "e", config, {k: p.detach().clone() for k, p in module.state_dict().items()}, tables)
     report.write_trained(some, str(tmp_path / "e"), "b-tuned", 0, 12, False, "cpu")
     source = Source("b-0", str(tmp_path / "e"), seeds=(0,))
-    report.write_features(some, source, 4, "cpu")
+    report.write_features(some, source, 4, 12, "cpu")
     report.write_probes(some, source, "b", 0)
     tuned, probed = (report.read_result(some, 0, name, 12) for name in ("b-tuned", "b"))
     # The probe is fitted on validation's patterns and the head on training's: alike, not equal.

@@ -2,7 +2,7 @@
 
 Files of a study, each written once and whole, so that a study that was killed goes on where it stopped:
 
-    features/<source>-<R>.npz                    of labelled and held-out subjects, at one acceleration
+    features/<source>-<R>-<labels>.npz           of labelled and held-out subjects, at one acceleration
     predictions/<seed>-<method>-<labels>.npz     of held-out subjects, at all accelerations
 """
 
@@ -34,7 +34,7 @@ VERSION = 3
 """Of what a study does; one of another version starts anew."""
 
 MOST_ROWS = 2000
-"""Of a ridge: its time grows with their third power. Of more labelled subjects fewer copies are taken."""
+"""Of a ridge on copies: its time grows with their third power. Of more labelled subjects fewer copies are taken."""
 
 CONTROLS: dict[str, evaluate.Features] = {"central": controls.central, "lowres": controls.low_resolution}
 
@@ -145,7 +145,7 @@ class Source:
         encoder: folder of an exported one; empty: the control of this name.
         untrained: its architecture with initial weights.
         seeds: whose labelled subjects need features.
-        moved: labelled subjects are there in `study.copies` more copies, moved as fine-tuning moves them.
+        moved: labelled subjects are there in more copies, moved as training moves them.
     """
 
     name: str
@@ -154,19 +154,29 @@ class Source:
     seeds: tuple[int, ...] = ()
     moved: bool = False
 
-    def rows(self, cohort: Cohort) -> list[int]:
-        return sorted({row for seed in self.seeds for row in cohort.labelled[seed]})
+    def budgets(self, cohort: Cohort) -> tuple[int, ...]:
+        """Numbers of labelled subjects that have a file each: all in one where nothing moves, else each in its own,
+        since the more there are, the fewer copies.
+        """
+        return cohort.budgets if self.moved else cohort.budgets[-1:]
 
-    def path(self, cohort: Cohort, acceleration: int) -> Path:
+    def copies(self, cohort: Cohort, budget: int) -> int:
+        """Moved copies of each labelled subject."""
+        return min(cohort.config.study.copies, max(1, MOST_ROWS // budget - 1)) if self.moved else 0
+
+    def rows(self, cohort: Cohort, budget: int) -> list[int]:
+        return sorted({row for seed in self.seeds for row in cohort.labelled[seed][:budget]})
+
+    def path(self, cohort: Cohort, acceleration: int, budget: int) -> Path:
         """Named by all that decides the features."""
-        said = f"{self.rows(cohort)} {cohort.held_out} {self.untrained} {self.moved} " + (
+        said = f"{self.rows(cohort, budget)} {cohort.held_out} {self.untrained} {self.copies(cohort, budget)} " + (
             hashlib.sha256((Path(self.encoder) / WEIGHTS).read_bytes()).hexdigest() if self.encoder else ""
         )
-        name = f"{self.name}-R{acceleration}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.npz"
+        name = f"{self.name}-R{acceleration}-{budget}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.npz"
         return cohort.folder / "features" / name
 
 
-def write_features(cohort: Cohort, source: Source, acceleration: int, device: str) -> None:
+def write_features(cohort: Cohort, source: Source, acceleration: int, budget: int, device: str) -> None:
     """Features of a source at one R, of its labelled and of the held-out subjects, on validation's patterns.
 
     The labelled ones' are ``subject copy feature``: as they are, then moved copies on patterns of their own.
@@ -175,23 +185,23 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, device: st
         make = evaluate.embedding(load_encoder(source.encoder, device, untrained=source.untrained))
     else:
         make = CONTROLS[source.name]
-    rows, config, on = source.rows(cohort), cohort.at(acceleration), torch.device(device)
+    rows, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
     found = {"rows": np.array(rows)}
     for split, wanted in (("train", rows), ("test", cohort.held_out)):
         read = pipeline.read_in_order(cohort.reader(split), wanted, evaluate.CHUNK, config, cohort.targets, VALIDATION)
         found[split] = np.concatenate([make(host.to(on)) for host in read])
-    copies = [found["train"], *(_moved_copies(cohort, rows, config, make, on) if source.moved else ())]
-    found["train"] = np.stack(copies, 1)
-    _save(source.path(cohort, acceleration), found)
+    moved = _moved_copies(cohort, rows, source.copies(cohort, budget), config, make, on)
+    found["train"] = np.stack([found["train"], *moved], 1)
+    _save(source.path(cohort, acceleration, budget), found)
 
 
 def _moved_copies(
-    cohort: Cohort, rows: list[int], config: RunConfig, make: evaluate.Features, device: torch.device
+    cohort: Cohort, rows: list[int], count: int, config: RunConfig, make: evaluate.Features, device: torch.device
 ) -> list[Float[np.ndarray, "subject feature"]]:
-    """Features of `study.copies` visits of labelled subjects, as training sees them."""
+    """Features of the first `count` visits of labelled subjects, as training sees them."""
     moving, reader = override(config, augmentation(config.study)), cohort.reader("train")
-    copies: list[list[np.ndarray]] = [[] for _ in range(config.study.copies)]
-    for first in range(0, len(rows), evaluate.CHUNK):
+    copies: list[list[np.ndarray]] = [[] for _ in range(count)]
+    for first in range(0, len(rows) if count else 0, evaluate.CHUNK):
         some = supervised.Labelled.read(reader, rows[first : first + evaluate.CHUNK], moving, cohort.targets)
         for visit, parts in enumerate(copies):
             parts.append(make(some.batch(np.arange(len(some)), np.full(len(some), visit), device)))
@@ -211,16 +221,16 @@ def write_probes(cohort: Cohort, source: Source, method: str, seed: int) -> None
     shape = (len(cohort.accelerations), *cohort.truth.shape)
     predicted = {budget: np.full(shape, np.nan) for budget in open_ones}
     for i, acceleration in enumerate(cohort.accelerations):
-        with np.load(source.path(cohort, acceleration)) as found:
-            rows, train, test = found["rows"], found["train"], found["test"]
-        train = train[np.searchsorted(rows, cohort.labelled[seed])]
-        for budget in open_ones:
-            for j, target in enumerate(cohort.labels[seed][:budget].T):
-                # The ridge is asked of every held-out subject; which of them are labelled, R2 looks up itself.
-                copies = max(1, MOST_ROWS // budget)
-                fitted = probe(train[:budget, :copies], target, test, np.zeros(len(test)))
-                if fitted is not None:
-                    predicted[budget][i, :, j] = fitted.predicted
+        for within in source.budgets(cohort):
+            with np.load(source.path(cohort, acceleration, within)) as found:
+                rows, train, test = found["rows"], found["train"], found["test"]
+            for budget in open_ones if not source.moved else [b for b in open_ones if b == within]:
+                mine = train[np.searchsorted(rows, cohort.labelled[seed][:budget])]
+                for j, target in enumerate(cohort.labels[seed][:budget].T):
+                    # It is asked of every held-out subject; which of them are labelled, R2 looks up itself.
+                    fitted = probe(mine, target, test, np.zeros(len(test)))
+                    if fitted is not None:
+                        predicted[budget][i, :, j] = fitted.predicted
     for budget in open_ones:
         _write_result(cohort, seed, method, budget, predicted[budget])
 
