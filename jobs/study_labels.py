@@ -278,8 +278,9 @@ def report(
         f"subjects, from {_listed(cohort.budgets)} labelled ones. Seeds {_listed(tuple(cohort.labelled))} change "
         f"pretraining and the labelled subjects. Stage b: {config.reconstruct.steps} steps; stage c: "
         f"{config.align.steps}; stage b for longer: {config.reconstruct.steps + longer_steps}. Fine-tuning takes "
-        f"{config.study.steps} steps, training from scratch {config.study.scratch_steps}; neither chooses its step by "
-        f"held-out labels.\n\n{guard}"
+        f"{config.study.steps} steps, training from scratch {config.study.scratch_steps}, one model for all R; neither "
+        f"chooses its step by held-out labels. A probe has a model for each R; moved copies (up to "
+        f"{config.study.copies} of a subject) are shifted and rotated as in training.\n\n{guard}"
     )
     caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes of frozen encoders."
     last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
