@@ -282,7 +282,7 @@ def report(
         f"chooses its step by held-out labels. A probe has a model for each R; moved copies (up to "
         f"{config.study.copies} of a subject) are shifted and rotated as in training.\n\n{guard}"
     )
-    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes of frozen encoders."
+    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: on moved copies."
     last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
     print(f"study: {seconds:.0f} s")
     return last | {"differences": compared, "longer_steps": longer_steps}
@@ -326,18 +326,18 @@ def mean_table(
     cohort: study.Cohort, scores: Mapping[tuple[str, int], dict[str, Any]], guard: str, longer_steps: int
 ) -> Table:
     """Mean R2 with its SD over seeds, and LVEF's apart: a row per R and method."""
-    several = len(cohort.labelled) > 1
+    seeds = dict.fromkeys(TITLES, len(cohort.labelled)) | {"longer": cohort.config.study.controls}
     lvef = ("lvef_pct",) if "lvef_pct" in cohort.targets else ()
     rows: list[tuple[Cell, ...]] = []
     for r in map(str, cohort.accelerations):
         for method, title in TITLES.items():
             by_budget = [scores[method, budget][r] for budget in cohort.budgets]
-            means = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if several else "") for s in by_budget]
+            means = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if seeds[method] > 1 else "") for s in by_budget]
             rows.append((int(r), title, *means, *(s[t] for t in lvef for s in by_budget)))
     note = f"Longer: {longer_steps} more steps of stage b, alignment's time, {cohort.config.study.controls} seed(s)."
     return Table(
         f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
-        f"labels, mean over {len(cohort.labelled)} seed(s){' ± SD' if several else ''}",
+        f"labels, mean over {len(cohort.labelled)} seed(s){' ± SD' if len(cohort.labelled) > 1 else ''}",
         ("R", "method", *(f"{b} labels" for b in cohort.budgets), *(f"LVEF {b}" for _ in lvef for b in cohort.budgets)),
         tuple(rows),
         note=f"{note} {guard}" if guard else note,
