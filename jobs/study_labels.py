@@ -54,7 +54,7 @@ STYLES = {
     "b-tuned": (figures.COLOURS[0], "-"),
     "c-tuned": (figures.COLOURS[1], "-"),
 }
-"""Colour of what is learnt from, dashes for probes of it."""
+"""Colour of what is learnt from; dashes for probes of it, dashes and dots for those on moved copies."""
 
 INSTEAD = {"c": "b", "c-moved": "b-moved", "c-tuned": "b-tuned"}
 """What stands for a method of a seed whose alignment the guard stopped."""
@@ -326,7 +326,8 @@ def mean_table(
     cohort: study.Cohort, scores: Mapping[tuple[str, int], dict[str, Any]], guard: str, longer_steps: int
 ) -> Table:
     """Mean R2 with its SD over seeds, and LVEF's apart: a row per R and method."""
-    seeds = dict.fromkeys(TITLES, len(cohort.labelled)) | {"longer": cohort.config.study.controls}
+    there = len(cohort.labelled)
+    seeds = dict.fromkeys(TITLES, there) | {"longer": min(there, cohort.config.study.controls)}
     lvef = ("lvef_pct",) if "lvef_pct" in cohort.targets else ()
     rows: list[tuple[Cell, ...]] = []
     for r in map(str, cohort.accelerations):
@@ -337,7 +338,7 @@ def mean_table(
     note = f"Longer: {longer_steps} more steps of stage b, alignment's time, {cohort.config.study.controls} seed(s)."
     return Table(
         f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
-        f"labels, mean over {len(cohort.labelled)} seed(s){' ± SD' if len(cohort.labelled) > 1 else ''}",
+        f"labels, mean over {there} seed(s){' ± SD' if there > 1 else ''}",
         ("R", "method", *(f"{b} labels" for b in cohort.budgets), *(f"LVEF {b}" for _ in lvef for b in cohort.budgets)),
         tuple(rows),
         note=f"{note} {guard}" if guard else note,

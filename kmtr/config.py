@@ -399,7 +399,7 @@ class Study(Section):
         10.0, ge=0, le=180, description="augment.rotation_deg of both; 0 for sources that are undersampled already"
     )
     copies: int = Field(
-        8, gt=0, description="study.py labels: moved copies of a labelled subject at most, for probes of such"
+        8, gt=0, description="study.py labels: of each labelled subject at most, for ridges and probes on moved copies"
     )
     ablation_steps: int = Field(300, gt=0, description="study.py ablation: steps of stage b of every variant")
     ablation_align_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage c where a group asks")

@@ -46,12 +46,10 @@ def test_the_penalty_is_the_best_of_explicit_refits_without_each_subject(
 ) -> None:
     """Without all its copies, that is, and judged by the first of them."""
     x, y = problem(subjects, subjects, features, noise)
-    if copies > 1:
-        moved = np.random.default_rng(9).standard_normal((subjects, copies - 1, features))
-        ridge = fit_ridge(np.concatenate([x[:, None], x[:, None] + moved], 1), y)
-        x, y = np.concatenate([x[:, None], x[:, None] + moved], 1).reshape(-1, features), np.repeat(y, copies)
-    else:
-        ridge = fit_ridge(x, y)
+    moved = x[:, None] + np.random.default_rng(9).standard_normal((subjects, copies, features))
+    moved[:, 0] = x
+    ridge = fit_ridge(x if copies == 1 else moved, y)
+    x, y = moved.reshape(-1, features), np.repeat(y, copies)
     standard = (x - ridge.mean) / ridge.scale
     errors = []
     for penalty in RIDGE_PENALTIES:

@@ -137,9 +137,8 @@ def test_everything_is_computed_once(
             for budget in cohort.budgets:
                 report.write_mean(cohort, seed, budget)
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
-    assert (
-        called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
-    )  # controls are shared by the seeds; moved copies are made for each budget
+    # Controls are shared by the seeds; moved copies are made for each budget.
+    assert called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
     assert called.count("study: probes") == 2 * 2 + 2 * 2 + 2 + 1 + (2 + 2 + 2 + 1)
     assert called.count("trainings") == (2 + 2 + 1) * budgets
 
