@@ -33,9 +33,9 @@ def tiny() -> RunConfig:
             readout_fraction=0.5,
             projection=64,
         ),
-        reconstruct=Reconstruct(steps=700, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
+        reconstruct=Reconstruct(steps=1200, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
         align=Align(steps=200, teacher="components", learning_rate=5e-4, head_steps=40, head_factor=4.0),
-        train=Train(workers=2, zero_stage=0, checkpoint_every=140, eval_every=140),  # nothing to shard in 0.4 M
+        train=Train(workers=2, zero_stage=0, checkpoint_every=150, eval_every=150),  # nothing to shard in 0.4 M
         simulate=Simulate(subjects=1600, difficulty="easy"),
         evaluate=Evaluate(accelerations=(4, 8, 16), labels=800, subjects=320),
     )
