@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +79,14 @@ def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None
     each(write_probes, probes, "study: probes", "cpu")
 
 
-def named(config: RunConfig, changes: Mapping[str, Any], suffix: str) -> RunConfig:
-    """A run of a study: changed, and with a name of its own where the study was given one."""
-    return override(config, {**changes, "run.name": config.run.name and f"{config.run.name}-{suffix}"})
+def named(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A run of a study: changed. Where the study was given a name, it has that and a hash of its settings for its own:
+    a run of other settings is never taken for it.
+    """
+    changed = override(config, {**changes, "run.name": ""})
+    if not config.run.name:
+        return changed
+    return override(changed, {"run.name": f"{config.run.name}-{changed.run_name('').rpartition('-')[2]}"})
 
 
 def finished(config: RunConfig, dataset: Dataset) -> driver.Outcome | None:
@@ -106,8 +114,10 @@ def publish(
 ) -> dict[str, Any]:
     """Print the tables, keep them with the figure, the results and a report, and tell MLflow.
 
+    A study goes on under its name with more seeds or questions, and says its numbers anew where they have changed.
+
     Args:
-        results: what ``results.json`` holds.
+        results: what ``results.json`` holds, null where a number is unknown.
         curves: step (number of labels) -> metrics of the MLflow run.
 
     Returns:
@@ -120,7 +130,7 @@ def publish(
     (folder / "figure.png").write_bytes(picture)
     (folder / "tables.txt").write_text(text)
     temporary = folder / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1))
+    temporary.write_text(json.dumps(_known(results), indent=1, allow_nan=False))
     os.replace(temporary, folder / "results.json")
     data = Dataset.open(cohort.config.data)
     report = write_report(
@@ -132,21 +142,37 @@ def publish(
         footer=f"run {run_id}, data {data.digest[:12]}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     )
-    spool = tracking.Spool(folder / "spool", uri, run_id)
+    said = hashlib.sha256(json.dumps(curves, sort_keys=True).encode()).hexdigest()[:8]
+    spool = tracking.Spool(folder / f"spool-{said}", uri, run_id)  # one spool says each (name, step) once
     for step, metrics in curves.items():
         spool.metrics(step, metrics)
     for path in (report, folder / "results.json", folder / "figure.png"):
         spool.artifact(path, "study")
     if spool.close(30.0):
-        print(f"tracking: not everything could be sent yet; kept in {folder / 'spool'}")
-    tracking.end_run(uri, run_id, "FINISHED")
+        print(f"tracking: not everything could be sent yet; kept in {spool.folder}")
     print(f"report: {report}\nMLflow: {uri} (make ui)")
     return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
 
 
-def open_run(config: RunConfig, dataset: Dataset, name: str) -> str:
-    """The study's MLflow run, parent of its trainings; found again by name."""
+def _known(value: Any) -> Any:
+    """Without the NaN that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _known(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
+    """The study's MLflow run, parent of its trainings; found again by name. It ends as what is within ends."""
     uri = config.tracking.uri
     run_id = tracking.open_run(config, name=name, resume_id=tracking.find_run(uri, config.tracking.experiment, name))
     tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
-    return run_id
+    try:
+        yield run_id
+    except BaseException as error:
+        with contextlib.suppress(KmtrError):  # the store is gone: what ended the study is what must be told
+            tracking.end_run(uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    tracking.end_run(uri, run_id, "FINISHED")

@@ -15,7 +15,7 @@ from jobs._main import start_ray
 from jobs._study import finished, named, open_run, probe_all, publish, rate
 from jobs.study_variants import Group, asked, check
 from kmtr import figures
-from kmtr.config import RunConfig, from_json, to_json
+from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.reader import Dataset
 from kmtr.report import study
 from kmtr.report.evaluate import short
@@ -51,26 +51,36 @@ class Variant:
         assert self.config is not None
         return self.config.seed
 
+    @property
+    def encoder(self) -> str:
+        assert self.outcome is not None
+        return self.outcome.encoder
+
 
 def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
     groups = asked(config)
     check(groups, config)
-    config, dataset = driver.resolve(named(config, base_of(config, "both"), "ablation"))
-    run_name, _ = driver.run_folder(config, dataset)
+    config, dataset = driver.resolve(override(config, base_of(config, "both") | {"study.seeds": seeds_of(config)}))
+    run_name, _ = driver.run_folder(named(config, {}), dataset)
     name = f"ablation-{config.recipe}-{study.digest(config, run_name)}"
     folder = Path(config.storage.root) / "study" / name
     cohort = study.cohort(config, dataset, folder, config.study.ablation_labels)
     folder.mkdir(parents=True, exist_ok=True)
     variants = variants_of(config, groups)
-    pretrain(config, dataset, variants, lambda: open_run(config, dataset, name))
-    run_id = open_run(config, dataset, name)
-    sources = {(v.seed, v.run): study.Source(v.run, v.outcome.encoder, seeds=(v.seed,)) for v in variants if v.outcome}
-    if not sources:
-        raise KmtrError(f"study: all variants failed: {next((v.failure for v in variants), 'there are none')}")
-    probe_all(cohort, sources)
-    rows = [score(cohort, v, budget) for v in variants for budget in cohort.budgets]
-    return report(cohort, name, run_id, rows, time.perf_counter() - began)
+    with open_run(config, dataset, name) as run_id:
+        pretrain(config, dataset, variants, run_id)
+        done = [v for v in _with_references(variants) if v.outcome is not None]
+        if not done:
+            raise KmtrError(f"study: all variants failed: {next((v.failure for v in variants), 'there are none')}")
+        probe_all(cohort, {(v.seed, v.run): study.Source(v.run, v.encoder, seeds=(v.seed,)) for v in done})
+        rows = [score(cohort, v, budget) for v in variants for budget in cohort.budgets]
+        return report(cohort, name, run_id, rows, time.perf_counter() - began)
+
+
+def seeds_of(config: RunConfig) -> tuple[int, ...]:
+    """Seeds of the recipe's own choices: the run's, which all variants have, and the study's others."""
+    return (config.seed, *(seed for seed in config.study.seeds if seed != config.seed))
 
 
 def base_of(config: RunConfig, stage: str) -> dict[str, Any]:
@@ -89,21 +99,17 @@ def base_of(config: RunConfig, stage: str) -> dict[str, Any]:
 
 def variants_of(config: RunConfig, groups: Sequence[Group]) -> list[Variant]:
     """The default at every seed, then all groups; a variant whose configuration is refused has failed already."""
-    seeds = (config.seed, *(seed for seed in config.study.seeds if seed != config.seed))
     references: dict[str, Variant] = {}
     found: list[Variant] = []
-    for seed in seeds:
-        default = Variant(
-            NOISE, f"seed {seed}", named(config, base_of(config, "reconstruct") | {"seed": seed}, f"{seed}")
-        )
+    for seed in seeds_of(config):
+        default = Variant(NOISE, f"seed {seed}", named(config, base_of(config, "reconstruct") | {"seed": seed}))
         default.reference = references.setdefault("reconstruct", default)
         found.append(default)
-    references["both"] = Variant("", DEFAULT, named(config, base_of(config, "both"), "both"))
+    references["both"] = Variant("", DEFAULT, named(config, base_of(config, "both")))
     for group in groups:
         for name, changes in group.variants.items():
             try:
-                suffix = f"{group.name}-{name}".replace(" ", "-")
-                own: RunConfig | None = named(config, base_of(config, group.stage) | dict(changes), suffix)
+                own: RunConfig | None = named(config, base_of(config, group.stage) | dict(changes))
                 failure = ""
             except InputError as error:
                 own, failure = None, str(error)
@@ -114,9 +120,13 @@ def variants_of(config: RunConfig, groups: Sequence[Group]) -> list[Variant]:
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], parent: Any) -> None:
+def _with_references(variants: Sequence[Variant]) -> list[Variant]:
+    return [*variants, *{id(v.reference): v.reference for v in variants if v.reference}.values()]
+
+
+def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], parent: str) -> None:
     """Train what is not finished, `study.concurrent` at a time, and note every outcome or failure."""
-    everything = [*variants, *{id(v.reference): v.reference for v in variants if v.reference}.values()]
+    everything = _with_references(variants)
     waiting: dict[str, RunConfig] = {}
     for variant in everything:
         if variant.config is not None:
@@ -127,7 +137,7 @@ def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], p
     if waiting:
         print(f"study: {len(waiting)} runs of {config.study.ablation_steps} steps", flush=True)
         start_ray()
-        failures = _train_all(list(waiting.values()), parent(), min(config.study.concurrent, os.cpu_count() or 1))
+        failures = _train_all(list(waiting.values()), parent, min(config.study.concurrent, os.cpu_count() or 1))
     for variant in everything:
         if variant.config is not None:
             variant.outcome = finished(variant.config, dataset)
@@ -199,7 +209,7 @@ def score(cohort: study.Cohort, variant: Variant, budget: int) -> dict[str, Any]
         gain = study.difference([result], [other], cohort.truth, cohort.config.evaluate.bootstrap)
         row["difference"], row["interval"] = gain.value, gain.subjects
     elif reference is not None and reference.run == variant.run:
-        row["difference"], row["interval"] = 0.0, (0.0, 0.0)
+        row["difference"], row["interval"], row["own"] = 0.0, (0.0, 0.0), True
     if "align_stopped" in variant.outcome.metrics:
         row["guard_stopped_at"] = variant.outcome.metrics["align_stopped"]
     return row
@@ -226,7 +236,7 @@ def table(cohort: study.Cohort, rows: Sequence[Mapping[str, Any]]) -> Table:
             continue
         if "difference" not in row:
             gain = ""
-        elif row["interval"] == (0.0, 0.0):
+        elif row.get("own"):
             gain = "the recipe's"
         else:
             gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(row["difference"], *row["interval"])

@@ -13,7 +13,7 @@ from typing import Any
 from jobs._main import start_ray
 from jobs._study import device_of, each, finished, named, open_run, probe_all, publish, rate
 from kmtr import figures
-from kmtr.config import RunConfig
+from kmtr.config import RunConfig, override
 from kmtr.data.reader import Dataset
 from kmtr.report import study
 from kmtr.report.evaluate import short
@@ -78,10 +78,10 @@ COMPARED = (
 
 def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
-    config, dataset = driver.resolve(named(config, {"stage": "both"}, "labels"))
+    config, dataset = driver.resolve(override(config, {"stage": "both"}))
     if not config.reconstruct_steps or not config.align_steps:
         raise InputError("study: expected reconstruct.steps and align.steps of at least 1, since both are compared")
-    run_name, _ = driver.run_folder(config, dataset)
+    run_name, _ = driver.run_folder(named(config, {}), dataset)
     name = f"labels-{config.recipe}-{study.digest(config, run_name)}"
     folder = Path(config.storage.root) / "study" / name
     cohort = study.cohort(config, dataset, folder, config.study.labels)
@@ -91,18 +91,18 @@ def run(config: RunConfig) -> dict[str, Any]:
         f"{_listed(cohort.accelerations)}, {len(cohort.held_out)} held-out subjects",
         flush=True,
     )
-    run_id = open_run(config, dataset, name)
-    trained, longer_steps = pretrain(config, dataset, folder, run_id)
-    encoders = encoders_of(trained)
-    device = device_of(config)
-    probe_all(cohort, sources(cohort, encoders, longer_steps))
-    each(study.write_trained, trainings(cohort, encoders, device), "study: trainings", device)
-    for seed in config.study.seeds:
-        for budget in cohort.budgets:
-            study.write_mean(cohort, seed, budget)
-    results = collect(cohort, encoders, longer_steps)
-    stopped = {seed: outcome.metrics.get("align_stopped") for (seed, what), outcome in trained.items() if what == "c"}
-    return report(cohort, name, run_id, results, stopped, longer_steps, time.perf_counter() - began)
+    with open_run(config, dataset, name) as run_id:
+        trained, longer_steps = pretrain(config, dataset, folder, run_id)
+        encoders = encoders_of(trained)
+        device = device_of(config)
+        probe_all(cohort, sources(cohort, encoders, longer_steps))
+        each(study.write_trained, trainings(cohort, encoders, device), "study: trainings", device)
+        for seed in config.study.seeds:
+            for budget in cohort.budgets:
+                study.write_mean(cohort, seed, budget)
+        results = collect(cohort, encoders, longer_steps)
+        stopped = {seed: one.metrics.get("align_stopped") for (seed, what), one in trained.items() if what == "c"}
+        return report(cohort, name, run_id, results, stopped, longer_steps, time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -114,14 +114,14 @@ def pretrain(
     """Runs of every seed, ``c`` (both stages) and ``longer`` (stage b alone), and how many steps longer that is."""
     outcomes = {}
     for seed in config.study.seeds:
-        both = named(config, {"seed": seed}, f"seed{seed}")
-        outcomes[seed, "c"] = _fit(both, dataset, run_id, f"seed {seed}, stages b and c")
+        outcomes[seed, "c"] = _fit(named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, stages b and c")
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
     steps = config.reconstruct.steps + more
     for seed in config.study.seeds[: config.study.controls]:
         changes = {"seed": seed, "stage": "reconstruct", "reconstruct.steps": steps}
-        alone = named(config, changes, f"seed{seed}-longer")
-        outcomes[seed, "longer"] = _fit(alone, dataset, run_id, f"seed {seed}, {steps} steps of stage b alone")
+        outcomes[seed, "longer"] = _fit(
+            named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of stage b alone"
+        )
     return outcomes, more
 
 

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 
 from kmtr import tracking
-from kmtr.config import RunConfig, flatten, override
-from kmtr.recipes import tiny
+from kmtr.config import RunConfig, override
 from kmtr.tracking.store import client
 from kmtr.types import InputError
 from tune import search, space
@@ -31,9 +31,7 @@ def words(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "search.accelerations": (2, 4),
         "search.grace_steps": 2,
     }
-    recipe, values = flatten(tiny()), flatten(override(small, changes))
-    given = {key: value for key, value in values.items() if value != recipe[key]}
-    return ["tiny", *(f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in given.items())]
+    return command.words(override(small, changes))
 
 
 def test_a_search_from_its_command_to_its_best(

@@ -339,12 +339,12 @@ def difference(
     counts = np.concatenate([np.ones((1, subjects)), counts])  # the first is the cohort itself
     gains = []
     for one, other in zip(a, b, strict=True):
-        error_a, spread = _squares(one, truth)
-        error_b, _ = _squares(other, truth)
-        saved = (error_b - error_a)[which_r][..., which_t]
-        with np.errstate(invalid="ignore"):
-            gain = np.einsum("ns,rst->nrt", counts, saved) / (counts @ spread[:, which_t])[:, None]
-        gains.append(np.nanmean(gain, axis=(1, 2)))
+        missed = []  # 1 - R2
+        for error, spread in (_squares(one, truth), _squares(other, truth)):
+            with np.errstate(invalid="ignore"):
+                total = np.einsum("ns,rst->nrt", counts, error[which_r][..., which_t])
+                missed.append(total / (counts @ spread[:, which_t])[:, None])
+        gains.append(np.nanmean(missed[1] - missed[0], axis=(1, 2)))
     each = np.stack(gains, axis=1)
     drawn = rng.integers(0, len(a), (resamples, len(a)))
     both = np.take_along_axis(each[1:], drawn, axis=1).mean(1)

@@ -16,10 +16,9 @@ from kmtr.data.batch import Batch
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Dataset, Reader
 from kmtr.metrics import effective_rank, embedding_deviation, probe
-from kmtr.objectives import Preparer
+from kmtr.objectives import Engine, Preparer
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
-from kmtr.train.engine import ShardedEngine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,7 +61,7 @@ class Validation:
             self.rows[split] = permutation(config.seed + 1, 0, len(reader))[:count] if count else np.zeros(0, int)
 
     @torch.no_grad()
-    def __call__(self, engine: ShardedEngine) -> tuple[dict[str, float], Figure | None]:
+    def __call__(self, engine: Engine) -> tuple[dict[str, float], Figure | None]:
         """Metrics ``val/...`` (the same on all workers), and on rank 0 the figure of one subject."""
         metrics: dict[str, float] = {}
         if len(self.rows["val"]) == 0:
@@ -76,9 +75,9 @@ class Validation:
         dist.all_reduce(total)
         for name, value in zip(names, total.tolist(), strict=True):
             metrics[f"val/{name}_loss"] = value / len(self.rows["val"])
+        held, held_labels = self._embed(engine, "val")
         if self.labels:
             train, train_labels = self._embed(engine, "train")
-            held, held_labels = self._embed(engine, "val")
             scores = {}
             parts = {"": slice(None)} | self._contents()
             for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
@@ -89,12 +88,12 @@ class Validation:
                         scores[label] = result.r2
             if scores:
                 metrics["val/probe_r2"] = float(np.mean(list(scores.values())))
-            metrics["val/effective_rank"] = effective_rank(held)
-            metrics["val/embedding_deviation"] = embedding_deviation(held)
-            # Workers on unlike processors may differ in a last bit, and what follows from it must be the same on all.
-            said = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
-            dist.broadcast(said, 0)
-            metrics = dict(zip(metrics, said.tolist(), strict=True))
+        metrics["val/effective_rank"] = effective_rank(held)
+        metrics["val/embedding_deviation"] = embedding_deviation(held)
+        # Workers on unlike processors may differ in a last bit, and what follows from it must be the same on all.
+        said = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
+        dist.broadcast(said, 0)
+        metrics = dict(zip(metrics, said.tolist(), strict=True))
         return metrics, self._figure(engine)
 
     def _contents(self) -> dict[str, np.ndarray]:
@@ -110,7 +109,7 @@ class Validation:
         read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.labels, VALIDATION)
         return [host.to(self.device) for host in read]
 
-    def _embed(self, engine: ShardedEngine, split: str) -> tuple[np.ndarray, np.ndarray]:
+    def _embed(self, engine: Engine, split: str) -> tuple[np.ndarray, np.ndarray]:
         features, labels = [], []
         for batch in self._batches(split):
             features.append(engine(self.prepare.queries(batch), "embed")["embedding"].float())
@@ -122,7 +121,7 @@ class Validation:
         split_at = both.shape[1] - len(self.labels)
         return both[:, :split_at], both[:, split_at:]
 
-    def _figure(self, engine: ShardedEngine) -> Figure | None:
+    def _figure(self, engine: Engine) -> Figure | None:
         """k-space, zero-filled image and reconstruction of one held-out subject at the recipe's own accelerations."""
         reader = self.readers["val"]
         read = pipeline.read_in_order(reader, self.rows["val"][:1].tolist(), 1, self.config, self.labels, VALIDATION)

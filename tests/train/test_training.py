@@ -74,6 +74,8 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert other.metrics == pytest.approx(outcome.metrics, rel=1e-6)
     collapse = {"val/effective_rank", "val/embedding_deviation", "val/lvef_r2_static", "val/lvef_r2_dynamic"}
     assert collapse <= outcome.metrics.keys()
+    for metric in (*collapse, "align/top1_dynamic", "align/top1_chance"):
+        assert curve(resolved, outcome.run_id, metric), f"{metric} is not in MLflow"
     for metric in ("reconstruct/loss", "align/infonce_dynamic"):
         ours = curve(resolved, outcome.run_id, metric)
         assert all(len(values) == 1 for values in ours.values()), "a step is in MLflow twice"
