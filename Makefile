@@ -27,7 +27,7 @@ setup: .venv/.installed
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
-##  demo         setup; then simulate, pretrain on two workers and evaluate: under 8 minutes; the same command again resumes;
+##  demo         setup; then simulate, pretrain on two workers and evaluate: 9 minutes; the same command again resumes;
 ##               ARGS="key=value ..." are its settings, and ARGS= is the whole recipe, at twice the time
 ARGS ?= reconstruct.steps=400 align.steps=80
 demo: setup
