@@ -148,7 +148,7 @@ class Engine(Protocol):
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None: ...
-    def update(self, rates: Mapping[str, float]) -> None: ...
+    def update(self, rates: Mapping[str, float]) -> bool: ...
 
 
 class Announced(Preparer):
@@ -180,7 +180,7 @@ class OnTheClock:
         self.engine.backward(loss)
         self.clock("rest")
 
-    def update(self, rates: Mapping[str, float]) -> None:
+    def update(self, rates: Mapping[str, float]) -> bool:
         self.clock("optimizer")
         self.engine.update(rates)
         self.clock("rest")

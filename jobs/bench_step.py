@@ -45,7 +45,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         )
     device = device_of(config)
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    world = min(config.train.workers, gpus) if gpus else max(2, config.train.workers)
+    most = config.train.workers.most
+    world = min(most, gpus) if gpus else max(2, most)
     limit = config.bench.lines or (0 if gpus else LINES_ON_CPU)
     changes = {
         "train.device": device,
@@ -138,7 +139,7 @@ def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: 
     Raises:
         KmtrError: one of them failed; its last words.
     """
-    world = config.train.workers
+    world = config.train.workers.most
     print(f"bench: {program}, {world} process(es) with {threads} thread(s) each", flush=True)
     arguments = (world, program, to_json(config), folder, threads, stages)
     try:
@@ -182,7 +183,7 @@ def summarise(config: RunConfig, alone: dict[str, Any], together: dict[str, Any]
 
 
 def of_stage(config: RunConfig, alone: dict[str, Any], together: dict[str, Any]) -> dict[str, Any]:
-    batch, seconds = config.data.global_batch // config.train.workers, alone["seconds"]
+    batch, seconds = config.data.global_batch // config.train.workers.most, alone["seconds"]
     ours = stats.median(seconds["ours"])
     flops = sum(alone["flops_per_subject"].values())
     ceiling = alone["matmul_flops"] / min(seconds["matmul"])
@@ -222,7 +223,7 @@ def report(config: RunConfig, result: dict[str, Any]) -> list[Table]:
     first, *others = stages_of(config)
     found = {first: result} | {stage: result[stage] for stage in others}
     names = tuple(found)
-    world = config.train.workers
+    world = config.train.workers.most
 
     def interval(key: str) -> tuple[str | None, ...]:
         spans = [(found[s][key], found[s][f"{key}_interval"]) for s in names]

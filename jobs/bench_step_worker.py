@@ -34,7 +34,8 @@ from kmtr.data.batch import HostBatch
 from kmtr.data.reader import Dataset
 from kmtr.objectives import STAGES, Inputs, Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups
-from kmtr.train.loop import agree, reduce
+from kmtr.train.loop import agree
+from kmtr.train.step import reduce
 from kmtr.types import KmtrError
 
 RATE = 1e-7
@@ -83,13 +84,14 @@ class Plain:
     def backward(self, loss: Tensor) -> None:
         (loss / self.config.train.accumulation).backward()
 
-    def update(self, rates: Mapping[str, float]) -> None:
+    def update(self, rates: Mapping[str, float]) -> bool:
         trained = [p for p in self.module.parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["domain"]]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return True
 
 
 @dataclass

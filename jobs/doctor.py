@@ -238,9 +238,9 @@ def room(config: RunConfig) -> Check:
     import ray
 
     train, data, have = config.train, config.data, ray.cluster_resources()
-    wanted = {"CPU": train.workers * (train.cpus_per_worker + data.readers * data.read_cpus)}
+    wanted = {"CPU": train.workers.least * (train.cpus_per_worker + data.readers * data.read_cpus)}
     if train.device == "cuda" or (train.device == "auto" and have.get("GPU", 0)):
-        wanted["GPU"] = float(train.workers)
+        wanted["GPU"] = float(train.workers.least)
     text = ", ".join(f"{number:g} of {have.get(kind, 0):g} {kind}s" for kind, number in wanted.items())
     if any(number > have.get(kind, 0) + 1e-6 for kind, number in wanted.items()):
         return Check(
@@ -309,31 +309,37 @@ def plan(config: RunConfig) -> Check:
     train = config.train
     order = pipeline.plan_of(config, data)
     steps = order.steps_per_epoch
-    size = config.data.global_batch // train.workers // train.accumulation
+    accumulation = config.accumulation(workers := fewest(config))
+    size = config.data.global_batch // workers // accumulation
     text = (
         f"{config.total_steps} steps of {config.data.global_batch} subjects = {config.total_steps / steps:.1f} epochs; "
-        f"{train.workers} worker(s) x {train.accumulation} micro-batch(es) of {size}; "
+        f"{train.workers} worker(s) x {accumulation} micro-batch(es) of {size}; "
         f"{len(pipeline.shapes_of(order))} batch shape(s)"
     )
-    if data.rows("val") < train.workers:
+    if not data.rows("val"):
         return Check("plan", "warn", f"{text}; no held-out subjects, validation will use training ones")
     return Check("plan", "ok", text)
 
 
+def fewest(config: RunConfig) -> int:
+    """Workers that a run has at the least: then each holds most."""
+    return config.train.workers.sizes(config.data.global_batch)[0]
+
+
 def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
     """Weights, optimizer and activations of the workers that share a node, or a GPU, against its memory."""
-    train = config.train
+    train, workers = config.train, fewest(config)
     sizes = parameters(config)
     state = state_bytes(
         sizes,
-        train.workers,
+        workers,
         train.zero_stage,
         train.bf16,
         offload=train.offload,
         ema=config.optimizer.ema > 0,
-        accumulates=train.accumulation > 1,
+        accumulates=config.accumulation(workers) > 1,
     )
-    size = config.data.global_batch // train.workers // train.accumulation
+    size = config.data.global_batch // workers // config.accumulation(workers)
     active = activation_bytes(config, [most_tokens(config)] * size)
     text = (
         f"{sum(sizes) / 1e6:.1f} M parameters; per worker {state.device / GIB:.2f} GiB of weights, gradients, optimizer"
@@ -345,7 +351,7 @@ def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
     if not answers:
         return Check("memory", "warn", f"{text}; the nodes' memory is not known")
     gpus = [answer["gpu"] for answer in answers if answer["gpu"]] if train.device != "cpu" else []
-    share = -(-train.workers // len(answers))
+    share = -(-workers // len(answers))
     host = min(answer["memory"] for answer in answers)
     text += f"; {min(gpus) / GIB:.1f} GiB per GPU" if gpus else ""
     text += f"; {host / GIB:.1f} GiB per node ({share} worker(s) each)"

@@ -49,35 +49,38 @@ def state_bytes(
     """Bytes of weights, gradients, AdamW's state and ZeRO's buffers on one worker (Rajbhandari et al. 2020, "ZeRO",
     figure 1, and what DeepSpeed 0.19 was measured to hold beside; a test compares).
 
-    Per weight: w = g = 2 in bf16, else 4; o = 12 (fp32 master copy and two moments), or 8 where DeepSpeed keeps no
-    master copy (stage 0 in fp32); `ema` adds 4 to o. With n workers: stage 0 w + g + o; 1 w + g + o/n; 2 w + (g + o)/n;
-    3 (w + g + o)/n. ZeRO adds a bucket of gradients, w bytes for each of `engine.BUCKET` weights, or of all if fewer;
-    stage 1 under accumulation another g; stage 3 keeps tensors of up to 1e5 weights whole. `offload` moves o/n to the
+    Per weight: w = g = 2 in bf16, else 4; s = 4, gradients as they are summed; o = 12 (fp32 master copy and two moments),
+    or 8 without ZeRO, where the fp32 weights themselves are updated; `ema` adds 4 to o. With n workers: stage 0
+    4 + 4 + o, in bf16 too; 1 w + g + o/n; 2 w + (s + o)/n; 3 (w + s + o)/n. ZeRO adds a bucket of gradients, w bytes (s
+    in stage 3) for each of `engine.BUCKET` weights, or of all if fewer; stage 1 under accumulation another g, in bf16
+    always s instead, without a bucket; stage 3 keeps tensors of up to 1e5 weights whole. `offload` moves o/n to the
     host, with fp32 gradients (4/n). Stages 1 and 2 then keep there w/n to send back, and the largest tensor once at
-    each end; stage 2 has its share of the gradients there, and only under accumulation. Activations, batches and
-    libraries come on top.
+    each end; stage 1 has its bucket again, in bf16 s besides; stage 2 has its share of the gradients on the host, in
+    fp32 only under accumulation. Activations, batches and libraries come on top.
 
     Args:
         sizes: weights in each tensor of the model.
         accumulates: several micro-batches per step.
     """
     count = sum(sizes)
-    w = g = 2 if bf16 else 4
-    o = (12 if zero_stage or bf16 else 8) + (4 if ema else 0)
+    o = (12 if zero_stage else 8) + (4 if ema else 0)
     if zero_stage == 0:
-        return State(float(count * (w + g + o)), 0.0)
-    bucket, share = min(BUCKET, count) * w, count / workers
+        return State(float(count * (4 + 4 + o)), 0.0)
+    w = g = 2 if bf16 else 4
+    s = 4
+    share, bucketed = count / workers, min(BUCKET, count)
     if zero_stage == 3:
-        device = share * (w + g) + sum(size for size in sizes if size <= PERSISTENT) * w + bucket
+        device = share * (w + s) + sum(size for size in sizes if size <= PERSISTENT) * w + bucketed * s
         return State(device, share * (o + 4)) if offload else State(device + share * o, 0.0)
-    gradients = count * g * (2 if accumulates else 1) if zero_stage == 1 else share * g
-    if not offload:
-        return State(count * w + gradients + bucket + share * o, 0.0)
-    largest = max(sizes) * w
-    host = share * (o + 4 + w) + largest
-    if zero_stage == 1:
-        return State(count * w + gradients + bucket + largest, host)
-    return State(count * w + bucket + largest, host + gradients * accumulates)
+    largest, host = max(sizes) * w, share * (o + 4 + w) + max(sizes) * w
+    if zero_stage == 2:
+        if not offload:
+            return State(count * w + share * (s + o) + bucketed * w, 0.0)
+        return State(count * w + bucketed * w + largest, host + share * s * (accumulates or bf16))
+    gradients = count * (g + g * accumulates + s * bf16) + bucketed * w
+    if offload:
+        return State(count * w + gradients + largest, host)
+    return State(count * w + (count * (g + s) if bf16 else gradients) + share * o, 0.0)
 
 
 def most_tokens(config: RunConfig) -> Counts:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pydantic
@@ -241,8 +242,52 @@ class Optimizer(Section):
     )
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Numbers of training processes that a run may use; a fixed number where both are equal."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}..{self.most}"
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the run follows the size of the cluster."""
+        return self.least < self.most
+
+    def sizes(self, global_batch: int) -> tuple[int, ...]:
+        """Numbers of workers that share a global batch evenly, ascending; a number between two of them is not used."""
+        return tuple(n for n in range(self.least, self.most + 1) if global_batch % n == 0)
+
+
+def _workers(value: Any) -> Any:
+    """``4``, ``'4'`` and ``'2..8'`` -> Workers."""
+    if isinstance(value, Workers):
+        least, most = value.least, value.most
+    elif isinstance(value, int) and not isinstance(value, bool):
+        least = most = value
+    else:
+        words = value.split("..") if isinstance(value, str) else []
+        if not 1 <= len(words) <= 2 or not all(word.strip().isdecimal() for word in words):
+            raise ValueError(f"expected an integer from 1 or a range as 2..8, got {value!r}")
+        least, most = int(words[0]), int(words[-1])
+    if not 1 <= least <= most:
+        raise ValueError(f"expected an integer from 1 or a range as 2..8, got {value!r}")
+    return Workers(least, most)
+
+
 class Train(Section):
-    workers: int = Field(1, gt=0, description="training processes; on GPU nodes one per GPU")
+    workers: Annotated[
+        Workers,
+        pydantic.PlainValidator(_workers),
+        pydantic.PlainSerializer(lambda w: str(w) if w.elastic else w.least),
+    ] = Field(
+        Workers(1, 1),
+        description="training processes, on GPU nodes one per GPU; 2..8: as many as the cluster has room for, the run "
+        "grows and shrinks with it",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where the cluster has GPUs")
     cpus_per_worker: float = Field(0.5, gt=0, description="CPUs that Ray reserves per worker")
     threads: int = Field(0, ge=0, description="threads of a worker on a CPU; 0: its share of the node's cores")
@@ -252,12 +297,25 @@ class Train(Section):
     )
     bf16: bool = Field(False, description="bfloat16 engine; FFT, softmax of InfoNCE and sums stay fp32")
     compile: bool = Field(False, description="torch.compile of the transformer blocks, once for all numbers of tokens")
-    accumulation: int = Field(1, gt=0, description="micro-batches per step and worker; the objective stays the same")
+    accumulation: int = Field(
+        1,
+        gt=0,
+        description="micro-batches per step and worker, at the most workers (with fewer there are more); the objective "
+        "stays the same",
+    )
+    deterministic: bool = Field(
+        False, description="only kernels that repeat bit for bit, on a GPU too: slower; what has none ends the run"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite ends the run, or leaves the weights as they are"
+    )
+    max_skipped: int = Field(10, ge=0, description="steps of a run that on_nonfinite=skip may skip; one more stops it")
     log_every: int = Field(10, gt=0, description="steps between lines and logged metrics")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
+    resize_every_s: float = Field(60.0, ge=0, description="time between looks for more room, where workers is a range")
 
     @pydantic.field_validator("zero_stage", mode="before")
     @classmethod
@@ -450,11 +508,11 @@ class RunConfig(Section):
     @pydantic.model_validator(mode="after")
     def _check(self) -> RunConfig:
         d, t = self.data, self.train
-        share = t.workers * t.accumulation
-        if d.global_batch % share:
+        sizes = t.workers.sizes(d.global_batch)
+        if not sizes or d.global_batch % (sizes[-1] * t.accumulation):
             raise ValueError(
-                f"data.global_batch: expected a multiple of train.workers * train.accumulation = {t.workers} * "
-                f"{t.accumulation}, got {d.global_batch}"
+                f"data.global_batch: expected a multiple of train.workers * train.accumulation = "
+                f"{sizes[-1] if sizes else t.workers} * {t.accumulation}, got {d.global_batch}"
             )
         lines = d.matrix[0]
         for key, accelerations in (
@@ -496,6 +554,21 @@ class RunConfig(Section):
                 f"got {d.global_batch}; use stage=reconstruct"
             )
         return self
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches per step and worker when so many workers train: no micro-batch is larger than at the most.
+
+        Raises:
+            ValueError: the workers do not share the global batch evenly.
+        """
+        if self.data.global_batch % workers:
+            raise ValueError(
+                f"workers: expected a divisor of data.global_batch={self.data.global_batch}, got {workers}"
+            )
+        most = self.train.workers.sizes(self.data.global_batch)[-1]
+        largest = self.data.global_batch // (most * self.train.accumulation)
+        share = self.data.global_batch // workers
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
 
     @property
     def reconstruct_steps(self) -> int:

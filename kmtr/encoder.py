@@ -8,6 +8,7 @@ A folder of two files that hold no code: ``encoder.safetensors`` (weights and no
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -112,11 +113,16 @@ class KSpaceEncoder:
 
 def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
-    folder.mkdir(parents=True, exist_ok=True)
+    written = folder
+    folder = written.with_name(f"{written.name}.tmp")  # a folder under its own name is whole
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
     content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
     safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(to_json(config))
+    shutil.rmtree(written, ignore_errors=True)
+    folder.rename(written)
 
 
 def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False) -> KSpaceEncoder:

@@ -25,7 +25,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 def said(config: RunConfig, tables: dict[str, torch.Tensor], module: Pretraining) -> dict[str, float]:
-    validate = Validation(config, Dataset.open(config.data), Preparer(config, tables, CPU), tables, 0, 1, CPU)
+    validate = Validation(config, Dataset.open(config.data), Preparer(config, tables, CPU), 0, 1, CPU)
     return validate(PlainEngine(module.eval(), 1))[0]
 
 

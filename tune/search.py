@@ -338,9 +338,9 @@ def check_room(config: RunConfig) -> None:
 
     train, data, count = config.train, config.data, config.search.concurrent
     have = ray.cluster_resources()
-    wanted = {"CPU": count * train.workers * (train.cpus_per_worker + data.readers * data.read_cpus)}
+    wanted = {"CPU": count * train.workers.least * (train.cpus_per_worker + data.readers * data.read_cpus)}
     if train.device == "cuda" or (train.device == "auto" and have.get("GPU", 0)):
-        wanted["GPU"] = float(count * train.workers)
+        wanted["GPU"] = float(count * train.workers.least)
     for kind, number in wanted.items():
         if number > have.get(kind, 0) + 1e-6:
             raise InputError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -40,14 +38,3 @@ class Average:
             kept = weight.detach().clone()
             weight.detach().copy_(value)
             value.copy_(kept)
-
-    def save(self, path: Path) -> None:
-        content = {str(i): value.contiguous() for i, value in enumerate(self.values)}
-        save_file(content | {"updates": torch.tensor(self.updates)}, path)
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        content = load_file(path)
-        self.updates = int(content["updates"])
-        for i, value in enumerate(self.values):
-            value.copy_(content[str(i)])

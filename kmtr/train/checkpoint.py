@@ -1,16 +1,17 @@
-"""Checkpoints: all that a restart needs, hashed by whoever wrote it, verified before DeepSpeed unpickles it.
+"""Checkpoints: all that a run needs to go on, hashed by whoever wrote it, readable by any number of workers.
 
-engine/                      DeepSpeed's shards, one set per worker
-encoder/                     the exported k-space encoder (safetensors + JSON), without optimizer
-average-rankNN.safetensors   with optimizer.ema: moving average of that worker's weights (of all without ZeRO, once)
-progress.json                step, what the guard knows, workers and ZeRO stage that wrote it
+state-rankNN.safetensors     pieces of weights, AdamW's moments and EMA of one worker (`state`)
+checkpoint.json              format, step, what the run knows of itself, the model's shapes, how it was executed
 sha256-rankNN.json           hashes of the files of one worker
+
+Nothing in it is unpickled. `export_encoder_from` makes an encoder of it without a model or a process group.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +19,137 @@ import torch
 
 from kmtr.config import RunConfig
 from kmtr.encoder import export_encoder
+from kmtr.train import state
 from kmtr.train.engine import ShardedEngine
-from kmtr.types import KmtrError
+from kmtr.train.state import CheckpointError
 
-PROGRESS = "progress.json"
-
-
-class CheckpointError(KmtrError):
-    """A checkpoint that can't be used; it would be so again."""
+FORMAT = 1
+"""Of what a checkpoint holds; one of another format is refused."""
+HEAD = "checkpoint.json"
 
 
-def save(
-    folder: Path,
-    engine: ShardedEngine,
-    config: RunConfig,
-    tables: dict[str, torch.Tensor],
-    progress: dict[str, Any],
-    rank: int,
-    world: int,
-) -> None:
-    """Write this worker's part of the checkpoint; `progress` is what `restore` returns, with the ``step`` in it."""
-    engine.save(str(folder))
-    if engine.average is not None and (rank == 0 or config.train.zero_stage):
-        engine.average.save(folder / _average(rank, config))
-    with engine.averaged():
-        weights = engine.weights("kspace_encoder")
+@dataclass
+class Progress:
+    """How far a run is, and what it must remember.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included: the place in the data's order and in the schedule.
+        skipped: of those, steps whose gradient was not finite.
+        reference: validation metrics at the end of masked reconstruction, for alignment's guard.
+        stopped: the guard ended alignment.
+        layouts: [first step, how it was executed] of each change (`layout_of`), the present one last.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    reference: dict[str, float] = field(default_factory=dict)
+    stopped: bool = False
+    layouts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+def layout_of(config: RunConfig, world: int) -> dict[str, Any]:
+    """How a run is executed by so many workers: what may change when it resumes, since its numbers stay the same."""
+    train = config.train
+    return {
+        "workers": world,
+        "zero_stage": train.zero_stage,
+        "accumulation": config.accumulation(world),
+        "offload": train.offload,
+        "loader": config.data.loader,
+    }
+
+
+def save(folder: Path, engine: ShardedEngine, progress: Progress, config: RunConfig, rank: int, world: int) -> None:
+    """Write this worker's part of the checkpoint into a folder of its own; the parts are brought together by name."""
+    engine.save(folder / f"state-rank{rank:02d}.safetensors")
     if rank == 0:
-        export_encoder(folder / "encoder", config, weights, tables)
-        progress = progress | {"workers": world, "zero_stage": config.train.zero_stage}
-        (folder / PROGRESS).write_text(json.dumps(progress))
-    hashes = {str(p.relative_to(folder)): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        head = {
+            "format": FORMAT,
+            "workers": world,
+            "ema": bool(config.optimizer.ema),
+            "model": engine.shapes(),
+            "progress": asdict(progress),
+        }
+        (folder / HEAD).write_text(json.dumps(head))
+    hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / f"sha256-rank{rank:02d}.json").write_text(json.dumps(hashes))
 
 
-def restore(folder: Path, engine: ShardedEngine, config: RunConfig, rank: int, world: int) -> dict[str, Any]:
-    """Load a checkpoint and return its progress.
+def verify(folder: Path, model: dict[str, list[int]], config: RunConfig, rank: int, world: int) -> Progress:
+    """Check that a checkpoint is whole and of this model; each worker hashes its share of the files.
+
+    Args:
+        model: weight -> shape, of `ShardedEngine.shapes`.
 
     Raises:
-        CheckpointError: a file is missing or changed, or another number of workers or ZeRO stage wrote it, or one
-            without the moving average that `optimizer.ema` asks for.
+        CheckpointError: another format, another model, a file that is missing or changed.
     """
-    progress = json.loads((folder / PROGRESS).read_text())
-    for key, now, setting in (
-        ("workers", world, "train.workers"),
-        ("zero_stage", config.train.zero_stage, "train.zero_stage"),
-    ):
-        if progress[key] != now:
-            raise CheckpointError(
-                f"{setting}: the run's checkpoint was written with {progress[key]}, got {now}; "
-                f"resume with {setting}={progress[key]}, or start anew with run.fresh=true"
-            )
-    lists = sorted(folder.glob("sha256-rank*.json"))
-    if len(lists) != world:
-        raise CheckpointError(f"checkpoint: expected the files of {world} workers, got those of {len(lists)}")
-    for part in lists:
-        for name, digest in json.loads(part.read_text()).items():
-            if not (folder / name).is_file() or _sha256(folder / name) != digest:
-                raise CheckpointError(f"checkpoint at step {progress['step']}: {name} is missing or changed; refused")
-    average = folder / _average(rank, config)
-    if engine.average is not None and not average.is_file():
+    head = read_head(folder)
+    _same_model(head["model"], model)
+    if config.optimizer.ema and not head["ema"]:
         raise CheckpointError(
             f"optimizer.ema: expected 0, since the run's checkpoint has no average, got {config.optimizer.ema}; "
             "or start anew with run.fresh=true"
         )
-    engine.load(str(folder))
-    if engine.average is not None:
-        engine.average.load(average)
-    return {"reference": {}, "stopped": False} | progress
+    step = head["progress"]["step"]
+    lists = sorted(folder.glob("sha256-rank*.json"))
+    if len(lists) != head["workers"]:
+        raise CheckpointError(
+            f"checkpoint at step {step}: expected the files of {head['workers']} workers, got those of {len(lists)}"
+        )
+    hashed = [pair for part in lists for pair in json.loads(part.read_text()).items()]
+    for name, digest in hashed[rank::world]:
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise CheckpointError(f"checkpoint at step {step}: {name} is missing or changed; refused")
+    known = Progress(**head["progress"])
+    known.layouts = [(int(first), layout) for first, layout in known.layouts]
+    return known
 
 
-def _average(rank: int, config: RunConfig) -> str:
-    return f"average-rank{rank if config.train.zero_stage else 0:02d}.safetensors"
+def restore(folder: Path, engine: ShardedEngine) -> None:
+    """Fill the engine from a checkpoint that `verify` passed on all workers.
+
+    Raises:
+        CheckpointError: part of a weight is in no file.
+    """
+    engine.load(states(folder))
+
+
+def states(folder: Path) -> list[Path]:
+    """The files of all workers that wrote."""
+    return sorted(folder.glob("state-rank*.safetensors"))
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """What `save` wrote of the checkpoint as a whole.
+
+    Raises:
+        CheckpointError: there is none, or it is of another format.
+    """
+    path = folder / HEAD
+    head: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if head.get("format") != FORMAT:
+        raise CheckpointError(
+            f"checkpoint: expected format {FORMAT}, got {head.get('format', 'that of an earlier version')}; "
+            "start anew with run.fresh=true"
+        )
+    return head
+
+
+def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
+    """The k-space encoder of a checkpoint, of its EMA where the run keeps one, as `kmtr.load_encoder` reads it."""
+    model = read_head(folder)["model"]
+    kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
+    export_encoder(target, config, state.whole(states(folder), kind, model, "kspace_encoder"), tables)
+
+
+def _same_model(stored: dict[str, list[int]], built: dict[str, list[int]]) -> None:
+    for name in (*built, *stored):
+        if stored.get(name) != built.get(name):
+            raise CheckpointError(
+                f"checkpoint: expected {name} of shape {built.get(name, 'none, the model has no such weight')}, got "
+                f"{stored.get(name, 'none')}: it is another model's; take that one's settings, or run.fresh=true"
+            )
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data import patterns, pipeline, statistics, storage
 from kmtr.data.reader import Dataset
+from kmtr.train import checkpoint
 from kmtr.train.loop import RECONSTRUCT_ENCODER, train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
@@ -128,7 +129,6 @@ def fit(
         KmtrError: the run failed; its MLflow run has status FAILED.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     config, dataset = resolve(config)
     name, folder = run_folder(config, dataset)
@@ -156,25 +156,7 @@ def fit(
         "tracking": {"uri": uri, "run_id": run_id, "spool": str(spool)},
         "progress": progress,
     }
-    use_gpu = config.train.device == "cuda" or (
-        config.train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=job,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.train.workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": config.train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="train",
-            storage_path=str(folder),
-            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            callbacks=callbacks or [],
-        ),
-    )
+    trainer = trainer_of(config, job, folder, callbacks or [])
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         with Display(progress, config.total_steps, quiet) as display:
@@ -187,8 +169,11 @@ def fit(
         if result.checkpoint is None:
             raise KmtrError(f"run {name}: it ended without a checkpoint")
         encoder = folder / "encoder"
-        with result.checkpoint.as_directory() as last:
-            _copy_tree(folder / RECONSTRUCT_ENCODER if returned["stopped"] else Path(last) / "encoder", encoder)
+        if returned["stopped"]:
+            _copy_tree(folder / RECONSTRUCT_ENCODER, encoder)
+        else:
+            with result.checkpoint.as_directory() as last:
+                checkpoint.export_encoder_from(Path(last), encoder, config, tables)
         spooled = tracking.Spool(spool, uri, run_id)
         for file in sorted(encoder.iterdir()):
             spooled.artifact(file, "encoder")
@@ -214,6 +199,44 @@ def fit(
             tracking.end_run(uri, run_id, status)
         except KmtrError as error:
             log.warning("tracking: %s", error)
+
+
+def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Any:
+    """The Ray Train trainer of a run: a fixed number of workers, or as many as share the batch and have room."""
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    train = config.train
+    use_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    run = ray.train.RunConfig(
+        name="train",
+        storage_path=str(folder),
+        failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        callbacks=callbacks,
+    )
+    sizes = train.workers.sizes(config.data.global_batch)
+    if len(sizes) == 1:
+        fixed = ray.train.ScalingConfig(num_workers=sizes[0], use_gpu=use_gpu, resources_per_worker=resources)
+        return TorchTrainer(train_worker, train_loop_config=job, scaling_config=fixed, run_config=run)
+    from kmtr.train.elastic import ElasticTrainer
+
+    elastic = ray.train.ScalingConfig(
+        num_workers=(sizes[0], sizes[-1]),
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+        elastic_resize_monitor_interval_s=train.resize_every_s,
+    )
+    return ElasticTrainer(
+        train_worker,
+        train_loop_config=job,
+        scaling_config=elastic,
+        run_config=run,
+        sizes=sizes,
+        progress=job["progress"],
+    )
 
 
 def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str, torch.Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.objectives import Inputs
+from kmtr.train import state
 from kmtr.train.average import Average
+from kmtr.train.state import Held
 
 BUCKET = 50_000_000
 """Gradients that ZeRO reduces at once, and weights that it gathers: 100 MB in bf16. DeepSpeed's own 5e8 would take 1 GB
@@ -21,7 +24,12 @@ of every GPU, whatever the model's size."""
 
 
 def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration; every number in it follows from ours and the module's `parameters`."""
+    """DeepSpeed's own configuration; every number in it follows from ours and the module's `parameters`.
+
+    Under bf16 with ZeRO gradients are summed over micro-batches and workers in fp32. DeepSpeed has no such sums without
+    ZeRO (and its optimizer for that case begins with a step on zero gradients), so there the weights stay fp32 and the
+    forward pass is autocast: see `ShardedEngine`.
+    """
     train = config.train
     bucket = min(BUCKET, parameters)
     zero: dict[str, Any] = {
@@ -32,17 +40,25 @@ def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, A
     }
     if train.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
-    return {
+    accumulation = config.accumulation(world_size)
+    found: dict[str, Any] = {
         "train_batch_size": config.data.global_batch,
-        "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // train.accumulation,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": config.optimizer.clip_norm,
+        "train_micro_batch_size_per_gpu": config.data.global_batch // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip_norm if train.zero_stage else 0.0,  # without ZeRO `update` clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW, on the host too: no kernel is compiled
-        "bf16": {"enabled": train.bf16},
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device twice a micro-batch
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if train.bf16 and train.zero_stage:
+        found |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return found
 
 
 DOMAINS = {
@@ -137,7 +153,9 @@ class ShardedEngine:
     DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it
     updates the weights. That last call is `update`, so that a loss can be looked at before it changes anything.
 
-    With `optimizer.ema` it also keeps the moving average of all weights, sharded and placed as AdamW's state is.
+    With `optimizer.ema` it also keeps the EMA of all weights, sharded and placed as AdamW's state is. With `train.bf16`
+    the model computes in bf16 and AdamW updates fp32 weights: under ZeRO they are a copy, without it the weights
+    themselves, which autocast casts.
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, world_size: int, device: torch.device):
@@ -149,7 +167,6 @@ class ShardedEngine:
             # Else every first run compiles collectives that only inference calls; killed meanwhile, it leaves a lock
             # behind for which all later runs wait without a word.
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-        self._deepspeed = deepspeed
         optimizer = torch.optim.AdamW(
             parameter_groups(module, config),
             lr=config.reconstruct.learning_rate,
@@ -162,35 +179,57 @@ class ShardedEngine:
             config=settings(config, world_size, sum(p.numel() for p in module.parameters())),
             dist_init_required=False,
         )
+        self.held = Held(self.wrapped)
+        self.average = Average(self.held.masters, config.optimizer.ema) if config.optimizer.ema else None
+        self._clip_norm = config.optimizer.clip_norm
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=config.train.bf16 and not config.train.zero_stage
+        )
         self._pending = False
-        self.average = Average(self._masters(), config.optimizer.ema) if config.optimizer.ema else None
+        self._norm: Tensor | float = float("nan")
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        return self.wrapped(inputs, stage)
+        with self._autocast:
+            return self.wrapped(inputs, stage)
 
     def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient; that of a loss which is not finite is not finite either."""
         if self._pending:
             self.wrapped.step()
-        self.wrapped.backward(loss)
+        unity = torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))  # no question that the host waits for
+        self.wrapped.backward(loss * unity)
         self._pending = True
 
-    def update(self, rates: Mapping[str, float]) -> None:
-        """Change the weights by what `backward` accumulated, at the learning rate of their domain."""
+    def update(self, rates: Mapping[str, float]) -> bool:
+        """Change the weights by what `backward` accumulated, at the learning rate of their domain.
+
+        Returns:
+            False: the gradient was not finite on some worker; all are as they were, EMA and AdamW's state included.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rates[group["domain"]] * group["share"]
-        self.wrapped.step()
+        if self.held.stage:
+            self.wrapped.step()
+            applied = not self.optimizer.overflow
+            self._norm = self.wrapped.get_global_grad_norm()
+        else:
+            self._norm = nn.utils.clip_grad_norm_(self.wrapped.module.parameters(), self._clip_norm)
+            applied = math.isfinite(self._norm)
+            if not applied:
+                self.wrapped.zero_grad()  # AdamW passes over a weight without gradient
+            self.wrapped.step()
         self._pending = False
-        if self.average is not None:
-            self.average.update(self._masters())
+        if applied and self.average is not None:
+            self.average.update(self.held.masters)
+        return applied
 
     def gradient_norm(self) -> float:
-        """Norm of the last update's gradient before clipping; NaN where DeepSpeed does not tell."""
-        norm = self.wrapped.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """Norm of the last update's gradient before clipping."""
+        return float(self._norm)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their moving average; as they are without `optimizer.ema`. All workers must enter it.
+        """Inside, the weights are their EMA; as they are without `optimizer.ema`. All workers must enter it.
 
         They are exchanged in place, so it takes no more memory, and come back bit for bit. An error inside leaves the
         average in place: it ends the run, and a collective call here would wait for workers that have left.
@@ -202,47 +241,29 @@ class ShardedEngine:
         yield
         self._exchange(self.average)
 
-    def weights(self, prefix: str) -> dict[str, Tensor]:
-        """Whole weights of a submodule on the CPU: the fp32 ones that AdamW updates, also of a bf16 engine.
+    def shapes(self) -> dict[str, list[int]]:
+        """Weight -> its shape."""
+        return state.shapes(self.wrapped.module)
 
-        Every worker must call it, since they are gathered.
+    def save(self, path: Path) -> None:
+        """Write this worker's pieces of weights, AdamW's state and EMA; every worker must."""
+        state.save(path, self.held, self._averages())
+
+    def load(self, paths: Iterable[Path]) -> None:
+        """Go on from the pieces that any number of workers in any ZeRO stage wrote; every worker must.
+
+        Raises:
+            CheckpointError: something is missing in them.
         """
-        found = {}
-        for name, parameter in self.wrapped.module.get_submodule(prefix).named_parameters():
-            whole = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
-            if whole is None:  # no ZeRO
-                whole = self._copies().get(parameter, parameter)
-            found[name] = whole.detach().to("cpu", torch.float32, copy=True)
-        return found
+        updates = state.load(paths, self.held, self._averages())
+        if self.average is not None:
+            self.average.updates = updates
 
-    def save(self, folder: str) -> None:
-        self.wrapped.save_checkpoint(folder, tag="engine")
-
-    def load(self, folder: str) -> None:
-        self.wrapped.load_checkpoint(folder, tag="engine")
-
-    def _masters(self) -> list[Tensor]:
-        """The fp32 weights that AdamW updates in this worker: its shares under ZeRO, everything without."""
-        flat = getattr(self.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 hides them from param_groups
-        return list(flat) if flat is not None else [p for g in self.optimizer.param_groups for p in g["params"]]
-
-    def _copies(self) -> dict[Tensor, Tensor]:
-        """bf16 weight -> the fp32 one that AdamW updates, of a bf16 engine without ZeRO."""
-        pairs = zip(getattr(self.optimizer, "fp16_groups", ()), getattr(self.optimizer, "fp32_groups", ()), strict=True)
-        return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+    def _averages(self) -> dict[Tensor, Tensor] | None:
+        return None if self.average is None else dict(zip(self.held.masters, self.average.values, strict=True))
 
     @torch.no_grad()
     def _exchange(self, average: Average) -> None:
-        """Swap the weights and their average, also in what the model computes with."""
-        average.exchange(self._masters())
-        optimizer, stage = self.optimizer, self.wrapped.zero_optimization_stage()
-        if stage == 3:
-            optimizer.checkpoint_event_prologue()  # small weights are kept whole; they are gathered anew below
-            for flat, master in zip(optimizer.fp16_partitioned_groups_flat, self._masters(), strict=True):
-                flat.data.copy_(master.data)  # one and the same in fp32
-            optimizer.checkpoint_event_epilogue()
-        elif stage:
-            optimizer.update_lp_params()
-        else:
-            for low, high in self._copies().items():
-                low.copy_(high)
+        """Swap the weights and their EMA, also in what the model computes with."""
+        average.exchange(self.held.masters)
+        self.held.refresh()

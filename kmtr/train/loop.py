@@ -1,4 +1,4 @@
-"""The loop of one training worker: batch, objective, look, update, log, validate, save."""
+"""The loop of one training worker: batch, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,18 +19,21 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
 from kmtr.data import pipeline
-from kmtr.data.batch import Batch, HostBatch
+from kmtr.data.batch import HostBatch
 from kmtr.data.reader import Dataset
-from kmtr.encoder import export_encoder
-from kmtr.objectives import STAGES, Preparer, Pretraining, Step
+from kmtr.objectives import Preparer, Pretraining
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, guard, validation
-from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
+from kmtr.train.checkpoint import Progress, layout_of
+from kmtr.train.engine import ShardedEngine
 from kmtr.train.progress import Sender
+from kmtr.train.step import Report, TrainingStep
 from kmtr.types import KmtrError
 
 RECONSTRUCT_ENCODER = "encoder-reconstruct"
-"""Folder in the run's: the encoder as stage b left it."""
+"""Folder in the run's: the encoder as masked reconstruction left it."""
+
+T = TypeVar("T")
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -41,10 +44,10 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     loss of a process is retried.
 
     Returns:
-        What `train` returned, or ``error`` (one line).
+        What `Worker.run` returned, or ``error`` (one line).
     """
     try:
-        return train(job)
+        return Worker(job).run()
     except KmtrError as error:
         message = str(error)
     except Exception as error:  # told to the driver below; the traceback stays in this worker's log
@@ -58,138 +61,218 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     return {"error": message}
 
 
-def train(job: dict[str, Any]) -> dict[str, Any]:
-    """From the last checkpoint of a run to its end, on one worker of Ray Train.
+class Worker:
+    """One worker of a run, from its last checkpoint to its end.
 
     Args:
         job: ``config`` (JSON), ``folder`` (of the run), ``tables`` (statistics as numpy), ``tracking`` (uri, run_id,
-            spool
-            folder), ``progress`` (name of the progress actor).
-
-    Returns:
-        ``metrics`` of the last validation; ``step``; ``stopped``: the guard ended alignment, so the metrics are those
-        of stage b's end, whose encoder is to be used; ``unsent``: records that tracking could not send yet.
+            spool folder), ``progress`` (name of the progress actor).
 
     Raises:
-        KmtrError: on all workers together: damaged data, a loss that is not finite (before it changed anything), a
+        KmtrError: on all workers together, here and in `run`: damaged data, a loss or gradient that is not finite, a
             checkpoint that does not fit.
     """
-    import ray.train
-    import ray.train.torch
 
-    config = from_json(job["config"])
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    torch.manual_seed(config.seed)
-    if device.type == "cpu":
-        share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-        torch.set_num_threads(config.train.threads or share)
-    tables = {name: torch.from_numpy(array) for name, array in job["tables"].items()}
+    def __init__(self, job: dict[str, Any]):
+        import ray.train
+        import ray.train.torch
 
-    dataset = Dataset.open(config.data)
-    reader = dataset.reader("train", config.data)
-    plan = pipeline.plan_of(config, dataset)
-    prepare = Preparer(config, tables, device)
-    engine = ShardedEngine(Pretraining(config), config, world, device)
-    validate = validation.Validation(config, dataset, prepare, tables, rank, world, device)
+        self.config = config = from_json(job["config"])
+        self.folder = Path(job["folder"])
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = device = ray.train.torch.get_device()
+        torch.manual_seed(config.seed)
+        if device.type == "cpu":
+            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
+            torch.set_num_threads(config.train.threads or share)
+        if config.train.deterministic:
+            deterministic()
+        self.tables = {name: torch.from_numpy(array) for name, array in job["tables"].items()}
 
-    progress: dict[str, Any] = {"step": 0, "reference": {}, "stopped": False}
-    last = ray.train.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as folder:
-            try:
-                progress = checkpoint.restore(Path(folder), engine, config, rank, world)
-                failure = None
-            except KmtrError as error:
-                failure = error
-        agree(failure, device)
+        dataset = Dataset.open(config.data)
+        self.reader = dataset.reader("train", config.data)
+        self.plan = pipeline.plan_of(config, dataset)
+        prepare = Preparer(config, self.tables, device)
+        self.engine = ShardedEngine(Pretraining(config), config, self.world, device)
+        self.step = TrainingStep(config, self.engine, prepare, device, self.world)
+        self.validate = validation.Validation(config, dataset, prepare, self.rank, self.world, device)
+        tracking = job["tracking"]
+        self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
+        self.tell = Sender(job["progress"]) if self.rank == 0 else None
+        self.progress = self._restored()
+        self.metrics: dict[str, float] = self.progress.reference if self.progress.stopped else {}
+        self.watch = _Watch()
 
-    tracking = job["tracking"]
-    spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if rank == 0 else None
-    tell = Sender(job["progress"]) if rank == 0 else None
-    steps = range(progress["step"], progress["step"] if progress["stopped"] else config.total_steps)
-    batches = pipeline.batches(config, reader, plan, steps, rank, world)
-    size = config.data.global_batch // world // config.train.accumulation
-    watch = _Watch()
-    metrics: dict[str, float] = progress["reference"] if progress["stopped"] else {}
+    def _restored(self) -> Progress:
+        """The progress of the last checkpoint, which the engine goes on from; a new one where there is none."""
+        import ray.train
 
-    for step in steps:
-        stage, _ = stage_of(config, step)
-        host, failure = fetch(batches)
-        watch.waited()
-        agree(failure, device)
-        assert host is not None
+        progress, last = Progress(), ray.train.get_checkpoint()
+        if last is not None:
+            with last.as_directory() as place:
+                folder = Path(place)
+                progress = together(
+                    lambda: checkpoint.verify(folder, self.engine.shapes(), self.config, self.rank, self.world),
+                    self.device,
+                )
+                together(lambda: checkpoint.restore(folder, self.engine), self.device)
+                if progress.step == self.config.reconstruct_steps and self.config.align_steps:
+                    self._export(folder)  # it may have ended between the checkpoint and this
+        layout = layout_of(self.config, self.world)
+        before = progress.layouts[-1][1] if progress.layouts else None
+        if layout != before:
+            progress.layouts.append((progress.step, layout))
+        if self.spool and self.tell:
+            self.spool.metrics(progress.step, {f"run/{k}": v for k, v in layout.items() if not isinstance(v, str)})
+            if last is not None:
+                changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if before and v != before[k]]
+                self.tell.say(f"  step {progress.step:>6}  goes on       {', '.join(changes)}".rstrip())
+        return progress
 
-        batch = host.to(device, prepare.readout(stage))
-        micro = [batch[i : i + size] for i in range(0, len(batch), size)]
-        means = reduce(STAGES[stage](engine, micro, prepare, config), device)
-        wrong = [name for name, value in means.items() if not math.isfinite(value)]
-        if wrong:
-            raise KmtrError(
-                f"step {step + 1}: {stage} {wrong[0]} is {means[wrong[0]]}, expected a finite number; nothing was "
-                f"updated; lower {stage}.learning_rate, or resume from the last checkpoint by the same command"
+    def run(self) -> dict[str, Any]:
+        """Train to the end.
+
+        Returns:
+            ``metrics`` of the last validation; ``step``; ``stopped``: the guard ended alignment, so the metrics are
+            those of the end of masked reconstruction, whose encoder is to be used; ``unsent``: records that tracking
+            could not send yet.
+        """
+        config, progress = self.config, self.progress
+        first = progress.step
+        steps = range(first, first if progress.stopped else config.total_steps)
+        batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world)
+        for step in steps:
+            host = together(lambda: next(batches), self.device, self.watch)
+            report = self.step(step, host)
+            self.watch.stepped(host, report)
+            progress.step = step + 1
+            self._look(report)
+            ends = progress.step in (config.reconstruct_steps, config.total_steps)
+            if progress.step % config.train.log_every == 0 or progress.step == 1 or ends:
+                self._log(report)
+            if progress.step % config.train.eval_every == 0 or ends:
+                self._evaluate(report.stage)
+            if progress.step == config.reconstruct_steps and config.align_steps:
+                progress.reference = self.metrics
+            if progress.step % config.train.checkpoint_every == 0 or ends or progress.stopped:
+                self._save()
+            if progress.stopped:
+                self.metrics = progress.reference
+                break
+        unsent = self.spool.close(30.0) if self.spool else 0
+        return {"metrics": self.metrics, "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+
+    def _look(self, report: Report) -> None:
+        """Count a step that was skipped.
+
+        Raises:
+            KmtrError: there were too many.
+        """
+        if report.applied:
+            return
+        progress, most = self.progress, self.config.train.max_skipped
+        progress.skipped += 1
+        if self.spool and self.tell:
+            self.spool.metrics(progress.step, {"run/skipped_steps": progress.skipped})
+            self.tell.say(
+                f"  step {progress.step:>6}  skipped      {report.stage}: the gradient is not finite; the weights stay "
+                f"({progress.skipped} of at most {most})"
             )
-        rates = learning_rates(config, step)
-        engine.update(rates)
-        done = step + 1
-        watch.stepped(host, batch)
+        if progress.skipped > most:
+            raise KmtrError(
+                f"step {progress.step}: {progress.skipped} steps had a gradient that is not finite, expected at most "
+                f"train.max_skipped={most}; lower {report.stage}.learning_rate and resume by the same command"
+            )
 
-        end_of_stage = done in (config.reconstruct_steps, config.total_steps)
-        if done % config.train.log_every == 0 or done == 1 or end_of_stage:
-            logged = {f"{stage}/{name}": value for name, value in means.items()}
-            logged |= {f"{stage}/learning_rate": rates["kspace"], f"{stage}/gradient_norm": engine.gradient_norm()}
-            logged |= {"epoch": float(plan.epoch(step))} | watch.rates(config, world, device)
-            if spool and tell:
-                spool.metrics(done, {k: v for k, v in logged.items() if math.isfinite(v)})
-                tell.put(done, stage, logged)
-        if done % config.train.eval_every == 0 or end_of_stage:
-            with engine.averaged():
-                metrics, figure = validate(engine)
-            if spool and tell:
-                spool.metrics(done, metrics)
-                tell.put(done, stage, metrics)
-                if figure is not None:
-                    path = Path(job["folder"]) / "figures" / f"reconstruction_{done:07d}.png"
-                    path.parent.mkdir(exist_ok=True)
-                    figure.savefig(path, dpi=144)
-                    spool.artifact(path, "figures")
-            if stage == "align" and config.align.guard:
-                lost = guard.fallen(progress["reference"], metrics, config.align.tolerance)
-                if lost and tell:
-                    tell.put(done, stage, {f"lost/{name.removeprefix('val/')}": loss for name, loss in lost.items()})
-                progress["stopped"] = bool(lost)
-            watch.reset()
-        if done == config.reconstruct_steps and config.align_steps:
-            progress["reference"] = metrics
-            with engine.averaged():
-                weights = engine.weights("kspace_encoder")
-            if rank == 0:
-                export_encoder(Path(job["folder"]) / RECONSTRUCT_ENCODER, config, weights, tables)
-        progress["step"] = done
-        if done % config.train.checkpoint_every == 0 or end_of_stage or progress["stopped"]:
-            with tempfile.TemporaryDirectory() as folder:
-                checkpoint.save(Path(folder), engine, config, tables, progress, rank, world)
-                ray.train.report({"step": done, **metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-            watch.reset()
-        if progress["stopped"]:
-            metrics = progress["reference"]
-            break
+    def _log(self, report: Report) -> None:
+        stage, done = report.stage, self.progress.step
+        logged = {f"{stage}/{name}": value for name, value in report.means.items()}
+        logged |= {
+            f"{stage}/learning_rate": report.rates["kspace"],
+            f"{stage}/gradient_norm": self.engine.gradient_norm(),
+            "epoch": float(self.plan.epoch(done - 1)),
+        }
+        logged |= self.watch.rates(self.config, self.world, self.device)
+        if self.spool and self.tell:
+            self.spool.metrics(done, {k: v for k, v in logged.items() if math.isfinite(v)})
+            self.tell.put(done, stage, logged)
 
-    unsent = spool.close(30.0) if spool else 0
-    return {"metrics": metrics, "step": progress["step"], "stopped": progress["stopped"], "unsent": unsent}
+    def _evaluate(self, stage: str) -> None:
+        """Validation, and the guard of alignment."""
+        progress, done = self.progress, self.progress.step
+        with self.engine.averaged():
+            self.metrics, figure = self.validate(self.engine)
+        if self.spool and self.tell:
+            self.spool.metrics(done, self.metrics)
+            self.tell.put(done, stage, self.metrics)
+            if figure is not None:
+                path = self.folder / "figures" / f"reconstruction_{done:07d}.png"
+                path.parent.mkdir(exist_ok=True)
+                figure.savefig(path, dpi=144)
+                self.spool.artifact(path, "figures")
+        if stage == "align" and self.config.align.guard:
+            lost = guard.fallen(progress.reference, self.metrics, self.config.align.tolerance)
+            if lost and self.tell:
+                self.tell.put(done, stage, {f"lost/{name.removeprefix('val/')}": loss for name, loss in lost.items()})
+            progress.stopped = bool(lost)
+        self.watch.reset()
+
+    def _save(self) -> None:
+        """A checkpoint, and at the end of masked reconstruction its encoder."""
+        import ray.train
+
+        progress = self.progress
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder), self.engine, progress, self.config, self.rank, self.world)
+            ray.train.report(
+                {"step": progress.step, **self.metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+            )
+        if progress.step == self.config.reconstruct_steps and self.config.align_steps:
+            dist.barrier()  # all workers' files are there
+            written = ray.train.get_checkpoint()
+            assert written is not None
+            with written.as_directory() as place:
+                self._export(Path(place))
+        self.watch.reset()
+
+    def _export(self, folder: Path) -> None:
+        if self.rank == 0:
+            checkpoint.export_encoder_from(folder, self.folder / RECONSTRUCT_ENCODER, self.config, self.tables)
 
 
-def fetch(batches: Iterator[HostBatch]) -> tuple[HostBatch | None, KmtrError | None]:
-    """The next batch, or the error that reading it gave."""
+def deterministic() -> None:
+    """Only kernels that repeat bit for bit; an operation that has none raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # debugging, and slow
+
+
+def together(call: Callable[[], T], device: torch.device, watch: _Watch | None = None) -> T:
+    """What `call` returns, or on all workers the error of the first that has one: nobody waits for one that gave up.
+
+    Args:
+        watch: that the time until `call` returned is told to.
+
+    Raises:
+        KmtrError: of the lowest rank that has one.
+    """
+    result, failure = _tried(call)
+    if watch is not None:
+        watch.waited()
+    agree(failure, device)
+    return result  # type: ignore[return-value]  # no failure, so there is a result
+
+
+def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
     try:
-        return next(batches), None
+        return call(), None
     except KmtrError as error:
         return None, error
 
 
 def agree(error: KmtrError | None, device: torch.device) -> None:
-    """Raise the first worker's error on all workers if any has one: nobody waits for a worker that gave up.
+    """Raise the first worker's error on all workers if any has one.
 
     Raises:
         KmtrError: of the lowest rank that has one.
@@ -200,15 +283,6 @@ def agree(error: KmtrError | None, device: torch.device) -> None:
         messages: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(messages, None if error is None else str(error))
         raise KmtrError(next(m for m in messages if m is not None))
-
-
-def reduce(step: Step, device: torch.device) -> dict[str, float]:
-    """Means over the global batch of what a step logged."""
-    names = sorted(step.sums)
-    totals = torch.stack([step.sums[n] for n in names] + [step.counts[n] for n in names]).to(device, torch.float64)
-    dist.all_reduce(totals)
-    sums, counts = totals.cpu().chunk(2)
-    return dict(zip(names, (sums / counts.clamp(min=1)).tolist(), strict=True))
 
 
 class _Watch:
@@ -227,7 +301,8 @@ class _Watch:
         now = time.perf_counter()
         self.wait_s += now - self.mark
 
-    def stepped(self, host: HostBatch, batch: Batch) -> None:
+    def stepped(self, host: HostBatch, report: Report) -> None:
+        batch = report.batch
         self.steps += 1
         self.lines = self.lines + batch.sampled.sum()
         self.existing = self.existing + batch.existing.sum()

@@ -23,13 +23,16 @@ class Mailbox:
     """Actor between the workers and the driver."""
 
     def __init__(self) -> None:
-        self.items: list[tuple[int, str, dict[str, float]]] = []
+        self.items: list[tuple[int, str, dict[str, float]] | str] = []
         self.failures: list[str] = []
 
     def put(self, step: int, stage: str, metrics: dict[str, float]) -> None:
         self.items.append((step, stage, metrics))
 
-    def drain(self) -> list[tuple[int, str, dict[str, float]]]:
+    def say(self, line: str) -> None:
+        self.items.append(line)
+
+    def drain(self) -> list[tuple[int, str, dict[str, float]] | str]:
         items, self.items = self.items, []
         return items
 
@@ -55,6 +58,11 @@ class Sender:
     def put(self, step: int, stage: str, metrics: dict[str, float]) -> None:
         if self._actor is not None:
             self._actor.put.remote(step, stage, metrics)
+
+    def say(self, line: str) -> None:
+        """A line as it is."""
+        if self._actor is not None:
+            self._actor.say.remote(line)
 
     def fail(self, message: str) -> None:
         """Waits until it arrived, since the worker ends next."""
@@ -106,7 +114,10 @@ class Display:
             except ray.exceptions.RayError:
                 return
             for item in items:
-                self._show(*item)
+                if isinstance(item, tuple):
+                    self._show(*item)
+                elif not self.quiet:
+                    self._line(item)
             if stopping:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ CHUNK = 16
 class Validation:
     """Scores an engine on held-out subjects; every worker takes an equal share, since ZeRO-3 needs all of them.
 
+    The subjects are the same for any number of workers: where they can't be dealt evenly, the last share is filled up
+    with repeats that do not count.
+
     Patterns are fixed and drawn at `evaluate.accelerations`, so that runs which differ in `sampling` compare.
     """
 
@@ -38,7 +42,6 @@ class Validation:
         config: RunConfig,
         dataset: Dataset,
         prepare: Preparer,
-        tables: dict[str, torch.Tensor],
         rank: int,
         world: int,
         device: torch.device,
@@ -53,7 +56,7 @@ class Validation:
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
             reader = dataset.reader(split, config.data)
-            count = min(len(reader), config.train.eval_subjects) // world * world
+            count = min(len(reader), config.train.eval_subjects)
             if split == "val" and count == 0:  # a dataset without a split: validate on what there is
                 reader, count = self.readers["train"], len(self.rows["train"])
                 self.shown = "Training subject (the dataset has no validation split)"
@@ -71,7 +74,7 @@ class Validation:
             out = engine(self.prepare(batch, "reconstruct"), "reconstruct")
             losses.append(torch.stack([out[name] for name in sorted(out)]))
             names = sorted(out)
-        total = torch.cat(losses, dim=1).sum(1).double()
+        total = (torch.cat(losses, dim=1) * self._counted("val")).sum(1).double()
         dist.all_reduce(total)
         for name, value in zip(names, total.tolist(), strict=True):
             metrics[f"val/{name}_loss"] = value / len(self.rows["val"])
@@ -104,12 +107,23 @@ class Validation:
         place = np.tile(np.arange(3 * width), slices)  # of each slice: static, then cosine and sine
         return {"_static": place < width, "_dynamic": place >= width}
 
-    def _batches(self, split: str) -> list[Batch]:
-        mine = self.rows[split][self.rank :: self.world]
+    def _dealt(self, split: str) -> np.ndarray:
+        """Rows of all workers ``turn rank``, the last turn filled up with repeats."""
+        rows = self.rows[split]
+        return np.resize(rows, (-(-len(rows) // self.world), self.world))
+
+    def _counted(self, split: str) -> torch.Tensor:
+        """Which of this worker's subjects are no repeats."""
+        turns = len(self._dealt(split))
+        return torch.arange(turns, device=self.device) * self.world + self.rank < len(self.rows[split])
+
+    def _batches(self, split: str) -> Iterator[Batch]:
+        mine = self._dealt(split)[:, self.rank]
         read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.labels, VALIDATION)
-        return [host.to(self.device) for host in read]
+        return (host.to(self.device) for host in read)
 
     def _embed(self, engine: Engine, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings ``subject feature`` and labels ``subject label`` of a split, in the order of its rows."""
         features, labels = [], []
         for batch in self._batches(split):
             features.append(engine(self.prepare.queries(batch), "embed")["embedding"].float())
@@ -117,7 +131,7 @@ class Validation:
         mine = torch.cat([torch.cat(features), torch.cat(labels)], dim=1)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine.contiguous())
-        both = torch.cat(parts).cpu().numpy()
+        both = torch.stack(parts, dim=1).flatten(0, 1)[: len(self.rows[split])].cpu().numpy()
         split_at = both.shape[1] - len(self.labels)
         return both[:, :split_at], both[:, split_at:]
 

@@ -12,7 +12,6 @@ from one_engine import CASES, SIZES, work
 
 from jobs.doctor_memory import state_bytes
 from kmtr.config import RunConfig, override, to_json
-from kmtr.types import InputError
 
 pytestmark = pytest.mark.slow
 
@@ -42,11 +41,6 @@ def test_the_average_is_its_closed_form_and_disturbs_nothing(found: list[dict[st
         assert seen["undisturbed"], "training with an average must go as without, bit for bit"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_restart_continues_the_average_bit_for_bit(found: list[dict[str, dict[str, Any]]], name: str) -> None:
-    assert all(worker[name]["restart_equal"] for worker in found)
-
-
 def test_offload_changes_no_number(found: list[dict[str, dict[str, Any]]]) -> None:
     for name in (name for name in CASES if name.endswith("-offload")):
         here = found[0][name]["last"]
@@ -66,16 +60,10 @@ def test_the_doctor_s_estimate_is_what_is_held(found: list[dict[str, dict[str, A
     expected = estimate.device + estimate.host
     late = 1.25 * sum(SIZES) * (2 if bf16 else 4) if stage == 2 else 0.0
     for worker in found:
-        assert 0.95 * expected <= worker[name]["bytes"] <= 1.05 * expected + late
+        assert 0.95 * expected <= worker[name]["bytes"] <= 1.05 * expected + late, worker[name]["bytes"] / sum(SIZES)
 
 
 def test_nothing_is_compiled(found: list[dict[str, dict[str, Any]]], folder: Path) -> None:
     """A build that is killed leaves a lock for which every later run would wait."""
     assert found
     assert not (folder / "compiled").exists()
-
-
-def test_offload_needs_a_sharded_optimizer(small: RunConfig) -> None:
-    with pytest.raises(InputError, match=r"^train\.offload: expected train\.zero_stage of 1, 2 or 3, got 0") as error:
-        override(small, {"train.offload": True, "train.zero_stage": 0})
-    assert "\n" not in str(error.value)

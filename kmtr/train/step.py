@@ -1,0 +1,88 @@
+"""The training step: the only place where a batch becomes an update of the weights.
+
+The loop of a run, the tests of golden losses and of equivalence, and the step benchmark all run this one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kmtr.config import RunConfig
+from kmtr.data.batch import Batch, HostBatch
+from kmtr.objectives import STAGES, Preparer, Step
+from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
+from kmtr.types import KmtrError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step did.
+
+    Attributes:
+        stage: that it belongs to.
+        means: what the objective logged, as means over the global batch.
+        rates: learning rate of each domain.
+        applied: the weights changed; False: the gradient was not finite, and they are as they were.
+        batch: this worker's part of the global batch, on the device.
+    """
+
+    stage: str
+    means: dict[str, float]
+    rates: dict[str, float]
+    applied: bool
+    batch: Batch
+
+
+class TrainingStep:
+    """Host batch -> device -> objective, forward and backward -> a look at the numbers -> update.
+
+    Args:
+        world: number of workers that share the global batch.
+    """
+
+    def __init__(
+        self, config: RunConfig, engine: ShardedEngine, prepare: Preparer, device: torch.device, world: int
+    ) -> None:
+        self.config, self.engine, self.prepare, self.device = config, engine, prepare, device
+        self.micro_batch = config.data.global_batch // world // config.accumulation(world)
+
+    def __call__(self, step: int, host: HostBatch) -> Report:
+        """One optimizer step, counted from 0.
+
+        Raises:
+            KmtrError: with `train.on_nonfinite=stop`, on all workers, before anything was changed: a loss or a
+                gradient is not finite.
+        """
+        stage, _ = stage_of(self.config, step)
+        batch = host.to(self.device, self.prepare.readout(stage))
+        micro = [batch[i : i + self.micro_batch] for i in range(0, len(batch), self.micro_batch)]
+        means = reduce(STAGES[stage](self.engine, micro, self.prepare, self.config), self.device)
+        stops = self.config.train.on_nonfinite == "stop"
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        if wrong and stops:
+            raise KmtrError(_not_finite(step, stage, f"{wrong[0]} is {means[wrong[0]]}"))
+        rates = learning_rates(self.config, step)
+        applied = self.engine.update(rates)
+        if not applied and stops:
+            raise KmtrError(_not_finite(step, stage, "gradient is not finite although its loss is"))
+        return Report(stage, means, rates, applied, batch)
+
+
+def _not_finite(step: int, stage: str, what: str) -> str:
+    return (
+        f"step {step + 1}: {stage} {what}, expected a finite number; nothing was updated; lower {stage}.learning_rate, "
+        "resume from the last checkpoint by the same command, or pass over such steps with train.on_nonfinite=skip"
+    )
+
+
+def reduce(step: Step, device: torch.device) -> dict[str, float]:
+    """Means over the global batch of what a step logged."""
+    names = sorted(step.sums)
+    totals = torch.stack([step.sums[n] for n in names] + [step.counts[n] for n in names]).to(device, torch.float64)
+    dist.all_reduce(totals)
+    sums, counts = totals.cpu().chunk(2)
+    return dict(zip(names, (sums / counts.clamp(min=1)).tolist(), strict=True))
