@@ -182,5 +182,6 @@ class OnTheClock:
 
     def update(self, rates: Mapping[str, float]) -> bool:
         self.clock("optimizer")
-        self.engine.update(rates)
+        applied = self.engine.update(rates)
         self.clock("rest")
+        return applied

@@ -49,7 +49,7 @@ def state_bytes(
     """Bytes of weights, gradients, AdamW's state and ZeRO's buffers on one worker (Rajbhandari et al. 2020, "ZeRO",
     figure 1, and what DeepSpeed 0.19 was measured to hold beside; a test compares).
 
-    Per weight: w = g = 2 in bf16, else 4; s = 4, gradients as they are summed; o = 12 (fp32 master copy and two moments),
+    Per weight: w = g = 2 in bf16, else 4; s = 4, gradients as they are summed; o = 12 (fp32 master copy, two moments),
     or 8 without ZeRO, where the fp32 weights themselves are updated; `ema` adds 4 to o. With n workers: stage 0
     4 + 4 + o, in bf16 too; 1 w + g + o/n; 2 w + (s + o)/n; 3 (w + s + o)/n. ZeRO adds a bucket of gradients, w bytes (s
     in stage 3) for each of `engine.BUCKET` weights, or of all if fewer; stage 1 under accumulation another g, in bf16

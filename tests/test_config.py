@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kmtr.config import RunConfig, flatten, from_json, keys, override, parse, to_json
+from kmtr.config import RunConfig, Workers, flatten, from_json, keys, override, parse, to_json
 from kmtr.recipes import RECIPES, tiny
 from kmtr.types import InputError
 
@@ -49,6 +49,10 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str) -> None:
         ("train.workers", "two"),
         ("train.workers", "1.5"),
         ("train.workers", "0"),
+        ("train.workers", "4..2"),
+        ("train.workers", "0..2"),
+        ("train.workers", "2..3..4"),
+        ("train.workers", "..4"),
         ("train.bf16", "perhaps"),
         ("reconstruct.mask_ratio", "1.0"),
         ("reconstruct.kspace_loss", "l2"),
@@ -110,7 +114,7 @@ def test_tuples_are_read_as_people_type_them(text: str) -> None:
 
 def test_a_command_line_becomes_a_configuration() -> None:
     config = parse(["train.workers=1", "storage.root=/a=b"], "tiny", RECIPES)
-    assert (config.train.workers, config.storage.root) == (1, "/a=b")
+    assert (config.train.workers, config.storage.root) == (Workers(1, 1), "/a=b")
     for words, said in (
         (["train.workers"], "expected key=value, got 'train.workers'"),
         (["seed=1", "seed=2"], "seed: given twice"),
@@ -142,10 +146,31 @@ def test_a_configuration_cannot_be_changed() -> None:
         tiny().data.frames = 3  # type: ignore[misc]
 
 
+def test_a_range_of_workers_uses_the_divisors_of_the_batch_and_no_larger_micro_batch() -> None:
+    config = override(tiny(), {"train.workers": "2..8", "data.global_batch": 24, "train.accumulation": 1})
+    assert config.train.workers.sizes(24) == (2, 3, 4, 6, 8)
+    assert config.train.workers.sizes(28) == (2, 4, 7)
+    for workers in (1, 2, 3, 4, 6, 8, 12, 24):
+        micro = config.accumulation(workers)
+        assert 24 % (workers * micro) == 0
+        assert 24 // (workers * micro) <= 3, "no micro-batch may be larger than at eight workers"
+    assert [config.accumulation(n) for n in (8, 4, 2)] == [1, 2, 4]
+    assert override(config, {"train.accumulation": 3}).accumulation(4) == 6
+    assert from_json(to_json(config)) == config
+    assert flatten(config)["train.workers"] == Workers(2, 8)
+    assert str(Workers(2, 8)) == "2..8"
+    assert str(Workers(3, 3)) == "3"
+    with pytest.raises(InputError, match=r"multiple of train\.workers \* train\.accumulation = 5\.\.7 \* 1, got 32"):
+        override(tiny(), {"train.workers": "5..7"})
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"train.workers": 1},
+        {"train.workers": "1..4"},
+        {"train.on_nonfinite": "skip"},
+        {"train.deterministic": True},
         {"train.accumulation": 2},
         {"train.zero_stage": 3},
         {"train.device": "cpu"},

@@ -63,6 +63,7 @@ class Spool:
         self._lock = threading.Lock()
         self._complained = False
         self._size = self._open(run_id)
+        self.continued = bool(self._recorded)  # an earlier process of this run recorded something
         self._file = os.open(self.folder / SPOOL, os.O_WRONLY | os.O_APPEND)
         self._shipper = _Shipper(self.folder, uri, run_id)
         self._deadline: float | None = None  # monotonic; set by close

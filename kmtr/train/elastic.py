@@ -10,9 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import ray
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
 
 from kmtr.train.progress import Sender
 
@@ -38,6 +39,15 @@ class DivisorPolicy(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self.sizes, self.progress = tuple(sizes), progress
         self._said = ("", float("-inf"))
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Workers are about to be started: from what there is now, since a node may have gone a moment ago."""
+        self._maybe_send_resource_request()
+        ray.get(self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True))
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            self._say(f"starting      {decision.num_workers} worker(s)", again_after_s=0.0)
+        return decision
 
     def _count_possible_workers(self, *args: Any, **kwargs: Any) -> int:
         room = super()._count_possible_workers(*args, **kwargs)

@@ -125,6 +125,8 @@ class Worker:
             progress.layouts.append((progress.step, layout))
         if self.spool and self.tell:
             self.spool.metrics(progress.step, {f"run/{k}": v for k, v in layout.items() if not isinstance(v, str)})
+            if last is None and self.spool.continued:
+                self.tell.say("  step      0  starts again, since no checkpoint was written before it was interrupted")
             if last is not None:
                 changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if before and v != before[k]]
                 self.tell.say(f"  step {progress.step:>6}  goes on       {', '.join(changes)}".rstrip())

@@ -19,7 +19,7 @@ from kmtr.data import shards
 from kmtr.data.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
-from kmtr.train import driver
+from kmtr.train import checkpoint, driver
 from kmtr.train.loop import RECONSTRUCT_ENCODER
 from kmtr.types import KmtrError
 
@@ -39,7 +39,7 @@ def kill_after_checkpoint(folder: Path, killed: list[int]) -> None:
     """SIGKILL one training worker as soon as the run has a checkpoint."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if list((folder / "train").glob("checkpoint_*/progress.json")):
+        if list((folder / "train").glob(f"checkpoint_*/{checkpoint.HEAD}")):
             for process in training_workers()[:1]:
                 os.kill(process.pid, signal.SIGKILL)
                 killed.append(process.pid)

@@ -1,0 +1,102 @@
+"""Numbers of workers that a run takes, and what it leans on inside of Ray Train."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from kmtr import tracking
+from kmtr.config import RunConfig, override, to_json
+from kmtr.tracking.store import client
+from kmtr.train import driver, elastic
+
+
+@pytest.mark.parametrize(("room", "taken"), [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8)])
+def test_the_largest_divisor_that_there_is_room_for(room: int, taken: int) -> None:
+    assert elastic.usable(room, (2, 4, 8)) == taken
+
+
+def test_room_that_is_left_over_and_a_wait_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    now = [0.0]
+
+    class Recorder:
+        def __init__(self, name: str):
+            assert name == "progress"
+
+        def say(self, line: str) -> None:
+            said.append(line.strip())
+
+    monkeypatch.setattr(elastic, "Sender", Recorder)
+    monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
+    scaling = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 0.5})
+    policy = elastic.DivisorPolicy(scaling, (2, 4, 8), "progress")
+
+    def count(*cpus: float) -> int:
+        return policy._count_possible_workers({f"node{i}": {"CPU": n} for i, n in enumerate(cpus)})
+
+    assert count(1, 1) == 4
+    assert said == []
+    assert [count(1.5, 1), count(1.5, 1)] == [4, 4]
+    assert len(said) == 1
+    assert said[0].startswith("workers       room for 5, 4 taken: numbers that share the global batch evenly are 2, 4")
+    assert [count(0.5), count(0.5)] == [0, 0]
+    assert len(said) == 2
+    assert said[1] == "waiting       for 2 worker(s): the cluster has room for 1"
+    now[0] += elastic.SAID_EVERY_S
+    assert count(0.5) == 0
+    assert len(said) == 3
+
+
+def test_ray_train_still_has_what_the_trainer_replaces() -> None:
+    """A new version that moves it must be met here, not in a run."""
+    fit = inspect.getsource(DataParallelTrainer.fit)
+    assert "scaling_policy=create_scaling_policy(self.scaling_config)" in fit
+    assert "self._initialize_and_run_controller(" in fit
+    assert list(inspect.signature(ElasticScalingPolicy._count_possible_workers).parameters) == [
+        "self",
+        "reserved_resources",
+    ]
+    for name in ("make_decision_for_running_worker_group", "make_decision_for_non_running_worker_group"):
+        assert "self._count_possible_workers(reserved_resources)" in inspect.getsource(
+            getattr(ElasticScalingPolicy, name)
+        )
+
+
+@pytest.mark.ray
+def test_a_node_that_goes_and_comes_back_changes_no_number(config: RunConfig, tmp_path: Path, cluster: None) -> None:
+    """One MLflow run over three worker groups, and at every step the loss of a run that nothing happened to."""
+    steps = {"reconstruct.steps": 700, "align.steps": 20, "train.checkpoint_every": 20, "train.eval_every": 360}
+    room = {"train.workers": "1..2", "train.cpus_per_worker": 1.0, "train.resize_every_s": 1.0, "train.threads": 1}
+    run = override(config, steps | room | {"data.loader": "threads", "train.log_every": 10})
+    (tmp_path / "config.json").write_text(to_json(run))
+    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py")), str(tmp_path / "config.json")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert [workers for _, workers in said["layouts"]] == [2, 1, 2]
+    assert "goes on       workers 2 -> 1, accumulation 1 -> 2" in ended.stdout
+    assert "goes on       workers 1 -> 2, accumulation 2 -> 1" in ended.stdout
+    store = client(tracking.tracking_uri(run))
+    (found,) = store.search_runs([store.get_experiment_by_name("kmtr").experiment_id])
+    assert (found.info.run_id, found.info.status) == (said["outcome"]["run_id"], "FINISHED")
+    workers = [(p.step, p.value) for p in store.get_metric_history(found.info.run_id, "run/workers")]
+    assert workers == [(step, float(n)) for step, n in said["layouts"]]
+
+    calm = override(run, {"train.workers": 1, "storage.root": str(tmp_path / "calm")})
+    other = driver.fit(calm, quiet=True)
+    theirs = client(tracking.tracking_uri(calm))
+    for name in ("reconstruct/loss", "align/infonce_dynamic"):
+        ours = {p.step: p.value for p in store.get_metric_history(found.info.run_id, name)}
+        curve = {p.step: p.value for p in theirs.get_metric_history(other.run_id, name)}
+        assert ours.keys() == curve.keys()
+        assert len(ours) > 1
+        assert ours == pytest.approx(curve, rel=2e-3)
