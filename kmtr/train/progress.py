@@ -77,10 +77,15 @@ class Display:
 
     def __init__(self, name: str, total: int, quiet: bool = False):
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.total, self.quiet = total, quiet
         self.terminal = sys.stdout.isatty()
-        self.mailbox = ray.remote(Mailbox).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
+        self.mailbox = (
+            ray.remote(Mailbox).options(**options).remote()
+        )  # where the driver is: no lost node takes it along
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="kmtr-progress", daemon=True)
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
+import legs
 import numpy as np
 import pytest
+import torch
+from legs import Leg, Steps
+from safetensors.torch import save_file
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data import statistics
 from kmtr.data.reader import Dataset
 from kmtr.recipes import tiny
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).with_name("golden.json")
 DATA = {
@@ -44,67 +46,22 @@ STEPS = {
     "align.head_steps": 1,
     "model.projection": 8,  # of so few subjects rounding would decide which the last of many components are
 }
-Steps = list[dict[str, float]]
-"""What each step logged, without what is counted in whole subjects (retrieval)."""
 
 
-def losses(job: dict[str, Any]) -> dict[str, Steps]:
-    """Train function: the first losses of each variant of a configuration, one after the other."""
-    import ray.train
-    import ray.train.torch
-    import torch
-
-    from kmtr.config import from_json
-    from kmtr.data import pipeline
-    from kmtr.data.reader import Dataset
-    from kmtr.objectives import STAGES, Preparer, Pretraining
-    from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
-    from kmtr.train.loop import reduce
-
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    found: dict[str, Steps] = {}
-    for name, text in job["variants"].items():
-        config = from_json(text)
-        dataset = Dataset.open(config.data)
-        reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
-        torch.manual_seed(config.seed)
-        tables = {key: torch.from_numpy(table) for key, table in job["tables"].items()}
-        engine = ShardedEngine(Pretraining(config), config, world, device)
-        prepare = Preparer(config, tables, device)
-        steps = range(config.total_steps)
-        size = config.data.global_batch // world // config.train.accumulation
-        values: Steps = []
-        for step, host in zip(steps, pipeline.batches(config, reader, plan, steps, rank, world), strict=True):
-            stage, _ = stage_of(config, step)
-            batch = host.to(device)
-            micro = [batch[i : i + size] for i in range(0, len(batch), size)]
-            means = reduce(STAGES[stage](engine, micro, prepare, config), device)
-            values.append({name: value for name, value in means.items() if "top1" not in name})
-            engine.update(learning_rates(config, step))
-        found[name] = values
-    return found
-
-
-def run(variants: dict[str, RunConfig], workers: int, folder: str) -> dict[str, Steps]:
-    import ray.cloudpickle
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
+def run(variants: dict[str, RunConfig], workers: int, folder: Path) -> dict[str, Steps]:
+    """What each step of each variant logged, without what is counted in whole subjects (retrieval)."""
+    folder.mkdir()
     config = next(iter(variants.values()))
-    dataset = Dataset.open(config.data)
-    reader = dataset.reader("train", config.data)
-    tables = {key: table.numpy() for key, table in statistics.tables(config, reader).items()}
-    result = TorchTrainer(
-        losses,
-        train_loop_config={"variants": {k: to_json(c) for k, c in variants.items()}, "tables": tables},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.5}),
-        run_config=ray.train.RunConfig(name=f"equivalence-{workers}", storage_path=folder),
-    ).fit()
-    assert result.return_value is not None
-    return result.return_value
+    fitted = statistics.tables(config, Dataset.open(config.data).reader("train", config.data))
+    kept = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in fitted.items()}
+    save_file({name: t.contiguous() for name, t in kept.items()}, folder / "tables.safetensors")
+    legs.run(folder, workers, [Leg(name, to_json(c), 0, c.total_steps, seed=c.seed) for name, c in variants.items()])
+    return {name: losses(folder / f"{name}.json") for name in variants}
+
+
+def losses(path: Path) -> Steps:
+    left_out = {"applied", "gradient_norm"}
+    return [{k: v for k, v in step.items() if k not in left_out} for step in json.loads(path.read_text())]
 
 
 def assert_equal(steps: Steps, expected: Steps, what: str, rtol: float, atol: float) -> None:
@@ -114,14 +71,14 @@ def assert_equal(steps: Steps, expected: Steps, what: str, rtol: float, atol: fl
             np.testing.assert_allclose(value, other[name], rtol, atol, err_msg=f"{what}: {name} of step {number}")
 
 
-def test_zero_stages_workers_and_accumulation_agree(cluster: None, dataset: str, tmp_path: Path) -> None:
+def test_zero_stages_workers_and_accumulation_agree(dataset: str, tmp_path: Path) -> None:
     base = override(tiny(), DATA | STEPS | {"data.root": dataset, "train.workers": 2})
     stages = {f"zero{stage}": override(base, {"train.zero_stage": stage}) for stage in range(4)}
     variants = stages | {f"accumulation{n}": override(base, {"train.accumulation": n}) for n in (2, 4)}
     saving = {"train.zero_stage": 3, "model.checkpointing": True, "align.train_image_encoder": False}
     variants["checkpointing"] = override(base, saving)
-    two = run(variants, 2, str(tmp_path / "two"))
-    one = run({k: override(c, {"train.workers": 1}) for k, c in stages.items()}, 1, str(tmp_path / "one"))
+    two = run(variants, 2, tmp_path / "two")
+    one = run({k: override(c, {"train.workers": 1}) for k, c in stages.items()}, 1, tmp_path / "one")
     first = one["zero0"]
     curve = [step["kspace_loss"] for step in first]
     assert np.isfinite(curve).all()
