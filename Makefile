@@ -77,7 +77,7 @@ script := $(firstword $(wildcard jobs/$(job).py tune/$(job).py))
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(JOB)))
 unless_given = $(if $(call given,$(1)),,"$(1)=$(2)")
 data_root = $(shell $(PY) -c 'import sys; from pathlib import Path; from kmtr.config import RunConfig; \
-	from kmtr.recipes import RECIPES; print(Path(RECIPES.get(sys.argv[1], RunConfig)().data.root).absolute())' \
+	from kmtr.config.recipes import RECIPES; print(Path(RECIPES.get(sys.argv[1], RunConfig)().data.root).absolute())' \
 	"$(word 2,$(JOB))")
 storage = $(or $(call given,storage.root),$(CURDIR)/runs)
 tracking = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(storage)/mlflow.db)

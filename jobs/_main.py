@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kmtr.config import RunConfig, keys, parse
-from kmtr.recipes import RECIPES
+from kmtr.config.recipes import RECIPES
 from kmtr.types import InputError, KmtrError
 
 NAMESPACE = "kmtr"
@@ -57,7 +57,7 @@ def help_text(usage: str) -> str:
     lines = [usage.strip(), "", "recipes:"]
     lines += [f"  {name:<8}{(recipe.__doc__ or '').strip()}" for name, recipe in RECIPES.items()]
     lines += ["", "keys (defaults of the dataclass; a recipe may set others, shown when a command starts):"]
-    for key, info in keys():
+    for key, info in keys(RunConfig):
         default = info.get_default(call_default_factory=True)
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
         lines.append(f"  {key:<30}{shown or '-':<28}{info.description or ''}")

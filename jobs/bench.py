@@ -3,7 +3,7 @@ python jobs/bench.py step [RECIPE] [key=value ...]      speed of a training step
 
 data                                                   each loader's rate, first batch, longest wait, memory;
                                                        the recipe (base, unless given) says what a row is
-data plan.subjects=10000000 [plan.world_size=1024]     no files: how long the plan of so many subjects takes
+data bench.plan_subjects=10000000 [bench.plan_workers=1024]     no files: how long the plan of so many subjects takes
 step                                                   tokens/s, FLOPs, MFU, memory, time per part, cost against R, of
                                                        the recipe (tiny, unless given), with random k-space
 """

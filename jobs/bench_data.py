@@ -60,8 +60,10 @@ OPENING_S = 300
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Measure, print and keep; what the last line on stdout says."""
-    if config.plan.subjects:
-        print(f"bench: plan of {config.plan.subjects} subjects for {config.plan.world_size} workers", flush=True)
+    if config.bench.plan_subjects:
+        print(
+            f"bench: plan of {config.bench.plan_subjects} subjects for {config.bench.plan_workers} workers", flush=True
+        )
         answer, _ = ask_ours("plan", config, [])
         return answer
     if "://" in config.bench.folder:

@@ -85,8 +85,8 @@ def parquet_files(config: RunConfig) -> list[Path]:
 
 
 def planned(config: RunConfig) -> dict[str, Any]:
-    """A plan for ``plan.subjects`` of the recipe's size, and every worker's share of two steps."""
-    world, subjects = config.plan.world_size, config.plan.subjects
+    """A plan for ``bench.plan_subjects`` of the recipe's size, and every worker's share of two steps."""
+    world, subjects = config.bench.plan_workers, config.bench.plan_subjects
     batch = -(-config.data.global_batch // world) * world
     per_group = max(1, shards.ROW_GROUP_BYTES // rows_of(config, subjects).bytes)
     groups = [(subjects // per_group, per_group), (1, subjects % per_group)]

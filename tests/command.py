@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kmtr.config import RunConfig, flatten
-from kmtr.recipes import tiny
+from kmtr.config.recipes import tiny
 
 
 def words(config: RunConfig) -> list[str]:

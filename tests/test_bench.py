@@ -18,7 +18,7 @@ from jobs.bench_data import Measured
 from jobs.bench_process import ask
 from kmtr import figures
 from kmtr.config import RunConfig, override
-from kmtr.recipes import tiny
+from kmtr.config.recipes import tiny
 from kmtr.types import InputError, KmtrError
 
 SMALL = [
@@ -194,7 +194,7 @@ def test_a_missing_environment_leaves_our_own_lines(tmp_path: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_a_plan_without_files() -> None:
-    found = bench.run(["data", "plan.subjects=20001", "plan.world_size=24", "plan.tail=drop"])
+    found = bench.run(["data", "bench.plan_subjects=20001", "bench.plan_workers=24", "plan.tail=drop"])
     assert (found["subjects"], found["world_size"], found["global_batch"]) == (20001, 24, 72)
     assert found["steps_per_epoch"] == 20001 // 72
     assert 0 < found["plan_ready_s"] < 10

@@ -18,9 +18,9 @@ from jobs import bench, bench_flops, bench_reference, bench_step
 from jobs.bench_parts import PARTS, Clock, OnTheClock, watched
 from jobs.bench_reference import Padded, Positions, Reference
 from kmtr.config import RunConfig, override
+from kmtr.config.recipes import RECIPES
 from kmtr.data.batch import Batch
 from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
-from kmtr.recipes import RECIPES
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")

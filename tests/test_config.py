@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kmtr.config import RunConfig, Workers, flatten, from_json, keys, override, parse, to_json
-from kmtr.recipes import RECIPES, tiny
+from kmtr.config.recipes import RECIPES, tiny
 from kmtr.types import InputError
 
 DIGEST = "0" * 64
@@ -25,7 +25,7 @@ def test_every_recipe_is_valid_and_says_its_command(recipe: str) -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    assert not [key for key, info in keys() if not info.description]
+    assert not [key for key, info in keys(RunConfig) if not info.description]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_json_and_flat_keys_give_the_same_configuration_back(recipe: str) -> Non
     config = override(RECIPES[recipe](), {"ingest.matrix": "64,64", "optimizer.betas": "0.8,0.99"})
     assert from_json(to_json(config)) == config
     flat = flatten(config)
-    assert list(flat) == [key for key, _ in keys()]
+    assert list(flat) == [key for key, _ in keys(RunConfig)]
     assert override(RunConfig(), flat) == config
 
 

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from kmtr import figures
 from kmtr.config import override
+from kmtr.config.recipes import tiny
 from kmtr.physics.fourier import fft2c, ifft2c
-from kmtr.recipes import tiny
 from kmtr.report.html import png
 from kmtr.types import InputError
 

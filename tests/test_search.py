@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kmtr.config import RunConfig, override
-from kmtr.recipes import tiny
+from kmtr.config.recipes import tiny
 from kmtr.types import InputError
 from tune import space
 

@@ -13,7 +13,7 @@ from jobs import study, study_labels, study_variants
 from jobs.study_variants import Group
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.recipes import tiny
+from kmtr.config.recipes import tiny
 from kmtr.tracking.store import client
 from kmtr.types import KmtrError
 

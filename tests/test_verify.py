@@ -24,10 +24,10 @@ from cohort import write
 
 from jobs import verify
 from kmtr.config import RunConfig, override
+from kmtr.config.recipes import tiny
 from kmtr.data import content, shards
 from kmtr.data.plan import Plan, Slot, Source
 from kmtr.data.reader import Dataset
-from kmtr.recipes import tiny
 from kmtr.types import LABELS, InputError, KmtrError, Study, View
 
 SHARD = "shards/train-00001.parquet"

@@ -21,7 +21,7 @@ import yaml
 from ray.runtime_env import RuntimeEnv
 
 from kmtr.config import RunConfig, parse
-from kmtr.recipes import RECIPES
+from kmtr.config.recipes import RECIPES
 
 with warnings.catch_warnings():  # the command line pulls in Ray Serve, which uses deprecated parts of pydantic
     warnings.simplefilter("ignore")

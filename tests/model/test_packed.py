@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
+from kmtr.config.recipes import RECIPES
 from kmtr.data.batch import Batch
 from kmtr.losses import masked_reconstruction
 from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position
@@ -25,7 +26,6 @@ from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import Block
 from kmtr.objectives import PASSES, Preparer, Pretraining
 from kmtr.physics.cycle import static_dynamic
-from kmtr.recipes import RECIPES
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")

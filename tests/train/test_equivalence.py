@@ -20,9 +20,9 @@ from legs import Leg, Steps
 from safetensors.torch import save_file
 
 from kmtr.config import RunConfig, override, to_json
+from kmtr.config.recipes import tiny
 from kmtr.data import statistics
 from kmtr.data.reader import Dataset
-from kmtr.recipes import tiny
 
 pytestmark = pytest.mark.slow
 

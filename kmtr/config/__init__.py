@@ -1,0 +1,69 @@
+"""Frozen, validated configuration and its one way in: ``RECIPE key=value ...`` with dotted keys.
+
+A ``RunConfig`` is what a person, a job and a Tune trial all change in the same way (`override`), what is printed, saved
+(`to_json`, `from_json`) and logged to MLflow (`flatten`, `run_keys`). Whatever can't work dies here, before a worker
+starts, on one line that says what to change.
+
+core          sections, keys, overrides, errors          run         settings that a training run reads
+commands      settings of everything else                whole       all together: RunConfig, identity of a run
+recipes       tiny, base, large
+"""
+
+from kmtr.config.commands import Bench, Evaluate, Ingest, Phenotypes, Search, Shards, Simulate, Study, Verify
+from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json
+from kmtr.config.run import (
+    MIN_ALIGNED_SUBJECTS,
+    MIN_TEMPERATURE,
+    Align,
+    Augment,
+    Data,
+    Model,
+    Optimizer,
+    Plan,
+    Reconstruct,
+    Run,
+    Sampling,
+    Storage,
+    Tracking,
+    Train,
+    Workers,
+)
+from kmtr.config.whole import RunConfig, from_json, parse, run_keys
+
+__all__ = [
+    "MIN_ALIGNED_SUBJECTS",
+    "MIN_TEMPERATURE",
+    "Align",
+    "Augment",
+    "Bench",
+    "Data",
+    "Evaluate",
+    "Ingest",
+    "Model",
+    "Optimizer",
+    "Phenotypes",
+    "Plan",
+    "Reconstruct",
+    "Run",
+    "RunConfig",
+    "Sampling",
+    "Search",
+    "Section",
+    "Shards",
+    "Simulate",
+    "Storage",
+    "Study",
+    "Tracking",
+    "Train",
+    "Verify",
+    "Workers",
+    "changed",
+    "flatten",
+    "from_json",
+    "keys",
+    "override",
+    "parse",
+    "plain",
+    "run_keys",
+    "to_json",
+]

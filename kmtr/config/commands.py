@@ -1,0 +1,156 @@
+"""Settings of the commands other than training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field
+
+from kmtr.config.core import Section
+from kmtr.types import PHENOTYPES
+
+
+def _known(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value or set(value) - set(PHENOTYPES):
+        raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
+    return value
+
+
+Phenotypes = Annotated[tuple[str, ...], pydantic.AfterValidator(_known)]
+"""One or more of `types.PHENOTYPES`."""
+
+
+class Shards(Section):
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="stored k-space; float16 with a scale per subject"
+    )
+    compression: Literal["none", "lz4"] = Field(
+        "none", description="of k-space; none is read straight into the batch, lz4 saves where much is zero"
+    )
+    rows: int = Field(64, gt=0, description="subjects per shard file")
+    split: Literal["auto", "hash", "stratified", "train"] = Field(
+        "auto", description="hash: 70/10/20 % train/val/test by subject; train: no split; auto: train below 20 subjects"
+    )
+    split_from: str = Field("", description="dataset whose subjects keep the split that they have there")
+
+
+class Ingest(Section):
+    matrix: tuple[int, int] | None = Field(
+        None, description="crop or pad to this (ny, nx) while reading; empty: as it is"
+    )
+    axes: str = Field(
+        "", description="axis order of a .mat k-space where the rules are wrong, as in 't slice coil ky kx'"
+    )
+    oversampling: Literal["keep", "remove"] = Field(
+        "remove", description="readout oversampling of raw data (ismrmrd), where the header tells it"
+    )
+    coils: int = Field(0, ge=0, description="virtual coils that raw data is compressed to at reading; 0: as acquired")
+    labels: str = Field("", description="table (.csv, .parquet) of phenotypes and diseases, joined by subject")
+    columns: str = Field("", description="its columns where names differ: 'subject=eid lvedv_ml=f24100_2_0 ...'")
+    gib: float = Field(4.0, gt=0, description="largest array that a source may hold, GiB: larger claims are refused")
+
+
+class Simulate(Section):
+    subjects: int = Field(2000, gt=0, description="simulated subjects, over all splits")
+    difficulty: Literal["easy", "medium", "hard"] = Field(
+        "medium", description="how much nuisance and detail stand between the k-space and the labels (README: Cohort)"
+    )
+    coils: int = Field(1, gt=0, le=32, description="receiver coils; 1: a uniform one")
+    oversampling: float = Field(1.0, ge=1, le=4, description="readout field of view over the image's; 1: none")
+    snr_db: float = Field(30.0, description="power of the signal over that of the complex noise in k-space, dB")
+    seed: int = Field(0, ge=0, description="a subject is a pure function of (seed, index)")
+
+
+class Evaluate(Section):
+    encoder: str = Field(
+        "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
+    )
+    targets: Phenotypes = Field(
+        ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
+    )
+    accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
+    labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
+    subjects: int = Field(1000, gt=0, description="held-out subjects at most")
+    bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
+
+
+class Verify(Section):
+    workers: tuple[int, ...] = Field((), description="numbers of workers proved; empty: all up to 64 that can be")
+    epochs: int = Field(2, gt=0, description="epochs of the plan that are proved")
+
+    @pydantic.field_validator("workers")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and min(value) < 1:
+            raise ValueError(f"expected integers from 1, got {value}")
+        return value
+
+
+class Search(Section):
+    trials: int = Field(8, gt=0, description="configurations tried")
+    concurrent: int = Field(1, gt=0, description="trials at the same time")
+    grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial")
+    temperature: tuple[float, float] = Field((0.03, 0.3), description="log-uniform range of align.temperature")
+    mask_ratio: tuple[float, float] = Field((0.3, 0.9), description="uniform range of reconstruct.mask_ratio")
+    accelerations: tuple[int, ...] = Field((4, 8, 12), description="choices for sampling.accelerations")
+
+
+class Bench(Section):
+    gib: float = Field(4.0, gt=0, description="bench.py data: bytes of the dataset, GiB; every loader reads as many")
+    folder: str = Field("runs/bench-data", description="local folder of that dataset in each loader's format; reused")
+    seconds: float = Field(8.0, gt=0, description="time of one measurement, from its first batch on")
+    epochs: int = Field(3, ge=2, description="epochs of a smaller dataset, for the waits at their borders")
+    repeats: int = Field(3, gt=0, description="measurements of each loader, in turns; the median counts")
+    peers: tuple[Literal["streaming", "webdataset", "datasets", "npz", "npz0"], ...] = Field(
+        ("streaming", "webdataset", "datasets", "npz", "npz0"),
+        description="loaders of others beside ours; npz: torch DataLoader with 2 workers, npz0: without; empty: none",
+    )
+    plan_subjects: int = Field(0, ge=0, description="bench.py data: only plan, for a dataset of this many subjects")
+    plan_workers: int = Field(1024, gt=0, description="bench.py data: workers of that plan")
+    pairs: int = Field(20, ge=2, description="bench.py step: steps of ours and of what it is compared with, in turns")
+    lines: int = Field(
+        0, ge=0, description="bench.py step: lines of a subject at most; 0: 2,000 on a CPU, as the recipe on a GPU"
+    )
+
+
+class Study(Section):
+    """jobs/study.py: what pretraining is worth, and which of its choices matter."""
+
+    seeds: tuple[int, ...] = Field((0, 1, 2), description="study.py: seeds; each pretrains and draws its labels anew")
+    labels: tuple[int, ...] = Field((100, 200, 1000), description="study.py labels: numbers of labelled subjects")
+    targets: Phenotypes = Field(
+        ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
+    )
+    longer_steps: int = Field(
+        0, ge=0, description="study.py labels: more of stage b, as a control of stage c; 0: as many as take its time"
+    )
+    controls: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that control")
+    batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
+    warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
+    steps: int = Field(300, gt=0, description="optimizer steps of fine-tuning, one model for all R")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of fine-tuning")
+    scratch_steps: int = Field(300, gt=0, description="optimizer steps of supervised training from scratch")
+    scratch_learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of training from scratch")
+    shift: float = Field(0.05, ge=0, le=0.5, description="augment.shift of both")
+    rotation_deg: float = Field(
+        10.0, ge=0, le=180, description="augment.rotation_deg of both; 0 for sources that are undersampled already"
+    )
+    copies: int = Field(
+        8, gt=0, description="study.py labels: of each labelled subject at most, for ridges and probes on moved copies"
+    )
+    ablation_steps: int = Field(300, gt=0, description="study.py ablation: steps of stage b of every variant")
+    ablation_align_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage c where a group asks")
+    ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
+    groups: tuple[str, ...] = Field((), description="study.py ablation: questions that are asked; empty: all")
+    concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
+
+    @pydantic.model_validator(mode="after")
+    def _different(self) -> Study:
+        for key, least in (("seeds", 0), ("labels", 3), ("ablation_labels", 3)):
+            value = getattr(self, key)
+            if not value or min(value) < least or len(set(value)) < len(value):
+                raise ValueError(
+                    f"study.{key}: expected one or more different integers from {least}, got {value or 'none'}"
+                )
+        return self

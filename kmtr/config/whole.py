@@ -1,0 +1,226 @@
+"""All settings together: what is refused of their combinations, and what of them a run is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from kmtr.config.commands import Bench, Evaluate, Ingest, Search, Shards, Simulate, Study, Verify
+from kmtr.config.core import Section, changed, flatten, load, override
+from kmtr.config.run import (
+    MIN_ALIGNED_SUBJECTS,
+    MIN_TEMPERATURE,
+    Align,
+    Augment,
+    Data,
+    Model,
+    Optimizer,
+    Plan,
+    Reconstruct,
+    Run,
+    Sampling,
+    Storage,
+    Tracking,
+    Train,
+)
+from kmtr.types import InputError
+
+
+class RunConfig(Section):
+    """Everything that a command does follows from one of these."""
+
+    recipe: str = Field("", description="the recipe it came from")
+    stage: Literal["both", "reconstruct", "align"] = Field(
+        "both", description="pretraining stages, one after the other"
+    )
+    seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
+    data: Data = Data()
+    plan: Plan = Plan()
+    augment: Augment = Augment()
+    sampling: Sampling = Sampling()
+    model: Model = Model()
+    reconstruct: Reconstruct = Reconstruct()
+    align: Align = Align()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    run: Run = Run()
+    storage: Storage = Storage()
+    tracking: Tracking = Tracking()
+    shards: Shards = Shards()
+    simulate: Simulate = Simulate()
+    ingest: Ingest = Ingest()
+    evaluate: Evaluate = Evaluate()
+    search: Search = Search()
+    bench: Bench = Bench()
+    verify: Verify = Verify()
+    study: Study = Study()
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        d, t = self.data, self.train
+        sizes = t.workers.sizes(d.global_batch)
+        if not sizes or d.global_batch % (sizes[-1] * t.accumulation):
+            raise ValueError(
+                f"data.global_batch: expected a multiple of train.workers * train.accumulation = "
+                f"{sizes[-1] if sizes else t.workers} * {t.accumulation}, got {d.global_batch}"
+            )
+        lines = d.matrix[0]
+        for key, accelerations in (
+            ("sampling", self.sampling.accelerations),
+            ("evaluate", self.evaluate.accelerations),
+        ):
+            for r in accelerations:
+                left, least = self.sampling.budget(lines, r)
+                if r > 1 and left < least:
+                    raise ValueError(
+                        f"{key}.accelerations: R = {r} leaves {left} of {lines} lines, expected at least {least} for "
+                        f"sampling.family={self.sampling.family}, sampling.acs_lines={self.sampling.acs_lines}"
+                    )
+        if d.frames % self.model.patch[0] or any(n % p for n, p in zip(d.matrix, self.model.patch[1:], strict=True)):
+            raise ValueError(
+                f"model.patch: expected a divisor of (data.frames, *data.matrix) = {(d.frames, *d.matrix)}, "
+                f"got {self.model.patch}"
+            )
+        if self.model.coils > d.coils:
+            raise ValueError(f"model.coils: expected at most data.coils={d.coils}, got {self.model.coils}")
+        if t.eval_every % t.log_every:
+            raise ValueError(
+                f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}"
+            )
+        if self.total_steps == 0:
+            raise ValueError("reconstruct.steps, align.steps: expected at least one step in the chosen stage, got 0")
+        if self.align.learn_temperature and self.align.temperature <= MIN_TEMPERATURE:
+            raise ValueError(
+                f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "
+                f"{self.align.temperature}"
+            )
+        if self.align.teacher == "components" and self.align.train_image_encoder:
+            raise ValueError(
+                "align.train_image_encoder: expected false with align.teacher=components, which are fixed, got true"
+            )
+        if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
+            raise ValueError(
+                f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
+                f"got {d.global_batch}; use stage=reconstruct"
+            )
+        return self
+
+    def accumulation(self, workers: int) -> int:
+        """Micro-batches per step and worker when so many workers train: no micro-batch is larger than at the most.
+
+        Raises:
+            ValueError: the workers do not share the global batch evenly.
+        """
+        if self.data.global_batch % workers:
+            raise ValueError(
+                f"workers: expected a divisor of data.global_batch={self.data.global_batch}, got {workers}"
+            )
+        most = self.train.workers.sizes(self.data.global_batch)[-1]
+        largest = self.data.global_batch // (most * self.train.accumulation)
+        share = self.data.global_batch // workers
+        return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
+
+    @property
+    def reconstruct_steps(self) -> int:
+        return self.reconstruct.steps if self.stage != "align" else 0
+
+    @property
+    def align_steps(self) -> int:
+        return self.align.steps if self.stage != "reconstruct" else 0
+
+    @property
+    def has_image_encoder(self) -> bool:
+        """Whether a stage reads images by an encoder of their own, be it one that this run leaves out."""
+        return bool(self.reconstruct.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
+
+    @property
+    def has_components(self) -> bool:
+        """Whether components of the clean image are alignment's teacher."""
+        return self.align.steps > 0 and self.align.teacher == "components"
+
+    @property
+    def total_steps(self) -> int:
+        return self.reconstruct_steps + self.align_steps
+
+    def identity(self) -> dict[str, Any]:
+        """What a run is: dotted key -> value, as JSON has it, of all that changes its mathematics (data, order, method,
+        optimizer, precision) and differs from its default.
+
+        How it is executed (workers, ZeRO stage, accumulation, offload, loader) is no part of it: its numbers are the
+        same within a published tolerance, so it may change when the run resumes.
+        """
+        told = {key: value for key, value in changed(self).items() if _is_identity(key)}
+        return told | ({"train.bf16": True} if self.train.bf16 else {})
+
+    def run_name(self, digest: str) -> str:
+        """`run.name`, or recipe and hash of the identity: the same command finds its run again.
+
+        Args:
+            digest: of the data, and of the pattern file where there is one.
+        """
+        if self.run.name:
+            return self.run.name
+        what = {"format": IDENTITY_FORMAT, "dataset": digest} | self.identity()
+        return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+IDENTITY_FORMAT = 1
+"""Of what `RunConfig.identity` holds: another number renames every run."""
+
+_IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "reconstruct", "align", "optimizer"}
+"""Sections that change numbers."""
+
+_NO_IDENTITY = {
+    "data.root",  # their content counts, by its hash
+    "data.more",
+    "sampling.file",
+    "data.loader",  # how bytes are read, not which
+    "data.prefetch",
+    "data.readers",
+    "data.read_cpus",
+    "data.verify_pages",
+    "data.cache",
+    "data.cache_gib",
+}
+
+
+def _is_identity(key: str) -> bool:
+    return key.partition(".")[0] in _IDENTITY and key not in _NO_IDENTITY
+
+
+RUN_SECTIONS = {"recipe", "train", "run", "storage", "tracking"} | _IDENTITY
+"""Sections that a training run reads; of the others only `READ_BESIDES`."""
+READ_BESIDES = {"evaluate.accelerations"}
+
+
+def run_keys(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value of all that a training run reads."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key.partition(".")[0] in RUN_SECTIONS or key in READ_BESIDES
+    }
+
+
+def parse(words: Sequence[str], recipe: str, recipes: dict[str, Any]) -> RunConfig:
+    """The configuration of ``RECIPE key=value ...``; `recipes` maps a name to a function returning a RunConfig."""
+    if recipe not in recipes:
+        raise InputError(f"recipe: expected one of {', '.join(recipes)}, got {recipe!r}")
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"expected key=value, got {word!r}")
+        if key in changes:
+            raise InputError(f"{key}: given twice")
+        changes[key] = value
+    return override(recipes[recipe](), changes)
+
+
+def from_json(text: str) -> RunConfig:
+    return load(RunConfig, text)
