@@ -167,7 +167,12 @@ def _known(value: Any) -> Any:
 def open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
     """The study's MLflow run, parent of its trainings; found again by name. It ends as what is within ends."""
     uri = config.tracking.uri
-    run_id = tracking.open_run(config, name=name, resume_id=tracking.find_run(uri, config.tracking.experiment, name))
+    run_id = tracking.open_run(
+        config,
+        name=name,
+        resume_id=tracking.find_run(uri, config.tracking.experiment, name),
+        besides=("study", "evaluate"),
+    )
     tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
     try:
         yield run_id

@@ -3,12 +3,15 @@
     encoder = kmtr.load_encoder("runs/<run>/encoder")
     embedding = encoder(study)                # numpy ``feature``
 
-A folder of two files that hold no code: ``encoder.safetensors`` (weights and normalisation tables) and ``config.json``.
+A folder of two files that hold no code: ``encoder.safetensors`` (weights and normalisation tables) and ``encoder.json``
+(format, and the settings that rebuild it: data shapes, sampling, model, seed; no others, so that a new or dropped
+key of a command makes no encoder unreadable).
 """
 
 from __future__ import annotations
 
-import shutil
+import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kmtr.config import RunConfig, from_json, override, to_json
+from kmtr.config import RunConfig, override, plain
 from kmtr.data import patterns
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Loaded
@@ -33,7 +36,10 @@ from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.lines import CENTRE
 from kmtr.types import InputError, Study
 
-WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
+WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
+FORMAT = 1
+"""Of an encoder's folder; one of another format is refused."""
+_SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 
 class KSpaceEncoder:
@@ -113,16 +119,36 @@ class KSpaceEncoder:
 
 def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
-    written = folder
-    folder = written.with_name(f"{written.name}.tmp")  # a folder under its own name is whole
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
     content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
-    safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(to_json(config))
-    shutil.rmtree(written, ignore_errors=True)
-    folder.rename(written)
+    (folder / HEAD).unlink(missing_ok=True)  # written last: a folder that has it is whole
+    safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{WEIGHTS}.tmp")
+    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
+    head = {"format": FORMAT, "settings": {key: value for key, value in plain(config).items() if _rebuilds(key)}}
+    (folder / f"{HEAD}.tmp").write_text(json.dumps(head, indent=2))
+    os.replace(folder / f"{HEAD}.tmp", folder / HEAD)
+
+
+def _rebuilds(key: str) -> bool:
+    return key == "seed" or key in _SHAPES or key.startswith(("sampling.", "model."))
+
+
+def _read_head(path: Path) -> RunConfig:
+    """The settings that an encoder was exported with; all others have their defaults.
+
+    Raises:
+        InputError: another format, or a setting that this version does not know.
+    """
+    try:
+        head = json.loads(path.read_text())
+        written, settings = head.get("format"), head.get("settings")
+    except (ValueError, AttributeError):
+        raise InputError(f"encoder: expected JSON with format and settings in {path}, got something else") from None
+    if written != FORMAT or not isinstance(settings, dict):
+        raise InputError(f"encoder: expected format {FORMAT}, got {written}, in {path}; export it anew")
+    scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
+    return override(RunConfig(), settings | scored)
 
 
 def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False) -> KSpaceEncoder:
@@ -135,9 +161,9 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
         InputError: no encoder there, or its files do not fit each other.
     """
     folder = Path(path)
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise InputError(f"encoder: expected a folder with {WEIGHTS} and {CONFIG}, got {folder}")
-    config = from_json((folder / CONFIG).read_text())
+    if not (folder / WEIGHTS).is_file() or not (folder / HEAD).is_file():
+        raise InputError(f"encoder: expected a folder with {WEIGHTS} and {HEAD}, got {folder}")
+    config = _read_head(folder / HEAD)
     try:
         content = safetensors.torch.load_file(folder / WEIGHTS, device=device)
         parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}

@@ -284,6 +284,7 @@ def run(words: list[str]) -> dict[str, Any]:
         name=name,
         resume_id=tracking.find_run(config.tracking.uri, config.tracking.experiment, name),
         tags={"search.trials": str(len(drawn))},
+        besides=("search",),
     )
     tracking.log_dataset(config.tracking.uri, parent, Path(config.data.root).name, dataset.digest, config.data.root)
     began = time.perf_counter()

@@ -28,9 +28,10 @@ from kmtr.config.run import (
     Train,
     Workers,
 )
-from kmtr.config.whole import RunConfig, from_json, parse, run_keys
+from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, parse, run_keys
 
 __all__ = [
+    "IDENTITY_FORMAT",
     "MIN_ALIGNED_SUBJECTS",
     "MIN_TEMPERATURE",
     "Align",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import pydantic
@@ -198,12 +198,13 @@ RUN_SECTIONS = {"recipe", "train", "run", "storage", "tracking"} | _IDENTITY
 READ_BESIDES = {"evaluate.accelerations"}
 
 
-def run_keys(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value of all that a training run reads."""
+def run_keys(config: RunConfig, besides: Iterable[str] = ()) -> dict[str, Any]:
+    """Dotted key -> value of all that a training run reads, and of the sections of a command beside it."""
+    sections = RUN_SECTIONS | set(besides)
     return {
         key: value
         for key, value in flatten(config).items()
-        if key.partition(".")[0] in RUN_SECTIONS or key in READ_BESIDES
+        if key.partition(".")[0] in sections or key in READ_BESIDES
     }
 
 

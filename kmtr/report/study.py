@@ -261,7 +261,9 @@ def write_trained(
     )
     rows = cohort.labelled[seed][:budget]
     labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
-    regressor = supervised.Regressor(load_encoder(encoder, device, untrained=scratch), labelled.labels)
+    regressor = supervised.Regressor(
+        load_encoder(encoder, device, untrained=scratch), labelled.labels, config.train.bf16
+    )
     regressor.standardise(labelled)
     supervised.train(regressor, labelled, training, config)
     reader = cohort.reader("test")

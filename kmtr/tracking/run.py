@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from kmtr.config import RunConfig, flatten
+from kmtr.config import RunConfig, run_keys
 from kmtr.tracking.store import SERVERS, artifact_location, local_path, reaching, redact, tracking_uri
 from kmtr.types import InputError
 
@@ -37,11 +38,15 @@ def open_run(
     resume_id: str | None = None,
     parent_id: str | None = None,
     tags: dict[str, str] | None = None,
+    besides: Iterable[str] = (),
 ) -> str:
     """Creates the run, or reopens `resume_id`: status RUNNING, configuration as parameters, versions as tags.
 
     A parameter cannot be changed in MLflow. Where a resumed run has another value (workers, storage: all that does not
     change the numbers) the first stays the parameter and the new one becomes the tag ``resumed.<key>``.
+
+    Args:
+        besides: sections of the configuration that are logged beside what training reads.
 
     Returns:
         The run id.
@@ -66,7 +71,7 @@ def open_run(
             mlflow.update_run(resume_id, status="RUNNING")
         run_id: str = run.info.run_id
 
-        wanted = {key: _text(value) for key, value in flatten(config).items()}
+        wanted = {key: _text(value) for key, value in run_keys(config, besides).items()}
         known = run.data.params
         new = {key: value for key, value in wanted.items() if key not in known}
         changed = {f"resumed.{key}": value for key, value in wanted.items() if known.get(key, value) != value}

@@ -4,11 +4,9 @@ again.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,38 +14,15 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
-from kmtr.data import patterns, pipeline, statistics, storage
+from kmtr.data import pipeline, statistics, storage
 from kmtr.data.reader import Dataset
 from kmtr.train import checkpoint
+from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import RECONSTRUCT_ENCODER, train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
 
-RESULT = "result.json"
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run left.
-
-    Attributes:
-        run_id: of the MLflow run.
-        name: of the run, its folder in storage.root.
-        folder: everything that the run wrote.
-        encoder: folder of the exported encoder, for `kmtr.load_encoder`.
-        metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
-            alignment) encoder and metrics are those of stage b's end.
-        reused: it was finished before; nothing was trained.
-    """
-
-    run_id: str
-    name: str
-    folder: str
-    encoder: str
-    metrics: dict[str, float]
-    reused: bool = False
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
@@ -83,33 +58,6 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
     return config, dataset
 
 
-def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
-    """Name and folder of the run that this configuration resumes; with ``run.fresh=true`` those of a new one.
-
-    A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is
-    deleted.
-    """
-    base = config.run_name(dataset.digest + patterns.digest(config.sampling))
-    root = Path(config.storage.root)
-    number = 1
-    while (root / (f"{base}.{number + 1}")).is_dir():
-        number += 1
-    if config.run.fresh and (root / _numbered(base, number)).is_dir():
-        number += 1
-    name = _numbered(base, number)
-    return name, root / name
-
-
-def _numbered(base: str, number: int) -> str:
-    return base if number == 1 else f"{base}.{number}"
-
-
-def finished(folder: Path) -> Outcome | None:
-    """The outcome of a run that ended well, or None."""
-    path = folder / RESULT
-    return Outcome(**json.loads(path.read_text()) | {"reused": True}) if path.is_file() else None
-
-
 def fit(
     config: RunConfig,
     *,
@@ -135,7 +83,7 @@ def fit(
     done = finished(folder)
     if done is not None:
         return done
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder, config, dataset)
     (folder / "config.json").write_text(to_json(config))
     tables = fitted_tables(config, dataset, folder)
     uri = config.tracking.uri
@@ -185,8 +133,7 @@ def fit(
         if returned["stopped"]:
             metrics["align_stopped"] = metrics["step"]
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
-        (folder / f"{RESULT}.tmp").write_text(json.dumps(asdict(outcome)))
-        os.replace(folder / f"{RESULT}.tmp", folder / RESULT)
+        finish(outcome)
         status = "FINISHED"
         return outcome
     except ray.train.TrainingFailedError as error:

@@ -101,11 +101,11 @@ class Regressor(nn.Module):
     centre: Tensor
     scale: Tensor
 
-    def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"]):
+    def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"], bf16: bool = False):
         super().__init__()
         self.encoder, self.device = encoder, encoder.device
         self.kspace_encoder = encoder.module  # named as in pretraining, whose parameter groups go by names
-        self.bf16 = encoder.config.train.bf16
+        self.bf16 = bf16
         features = 3 * encoder.config.model.width * encoder.config.data.slices
         self.mean, self.sd = moments(labels)
         self.head = nn.Linear(features, labels.shape[1], device=self.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kmtr.config import RunConfig, flatten, override
+from kmtr.config import RunConfig, override, run_keys
 from kmtr.tracking import end_run, find_run, log_dataset, open_run, tracking_uri
 from kmtr.tracking.store import artifact_location, client, redact
 from kmtr.types import InputError, KmtrError
@@ -76,7 +76,9 @@ def test_a_run_holds_configuration_versions_and_status(root: Path, monkeypatch: 
     assert run.info.status == "RUNNING"
     assert run.info.run_name == "run-a"
     assert run.info.artifact_uri == f"{root}/artifacts/{run_id}/artifacts"
-    assert set(run.data.params) == set(flatten(config))
+    assert set(run.data.params) == set(run_keys(config))
+    assert "align.temperature" in run.data.params
+    assert not [key for key in run.data.params if key.startswith(("bench.", "search.", "simulate.", "study."))]
     assert run.data.params["sampling.accelerations"] == "4,8,16"
     assert run.data.tags["recipe"] == "tiny"
     assert run.data.tags["kind"] == "test"

@@ -93,7 +93,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert embedding.ndim == 1
     assert abs(embedding).sum() > 0
     artifacts = {f.path for f in client(resolved.tracking.uri).list_artifacts(outcome.run_id, "encoder")}
-    assert {"encoder/encoder.safetensors", "encoder/config.json"} <= artifacts
+    assert {"encoder/encoder.safetensors", "encoder/encoder.json"} <= artifacts
     assert client(resolved.tracking.uri).list_artifacts(outcome.run_id, "figures")
     inputs = client(resolved.tracking.uri).get_run(outcome.run_id).inputs.dataset_inputs
     assert inputs[0].dataset.digest == dataset.digest[:36]

@@ -1,0 +1,120 @@
+"""The folder of a run: its name, what it is, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
+from kmtr.data import patterns
+from kmtr.data.reader import Dataset
+from kmtr.types import InputError
+
+RESULT, IDENTITY = "result.json", "identity.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Attributes:
+        run_id: of the MLflow run.
+        name: of the run, its folder in storage.root.
+        folder: everything that the run wrote.
+        encoder: folder of the exported encoder, for `kmtr.load_encoder`.
+        metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
+            alignment) encoder and metrics are those of the end of masked reconstruction.
+        reused: it was finished before; nothing was trained.
+    """
+
+    run_id: str
+    name: str
+    folder: str
+    encoder: str
+    metrics: dict[str, float]
+    reused: bool = False
+
+
+def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
+    """Name and folder of the run that this configuration resumes; with ``run.fresh=true`` those of a new one.
+
+    A run started anew gets ``.2``, ``.3``, ... behind its name, and is the one resumed from then on: nothing is
+    deleted.
+
+    Raises:
+        InputError: a run of that name is another one: the first key that differs is named.
+    """
+    base = config.run_name(_digest(config, dataset))
+    root = Path(config.storage.root)
+    number = 1
+    while (root / (f"{base}.{number + 1}")).is_dir():
+        number += 1
+    if config.run.fresh and (root / _numbered(base, number)).is_dir():
+        number += 1
+    name = _numbered(base, number)
+    _check_same(name, root / name, identity_of(config, dataset))
+    return name, root / name
+
+
+def identity_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """What the run is, as its folder keeps it."""
+    return {"format": IDENTITY_FORMAT, "dataset": _digest(config, dataset), "settings": config.identity()}
+
+
+def begin(folder: Path, config: RunConfig, dataset: Dataset) -> None:
+    """Make the folder of a run, or find it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / IDENTITY, identity_of(config, dataset))
+
+
+def finished(folder: Path) -> Outcome | None:
+    """The outcome of a run that ended well, or None."""
+    path = folder / RESULT
+    return Outcome(**json.loads(path.read_text()) | {"reused": True}) if path.is_file() else None
+
+
+def finish(outcome: Outcome) -> None:
+    """Keep the outcome: from now on the run is finished."""
+    write_json(Path(outcome.folder) / RESULT, asdict(outcome))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The whole file or none of it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+
+
+def _digest(config: RunConfig, dataset: Dataset) -> str:
+    return dataset.digest + patterns.digest(config.sampling)
+
+
+def _numbered(base: str, number: int) -> str:
+    return base if number == 1 else f"{base}.{number}"
+
+
+def _check_same(name: str, folder: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a folder of another run, as one that `run.name` names may be."""
+    path = folder / IDENTITY
+    if not path.is_file():
+        return
+    known = json.loads(path.read_text())
+    advice = "take another run.name, or run.fresh=true"
+    if known["format"] != wanted["format"]:
+        raise InputError(f"run {name}: written under another format of its settings ({known['format']}); {advice}")
+    old, new = known["settings"], wanted["settings"]
+    defaults = plain(RunConfig())
+    for key in sorted({*old, *new}):
+        before, now = old.get(key, defaults.get(key)), new.get(key, defaults.get(key))
+        if before != now:
+            raise InputError(f"{key}: run {name} has {_typed(before)}, got {_typed(now)}; {advice}")
+    if known["dataset"] != wanted["dataset"]:
+        raise InputError(f"data.root: run {name} learnt from other data (or another sampling.file); {advice}")
+
+
+def _typed(value: Any) -> str:
+    """As on a command line."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
