@@ -20,7 +20,8 @@ from kmtr.data.batch import Batch
 from kmtr.model.packing import Lengths, Places
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import GatedLinear
-from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
+from kmtr.tasks import STAGES, Inputs, Preparer
+from kmtr.tasks.pretraining import Pretraining
 
 RANK = GatedLinear(1, 1, 2).rank
 BOTH, ONE, FORWARD = 3, 2, 1

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from kmtr.data.batch import Batch
 from kmtr.model.encoder import Encoded
-from kmtr.objectives import Inputs, Preparer
+from kmtr.tasks import Inputs, Preparer
 
 PARTS = {
     "data": "waiting for the next batch",

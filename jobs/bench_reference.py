@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from kmtr.config import Model, RunConfig
-from kmtr.losses import masked_reconstruction
 from kmtr.model.encoder import Grid, Position
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
-from kmtr.objectives import Inputs, Pretraining
 from kmtr.physics.cycle import static_dynamic
+from kmtr.tasks import Inputs
+from kmtr.tasks.losses import masked_reconstruction
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError
 
 HEAD = 205

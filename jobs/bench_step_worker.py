@@ -32,7 +32,8 @@ from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline
 from kmtr.data.batch import HostBatch
 from kmtr.data.reader import Dataset
-from kmtr.objectives import STAGES, Inputs, Pretraining
+from kmtr.tasks import STAGES, Inputs
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups
 from kmtr.train.loop import agree
 from kmtr.train.step import reduce

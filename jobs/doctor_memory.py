@@ -10,7 +10,7 @@ import torch
 from jobs.bench_flops import RANK, Counts
 from kmtr.config import RunConfig
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
-from kmtr.objectives import Pretraining
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import BUCKET
 
 PERSISTENT = 100_000

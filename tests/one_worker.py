@@ -14,13 +14,14 @@ from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Dataset
-from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining, Step
+from kmtr.tasks import STAGES, Inputs, Preparer, Step
+from kmtr.tasks.pretraining import Pretraining
 
 CPU = torch.device("cpu")
 
 
 class PlainEngine:
-    """What objectives ask of an engine: gradients are averaged over micro-batches, here, and workers, in `average`."""
+    """What tasks ask of an engine: gradients are averaged over micro-batches, here, and workers, in `average`."""
 
     def __init__(self, module: Pretraining, micro: int):
         self.module, self.micro = module, micro

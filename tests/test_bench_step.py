@@ -20,7 +20,8 @@ from jobs.bench_reference import Padded, Positions, Reference
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.batch import Batch
-from kmtr.objectives import STAGES, Inputs, Preparer, Pretraining
+from kmtr.tasks import STAGES, Inputs, Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ import torch
 from jobs import bench_flops, doctor, doctor_memory
 from kmtr.config import RunConfig, override
 from kmtr.data.batch import Batch
-from kmtr.objectives import Preparer, Pretraining
+from kmtr.tasks import Preparer
+from kmtr.tasks.pretraining import Pretraining
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from one_worker import CPU, PlainEngine
 
 from kmtr.config import RunConfig
 from kmtr.data.reader import Dataset
-from kmtr.objectives import Preparer, Pretraining
+from kmtr.tasks import Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.validation import Validation
 
 

@@ -202,9 +202,7 @@ def run_keys(config: RunConfig, besides: Iterable[str] = ()) -> dict[str, Any]:
     """Dotted key -> value of all that a training run reads, and of the sections of a command beside it."""
     sections = RUN_SECTIONS | set(besides)
     return {
-        key: value
-        for key, value in flatten(config).items()
-        if key.partition(".")[0] in sections or key in READ_BESIDES
+        key: value for key, value in flatten(config).items() if key.partition(".")[0] in sections or key in READ_BESIDES
     }
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
-from kmtr.objectives import Inputs
+from kmtr.tasks import Inputs
+from kmtr.tasks.stages import image_encoder_learns
 from kmtr.train import state
 from kmtr.train.average import Average
 from kmtr.train.state import Held
@@ -68,7 +69,7 @@ DOMAINS = {
     "image_heads": "heads",
     "log_temperature": "heads",
 }
-"""Of the parts of `objectives.Pretraining` that are not k-space's."""
+"""Domain of the parts of `tasks.pretraining.Pretraining` that are not k-space's."""
 
 
 def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
@@ -137,7 +138,8 @@ def learning_rates(config: RunConfig, step: int) -> dict[str, float]:
         return {"kspace": rate, "image": rate, "heads": rate}
     if local < align.head_steps:
         return {"kspace": 0.0, "image": 0.0, "heads": align.learning_rate * align.head_factor}
-    return {"kspace": rate, "image": rate if align.train_image_encoder else 0.0, "heads": rate * align.head_factor}
+    image = rate if image_encoder_learns(config, stage) else 0.0
+    return {"kspace": rate, "image": image, "heads": rate * align.head_factor}
 
 
 def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
@@ -148,7 +150,7 @@ def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
 
 
 class ShardedEngine:
-    """A DeepSpeed engine with the two verbs that objectives need, and `update`.
+    """A DeepSpeed engine with the two verbs that tasks need, and `update`.
 
     DeepSpeed counts micro-batches in ``step()``: between two backward passes it only counts, after the last one it
     updates the weights. That last call is `update`, so that a loss can be looked at before it changes anything.

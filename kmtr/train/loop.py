@@ -21,7 +21,8 @@ from kmtr.config import RunConfig, from_json
 from kmtr.data import pipeline
 from kmtr.data.batch import HostBatch
 from kmtr.data.reader import Dataset
-from kmtr.objectives import Preparer, Pretraining
+from kmtr.tasks import Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, guard, validation
 from kmtr.train.checkpoint import Progress, layout_of

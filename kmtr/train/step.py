@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from kmtr.config import RunConfig
 from kmtr.data.batch import Batch, HostBatch
-from kmtr.objectives import STAGES, Preparer, Step
+from kmtr.tasks import STAGES, Preparer, Step
 from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
 from kmtr.types import KmtrError
 

@@ -17,9 +17,9 @@ from kmtr.data.batch import Batch
 from kmtr.data.plan import permutation
 from kmtr.data.reader import Dataset, Reader
 from kmtr.metrics import effective_rank, embedding_deviation, probe
-from kmtr.objectives import Engine, Preparer
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
+from kmtr.tasks import Engine, Preparer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,8 +17,8 @@ from kmtr.data.batch import Batch, check_shapes, collate
 from kmtr.data.patterns import read_pattern
 from kmtr.data.reader import Dataset, Reader
 from kmtr.encoder import KSpaceEncoder
-from kmtr.objectives import Preparer
 from kmtr.physics import sampling
+from kmtr.tasks import Preparer
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")

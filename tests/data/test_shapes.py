@@ -16,7 +16,8 @@ from kmtr.config import RunConfig, override
 from kmtr.data import pipeline, statistics
 from kmtr.data.batch import Batch, HostBatch, cells_in, collate, full_shape, shape_of, slots_of
 from kmtr.data.reader import Dataset
-from kmtr.objectives import STAGES, Preparer, Pretraining
+from kmtr.tasks import STAGES, Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError, Study, View
 
 CPU = torch.device("cpu")

@@ -19,13 +19,15 @@ from torch import Tensor
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.batch import Batch
-from kmtr.losses import masked_reconstruction
 from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position
 from kmtr.model.packing import Lengths, Places, attend, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import Block
-from kmtr.objectives import PASSES, Preparer, Pretraining
 from kmtr.physics.cycle import static_dynamic
+from kmtr.tasks import Preparer
+from kmtr.tasks.inputs import PASSES
+from kmtr.tasks.losses import masked_reconstruction
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import torch
 
 from kmtr.config import RunConfig
 from kmtr.data.batch import Batch
-from kmtr.objectives import Preparer, Pretraining
+from kmtr.tasks import Preparer
+from kmtr.tasks.pretraining import Pretraining
 
 
 @pytest.mark.parametrize("cast_tables", [True, False])

@@ -14,8 +14,9 @@ from kmtr.data import statistics
 from kmtr.data.batch import Batch, collate
 from kmtr.data.reader import Reader
 from kmtr.model.teacher import PARTS, Components
-from kmtr.objectives import STAGES, Preparer, Pretraining
 from kmtr.physics.cycle import SIDE, clean_parts
+from kmtr.tasks import STAGES, Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.driver import resolve
 from kmtr.types import InputError
 

@@ -17,10 +17,10 @@ from kmtr.data.reader import Reader
 from kmtr.model.encoder import Grid, Position
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
-from kmtr.objectives import Preparer
 from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import fftc
 from kmtr.physics.lines import compress, compression, gauge, mix, static_part
+from kmtr.tasks import Preparer
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]

@@ -23,7 +23,8 @@ from torch import Tensor
 from kmtr.config import RunConfig, from_json
 from kmtr.data import pipeline
 from kmtr.data.reader import Dataset
-from kmtr.objectives import Preparer, Pretraining
+from kmtr.tasks import Preparer
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train import checkpoint
 from kmtr.train.checkpoint import Progress
 from kmtr.train.engine import ShardedEngine

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.objectives import Pretraining
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import learning_rate, learning_rates, parameter_groups
 
 

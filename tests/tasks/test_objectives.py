@@ -15,10 +15,12 @@ from one_worker import CPU, PlainEngine, step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kmtr import objectives
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.batch import Batch
-from kmtr.objectives import Preparer, Pretraining, _Sums, contrastive
+from kmtr.tasks import Preparer, base
+from kmtr.tasks.align import contrastive
+from kmtr.tasks.base import Sums
+from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError, Study
 
 Tables = dict[str, Tensor]
@@ -144,7 +146,7 @@ def embedded() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_contrast_is_its_formula(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:
     z, present, key = embedded
-    sums = _Sums()
+    sums = Sums()
     loss = contrastive(z, present, key, small, sums)
     assert float(loss) == pytest.approx(numpy_contrast(z.numpy(), present.numpy(), key.numpy(), small), rel=1e-5)
     assert float(sums.counts["infonce_static"]) == 2 * 16
@@ -159,7 +161,7 @@ def test_the_learnt_temperature_has_the_gradient_of_the_formula(
 ) -> None:
     z, present, key = embedded
     temperature = torch.tensor(0.1).requires_grad_()
-    loss = contrastive(z, present, key, small, _Sums(), temperature)
+    loss = contrastive(z, present, key, small, Sums(), temperature)
     (slope,) = torch.autograd.grad(loss, temperature)
     warmer, colder = (
         numpy_contrast(z.numpy(), present.numpy(), key.numpy(), override(small, {"align.temperature": 0.1 + step}))
@@ -188,10 +190,10 @@ def test_a_learnt_temperature_starts_as_configured_and_never_loses_its_gradient(
 
 def test_a_subject_is_no_negative_of_itself(small: RunConfig, embedded: tuple[Tensor, Tensor, Tensor]) -> None:
     z, present, key = embedded
-    alone = contrastive(z, present & (key == 11)[:, None], key, small, _Sums())
+    alone = contrastive(z, present & (key == 11)[:, None], key, small, Sums())
     assert float(alone) == pytest.approx(0, abs=1e-6)  # nobody else: nothing to be told apart from
-    different = contrastive(z, present, torch.arange(6), small, _Sums())
-    assert float(different) > float(contrastive(z, present, key, small, _Sums()))
+    different = contrastive(z, present, torch.arange(6), small, Sums())
+    assert float(different) > float(contrastive(z, present, key, small, Sums()))
 
 
 def test_a_padded_slice_is_neither_anchor_nor_negative(
@@ -199,18 +201,18 @@ def test_a_padded_slice_is_neither_anchor_nor_negative(
 ) -> None:
     z, present, key = embedded
     leaf = z.clone().requires_grad_()
-    contrastive(leaf, present, key, small, _Sums()).backward()
+    contrastive(leaf, present, key, small, Sums()).backward()
     assert leaf.grad is not None
     assert not leaf.grad[~present].any()
     assert leaf.grad[present].any(-1).all()
     others = torch.where(present[..., None, None], z, 100.0)
     torch.testing.assert_close(
-        contrastive(others, present, key, small, _Sums()), contrastive(z, present, key, small, _Sums())
+        contrastive(others, present, key, small, Sums()), contrastive(z, present, key, small, Sums())
     )
 
 
-def test_an_engine_is_what_objectives_ask_for(small: RunConfig) -> None:
-    from kmtr.objectives import Engine
+def test_an_engine_is_what_tasks_ask_for(small: RunConfig) -> None:
+    from kmtr.tasks import Engine
 
     assert isinstance(PlainEngine(Pretraining(small), 1), Engine)
 
@@ -220,7 +222,7 @@ def test_an_engine_is_what_objectives_ask_for(small: RunConfig) -> None:
 
 def gathered(x: Tensor) -> Tensor:
     """A nonlinear function of all workers' rows in which rows of different workers meet."""
-    rows = objectives.gather(x)
+    rows = base.gather(x)
     return (rows[:, None] * rows[None]).sin().sum((0, 1))
 
 
@@ -260,7 +262,7 @@ def test_the_gradient_through_all_workers_is_that_of_finite_differences(tmp_path
         assert torch.autograd.gradcheck(gathered, (x,))
         torch.distributed.init_process_group("gloo", f"file://{tmp_path}/one", rank=0, world_size=1)
         try:
-            assert torch.autograd.gradcheck(objectives._Gather.apply, (x,))
+            assert torch.autograd.gradcheck(base._Gather.apply, (x,))
         finally:
             torch.distributed.destroy_process_group()
         return

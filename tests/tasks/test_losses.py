@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kmtr.losses import info_nce, masked_reconstruction
+from kmtr.tasks.losses import info_nce, masked_reconstruction
 
 Kind = Literal["mse", "l1", "hdr"]
 PREDICTED = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
