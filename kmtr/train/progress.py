@@ -116,8 +116,10 @@ class Display:
             stopping = self._stop.wait(0.5)
             try:
                 items = ray.get(self.mailbox.drain.remote(), timeout=5)
-            except ray.exceptions.RayError:
+            except ray.exceptions.RayActorError:
                 return
+            except ray.exceptions.RayError:  # late, as while a node is being lost
+                items = []
             for item in items:
                 if isinstance(item, tuple):
                     self._show(*item)
