@@ -16,9 +16,9 @@ from jobs._dataset import write
 from jobs._main import main, recipe_config
 from kmtr.config import RunConfig
 from kmtr.data import splits
-from kmtr.physics import phantom
-from kmtr.physics.labels import labels
-from kmtr.physics.population import anatomy
+from kmtr.simulation import phantom
+from kmtr.simulation.labels import labels
+from kmtr.simulation.population import anatomy
 from kmtr.types import Study
 
 

@@ -32,8 +32,8 @@ from kmtr.data.mixing import Mixing, mixing
 from kmtr.data.plan import Plan, Slot
 from kmtr.data.reader import Dataset
 from kmtr.data.splits import SPLITS
-from kmtr.physics.population import REFERENCE
 from kmtr.report import contact
+from kmtr.simulation.population import REFERENCE
 from kmtr.types import InputError, KmtrError
 
 CHUNK = 8 << 20

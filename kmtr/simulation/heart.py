@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from kmtr.physics.population import Anatomy, Region, bump_mean
+from kmtr.simulation.population import Anatomy, Region, bump_mean
 
 MYOCARDIAL_DENSITY = 1.05
 """g/mL."""

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kmtr.physics.heart import atrial_filling, contraction, distances, heart, segment, wall_measures, walls
-from kmtr.physics.labels import labels
-from kmtr.physics.population import Anatomy, Region, anatomy, bump_mean
+from kmtr.simulation.heart import atrial_filling, contraction, distances, heart, segment, wall_measures, walls
+from kmtr.simulation.labels import labels
+from kmtr.simulation.population import Anatomy, Region, anatomy, bump_mean
 
 LV, MYOCARDIUM, RV, LA, RA = 1, 2, 3, 4, 5
 

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from kmtr.physics.appearance import FLIP_DEG, LEVELS, TISSUES, balanced_ssfp, level, look, paint
 from kmtr.physics.fourier import fft2c, ifft2c
 from kmtr.physics.noise import Purpose, generator
-from kmtr.physics.phantom import simulate
-from kmtr.physics.population import anatomy
+from kmtr.simulation.appearance import FLIP_DEG, LEVELS, TISSUES, balanced_ssfp, level, look, paint
+from kmtr.simulation.phantom import simulate
+from kmtr.simulation.population import anatomy
 from kmtr.types import VIEWS, InputError, Study
 
 LV, MYOCARDIUM, RV, LA, RA = 1, 2, 3, 4, 5

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from kmtr.physics.acquire import acquire
 from kmtr.physics.coils import _loop_field, combine, phase_map, sensitivities
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
+from kmtr.simulation.acquisition import acquire
 from kmtr.types import InputError
 
 KEY = {"seed": 3, "subject": 5, "slice_index": 2}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kmtr.physics.appearance import Difficulty, Look, paint, shading, textures
 from kmtr.physics.noise import Purpose, generator
-from kmtr.physics.population import Anatomy
+from kmtr.simulation.appearance import Difficulty, Look, paint, shading, textures
+from kmtr.simulation.population import Anatomy
 
 Points = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Three coordinates, arrays of one shape."""

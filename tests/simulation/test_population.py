@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kmtr.physics.labels import PREVALENCE, RISK, labels, risk
-from kmtr.physics.population import LATENT, REFERENCE, anatomy
+from kmtr.simulation.labels import PREVALENCE, RISK, labels, risk
+from kmtr.simulation.population import LATENT, REFERENCE, anatomy
 from kmtr.types import COVARIATES, DISEASES, PHENOTYPES
 
 PEOPLE = 1600

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kmtr.physics.acquire import acquire
-from kmtr.physics.appearance import Difficulty, Look, blend, cover, level, look, paint
 from kmtr.physics.fourier import crop_or_pad
-from kmtr.physics.heart import VALVE_MM, Distances, Heart, distances, heart, reach, segment
-from kmtr.physics.labels import labels
 from kmtr.physics.noise import Purpose, generator
-from kmtr.physics.population import Anatomy, anatomy
-from kmtr.physics.torso import Points, Torso, patient, render, torso
+from kmtr.simulation.acquisition import acquire
+from kmtr.simulation.appearance import Difficulty, Look, blend, cover, level, look, paint
+from kmtr.simulation.heart import VALVE_MM, Distances, Heart, distances, heart, reach, segment
+from kmtr.simulation.labels import labels
+from kmtr.simulation.population import Anatomy, anatomy
+from kmtr.simulation.torso import Points, Torso, patient, render, torso
 from kmtr.types import VIEWS, InputError, Study, View
 
 SOURCE = "kmtr-phantom-2"
@@ -65,7 +65,7 @@ def simulate(
         views: of types.VIEWS; the study holds them in this order.
         matrix: pixels along y and x over a field of view of 240 mm for the longer side.
         difficulty: of appearance.LEVELS.
-        snr_db, coils, oversampling: see acquire.acquire.
+        snr_db, coils, oversampling: see acquisition.acquire.
 
     Raises:
         InputError: an argument that makes no study.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from kmtr.physics.heart import wall_measures
-from kmtr.physics.population import REFERENCE, Anatomy, Spread
+from kmtr.simulation.heart import wall_measures
+from kmtr.simulation.population import REFERENCE, Anatomy, Spread
 
 PREVALENCE = {
     "dcm": 0.06,
