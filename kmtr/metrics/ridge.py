@@ -1,4 +1,4 @@
-"""Metrics as pure functions, and the ridge probe that training, search and the report share."""
+"""The ridge probe that training, search and the report share."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kmtr.types import UNLABELLED
+from kmtr.metrics.phenotypes import r2
 
 LEAVE_ONE_OUT_OUTPUTS = 1000
 RIDGE_PENALTIES = tuple(10.0**e for e in np.arange(-3, 5.1, 0.5))
-
-
-def r2(truth: np.ndarray, predicted: np.ndarray, reference: float | np.ndarray) -> float:
-    """Share of variance explained on held-out subjects, against always answering `reference` (the training mean)."""
-    return float(1 - np.sum((truth - predicted) ** 2) / np.sum((truth - reference) ** 2))
 
 
 @dataclass(frozen=True)
@@ -148,65 +143,3 @@ def probe(
         return None
     ridge = fit_ridge(train_features[known_train], train_target[known_train])
     return Probe(target[known], ridge(features[known]), float(train_target[known_train].mean()))
-
-
-def paired_bootstrap(a: Probe, b: Probe, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of R2(a) - R2(b) over resampled held-out subjects, the same subjects for both."""
-    rng = np.random.Generator(np.random.Philox(seed))
-    index = rng.integers(0, len(a.truth), (resamples, len(a.truth)))
-    spread = np.sum((a.truth[index] - a.training_mean) ** 2, axis=1)
-    gain = np.sum(((b.predicted - b.truth) ** 2 - (a.predicted - a.truth) ** 2)[index], axis=1) / spread
-    low, high = np.quantile(gain, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def bootstrap_r2(a: Probe, resamples: int, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of R2 over resampled held-out subjects."""
-    mean = Probe(a.truth, np.full_like(a.predicted, a.training_mean), a.training_mean)
-    return paired_bootstrap(a, mean, resamples, seed)
-
-
-def effective_rank(embeddings: np.ndarray) -> float:
-    """Directions that embeddings ``subject feature`` really use: exp of the entropy of their normalised singular values
-    (Roy and Vetterli 2007) after the mean is taken off. Between 1, all on one line, and the lesser of subjects - 1 and
-    features; 0 where all are alike.
-    """
-    singular = np.linalg.svd(embeddings.astype(np.float64) - embeddings.mean(0, dtype=np.float64), compute_uv=False)
-    if singular.sum() <= 1e-9 * max(float(np.abs(embeddings).max(initial=0)), 1e-30):
-        return 0.0
-    share = singular / singular.sum()
-    share = share[share > 0]
-    return float(np.exp(-(share * np.log(share)).sum()))
-
-
-def embedding_deviation(embeddings: np.ndarray) -> float:
-    """Mean SD of the features of L2-normalised embeddings ``subject feature``, times sqrt(features): 1 where they are
-    spread evenly over the sphere, 0 where they collapse (Chen and He 2021).
-    """
-    norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    unit = embeddings / np.where(norm > 0, norm, 1)
-    return float(unit.std(0).mean() * np.sqrt(embeddings.shape[1]))
-
-
-def nmse(estimate: np.ndarray, reference: np.ndarray) -> float:
-    """Energy of the error over energy of the reference."""
-    return float(np.sum(np.abs(estimate - reference) ** 2) / np.sum(np.abs(reference) ** 2))
-
-
-def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """Overlap 2 |A and B| / (|A| + |B|) of each class but the background, per subject.
-
-    Args:
-        truth, predicted: uint8 ``subject ...`` of class values; where `truth` is UNLABELLED nothing is counted.
-
-    Returns:
-        float64 ``subject class - 1``; NaN where neither holds the class.
-    """
-    counted = truth != UNLABELLED
-    axes = tuple(range(1, truth.ndim))
-    scores = np.full((len(truth), classes - 1), np.nan)
-    for value in range(1, classes):
-        a, b = truth == value, (predicted == value) & counted
-        size = a.sum(axes) + b.sum(axes)
-        np.divide(2 * (a & b).sum(axes), size, out=scores[:, value - 1], where=size > 0)
-    return scores
