@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kmtr import figures
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline
 from kmtr.data.batch import Batch
@@ -19,6 +18,7 @@ from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.objectives import Engine, Preparer
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
+from kmtr.report import figures_kspace as figures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
