@@ -55,12 +55,12 @@ bench: setup runs/bench-env/.installed
 	@$(PY) jobs/bench.py data
 
 PEERS := runs/bench-env/bin/python
-runs/bench-env/.installed: jobs/bench_peers.txt pyproject.toml
+runs/bench-env/.installed: kmtr/bench/peers.txt pyproject.toml
 	@test -x $(PEERS) || $(PYTHON) -m venv runs/bench-env
 	@echo "bench: 1 of 2, $(TORCH) for the peers"
 	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@echo "bench: 2 of 2, the peers of jobs/bench_peers.txt"
-	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)" --requirement jobs/bench_peers.txt
+	@echo "bench: 2 of 2, the peers of kmtr/bench/peers.txt"
+	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)" --requirement kmtr/bench/peers.txt
 	@touch $@
 
 ##  ui           MLflow on http://127.0.0.1:5000 over the runs in runs/mlflow.db; PORT=... takes another port

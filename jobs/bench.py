@@ -16,22 +16,19 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from jobs import bench_data, bench_step
-from jobs._main import main, recipe_config
-from kmtr.types import InputError
-
-WHAT = {"data": (bench_data.run, "base"), "step": (bench_step.run, "tiny")}
-"""What is measured, and the recipe where none is given."""
-
-LATER = ("scale",)
+from jobs import main, recipe_config
 
 
 def run(words: list[str]) -> dict[str, Any]:
+    from kmtr.bench import data, step
+    from kmtr.types import InputError
+
+    kinds = {"data": (data.run, "base"), "step": (step.run, "tiny")}  # and the recipe where none is given
     what, *rest = words or [""]
-    if what not in WHAT:
-        state = "which is not built yet" if what in LATER else "which is none of them"
-        raise InputError(f"bench: expected what to measure, one of {', '.join(WHAT)}, got {what!r}, {state}")
-    measure, recipe = WHAT[what]
+    if what not in kinds:
+        state = "which is not built yet" if what == "scale" else "which is none of them"
+        raise InputError(f"bench: expected what to measure, one of {', '.join(kinds)}, got {what!r}, {state}")
+    measure, recipe = kinds[what]
     if not rest or "=" in rest[0]:
         rest = [recipe, *rest]
     return measure(recipe_config(rest, __doc__ or ""))

@@ -4,7 +4,7 @@ python jobs/study.py ablation [RECIPE] [key=value ...]      which choices of sta
 labels      for every seed: pretrains (stage b, c, and b for longer), then R2 on held-out subjects of ridges, an
             untrained encoder, training from scratch, probes and fine-tuning, at every evaluate.accelerations; probes
             also with moved copies of the labelled subjects, as training sees them
-ablation    pretrains the variants of jobs/study_variants.py for study.ablation_steps and scores each by the probe
+ablation    pretrains the variants of kmtr/studies/variants.py for study.ablation_steps and scores each by the probe
 
 Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never done again. Tables, a
 figure and an HTML report lie in storage.root/study/, metrics in an MLflow run whose children are the trainings."""
@@ -17,23 +17,23 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from jobs import study_ablation, study_labels
-from jobs._main import main, recipe_config
-from kmtr.types import InputError
-
-WHAT = {"labels": study_labels.run, "ablation": study_ablation.run}
+from jobs import main, recipe_config
 
 
 def run(words: list[str]) -> dict[str, Any]:
+    from kmtr.studies import ablation, labels
+    from kmtr.types import InputError
+
+    kinds = {"labels": labels.run, "ablation": ablation.run}
     what, *rest = words or [""]
-    if what not in WHAT:
-        raise InputError(f"study: expected what to study, one of {', '.join(WHAT)}, got {what!r}")
+    if what not in kinds:
+        raise InputError(f"study: expected what to study, one of {', '.join(kinds)}, got {what!r}")
     if not rest or "=" in rest[0]:
         rest = ["tiny", *rest]
     config = recipe_config(rest, __doc__ or "")
     if config.run.fresh:
         raise InputError("run.fresh: expected false, got true; another run.name starts a study anew")
-    return WHAT[what](config)
+    return kinds[what](config)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kmtr.config import RunConfig
 from kmtr.data import shards
-from kmtr.physics import phantom
+from kmtr.simulation import phantom
 from kmtr.types import Study
 
 

@@ -17,6 +17,7 @@ import pytest
 from jobs import ingest, simulate
 from kmtr.config import Shards
 from kmtr.data import pipeline, shards, splits, storage, writing
+from kmtr.data.ingest import without_names
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
 
@@ -133,7 +134,7 @@ def test_another_command_does_not_go_on_in_the_same_folder(tmp_path: Path) -> No
 
 def test_a_reader_s_line_loses_the_names_of_files() -> None:
     item = Item("nifti", "Jane", (Path("/data/Jane Doe/sax.nii.gz"), Path("/data/Jane Doe/sax_seg.nii.gz")))
-    line = ingest.without_names("/data/Jane Doe/sax.nii.gz: bad, as is /data/Jane Doe; see sax_seg.nii.gz", item)
+    line = without_names("/data/Jane Doe/sax.nii.gz: bad, as is /data/Jane Doe; see sax_seg.nii.gz", item)
     assert line == "(file): bad, as is (file); see (file)"
 
 

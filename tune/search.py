@@ -36,11 +36,11 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from jobs._main import main, recipe_config, start_ray
 from kmtr import tracking
+from kmtr.cli import main, recipe_config, start_ray
 from kmtr.config import RunConfig, from_json, override, to_json
-from kmtr.figures import COLOURS, INK
 from kmtr.report.html import Table, png, text_table, write_report
+from kmtr.report.style import COLOURS, INK
 from kmtr.tracking.store import reaching
 from kmtr.train import driver
 from kmtr.train.validation import PROBED

@@ -66,7 +66,7 @@ def fit(
     callbacks: list[Any] | None = None,
     tags: dict[str, str] | None = None,
 ) -> Outcome:
-    """Pretrain: stage b, then stage c, in one Ray Train run and one MLflow run. Ray must be up (jobs._main.start_ray).
+    """Pretrain: stage b, then stage c, in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
 
     Args:
         parent_id: MLflow run that this one is a child of (a search).

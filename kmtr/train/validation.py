@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kmtr import figures
 from kmtr.config import RunConfig, override
 from kmtr.data import pipeline
 from kmtr.data.batch import Batch
@@ -19,6 +18,7 @@ from kmtr.data.reader import Dataset, Reader
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
+from kmtr.report import figures_kspace as figures
 from kmtr.tasks import Engine, Preparer
 
 if TYPE_CHECKING:

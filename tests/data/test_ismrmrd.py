@@ -12,8 +12,8 @@ from raw_files import acquisition, complex_array, lines_of, write_ismrmrd, xml_h
 
 from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Options, discover, read
-from kmtr.physics.acquire import acquire
 from kmtr.physics.fourier import crop_or_pad, ifft2c
+from kmtr.simulation.acquisition import acquire
 from kmtr.types import InputError
 
 SHAPE = (3, 2, 4, 12, 16)  # slice coil t ky kx

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kmtr.data.sources import with_coils
-from kmtr.physics.acquire import acquire
 from kmtr.physics.coils import (
     adaptive_sensitivities,
     combine,
@@ -20,6 +19,7 @@ from kmtr.physics.coils import (
 )
 from kmtr.physics.fourier import ifft2c
 from kmtr.physics.noise import whitening
+from kmtr.simulation.acquisition import acquire
 from kmtr.types import InputError, Study, View
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch.multiprocessing as mp
 from one_engine import CASES, SIZES, work
 
-from jobs.doctor_memory import state_bytes
 from kmtr.config import RunConfig, override, to_json
+from kmtr.doctor.memory import state_bytes
 
 pytestmark = pytest.mark.slow
 

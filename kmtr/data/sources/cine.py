@@ -18,7 +18,7 @@ UNLABELLED as a whole. In a frame that lacks one of the view's classes (Sunnybro
 end-diastole only) whatever is not contoured is UNLABELLED too: it may be that class.
 
 The k-space is the Fourier transform of the magnitude, cropped to `matrix` where asked, times a smooth random phase that
-all frames of a slice share (`kmtr.physics.acquire`), a pure function of (seed, subject, slice).
+all frames of a slice share (`kmtr.simulation.acquisition`), a pure function of (seed, subject, slice).
 The FFT of a cropped magnitude has no physical field of view: it belongs to no acquisition that a scanner could run.
 All slices of the source are kept; training takes `data.sax_slices` of them evenly, neither the outermost base nor apex.
 """
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from kmtr.data.sources import Options
-from kmtr.physics.acquire import acquire
 from kmtr.physics.fourier import crop_or_pad
+from kmtr.simulation.acquisition import acquire
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
 
 LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA = range(1, len(SEGMENTATION_CLASSES))

@@ -1,0 +1,188 @@
+"""Where the time of a training step goes: one clock that always stands on some part of it.
+
+The clock is moved by whoever runs a step, by hooks at the encoders and decoders, in the backward pass by marks that
+their outputs leave in the graph, and by every collective of torch.distributed. On a GPU it waits for the device at
+each turn, so that a measured step is slower than an undisturbed one: shares count, not sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from kmtr.data.batch import Batch
+from kmtr.model.encoder import Encoded
+from kmtr.tasks import Inputs, Preparer
+
+PARTS = {
+    "data": "waiting for the next batch",
+    "patterns + FFT": "copy to the device, undersampling, hiding, images, normalised tokens",
+    "encoders": "both, forward and backward",
+    "decoders": "both, forward and backward",
+    "contrastive": "similarities over the global batch, forward and backward",
+    "optimizer": "clipping and AdamW of this worker's share",
+    "communication": "all collectives, with waiting for slower workers",
+    "rest": "losses, heads, logged means",
+}
+
+COLLECTIVES = (
+    "allreduce",
+    "allreduce_coalesced",
+    "allgather",
+    "allgather_coalesced",
+    "allgather_into_tensor_coalesced",
+    "_allgather_base",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor_coalesced",
+    "_reduce_scatter_base",
+    "broadcast",
+    "barrier",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+)
+
+
+class Clock:
+    """Seconds of each part so far."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.part, self.mark = "rest", time.perf_counter()
+
+    def start(self) -> None:
+        self.mark = self._now()
+
+    def __call__(self, part: str) -> None:
+        """From now on it is `part`."""
+        now = self._now()
+        self.seconds[self.part] += now - self.mark
+        self.part, self.mark = part, now
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@contextmanager
+def watched(clock: Clock, module: nn.Module) -> Iterator[None]:
+    """Encoders and decoders of a `Pretraining` and all collectives turn the clock."""
+    handles = []
+    for name in ("kspace_encoder", "image_encoder", "kspace_decoder", "image_decoder"):
+        part = f"{name.partition('_')[2]}s"
+        child = dict(module.named_children()).get(name)
+        if child is None:  # no images are read
+            continue
+
+        def enter(_: nn.Module, __: Any, part: str = part) -> None:
+            clock(part)
+
+        def leave(_: nn.Module, __: Any, out: Any, part: str = part) -> Any:
+            out = _marked(out, clock, part)
+            clock("rest")
+            return out
+
+        handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
+    originals = {name: vars(ProcessGroup)[name] for name in COLLECTIVES if name in vars(ProcessGroup)}
+    for name, original in originals.items():
+        setattr(ProcessGroup, name, _waiting(original, clock))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(ProcessGroup, name, original)
+        for handle in handles:
+            handle.remove()
+
+
+def _waiting(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+    """A collective that is over when it returns, on the clock."""
+
+    def call(*args: Any, **settings: Any) -> Any:
+        before = clock.part
+        clock("communication")
+        work = collective(*args, **settings)
+        if work is not None:
+            work.wait()
+        clock(before)
+        return work
+
+    return call
+
+
+def _marked(out: Any, clock: Clock, part: str) -> Any:
+    if isinstance(out, Encoded):
+        tokens, vectors = _Mark.apply(clock, part, out.tokens, out.vectors)
+        return replace(out, tokens=tokens, vectors=vectors)
+    return _Mark.apply(clock, part, out)[0]
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; its backward pass, where that of a part begins, turns the clock."""
+
+    @staticmethod
+    def forward(ctx: Any, clock: Clock, part: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.clock, ctx.part = clock, part
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        ctx.clock(ctx.part)
+        return (None, None, *gradients)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What a step asks of an engine."""
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def update(self, rates: Mapping[str, float]) -> bool: ...
+
+
+class Announced(Preparer):
+    """A preparer that tells `on` what begins."""
+
+    on: Callable[[str], None] = staticmethod(lambda part: None)
+
+    def __call__(self, batch: Batch, stage: str) -> Inputs:
+        self.on("patterns + FFT")
+        inputs = super().__call__(batch, stage)
+        self.on("rest")
+        return inputs
+
+
+class OnTheClock:
+    """A training engine that turns the clock between its verbs."""
+
+    def __init__(self, engine: Engine, clock: Clock):
+        self.engine, self.clock = engine, clock
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+        self.clock("rest")
+        out = self.engine(inputs, stage)
+        self.clock("contrastive" if stage == "align" else "rest")  # what comes between embedding and backward
+        return out
+
+    def backward(self, loss: Tensor) -> None:
+        self.clock("rest")
+        self.engine.backward(loss)
+        self.clock("rest")
+
+    def update(self, rates: Mapping[str, float]) -> bool:
+        self.clock("optimizer")
+        applied = self.engine.update(rates)
+        self.clock("rest")
+        return applied

@@ -1,0 +1,1 @@
+"""The studies: what pretraining is worth for few labels, and which of its choices matter."""

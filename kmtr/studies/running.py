@@ -1,0 +1,183 @@
+"""What both studies share: tasks over the cluster, and where their results go."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kmtr import tracking
+from kmtr.cli import Bar, start_ray
+from kmtr.config import RunConfig, override
+from kmtr.data.reader import Dataset
+from kmtr.report.html import Table, png, text_table, write_report
+from kmtr.studies.comparison import Cohort, Source, result_path, write_features, write_probes
+from kmtr.train import driver
+from kmtr.types import KmtrError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: str, device: str) -> None:
+    """Call `function` with every job's arguments, as Ray tasks of one core (and one GPU) each, with a bar.
+
+    Raises:
+        KmtrError: of the first that fails; the others are cancelled.
+    """
+    if not jobs:
+        return
+    start_ray()
+    import ray
+
+    task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(function)
+    bar, total = Bar(what), len(jobs)
+    waiting = [task.remote(*job) for job in jobs]
+    try:
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            ray.get(ready)
+            bar(total - len(waiting), total)
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise KmtrError(f"{what}: {lines[-1].strip()}") from None
+    finally:
+        for left in waiting:
+            ray.cancel(left)
+
+
+def device_of(config: RunConfig) -> str:
+    return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
+    """Results of the probes of all (seed, method) from their sources; what is there stays."""
+    device = device_of(cohort.config)
+    missing = {
+        (seed, method): source
+        for (seed, method), source in sources.items()
+        if not all(result_path(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
+    }
+    distinct = list(dict.fromkeys(missing.values()))
+    features = [
+        (cohort, source, r, budget, device)
+        for source in distinct
+        for r in cohort.accelerations
+        for budget in source.budgets(cohort)
+        if not source.path(cohort, r, budget).is_file()
+    ]
+    each(write_features, features, "study: features", device)
+    probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
+    each(write_probes, probes, "study: probes", "cpu")
+
+
+def named(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A run of a study: changed. Where the study was given a name, it has that and a hash of its settings for its own:
+    a run of other settings is never taken for it.
+    """
+    changed = override(config, {**changes, "run.name": ""})
+    if not config.run.name:
+        return changed
+    return override(changed, {"run.name": f"{config.run.name}-{changed.run_name('').rpartition('-')[2]}"})
+
+
+def finished(config: RunConfig, dataset: Dataset) -> driver.Outcome | None:
+    """The outcome of the run of a configuration where it is finished."""
+    return driver.finished(driver.run_folder(config, dataset)[1])
+
+
+def rate(outcome: driver.Outcome, first: int, last: int) -> float:
+    """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
+    logged = tracking.history(Path(outcome.folder) / "spool").get("subjects_per_s", [])
+    values = sorted(value for step, value in logged if first < step <= last)
+    return values[len(values) // 2] if values else float("nan")
+
+
+def publish(
+    cohort: Cohort,
+    name: str,
+    run_id: str,
+    tables: Sequence[Table],
+    figure: Figure,
+    caption: str,
+    summary: str,
+    results: Mapping[str, Any],
+    curves: Mapping[int, Mapping[str, float]],
+) -> dict[str, Any]:
+    """Print the tables, keep them with the figure, the results and a report, and tell MLflow.
+
+    A study goes on under its name with more seeds or questions, and says its numbers anew where they have changed.
+
+    Args:
+        results: what ``results.json`` holds, null where a number is unknown.
+        curves: step (number of labels) -> metrics of the MLflow run.
+
+    Returns:
+        What the last line says of it.
+    """
+    text = "\n\n".join(map(text_table, tables))
+    print(f"\n{text}")
+    folder, uri = cohort.folder, cohort.config.tracking.uri
+    picture = png(figure)
+    (folder / "figure.png").write_bytes(picture)
+    (folder / "tables.txt").write_text(text)
+    temporary = folder / "results.json.tmp"
+    temporary.write_text(json.dumps(_known(results), indent=1, allow_nan=False))
+    os.replace(temporary, folder / "results.json")
+    data = Dataset.open(cohort.config.data)
+    report = write_report(
+        folder / "report.html",
+        title=f"k-MTR: {name}",
+        summary=summary,
+        tables=tables,
+        figures=[(caption, picture)],
+        footer=f"run {run_id}, data {data.digest[:12]}, torch {torch.__version__}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+    )
+    said = hashlib.sha256(json.dumps(curves, sort_keys=True).encode()).hexdigest()[:8]
+    spool = tracking.Spool(folder / f"spool-{said}", uri, run_id)  # one spool says each (name, step) once
+    for step, metrics in curves.items():
+        spool.metrics(step, metrics)
+    for path in (report, folder / "results.json", folder / "figure.png"):
+        spool.artifact(path, "study")
+    if spool.close(30.0):
+        print(f"tracking: not everything could be sent yet; kept in {spool.folder}")
+    print(f"report: {report}\nMLflow: {uri} (make ui)")
+    return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
+
+
+def _known(value: Any) -> Any:
+    """Without the NaN that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _known(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
+    """The study's MLflow run, parent of its trainings; found again by name. It ends as what is within ends."""
+    uri = config.tracking.uri
+    run_id = tracking.open_run(
+        config,
+        name=name,
+        resume_id=tracking.find_run(uri, config.tracking.experiment, name),
+        besides=("study", "evaluate"),
+    )
+    tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
+    try:
+        yield run_id
+    except BaseException as error:
+        with contextlib.suppress(KmtrError):  # the store is gone: what ended the study is what must be told
+            tracking.end_run(uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+    tracking.end_run(uri, run_id, "FINISHED")

@@ -1,0 +1,43 @@
+"""Pretraining as a command: what it is about to do, its run, where the results are."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from kmtr.cli import start_ray
+from kmtr.config import RunConfig
+from kmtr.data import pipeline
+from kmtr.data.batch import unreached
+from kmtr.train import driver
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Pretrain, or find that it is done; what the last line on stdout says."""
+    config, dataset = driver.resolve(config)
+    name, folder = driver.run_folder(config, dataset)
+    done = driver.finished(folder)
+    if done is not None:
+        print(f"pretrain: {name} is finished, reused (run.fresh=true starts anew)")
+        return asdict(done)
+    print(
+        f"pretrain: {name}: {dataset.rows('train')} subjects, {config.reconstruct_steps} steps of reconstruction and "
+        f"{config.align_steps} of alignment, batch {config.data.global_batch} on {config.train.workers} worker(s), "
+        f"ZeRO-{config.train.zero_stage}, {'bf16' if config.train.bf16 else 'fp32'}",
+        flush=True,
+    )
+    if advice := unreached(config.data, dataset):
+        print(f"pretrain: note: {advice}")
+    plan = pipeline.plan_of(config, dataset)
+    if len(shapes := pipeline.shapes_of(plan)) > 1:
+        padding = pipeline.padding_of(config, dataset, plan).total
+        print(
+            f"pretrain: {len(shapes)} batch shapes, {100 * padding:.1f} % of them padding (jobs/verify.py lists them)"
+        )
+    start_ray()
+    began = time.perf_counter()
+    outcome = driver.fit(config)
+    print(f"pretrain: {name} finished in {time.perf_counter() - began:.0f} s")
+    print(f"  encoder   {outcome.encoder}\n  tracking  {config.tracking.uri} (make ui), run {outcome.run_id}")
+    return asdict(outcome)
