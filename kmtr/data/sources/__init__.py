@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.data.sources import anatomy
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
@@ -62,10 +63,12 @@ class Options:
         matrix: (ny, nx) that the image is cropped or zero-padded to about its centre, never rescaled. None: as stored.
         seed: of what is simulated (the phase of magnitude images), together with subject and slice.
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
-            reader guess wrong (cmrxrecon only). Empty: by the rules.
+            reader guess wrong (cmrxrecon; nifti, with x y slice t). Empty: by the rules.
         oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
         coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
+        classes: what the values of contours mean, such as ``"1:lv_cavity,2:lv_myocardium,3:rv"``, where file name and
+            shape mislead (short axes of nifti only). Empty: by these.
     """
 
     matrix: tuple[int, int] | None = None
@@ -74,10 +77,12 @@ class Options:
     oversampling: Literal["keep", "remove"] = "remove"
     coils: int = 0
     most_bytes: int = 4 << 30
+    classes: str = ""
 
     def __post_init__(self) -> None:
         if self.matrix is not None and min(self.matrix) < 1:
             raise InputError(f"matrix: expected (ny, nx) of at least 1, got {self.matrix}")
+        anatomy.parse(self.classes)
 
 
 def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, options: Options) -> None:
@@ -193,6 +198,8 @@ def read(
         subject_id = pseudonym(item.subject, subject_key)
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
+    if options and options.classes and item.format != "nifti":
+        raise InputError("ingest.classes: only contours of nifti have values, expected none")
     try:
         study = _reader(item.format).read(item, where, subject_id, options or Options())
         return with_coils(study, options.coils) if options and options.coils else study
