@@ -168,8 +168,8 @@ def test_one_unreadable_file_refuses_only_itself(tmp_path: Path, biobank: Path) 
 
 
 def test_a_subject_found_twice_refuses_only_itself(tmp_path: Path) -> None:
-    for folder, name in (("a", "1"), ("b", "1"), ("a", "2")):
-        save(tmp_path / folder / f"{name}_4d.nii", cine(1, 0), affine_of("sax"))
+    for seed, (folder, name) in enumerate((("a", "1"), ("b", "1"), ("a", "2"))):
+        save(tmp_path / folder / f"{name}_4d.nii", cine(1, seed), affine_of("sax"))
     one, two = discover("nifti", str(tmp_path))
     assert read(two).views
     with pytest.raises(InputError, match="2 recordings of this subject"):

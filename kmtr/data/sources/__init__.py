@@ -5,6 +5,7 @@
     find(source) -> list[Item]                              which files belong to which subject
     read(item, where, subject_id, options) -> Study         `where` is what messages call the source
     why_unused(path) -> str                                 optional: why a file that no item has is not read (`unused`)
+    contents(item) -> list[doubles.Content]                 optional: by what a subject under two names is told
 
 Nothing vanishes: files that belong to no subject are counted by `unused`, and what `read` leaves out of a subject's
 files it says in `Study.notes`. Both end in ``refused.json`` and in one line.
@@ -24,7 +25,7 @@ from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import anatomy
+from kmtr.data.sources import anatomy, doubles
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
@@ -103,7 +104,8 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
 def discover(format: str, source: str) -> list[Item]:
     """The subjects of `format` in `source`, a file or a folder that is searched to any depth; sorted by subject.
 
-    A subject found twice is one item with a problem, unless that is so for all of them.
+    A subject found twice is one item with a problem, unless that is so for all of them; so is a subject with the images
+    or the contours of another (`doubles`).
 
     Raises:
         InputError: unknown format, no such source, nothing found, or every subject found twice.
@@ -119,7 +121,8 @@ def discover(format: str, source: str) -> list[Item]:
             f"{source}: {sum(map(len, found.values()))} recordings of {len(found)} subjects; expected one of each (the "
             "same subject in two folders, say complete and undersampled?), so name the folder of one kind"
         )
-    return [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+    single = [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+    return doubles.marked(single, getattr(reader, "contents", doubles.of_files)) if len(single) > 1 else single
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, optional, polygons, series
+from kmtr.data.sources import Item, Options, check_size, doubles, optional, polygons, series
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
@@ -60,6 +60,8 @@ HEART_RATE_BPM = (20.0, 250.0)
 VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
 """As they are kept; anything else in that field of a header could say who was scanned where."""
 
+_PIXELS_BYTES = 4096
+"""Bytes at the end of an image that are compared between subjects."""
 _ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _HEAD_BYTES = 1 << 20
@@ -182,6 +184,21 @@ def _identity(path: Path) -> tuple[str, str]:
             return str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
     except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError):
         return "", ""
+
+
+def contents(item: Item) -> list[doubles.Content]:
+    """Digests of the end of the first image, which is its pixels, and of every polygon; see `doubles`."""
+    files = [path for folder in item.files if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    found: list[doubles.Content] = [
+        ("contours", doubles.digest(path.read_bytes()))
+        for path in files
+        if polygons.is_contour(path) and path.stat().st_size <= polygons.MOST_BYTES
+    ]
+    image = next((path for path in files if _is_image(path)), None)
+    if image is None:
+        return found or doubles.of_files(item)
+    end = doubles.piece_of(image, image.stat().st_size - _PIXELS_BYTES)
+    return [*found, ("images", doubles.digest(end))] if len(set(end)) > doubles.VALUES else found
 
 
 # --------------------------------------------------------------------------------------------------------- reading

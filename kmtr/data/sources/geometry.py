@@ -3,9 +3,9 @@
 Dimensions. A file should hold (x, y, slice, t), but closest-canonical short axes have their slices in another
 dimension, and some software writes slices first or frames before slices. The slices lie along the dimension whose
 voxels are `THICK` times longer than the others, or else along the one that is `SHORT` times shorter. Where both are
-there and differ, where only the second is there and is not the third, or where frames differ far more than slices
-(`check_time`), the file is refused and ``ingest.axes`` settles it. Dimensions of one after the fourth, and a fourth of
-one before a fifth, are dropped.
+there and differ, where only the second is there and is not the third, where slices would be more than pixels in a
+line, or where frames differ far more than slices (`check_time`), the file is refused and ``ingest.axes`` settles it.
+Dimensions of one after the fourth, and a fourth of one before a fifth, are dropped.
 
 Spacing. Sizes stand in pixdim and in the affine's columns, and xyzt_units says in what. The first that could be a heart
 is taken (`could_be`), and whatever was not as the header says it is told in a note; two that could be are refused.
@@ -32,6 +32,8 @@ SHORT = 2.0
 """There are at least this many times fewer slices than pixels along x or y, where the shape tells them."""
 RESTLESS = 3.0
 """Frames that differ by this many times more than slices do are slices, and the slices are frames."""
+FRAMES = 6
+"""Fewer frames than this may lie far apart, as end-diastole and end-systole do."""
 
 PIXEL_MM = (0.3, 5.0)
 SLICE_MM = (0.3, 30.0)
@@ -131,7 +133,7 @@ def check_time(array: np.ndarray, where: str) -> None:
     Raises:
         InputError: then slices and frames are exchanged.
     """
-    if min(array.shape[2:]) < 2:
+    if array.shape[2] < 2 or array.shape[3] < FRAMES:
         return
     between_slices, between_frames = (float(np.abs(np.diff(array, axis=axis)).mean()) for axis in (2, 3))
     if between_slices and between_frames > RESTLESS * between_slices:
@@ -156,15 +158,17 @@ def _told(counts: Sequence[int], zooms: Sequence[float] | None, where: str) -> t
     """Stored dimension of x, y, slice, t by the module's rules, for the first three; `zooms` None: unknown."""
     by_count = _apart([1 / n for n in counts], SHORT)
     by_size = None if zooms is None else _apart(zooms[:3], THICK)
+    slices = 2 if by_size is None else by_size
+    x, y = (n for n in range(3) if n != slices)
     if by_count is not None and by_size is not None and by_count != by_size:
         known = f"the thickest voxels lie along dimension {by_size + 1}, the fewest along {by_count + 1}"
     elif by_size is None and by_count not in (None, 2):
         known = (
             f"the fewest voxels lie along dimension {(by_count or 0) + 1}, and no spacing says that these are slices"
         )
+    elif counts[slices] > (SHORT if by_size is not None else 1) * max(counts[x], counts[y]):
+        known = f"along dimension {slices + 1} there are more than pixels in a line"
     else:
-        slices = 2 if by_size is None else by_size
-        x, y = (n for n in range(3) if n != slices)
         return x, y, slices, 3
     raise InputError(
         f"{where}: cannot tell which dimension of {tuple(counts)} is the slices: {known}; say what the stored "

@@ -26,6 +26,7 @@ or by ``ingest.classes``. Dimensions and spacing: `kmtr.data.sources.geometry`.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, anatomy, check_size
+from kmtr.data.sources import Item, Options, anatomy, check_size, doubles
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.data.sources.geometry import check_time, placed, shape_4d, unit_of_time
 from kmtr.data.sources.layouts import (
@@ -56,7 +57,7 @@ from kmtr.data.sources.layouts import (
 )  # fmt: skip
 from kmtr.types import InputError, Study
 
-__all__ = ["SOURCE", "find", "read", "why_unused"]
+__all__ = ["SOURCE", "contents", "find", "read", "why_unused"]
 
 SOURCE = "nifti/3"
 
@@ -69,6 +70,10 @@ SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 
 ELSEWHERE_VOXELS = 0.75
 """Contours whose corners lie further than this from the image's, in sides of its voxels, belong to another image."""
+
+
+MOST_COMPARED = 1 << 27
+"""Voxels of an image beyond which nobody looks whether another subject has it too."""
 
 
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
@@ -89,6 +94,27 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
             contours = next((path for path in item.files if is_contours(path)), None)
             cines = {"sax": _read_cine(images[0], contours, codes_of(images[0]), "sax", where, options)}
     return to_study(subject_id, cines, labels, SOURCE, options, where)
+
+
+def contents(item: Item) -> list[doubles.Content]:
+    """Digests of the first image's first frame, whichever way it is turned, and of all contours; see `doubles`."""
+    found: list[doubles.Content] = []
+    images = [path for path in item.files if not is_contours(path) and path.name != "Info.cfg"]
+    for path in (*images[:1], *filter(is_contours, item.files)):
+        try:
+            image = open_image(path, "")
+            shape = image.shape
+            if math.prod(shape) > MOST_COMPARED:
+                continue
+            array = np.asarray(image.dataobj if path not in images else image.dataobj[:, :, :, *[0] * (len(shape) - 3)])
+        except (InputError, OSError, EOFError, ValueError, zlib.error):
+            continue  # `read` says what is wrong
+        if array.size and array.min() < array.max():
+            if path in images:
+                found.append(("images", doubles.digest(np.sort(array, None).astype(np.float32).tobytes())))
+            else:
+                found.append(("contours", doubles.digest(array.astype(np.float32).tobytes())))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------- how they are read
@@ -138,7 +164,7 @@ def _read_slices(images: list[Path], where: str, options: Options) -> Cine:
     sizes = header.get_zooms()
     header.set_zooms((*sizes[:2], float(np.linalg.norm(affine[:3, 2])), *sizes[3:]))
     header.set_sform(affine, int(first.header["sform_code"]) or 1)
-    stack = type(first)(np.broadcast_to(np.uint8(0), magnitude.shape), None, header)
+    stack = type(first)(np.broadcast_to(np.uint8(0), magnitude.shape), affine, header)
     return _oriented(stack, magnitude, codes, codes_of(images[0]), "sax", where, options)
 
 
