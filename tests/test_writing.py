@@ -250,6 +250,7 @@ def test_an_ingestion_killed_half_way_ends_with_the_same_bytes(
     for n in range(60):
         values = rng.integers(1, 1000, (24, 24, 2, 3), np.int16)
         nibabel.save(nibabel.Nifti1Image(values, np.diag([2, 2, 8, 1])), tmp_path / f"Jane{n:03d}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(values[..., 0], np.eye(4)), tmp_path / "A_scout.nii")
     spoilt = tmp_path / "Jane030.nii.gz"
     spoilt.write_bytes(spoilt.read_bytes()[:-500])
     whole, broken, words = tmp_path / "whole", tmp_path / "broken", ["nifti", str(tmp_path), "shards.rows=1"]
@@ -264,6 +265,8 @@ def test_an_ingestion_killed_half_way_ends_with_the_same_bytes(
     assert refused["subject"] == pseudonym("Jane030", b"kmtr")
     said = capsys.readouterr().out
     assert f"1 x {refused['reason']}" in said
+    assert "ingest: 1 files not used (numbers in refused.json): 1 x images of one frame" in said
+    assert writing.report(str(broken))["unused"] == [{"reason": "images of one frame", "files": [1]}]
     assert "Jane" not in said.replace(str(tmp_path), "")
     assert not any(b"Jane" in file for file in content(broken).values())
 

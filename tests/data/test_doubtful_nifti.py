@@ -95,6 +95,37 @@ def test_classes_by_the_key(tmp_path: Path) -> None:
     )
 
 
+def test_a_scar_in_the_wall_is_no_right_ventricle(tmp_path: Path) -> None:
+    """Values as those of EMIDEC: 1 cavity, 2 wall, 3 infarct."""
+    path = save(tmp_path / "p_4d.nii.gz", magnitude())
+    drawn = np.where(classes() == hearts.RV, 0, classes())
+    drawn[55:61, 59:63][drawn[55:61, 59:63] == 2] = 3
+    drawn = np.where((drawn == 3).any((0, 1)), drawn, 0).astype(np.uint8)
+    save(tmp_path / "p_seg_4d.nii.gz", drawn)
+    with pytest.raises(InputError, match="contours of 3 lie within 2 or at 1"):
+        read(path)
+    said = read(path, Options(classes="1:lv_cavity,2:lv_myocardium,3:lv_myocardium"))
+    assert said.views["sax"].contoured == (1, 2)
+
+
+def test_ventricles_without_a_wall_are_as_their_layout_says(tmp_path: Path) -> None:
+    path = save(tmp_path / "p_4d.nii.gz", magnitude())
+    drawn = coded(classes(), 3, 0, 1)
+    save(tmp_path / "p_seg_4d.nii.gz", drawn)
+    study = read(path)
+    assert study.labels["lvedv_ml"] == pytest.approx(volume_ml(classes()), rel=1e-4)
+    assert any("no myocardium tells" in note for note in study.notes)
+
+
+def test_whole_numbers_that_a_slope_has_bent(tmp_path: Path) -> None:
+    path = save(tmp_path / "p_4d.nii.gz", magnitude())
+    save(tmp_path / "p_seg_4d.nii.gz", (coded(classes(), *CHALLENGE) * 1.0001).astype(np.float32))
+    assert read(path).views["sax"].contoured == (1, 2, 3)
+    save(tmp_path / "p_seg_4d.nii.gz", (coded(classes(), *CHALLENGE) * 0.9).astype(np.float32))
+    with pytest.raises(InputError, match="whole values"):
+        read(path)
+
+
 @pytest.mark.parametrize("key", ["1", "1:lv", "x:rv", "1:rv,1:rv", "-1:rv", "300:rv", ","])
 def test_a_slip_in_the_key_is_said(key: str) -> None:
     with pytest.raises(InputError, match=r"ingest\.classes: "):
@@ -321,6 +352,12 @@ def test_dimensions_of_one_are_no_dimensions(tmp_path: Path) -> None:
         assert study.labels == found[0].labels
 
 
+def test_endings_in_upper_case_are_endings(tmp_path: Path) -> None:
+    save(tmp_path / "p_4d.nii.gz", magnitude()).rename(tmp_path / "p_4d.NII.GZ")
+    save(tmp_path / "q_4d.nii", magnitude(seed=1)).rename(tmp_path / "q_4d.NII")
+    assert [images(read(item)).shape for item in discover("nifti", str(tmp_path))] == [stored().shape] * 2
+
+
 def test_vectors_and_more_dimensions_are_refused_and_not_lost(tmp_path: Path) -> None:
     vectors = nibabel.Nifti1Image(np.ones((8, 8, 3, 1, 3), np.float32), hearts.affine())
     vectors.header["intent_code"] = 1007
@@ -340,6 +377,7 @@ def test_every_file_that_is_not_used_is_counted_with_its_reason(tmp_path: Path) 
     save(tmp_path / "p" / "s2.nii.gz", magnitude(seed=4))
     (tmp_path / "p" / "s2.json").write_text(json.dumps({"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}))
     (tmp_path / "p" / "._p_4d.nii.gz").write_bytes(b"macOS")
+    (tmp_path / "p" / "x.hdr").write_bytes(b"Analyze")
     (tmp_path / "p" / "gone.nii.gz").symlink_to(tmp_path / "nowhere")
     items = discover("nifti", str(tmp_path))
     assert [item.subject for item in items] == ["p"]
@@ -349,6 +387,7 @@ def test_every_file_that_is_not_used_is_counted_with_its_reason(tmp_path: Path) 
         "contours without an image that they are called after": {"q_gt.nii.gz", "seg_other.nii.gz"},
         "long axes": {"p_lax_2ch.nii.gz"},
         "images of one frame": {"scout.nii.gz"},
+        "files of another ending than .nii and .nii.gz": {"x.hdr"},
         "hidden files": {"._p_4d.nii.gz"},
         "links to folders or to files that are not there": {"gone.nii.gz"},
     }

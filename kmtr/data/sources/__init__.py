@@ -142,12 +142,13 @@ class Unused:
 def unused(format: str, source: str, items: Sequence[Item]) -> list[Unused]:
     """The files of `format` below a folder that no item has, by reason, most files first.
 
-    Counted are files with an ending of the format and links that lead nowhere or to folders, which no search follows.
-    A reader's ``why_unused(path)`` gives the reason; an empty one means that the file is used after all, as a pattern
-    beside its k-space is.
+    Counted are files with an ending of the format, or of the reader's ``NEAR`` (other images, not read), and links that
+    lead nowhere or to folders, which no search follows. A reader's ``why_unused(path)`` gives the reason; an empty one
+    means that the file is used after all, as a pattern beside its k-space is.
     """
     reader, path = _reader(format), Path(source)
     why = getattr(reader, "why_unused", lambda path: "files of a name that this reader does not know")
+    endings = FORMATS[format] + getattr(reader, "NEAR", ())
     taken = {file for item in items for file in item.files}
     found: dict[str, list[int]] = {}
     for number, file in enumerate(sorted(path.rglob("*"), key=os.fspath), 1):
@@ -155,7 +156,7 @@ def unused(format: str, source: str, items: Sequence[Item]) -> list[Unused]:
             continue
         if file.is_symlink() and not file.is_file():
             reason = "links to folders or to files that are not there"
-        elif file.is_file() and file.name.lower().endswith(FORMATS[format]):
+        elif file.is_file() and file.name.lower().endswith(endings):
             reason = why(file)
         else:
             continue

@@ -26,6 +26,9 @@ SURROUNDED = 0.5
 CLEARLY = 0.25
 """By so much more of its outline is the cavity surrounded than what a layout calls the cavity, or the layout counts."""
 
+WITHIN, TOUCHES = 0.55, 0.15
+"""Larger shares of the right ventricle's outline never lead to the LV's wall (a thin crescent: half), to its cavity."""
+
 OUTSIDE = 0.1
 """Largest share of the inner contour's area outside of the outer one; hands differ by less."""
 
@@ -85,7 +88,8 @@ def meaning(codes: np.ndarray, layout: Mapping[int, int], where: str) -> tuple[d
         layout: value -> class, as the file's name suggests.
 
     Raises:
-        InputError: the right ventricle alone, which is what a mask of the LV cavity alone looks like.
+        InputError: the right ventricle alone, which is what a mask of the LV cavity alone looks like; a third value
+            that is no right ventricle.
     """
     of = {value: kind for value, kind in layout.items() if kind in (LV_CAVITY, LV_MYOCARDIUM, RV)}
     if len(of) < 3:
@@ -100,12 +104,27 @@ def meaning(codes: np.ndarray, layout: Mapping[int, int], where: str) -> tuple[d
     share = {pair: surrounded(codes, *pair) for pair in permutations(present, 2)}
     said = value_of[LV_CAVITY], value_of[LV_MYOCARDIUM]
     best = max(share, key=lambda pair: share[pair], default=said)
-    if best == said or share[best] < SURROUNDED or share[best] - share.get(said, 0.0) < CLEARLY:
+    if share.get(best, 0.0) >= SURROUNDED:
+        _check_third(best, set(present) - set(best), share, where)
+    elif set(present) == {value_of[LV_CAVITY], value_of[RV]}:
+        return dict(layout), "no myocardium tells the ventricles: contours are read as their layout says"
+    if best == said or share.get(best, 0.0) < SURROUNDED or share[best] - share.get(said, 0.0) < CLEARLY:
         return dict(layout), ""
     (rest,) = set(of) - set(best)
     told = dict(layout) | {best[0]: LV_CAVITY, best[1]: LV_MYOCARDIUM, rest: RV}
     listed = ", ".join(f"{value} {SEGMENTATION_CLASSES[kind]}" for value, kind in sorted(told.items()) if kind)
     return told, f"values of the contours told by shape, against the layout's: {listed}"
+
+
+def _check_third(best: tuple[int, int], others: set[int], share: Mapping[tuple[int, int], float], where: str) -> None:
+    """Refuse a third value that lies where no right ventricle does: within the wall, or at the cavity. InputError."""
+    cavity, wall = best
+    for other in others:
+        if share[other, wall] > WITHIN or share[other, cavity] > TOUCHES:
+            raise InputError(
+                f"{where}: contours of {other} lie within {wall} or at {cavity}, where no right ventricle is: "
+                "which is the LV cavity, which a scar? Say ingest.classes=1:lv_cavity,2:lv_myocardium,3:lv_myocardium"
+            )
 
 
 def check_surrounded(classes: np.ndarray, where: str) -> None:

@@ -60,8 +60,6 @@ HEART_RATE_BPM = (20.0, 250.0)
 VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
 """As they are kept; anything else in that field of a header could say who was scanned where."""
 
-_PIXELS_BYTES = 4096
-"""Bytes at the end of an image that are compared between subjects."""
 _ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _HEAD_BYTES = 1 << 20
@@ -197,7 +195,8 @@ def contents(item: Item) -> list[doubles.Content]:
     image = next((path for path in files if _is_image(path)), None)
     if image is None:
         return found or doubles.of_files(item)
-    end = doubles.piece_of(image, image.stat().st_size - _PIXELS_BYTES)
+    size = image.stat().st_size
+    end = doubles.piece_of(image, size - min(size // 8, doubles.PIECE_BYTES))
     return [*found, ("images", doubles.digest(end))] if len(set(end)) > doubles.VALUES else found
 
 
@@ -207,7 +206,7 @@ def contents(item: Item) -> list[doubles.Content]:
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, one coil; see `kmtr.data.sources.read`."""
     if options.axes:
-        raise InputError("axes: DICOM names its axes itself; the key is for cmrxrecon only")
+        raise InputError("axes: DICOM names its axes itself; the key is for nifti and cmrxrecon")
     contours = [path for folder in item.files if folder.is_dir() for path in sorted(folder.iterdir())]
     contours = [path for path in contours if polygons.is_contour(path)]
     with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header

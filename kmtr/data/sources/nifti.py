@@ -61,6 +61,9 @@ __all__ = ["SOURCE", "contents", "find", "read", "why_unused"]
 
 SOURCE = "nifti/3"
 
+NEAR = (".img", ".hdr", ".nii.bz2", ".nii.zst", ".mgz", ".nrrd", ".mha")
+"""Endings of other files of images, which are counted as not used."""
+
 ACDC_GROUPS = {"DCM": "dcm", "HCM": "hcm", "MINF": "infarct", "RV": "rv_disease", "NOR": None}
 """The five exclusive groups of ACDC (Bernard et al., IEEE TMI 2018) -> the disease that is 1; None: healthy."""
 
@@ -71,6 +74,9 @@ SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6}
 ELSEWHERE_VOXELS = 0.75
 """Contours whose corners lie further than this from the image's, in sides of its voxels, belong to another image."""
 
+
+ROUNDING = 1e-3
+"""By less than this the values of contours may miss a whole number, as a slope in the header leaves them."""
 
 MOST_COMPARED = 1 << 27
 """Voxels of an image beyond which nobody looks whether another subject has it too."""
@@ -294,8 +300,8 @@ def _codes(path: Path, image: Any, shape: tuple[int, ...], where: str, options: 
     if _apart(contours, image) > ELSEWHERE_VOXELS:
         raise InputError(f"{where}: the contours lie elsewhere than the image: those of another patient or series?")
     array = _voxels(contours, where, options)
-    codes = array.astype(np.uint8)
-    if not np.array_equal(codes, array):
+    codes = np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    if not (np.abs(array - codes) < ROUNDING).all():
         raise InputError(
             f"{where}: expected contours with whole values 0 to 255, got {array.min():g} to {array.max():g}"
         )
