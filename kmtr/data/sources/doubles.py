@@ -35,7 +35,7 @@ def marked(items: Sequence[Item], contents: Callable[[Item], Iterable[Content]])
     """
     owners: dict[Content, list[int]] = defaultdict(list)
     with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda item: set() if item.problem else set(contents(item)), items)
+        found = pool.map(lambda item: _told(item, contents), items)
         for number, digests in enumerate(found):
             for content in digests:
                 owners[content].append(number)
@@ -51,6 +51,13 @@ def marked(items: Sequence[Item], contents: Callable[[Item], Iterable[Content]])
             said = f"subjects {listed} {order} have the same contours: whose are they? Leave them with one"
             problems |= dict.fromkeys(left, said)
     return [replace(item, problem=item.problem or problems.get(n, "")) for n, item in enumerate(items)]
+
+
+def _told(item: Item, contents: Callable[[Item], Iterable[Content]]) -> set[Content]:
+    try:
+        return set() if item.problem else set(contents(item))
+    except Exception:  # whatever is wrong with the files of one subject, `read` says it of that subject alone
+        return set()
 
 
 def of_files(item: Item) -> list[Content]:

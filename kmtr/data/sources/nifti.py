@@ -78,7 +78,7 @@ ELSEWHERE_VOXELS = 0.75
 ROUNDING = 1e-3
 """By less than this the values of contours may miss a whole number, as a slope in the header leaves them."""
 
-MOST_COMPARED = 1 << 27
+MOST_COMPARED = 1 << 25
 """Voxels of an image beyond which nobody looks whether another subject has it too."""
 
 
@@ -107,14 +107,11 @@ def contents(item: Item) -> list[doubles.Content]:
     found: list[doubles.Content] = []
     images = [path for path in item.files if not is_contours(path) and path.name != "Info.cfg"]
     for path in (*images[:1], *filter(is_contours, item.files)):
-        try:
-            image = open_image(path, "")
-            shape = image.shape
-            if math.prod(shape) > MOST_COMPARED:
-                continue
-            array = np.asarray(image.dataobj if path not in images else image.dataobj[:, :, :, *[0] * (len(shape) - 3)])
-        except (InputError, OSError, EOFError, ValueError, zlib.error):
-            continue  # `read` says what is wrong
+        image = open_image(path, "")
+        frame = (..., *[0] * (len(image.shape) - 3)) if path in images else ...
+        if math.prod(image.shape) > MOST_COMPARED:
+            continue
+        array = np.asarray(image.dataobj[frame])
         if array.size and array.min() < array.max():
             if path in images:
                 found.append(("images", doubles.digest(np.sort(array, None).astype(np.float32).tobytes())))
