@@ -107,10 +107,10 @@ def made_by(config: RunConfig, format: str, ids: list[str], labels: list[dict[st
     """What decides the content, without the names of patients or their files."""
     subjects = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     i = config.ingest
+    classes = f"classes={i.classes} " if i.classes else ""
     return (
-        f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} "
-        f"classes={i.classes} oversampling={i.oversampling} coils={i.coils} gib={i.gib:g} seed={config.seed} "
-        f"labels={tables.digest(labels)}"
+        f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} {classes}"
+        f"oversampling={i.oversampling} coils={i.coils} gib={i.gib:g} seed={config.seed} labels={tables.digest(labels)}"
     )
 
 

@@ -54,6 +54,13 @@ def test_slices_of_one_scan_are_one_subject(tmp_path: Path, matrix: np.ndarray, 
     assert view.frame_time_s == pytest.approx(0.04)
 
 
+def test_a_slice_of_another_name_joins_its_stack(tmp_path: Path) -> None:
+    slices(tmp_path / "P01")
+    (tmp_path / "P01" / "P01_CINE_SAX_b3_9.nii.gz").rename(tmp_path / "P01" / "again.nii.gz")
+    (item,) = discover("nifti", str(tmp_path))
+    np.testing.assert_allclose(images(read(item)), stored(), atol=1e-2)
+
+
 def test_slices_of_several_people_in_one_folder(tmp_path: Path) -> None:
     slices(tmp_path, "P01_sax_{b}")
     slices(tmp_path, "P02_sax_{b}", matrix=hearts.affine(corner=(70.0, 20.0, 30.0)))

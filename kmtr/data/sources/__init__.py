@@ -250,7 +250,7 @@ def _reader(format: str) -> ModuleType:
 
 def _format_of(path: Path) -> str:
     names = [path.name] if path.is_file() else [child.name for child in path.rglob("*") if child.is_file()]
-    found = [format for format, endings in FORMATS.items() if any(name.endswith(endings) for name in names)]
+    found = [format for format, endings in FORMATS.items() if any(name.lower().endswith(endings) for name in names)]
     if len(found) != 1:
         raise InputError(f"{path}: cannot tell the format from the file endings, give format={'|'.join(FORMATS)}")
     return found[0]

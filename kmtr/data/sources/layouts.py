@@ -300,25 +300,25 @@ def _depth(cine: _Cine) -> float:
 
 
 def _of_one_scan(one: _Cine, other: _Cine) -> bool:
-    """Whether two files show one heart: they lie on one line across their planes, and their names agree.
+    """Whether two files show one heart: they lie on one line across their planes, as no two people do by chance.
 
-    Names agree that differ in their numbers, or after words with a number in it (``P01_SAX_5``, ``P01_SAX_9``). Files
-    that lie in the same place, or that hold several slices each, need the second and directions that no person shares
-    with another; an affine along the patient's axes is one that anybody may have.
+    An affine along the patient's axes is one that anybody may have: then the names must agree. They do where they
+    differ in their numbers, or after words with a number in it (``P01_SAX_5``, ``P01_SAX_9``). Files that lie in the
+    same place, or that hold several slices each, may be of a cohort that was brought to one place, and need such words
+    as well.
     """
     if one.axes is None or other.axes is None or one.shape is None or other.shape is None:
         return False
+    normal = one.axes[:, 2]
     offset = np.asarray(other.centre) - np.asarray(one.centre)
-    along = float(offset @ one.axes[:, 2])
-    if (one.axes * other.axes).sum(0).min() < PARALLEL or np.linalg.norm(
-        offset - along * one.axes[:, 2]
-    ) > SAME_LINE_MM:
+    along = float(offset @ normal)
+    if (one.axes * other.axes).sum(0).min() < PARALLEL or np.linalg.norm(offset - along * normal) > SAME_LINE_MM:
         return False
     same = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(one.tokens, other.tokens, strict=False))]
     one_exam = bool(re.search(r"\d", "".join(same)))
-    if one.shape[2] == other.shape[2] == 1 and abs(along) > SAME_PLANE_MM:
-        return one_exam or re.sub(r"\d", "", stem(one.path)) == re.sub(r"\d", "", stem(other.path))
     oblique = bool((np.abs(one.axes).max(0) < PARALLEL).any())
+    if one.shape[2] == other.shape[2] == 1 and abs(along) > SAME_PLANE_MM:
+        return oblique or one_exam or re.sub(r"\d", "", stem(one.path)) == re.sub(r"\d", "", stem(other.path))
     return one_exam and oblique
 
 

@@ -198,7 +198,8 @@ def _read_mnms2(item: Item, where: str, options: Options) -> dict[str, Cine]:
         )
         whole, notes = of.get(("CINE", False)), tuple[str, ...]()
         if whole and contours:
-            places = {n: _place(frames[n], whole, where, options) for n in contours if n in frames}
+            stored = _voxels(_open_4d(whole, where), where, options)
+            places = {n: _place(frames[n], stored, where, options) for n in contours if n in frames}
             if len(places) == len(contours) and all(places.values()):
                 frames = {min(found): frames[n] for n, found in places.items()}
                 contours = {min(places[n]): path for n, path in contours.items()}
@@ -224,7 +225,7 @@ def _read_frames(
         magnitude = _voxels(image, where, options)
         numbers = list(range(1, magnitude.shape[3] + 1))
         for number in sorted(set(contours) & set(frames)):
-            found = _place(frames[number], whole, where, options)
+            found = _place(frames[number], magnitude, where, options)
             if found and number not in found:
                 raise InputError(
                     f"{where}: the frame that is numbered {number} is frame {min(found)} of the cine; expected numbers "
@@ -247,9 +248,9 @@ def _read_frames(
     return _oriented(image, magnitude, codes, layout, view, where, options)
 
 
-def _place(frame: Path, whole: Path, where: str, options: Options) -> set[int]:
+def _place(frame: Path, cine: np.ndarray, where: str, options: Options) -> set[int]:
     """The frames of a cine, from 1, that are voxel by voxel those of a file; none where the shapes differ."""
-    one, cine = (_voxels(open_image(path, where), where, options) for path in (frame, whole))
+    one = _voxels(open_image(frame, where), where, options)
     if one.shape != cine.shape[:3]:
         return set()
     return {int(n) + 1 for n in np.flatnonzero((cine == one[..., None]).all((0, 1, 2)))}
