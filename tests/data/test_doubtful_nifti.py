@@ -358,6 +358,20 @@ def test_pixdim_beside_an_affine_that_knows_nothing(tmp_path: Path) -> None:
     assert "pixdim is taken" in notes
 
 
+def test_an_sform_is_believed_before_a_qform_and_said(tmp_path: Path) -> None:
+    turned = hearts.affine() @ np.diag([-1.0, -1, 1, 1])
+    plain = read(save(tmp_path / "a" / "p_4d.nii", magnitude()))
+    for code, said in ((1, True), (0, False)):
+        image = nibabel.Nifti1Image(magnitude(), hearts.affine())
+        image.header.set_xyzt_units("mm", "sec")
+        image.header.set_sform(hearts.affine(), 1)
+        image.header.set_qform(turned, code)
+        nibabel.save(image, tmp_path / "p_4d.nii")
+        study = read(tmp_path / "p_4d.nii")
+        np.testing.assert_array_equal(study.views["sax"].kspace, plain.views["sax"].kspace)
+        assert any("sform and qform" in note for note in study.notes) == said
+
+
 def test_could_be() -> None:
     assert geometry.could_be((1.4, 1.4, 8.0), (256, 256, 10))
     assert geometry.could_be((1.0, 1.0, 1.0), (256, 256, 80))

@@ -7,6 +7,7 @@ Told before anything is read, by digests of contents that two people never share
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ PIECE_BYTES = 1 << 16
 VALUES = 16
 """Fewer different bytes in a piece are padding, which anybody's file may have."""
 
-THREADS = 4
+THREADS = min(16, os.cpu_count() or 1)
+"""Inflating files is most of the work, and Python lets it run at once."""
 
 
 def marked(items: Sequence[Item], contents: Callable[[Item], Iterable[Content]]) -> list[Item]:

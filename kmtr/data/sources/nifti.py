@@ -37,8 +37,8 @@ from typing import Any
 import numpy as np
 
 from kmtr.data.sources import Item, Options, anatomy, check_size, doubles
-from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
-from kmtr.data.sources.geometry import check_time, placed, shape_4d, unit_of_time
+from kmtr.data.sources.cine import Cine, orientation, oriented, plausible_frame_time, to_study
+from kmtr.data.sources.geometry import Geometry, check_time, placed, shape_4d, unit_of_time
 from kmtr.data.sources.layouts import (
     BIOBANK,
     CHALLENGE_CODES,
@@ -116,7 +116,10 @@ def contents(item: Item) -> list[doubles.Content]:
             if path in images:
                 found.append(("images", doubles.digest(np.sort(array, None).astype(np.float32).tobytes())))
             else:
-                found.append(("contours", doubles.digest(array.astype(np.float32).tobytes())))
+                drawn = np.flatnonzero(array)
+                found.append(
+                    ("contours", doubles.digest(drawn.tobytes() + array.ravel()[drawn].astype("f4").tobytes()))
+                )
     return found
 
 
@@ -337,7 +340,22 @@ def _oriented(
         table[list(told)] = list(told.values())
         cine = replace(cine, classes=table[cine.classes])
         notes += (note,) if note else ()
-    return replace(cine, notes=geometry.notes + notes)
+    return replace(cine, notes=geometry.notes + _turned_otherwise(image, geometry, view) + notes)
+
+
+def _turned_otherwise(image: Any, geometry: Geometry, view: str) -> tuple[str, ...]:
+    """A note where the qform, which nobody believes beside an sform, would turn the images another way."""
+    header = image.header
+    if not int(header["sform_code"]) or not int(header["qform_code"]) or geometry.order[3] != 3:
+        return ()
+    try:
+        other = np.array(header.get_qform(), float)
+    except Exception:  # quaternions that are none, in nibabel's ways to say so
+        return ()
+    other[:, :3] = other[:, list(geometry.order[:3])]
+    if orientation(other, view) == orientation(geometry.affine, view):
+        return ()
+    return ("sform and qform turn the images differently: the sform is taken",)
 
 
 def _meaning(
