@@ -40,7 +40,11 @@ class Ingest(Section):
         None, description="crop or pad to this (ny, nx) while reading; empty: as it is"
     )
     axes: str = Field(
-        "", description="axis order of a .mat k-space where the rules are wrong, as in 't slice coil ky kx'"
+        "",
+        description="axis order of a .mat k-space ('t slice coil ky kx') or NIfTI ('x y slice t'), against the rules",
+    )
+    classes: str = Field(
+        "", description="values of NIfTI contours, against name and shape: '1:lv_cavity,2:lv_myocardium,3:rv'"
     )
     oversampling: Literal["keep", "remove"] = Field(
         "remove", description="readout oversampling of raw data (ismrmrd), where the header tells it"

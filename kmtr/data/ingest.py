@@ -23,13 +23,17 @@ def ingested(
     Raises:
         InputError: it can't be read; the line names no file.
     """
-    i = config.ingest
-    options = sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30))
     try:
-        study = sources.read(items[item], options, subject_key=subject_key)
+        study = sources.read(items[item], options_of(config), subject_key=subject_key)
         return dataclasses.replace(study, labels=study.labels | labels[item])
     except KmtrError as error:
         raise InputError(without_names(str(error), items[item])) from None
+
+
+def options_of(config: RunConfig) -> sources.Options:
+    """How the configuration wants sources to be read. Raises InputError."""
+    i = config.ingest
+    return sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30), i.classes)
 
 
 def without_names(line: str, item: sources.Item) -> str:
@@ -52,13 +56,15 @@ def run(words: list[str]) -> dict[str, Any]:
         changes[key] = value
     config = override(RunConfig(), changes)
     refuse_relative_under_submit(config)
+    options_of(config)  # a slip in a key is said before any file is opened
     subject_key = os.environ.get("KMTR_SUBJECT_KEY", "kmtr").encode()
     items = sources.discover(words[0], storage.absolute(words[1]))
     ids = [sources.pseudonym(item.subject, subject_key) for item in items]
     labels = table_of(config, items)
     make = partial(ingested, items=items, labels=labels, config=config, subject_key=subject_key)
     source = made_by(config, words[0], ids, labels)
-    manifest, said = write("ingest", config, ids, make, source, lambda: [splits.stratum(row) for row in labels])
+    left = sources.unused(words[0], storage.absolute(words[1]), items)
+    manifest, said = write("ingest", config, ids, make, source, lambda: [splits.stratum(row) for row in labels], left)
     for view, shapes in manifest.shapes.items():
         print(f"ingest: {view} (slice coil t ky kx): " + ", ".join(" x ".join(map(str, s)) for s in shapes))
     if len(items) < splits.MIN_SPLIT_SUBJECTS and config.shards.split == "auto":
@@ -86,7 +92,8 @@ def made_by(config: RunConfig, format: str, ids: list[str], labels: list[dict[st
     """What decides the content, without the names of patients or their files."""
     subjects = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     i = config.ingest
+    classes = f"classes={i.classes} " if i.classes else ""
     return (
-        f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} "
+        f"ingest {sources.version(format)} subjects={len(ids)} of={subjects} matrix={i.matrix} axes={i.axes} {classes}"
         f"oversampling={i.oversampling} coils={i.coils} gib={i.gib:g} seed={config.seed} labels={tables.digest(labels)}"
     )

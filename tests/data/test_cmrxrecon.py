@@ -106,8 +106,8 @@ def test_zeros_that_are_no_lines_are_refused(tmp_path: Path, rng) -> None:
 
 
 def test_cmrxrecon_discovery(tmp_path: Path, rng) -> None:
-    array = complex_array(rng, 2, 8, 10)
     for folder in ("Center002/A/P001", "Center001/A/P001", "Center001/B/P001"):
+        array = complex_array(rng, 2, 8, 10)
         for name in ("cine_sax", "cine_lax_4ch", "cine_lax_r2ch", "cine_lax", "cine_sax_mask", "aorta_sag"):
             write_mat73(tmp_path / folder / f"{name}.mat", "kspace", array)
     items = discover("cmrxrecon", str(tmp_path))

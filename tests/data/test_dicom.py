@@ -248,7 +248,10 @@ def test_subjects_by_patient_or_by_folder(tmp_path: Path) -> None:
     """Several folders of one patient are one subject; without a patient id the folder names it."""
     write(tmp_path / "x" / "sax", stack())
     write(tmp_path / "x" / "lax", [image(0, t, FOUR_CHAMBERS, SeriesDescription="2ch") for t in range(FRAMES)])
-    write(tmp_path / "1002" / "cine", stack(PatientID=""))
+    nameless = stack(PatientID="")
+    for dataset in nameless:
+        dataset.PixelData = (np.frombuffer(dataset.PixelData, np.uint16) + np.uint16(7)).tobytes()
+    write(tmp_path / "1002" / "cine", nameless)
     write(tmp_path / "y1", stack(PatientID="P8"))
     write(tmp_path / "y2", stack(PatientID="P8", StudyInstanceUID="1.2.9"))
     items = discover("dicom", str(tmp_path))
@@ -340,6 +343,57 @@ def test_contours_that_do_not_fit(tmp_path: Path, number: int, text: str, said: 
     with pytest.raises(InputError, match=said) as caught:
         read(tmp_path, format="dicom")
     assert "\n" not in str(caught.value)
+
+
+def box(left: int, top: int, size: int = 6) -> str:
+    """A square of 7 x 7 pixels; `CORE` has 3 x 3 at (4, 4)."""
+    right, bottom = left + size, top + size
+    return f"{left} {top}\n{right} {top}\n{right} {bottom}\n{left} {bottom}\n"
+
+
+@pytest.mark.parametrize(("outer", "said"), [(box(2, 5), "33%"), (box(0, 0, 4), "89%"), (box(0, 0, 2), "100%")])
+def test_an_outer_contour_that_is_not_around_the_inner_one(tmp_path: Path, outer: str, said: str) -> None:
+    """As in published copies of Sunnybrook, where a subject has outer contours of another."""
+    contour(write(tmp_path, stack(1)), 2, "i", CORE)
+    contour(tmp_path, 2, "o", outer)
+    with pytest.raises(InputError, match=f"{said} of an inner contour lies outside of the outer one"):
+        read(tmp_path, format="dicom")
+
+
+def test_contours_that_touch_or_that_come_alone_are_right(tmp_path: Path) -> None:
+    contour(write(tmp_path, stack(3)), 2, "i", CORE)
+    contour(tmp_path, 2, "o", box(3, 2))  # the wall is thin at one side
+    contour(tmp_path, 4, "i", CORE)  # end-systole
+    contour(tmp_path, 9 + 2, "o", box(3, 3))  # apex without a cavity
+    contour(tmp_path, 17 + 2, "i", CORE)
+    assert read(tmp_path, format="dicom").views["sax"].contoured == (1, 2)
+
+
+def test_the_same_contours_under_two_subjects_are_nobody_s(tmp_path: Path) -> None:
+    for n, name in enumerate(("P1", "P2", "P3")):
+        datasets = stack(1, PatientID=name)
+        for t, dataset in enumerate(datasets):
+            dataset.PixelData = (pixels(0, t) + np.uint16(17 * n)).tobytes()
+        contour(write(tmp_path / name, datasets), 2, "i", CORE)
+        contour(tmp_path / name, 3, "i", CORE.replace("4", "3") if name == "P3" else CORE.replace("4", "5"))
+    contour(tmp_path / "P3", 2, "i", CORE.replace("6", "7"))
+    items = discover("dicom", str(tmp_path))
+    assert [bool(item.problem) for item in items] == [True, True, False]
+    with pytest.raises(InputError, match=r"subjects 1, 2 of 3 .* the same contours: whose are they"):
+        read(items[0])
+
+
+def test_the_same_images_under_two_patients_are_one_person(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(1, 900, (ROWS, COLUMNS)).astype(np.uint16) for _ in range(FRAMES)]
+    for name in ("P1", "P2", "P3"):
+        datasets = stack(1, PatientID=name, StudyInstanceUID=f"1.2.{name[1]}")
+        for t, dataset in enumerate(datasets):
+            dataset.PixelData = (noise[t] + np.uint16(name == "P2")).tobytes()
+        write(tmp_path / name, datasets)
+    items = discover("dicom", str(tmp_path))
+    assert [bool(item.problem) for item in items] == [False, False, True]
+    assert items[2].problem.startswith("the same images as subject 1 of 3")
 
 
 # Refusals

@@ -44,10 +44,14 @@ def cine(slices: int, seed: int) -> np.ndarray:
 
 
 def drawn(slices: int, values: tuple[int, ...]) -> np.ndarray:
-    """A column of pixels of each value, in frames 0 and 2."""
+    """Six pixels of the first value in frame 0, three in frame 2; the second around them, the others beside."""
     codes = np.zeros((*SHAPE[:2], slices, SHAPE[3]), np.uint8)
-    for n, value in enumerate(values):
-        codes[n + 1, 2:8, :, 0], codes[n + 1, 2:5, :, 2] = value, value
+    for t, end in ((0, 8), (2, 5)):
+        if len(values) > 1:
+            codes[1:4, 1 : end + 1, :, t] = values[1]
+        codes[2, 2:end, :, t] = values[0]
+        for n, value in enumerate(values[2:]):
+            codes[n + 5, 2:end, :, t] = value
     return codes
 
 
@@ -164,8 +168,8 @@ def test_one_unreadable_file_refuses_only_itself(tmp_path: Path, biobank: Path) 
 
 
 def test_a_subject_found_twice_refuses_only_itself(tmp_path: Path) -> None:
-    for folder, name in (("a", "1"), ("b", "1"), ("a", "2")):
-        save(tmp_path / folder / f"{name}_4d.nii", cine(1, 0), affine_of("sax"))
+    for seed, (folder, name) in enumerate((("a", "1"), ("b", "1"), ("a", "2"))):
+        save(tmp_path / folder / f"{name}_4d.nii", cine(1, seed), affine_of("sax"))
     one, two = discover("nifti", str(tmp_path))
     assert read(two).views
     with pytest.raises(InputError, match="2 recordings of this subject"):

@@ -4,6 +4,11 @@
 
     find(source) -> list[Item]                              which files belong to which subject
     read(item, where, subject_id, options) -> Study         `where` is what messages call the source
+    why_unused(path) -> str                                 optional: why a file that no item has is not read (`unused`)
+    contents(item) -> list[doubles.Content]                 optional: by what a subject under two names is told
+
+Nothing vanishes: files that belong to no subject are counted by `unused`, and what `read` leaves out of a subject's
+files it says in `Study.notes`. Both end in ``refused.json`` and in one line.
 
 It is imported when it is used, and what it needs beyond numpy is the extra ``kmtr[readers]``.
 """
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +25,7 @@ from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.data.sources import anatomy, doubles
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
@@ -57,10 +64,12 @@ class Options:
         matrix: (ny, nx) that the image is cropped or zero-padded to about its centre, never rescaled. None: as stored.
         seed: of what is simulated (the phase of magnitude images), together with subject and slice.
         axes: what the dimensions of the stored array are, such as ``"t slice coil ky kx"``, where the rules of the
-            reader guess wrong (cmrxrecon only). Empty: by the rules.
+            reader guess wrong (cmrxrecon; nifti, with x y slice t). Empty: by the rules.
         oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
         coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
+        classes: what the values of contours mean, such as ``"1:lv_cavity,2:lv_myocardium,3:rv"``, where file name and
+            shape mislead (short axes of nifti only). Empty: by these.
     """
 
     matrix: tuple[int, int] | None = None
@@ -69,10 +78,12 @@ class Options:
     oversampling: Literal["keep", "remove"] = "remove"
     coils: int = 0
     most_bytes: int = 4 << 30
+    classes: str = ""
 
     def __post_init__(self) -> None:
         if self.matrix is not None and min(self.matrix) < 1:
             raise InputError(f"matrix: expected (ny, nx) of at least 1, got {self.matrix}")
+        anatomy.parse(self.classes)
 
 
 def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, options: Options) -> None:
@@ -93,7 +104,8 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
 def discover(format: str, source: str) -> list[Item]:
     """The subjects of `format` in `source`, a file or a folder that is searched to any depth; sorted by subject.
 
-    A subject found twice is one item with a problem, unless that is so for all of them.
+    A subject found twice is one item with a problem, unless that is so for all of them; so is a subject with the images
+    or the contours of another (`doubles`).
 
     Raises:
         InputError: unknown format, no such source, nothing found, or every subject found twice.
@@ -109,7 +121,48 @@ def discover(format: str, source: str) -> list[Item]:
             f"{source}: {sum(map(len, found.values()))} recordings of {len(found)} subjects; expected one of each (the "
             "same subject in two folders, say complete and undersampled?), so name the folder of one kind"
         )
-    return [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+    single = [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+    return doubles.marked(single, getattr(reader, "contents", doubles.of_files)) if len(single) > 1 else single
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Files of a source that belong to no subject.
+
+    Attributes:
+        reason: why they are not read; names no file.
+        files: their numbers, from 1, among all paths below the source in the order of their names
+            (``find SOURCE -mindepth 1 | LC_ALL=C sort``): whoever has the source finds them, nobody else learns a name.
+    """
+
+    reason: str
+    files: tuple[int, ...]
+
+
+def unused(format: str, source: str, items: Sequence[Item]) -> list[Unused]:
+    """The files of `format` below a folder that no item has, by reason, most files first.
+
+    Counted are files with an ending of the format, or of the reader's ``NEAR`` (other images, not read), and links that
+    lead nowhere or to folders, which no search follows. A reader's ``why_unused(path)`` gives the reason; an empty one
+    means that the file is used after all, as a pattern beside its k-space is.
+    """
+    reader, path = _reader(format), Path(source)
+    why = getattr(reader, "why_unused", lambda path: "files of a name that this reader does not know")
+    endings = FORMATS[format] + getattr(reader, "NEAR", ())
+    taken = {file for item in items for file in item.files}
+    found: dict[str, list[int]] = {}
+    for number, file in enumerate(sorted(path.rglob("*"), key=os.fspath), 1):
+        if file in taken or not taken.isdisjoint(file.parents):
+            continue
+        if file.is_symlink() and not file.is_file():
+            reason = "links to folders or to files that are not there"
+        elif file.is_file() and file.name.lower().endswith(endings):
+            reason = why(file)
+        else:
+            continue
+        if reason:
+            found.setdefault(reason, []).append(number)
+    return [Unused(reason, tuple(numbers)) for reason, numbers in sorted(found.items(), key=lambda f: (-len(f[1]), f))]
 
 
 def _twice(items: list[Item]) -> Item:
@@ -149,6 +202,8 @@ def read(
         subject_id = pseudonym(item.subject, subject_key)
     if item.problem:
         raise InputError(f"{where}: {item.problem}")
+    if options and options.classes and item.format != "nifti":
+        raise InputError("ingest.classes: only contours of nifti have values, expected none")
     try:
         study = _reader(item.format).read(item, where, subject_id, options or Options())
         return with_coils(study, options.coils) if options and options.coils else study
@@ -195,7 +250,7 @@ def _reader(format: str) -> ModuleType:
 
 def _format_of(path: Path) -> str:
     names = [path.name] if path.is_file() else [child.name for child in path.rglob("*") if child.is_file()]
-    found = [format for format, endings in FORMATS.items() if any(name.endswith(endings) for name in names)]
+    found = [format for format, endings in FORMATS.items() if any(name.lower().endswith(endings) for name in names)]
     if len(found) != 1:
         raise InputError(f"{path}: cannot tell the format from the file endings, give format={'|'.join(FORMATS)}")
     return found[0]

@@ -29,17 +29,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kmtr.data.sources import Options
+from kmtr.data.sources import Options, anatomy
+from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, RV
 from kmtr.physics.fourier import crop_or_pad
 from kmtr.simulation.acquisition import acquire
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
-
-LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA = range(1, len(SEGMENTATION_CLASSES))
 
 MYOCARDIAL_DENSITY_G_ML = 1.05
 
 FRAME_TIME_S = (0.005, 0.2)
 """Plausible time between two frames of a cine; other values in a header are place holders."""
+
+NEGATIVE = 0.01
+"""Largest share of a magnitude's energy in negative voxels; interpolation leaves less."""
 
 SLICES_OF_A_VIEW = 1024
 """Views count their slices from multiples of this, so that no two slices of a subject share their phase."""
@@ -69,12 +71,14 @@ class Cine:
         classes: uint8, ``slice t y x``; of SEGMENTATION_CLASSES, background where nothing is drawn. None: no contours.
         spacing_mm: (z, y, x); None: unknown.
         frame_time_s: None: unknown.
+        notes: as `Study.notes`.
     """
 
     magnitude: np.ndarray
     classes: np.ndarray | None = None
     spacing_mm: tuple[float, float, float] | None = None
     frame_time_s: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def oriented(
@@ -143,18 +147,24 @@ def to_study(
     """The study of a subject's cines, one coil each; what contours of the short axis tell is added to the labels.
 
     Raises:
-        InputError: images that are not finite, or empty of any signal.
+        InputError: images that are not finite, empty of any signal or no magnitudes; contours of the short axis that do
+            not fit each other or the images (`anatomy`).
     """
     views = {}
+    notes: list[str] = []
     for view in VIEWS:
         if view in cines:
             check_signal(cines[view].magnitude, where)
             views[view] = _view(cines[view], view, subject_id, options)
+            notes += (f"{view}: {note}" for note in cines[view].notes)
     if (sax := cines.get("sax")) is not None and sax.classes is not None:
+        if not options.classes:  # whoever says what they mean has looked
+            anatomy.check_surrounded(sax.classes, where)
+        anatomy.check_turned(sax.magnitude, sax.classes, where)
         labels = volumes(sax.classes, sax.spacing_mm) | labels
     if "heart_rate_bpm" in labels and "lvsv_ml" in labels:
         labels = {"lvco_l_min": labels["lvsv_ml"] * labels["heart_rate_bpm"] / 1000} | labels
-    return Study(subject_id, views, labels, source, vendor, field_strength_t)
+    return Study(subject_id, views, labels, source, vendor, field_strength_t, tuple(notes))
 
 
 def check_signal(magnitude: np.ndarray, where: str) -> None:
@@ -163,6 +173,13 @@ def check_signal(magnitude: np.ndarray, where: str) -> None:
         raise InputError(f"{where}: expected finite voxels, got NaN or infinity")
     if not magnitude.any():
         raise InputError(f"{where}: expected images, got nothing but zeros")
+    if magnitude.min() < 0:
+        energy = np.square(magnitude, dtype=np.float64)
+        if (share := float(energy[magnitude < 0].sum() / energy.sum())) > NEGATIVE:
+            raise InputError(
+                f"{where}: expected magnitudes, got {share:.0%} of the energy in negative voxels: a phase image, or "
+                "images normalised to a mean of zero?"
+            )
 
 
 def volumes(classes: np.ndarray, spacing_mm: tuple[float, float, float] | None) -> dict[str, float]:

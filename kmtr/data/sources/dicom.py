@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, optional, polygons, series
+from kmtr.data.sources import Item, Options, check_size, doubles, optional, polygons, series
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
@@ -184,13 +184,29 @@ def _identity(path: Path) -> tuple[str, str]:
         return "", ""
 
 
+def contents(item: Item) -> list[doubles.Content]:
+    """Digests of the end of the first image, which is its pixels, and of every polygon; see `doubles`."""
+    files = [path for folder in item.files if folder.is_dir() for path in sorted(folder.iterdir()) if path.is_file()]
+    found: list[doubles.Content] = [
+        ("contours", doubles.digest(path.read_bytes()))
+        for path in files
+        if polygons.is_contour(path) and path.stat().st_size <= polygons.MOST_BYTES
+    ]
+    image = next((path for path in files if _is_image(path)), None)
+    if image is None:
+        return found or doubles.of_files(item)
+    size = image.stat().st_size
+    end = doubles.piece_of(image, size - min(size // 8, doubles.PIECE_BYTES))
+    return [*found, ("images", doubles.digest(end))] if len(set(end)) > doubles.VALUES else found
+
+
 # --------------------------------------------------------------------------------------------------------- reading
 
 
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, one coil; see `kmtr.data.sources.read`."""
     if options.axes:
-        raise InputError("axes: DICOM names its axes itself; the key is for cmrxrecon only")
+        raise InputError("axes: DICOM names its axes itself; the key is for nifti and cmrxrecon")
     contours = [path for folder in item.files if folder.is_dir() for path in sorted(folder.iterdir())]
     contours = [path for path in contours if polygons.is_contour(path)]
     with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header

@@ -158,7 +158,7 @@ def find(source: Path) -> list[Item]:
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject; see `kmtr.data.sources.read`. Nothing is random here."""
     if options.axes:
-        raise InputError("axes: ISMRMRD names its axes itself; the key is for cmrxrecon only")
+        raise InputError("axes: ISMRMRD names its axes itself; the key is for nifti and cmrxrecon")
     recordings: dict[str, list[_Recording]] = defaultdict(list)
     for path in item.files:
         recording = _recording(path, where, options)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kmtr.data.sources import optional
-from kmtr.data.sources.cine import LV_CAVITY, LV_MYOCARDIUM
+from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, check_inside
 from kmtr.types import InputError
 
 MOST_BYTES = 1 << 20
@@ -41,18 +41,25 @@ def classes(
         shape: of the result.
 
     Raises:
-        InputError: contours of images that are not there, beyond the image, or no polygon at all.
+        InputError: contours of images that are not there, beyond the image, or no polygon at all; an inner contour that
+            leaves the outer one.
     """
     out = np.zeros(shape, np.uint8)
     found = [
         (match["kind"].lower(), int(match["number"]), path) for path in paths if (match := _FILE.fullmatch(path.name))
     ]
+    outer: dict[int, np.ndarray] = {}
     for kind, number, path in sorted(found, reverse=True):  # outer contours first, then the cavity over them
         if number not in place:
             raise InputError(
                 f"{where}: contours of image {number}, which the short axis doesn't have: those of another patient?"
             )
-        out[place[number]][filled(_points(path, shape[2:], where), shape[2:])] = _CLASS[kind]
+        area = filled(_points(path, shape[2:], where), shape[2:])
+        if kind == "o":
+            outer[number] = area
+        elif number in outer:
+            check_inside(area, outer[number], where)
+        out[place[number]][area] = _CLASS[kind]
     return out
 
 
