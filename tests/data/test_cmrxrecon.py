@@ -194,7 +194,7 @@ def test_single_coil(tmp_path: Path, rng) -> None:
 def test_the_pattern_beside_must_be_the_lines(tmp_path: Path, rng, names: tuple[str, str]) -> None:
     lines = np.zeros(12, bool)
     lines[::4] = lines[5:8] = True
-    shown = complex_array(rng, 3, 2, 12, 16) * lines[:, None]
+    shown = complex_array(rng, 3, 2, 1, 12, 16) * lines[:, None]
     path = write_mat73(tmp_path / "P001" / f"{names[0]}.mat", "kspace_sub04", shown)
     beside = path.with_name(f"{names[1]}.mat")
     for pattern, fits in ((lines, True), (np.roll(lines, 1), False), (lines[:-1], False)):
@@ -209,7 +209,7 @@ def test_the_pattern_beside_must_be_the_lines(tmp_path: Path, rng, names: tuple[
     with pytest.raises(InputError, match="the pattern beside it: expected a MATLAB file"):
         read(path)
     # Beside complete k-space a pattern is only one that could be applied.
-    write_mat73(path, "kspace_full", complex_array(rng, 3, 2, 12, 16))
+    write_mat73(path, "kspace_full", complex_array(rng, 3, 2, 1, 12, 16))
     assert read(path).views["sax"].sampled is None
 
 
