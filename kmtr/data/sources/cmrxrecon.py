@@ -103,7 +103,8 @@ def why_unused(path: Path) -> str:
     """Why a MATLAB file that is no subject's is not read; empty: it is the pattern beside some k-space."""
     name = path.name.lower()
     if "mask" in name:
-        beside = any(_pattern_beside(other) == path for other in path.parent.glob("*.mat") if other != path)
+        read = (other for other in path.parent.glob("*.mat") if _FILE.fullmatch(other.name))
+        beside = any(_pattern_beside(other) == path for other in read)
         return "" if beside else "sampling patterns without their k-space beside them"
     if re.match(r"cine_lax\.", name):
         return "long axes of several views in one file, whose order it does not tell"

@@ -7,7 +7,7 @@ some of the acquisitions. Where the two agree, or the energy tells nothing, the 
 the one possibility that the energy confirms is taken, and a note says so; if there is none, the file is refused.
 
 - Central line (siemens_to_ismrmrd, issues 1 and 142; MRIReco.jl, issue 240): the header's, or the one by which the
-  encoded lines begin or end with the matrix.
+  encoded lines begin or end with the matrix, or are symmetric.
 - Central sample: the header's ``center_sample``, or the one by which the readout begins or ends with the matrix.
 - Readout oversampling removed before the file was written, as Gadgetron and ismrmrd-python-tools do (MRIReco.jl, issues
   227 and 239): readouts as long as the reconstructed field of view needs, with their centre in the middle.
@@ -226,9 +226,9 @@ def _encoded_lines(space: Space, numbers: np.ndarray) -> tuple[int, int]:
 def _central_line(space: Space, heads: np.ndarray, measured: Energy, where: str) -> tuple[int, tuple[str, ...]]:
     """Number of the central line, and a note where it is not the header's.
 
-    A partial Fourier scan's lines begin or end with a matrix: the header's, or, since that may be filled with zeros,
-    the one of which the header's centre is the middle (siemens_to_ismrmrd: half of the protocol's phase encoding lines,
-    while the scanner counts from the first line that it measures).
+    Lines are symmetric about it, or, of a partial Fourier scan, begin or end with a matrix: the header's, or, since
+    that may be filled with zeros, the one of which the header's centre is the middle (siemens_to_ismrmrd: half of the
+    protocol's phase encoding lines, while the scanner counts from the first line that it measures).
     """
     numbers, ny = heads["idx"]["kspace_encode_step_1"].astype(int), space.matrix[0]
     low, told = int(numbers.min()), space.centre
@@ -236,16 +236,15 @@ def _central_line(space: Space, heads: np.ndarray, measured: Energy, where: str)
     if not (off := centre.displacement(measured.lines, told - low, complete=every)):
         return told, ()
     first, last = _encoded_lines(space, numbers)
-    ends = [c for n in (ny, 2 * told) for c in (first + n // 2, last - (n - 1 - n // 2))]
+    sizes = (ny, 2 * told, last - first + 1)
+    ends = (c for n in sizes for c in (first + n // 2, last - (n - 1 - n // 2)))
     possible = [c for c in ends if first <= c <= last]
     if (middle := _nearest(possible, told + off, ny)) is None:
         raise InputError(
             f"{where}: expected the energy of lines {low} to {numbers.max()} around the header's central line {told}, "
-            f"got it around {told + off}, where no partial Fourier scan of {ny} lines has it; correct the header"
+            f"got it around {told + off}, which no scan of {ny} lines has, partial Fourier or not; correct the header"
         )
-    return middle, (
-        f"partial Fourier: the header calls line {told} of {first} to {last} the centre, by the energy it is {middle}",
-    )
+    return middle, (f"the header calls line {told} of {first} to {last} the centre, by the energy it is {middle}",)
 
 
 def _lines_encoded(space: Space, heads: np.ndarray, middle: int) -> int:
