@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from raw_files import lines_of, write_ismrmrd, xml_header
 
-from kmtr.data.sources import read
+from kmtr.data.sources import Options, read
 from kmtr.physics.centre import problem
 from kmtr.physics.fourier import ifft2c, ifftc
 from kmtr.types import View
@@ -55,3 +56,26 @@ def test_real_images_and_shifted_k_space_are_none(view: View) -> None:
     if sampled is None:
         assert "around line" in problem(np.fft.ifftshift(k, (-2,)))
         assert "around line" in problem(np.roll(k, k.shape[-2] // 12, -2))
+
+
+@pytest.mark.parametrize(("first_line", "first_sample"), [(0, 0), (60, 0), (0, 128), (31, 70)])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_real_slice_as_a_scanner_would_store_it(
+    tmp_path: Path, first_line: int, first_sample: int, right: bool
+) -> None:
+    """Partial Fourier and an asymmetric echo of real k-space; the header knows the centres, or halves what is there."""
+    kspace = scan(RAW[0]).kspace
+    ny, nx = kspace.shape[-2:]
+    centre = ny // 2 - first_line if right else (ny - first_line) // 2
+    sample = nx // 2 - first_sample if right else (nx - first_sample) // 2
+
+    def change(fields: dict) -> dict | None:
+        line = fields["kspace_encode_step_1"] - first_line
+        return fields | {"kspace_encode_step_1": line, "center_sample": sample} if line >= 0 else None
+
+    xml = xml_header((ny, nx), oversampling=2.0, centre=centre)
+    path = write_ismrmrd(tmp_path / "a.h5", xml, lines_of(kspace[..., first_sample:], change))
+    study = read(path, Options(oversampling="keep"))
+    kspace[..., :first_line, :] = kspace[..., :first_sample] = 0
+    np.testing.assert_array_equal(study.views["sax"].kspace, kspace)
+    assert len(study.notes) == (0 if right else (first_line > 0) + (first_sample > 0))

@@ -53,7 +53,7 @@ from kmtr.data.sources.raw import (
 from kmtr.physics.fourier import ifftc
 from kmtr.types import InputError, Study, View
 
-SOURCE = "cmrxrecon/1"
+SOURCE = "cmrxrecon/2"
 
 AXES = ("slice", "coil", "t", "ky", "kx")
 

@@ -235,16 +235,18 @@ def _central_line(space: Space, heads: np.ndarray, measured: Energy, where: str)
     every = len(np.unique(numbers)) == len(measured.lines)
     if not (off := centre.displacement(measured.lines, told - low, complete=every)):
         return told, ()
-    first, last = _encoded_lines(space, numbers)
-    sizes = (ny, 2 * told, last - first + 1)
-    ends = (c for n in sizes for c in (first + n // 2, last - (n - 1 - n // 2)))
-    possible = [c for c in ends if first <= c <= last]
+    possible = set()
+    for first, last in {_encoded_lines(space, numbers), (low, int(numbers.max()))}:
+        ends = (c for n in (ny, 2 * told, last - first + 1) for c in (first + n // 2, last - (n - 1 - n // 2)))
+        possible |= {c for c in ends if low <= c <= numbers.max()}
     if (middle := _nearest(possible, told + off, ny)) is None:
         raise InputError(
             f"{where}: expected the energy of lines {low} to {numbers.max()} around the header's central line {told}, "
             f"got it around {told + off}, which no scan of {ny} lines has, partial Fourier or not; correct the header"
         )
-    return middle, (f"the header calls line {told} of {first} to {last} the centre, by the energy it is {middle}",)
+    return middle, (
+        f"the header calls line {told} of {low} to {numbers.max()} the centre, by the energy it is {middle}",
+    )
 
 
 def _lines_encoded(space: Space, heads: np.ndarray, middle: int) -> int:
@@ -306,5 +308,5 @@ def _starts(space: Space, readouts: Readouts, measured: Energy, where: str) -> t
 
 def _nearest(possible: Iterable[int], wanted: int, length: int) -> int | None:
     """The possible centre nearest to the wanted one; None: none within the reach of a central block."""
-    found = min(possible, key=lambda c: abs(c - wanted), default=None)
+    found = min(possible, key=lambda c: (abs(c - wanted), c), default=None)
     return found if found is not None and abs(found - wanted) <= centre.reach(length) else None

@@ -59,7 +59,7 @@ from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 from kmtr.physics.noise import whitening
 from kmtr.types import InputError, Study, View
 
-SOURCE = "ismrmrd/1"
+SOURCE = "ismrmrd/2"
 
 TICK_S = 2.5e-3
 """Unit of Siemens' time stamps."""
