@@ -244,6 +244,9 @@ def test_noise_leaves_the_word_to_the_header(tmp_path: Path) -> None:
         got = study(tmp_path, header(edit), lines)
         np.testing.assert_array_equal(got.views["sax"].kspace[..., first:, :], noise[..., first:, :])
         assert got.notes == ()
+    untold = study(tmp_path, header(), lines_of(noise, lambda f: f | {"center_sample": 0}))
+    np.testing.assert_array_equal(untold.views["sax"].kspace, noise)
+    assert untold.notes == ()
 
 
 # OCMR's pilot tone

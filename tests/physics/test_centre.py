@@ -129,6 +129,7 @@ def test_displacement_of_a_known_profile() -> None:
     power = 0.01 + np.exp(-(((np.arange(100) - 37) / 2.0) ** 2))
     assert displacement(power, 37, complete=False) == 0
     assert displacement(power, 38, complete=False) == 0
+    assert displacement(power, 42, complete=False) == -5  # just out of reach: 14 % of the energy is still within
     assert displacement(power, 50, complete=False) == -13
     assert displacement(power, 20, complete=True) == 17
     unknown = power.copy()
