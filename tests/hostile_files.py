@@ -324,7 +324,7 @@ for name, said, build in (
     ("header_without_reconstruction", "XML header cannot be read",
      lambda f: mrd(f, edit=lambda x: x.replace("reconSpace>", "otherSpace>"))),
     ("header_of_no_lines", "2D encoded matrix", lambda f: mrd(f, edit=lambda x: x.replace("<y>12</y>", "<y>0</y>"))),
-    ("header_of_a_vast_matrix", "raise ingest.gib",
+    ("header_of_a_vast_matrix", "at least half of the 2000000000 lines",
      lambda f: mrd(f, edit=lambda x: x.replace("<y>12</y>", "<y>2000000000</y>"))),
     ("three_dimensional", "2D encoded matrix", lambda f: mrd(f, edit=lambda x: x.replace("<z>1</z>", "<z>32</z>"))),
     ("radial", "Cartesian", lambda f: mrd(f, trajectory="radial")),

@@ -11,9 +11,10 @@ import scipy.io
 from raw_files import complex_array, write_mat73
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import Options, discover, matlab, read
+from kmtr.data.sources import Options, discover, matlab, read, unused
 from kmtr.data.sources.cmrxrecon import infer_axes
-from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
+from kmtr.physics import phantom
+from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, ifftc
 from kmtr.types import InputError
 
 
@@ -32,6 +33,15 @@ def rng() -> np.random.Generator:
         ((448, 162, 6), "kspace_single_full", True, "kx ky slice"),
         ((448, 162, 6, 12), "kspace_single_full", True, "kx ky slice t"),
         ((12, 6, 162, 448), "kspace_single_full", False, "t slice ky kx"),
+        ((448, 162, 1, 12), "kspace_single_sub04", True, "kx ky slice t"),
+        ((12, 6, 1, 162, 448), "kspace_single_full", False, "t slice coil ky kx"),
+        ((12, 6, 10, 162, 448), "kspace_single_full", False, None),  # many coils, says the array; one, says its name
+        ((448, 162, 10, 6), "kspace_full", True, None),  # one frame, or one slice
+        ((6, 10, 162, 448), "kspace_sub04", False, None),
+        ((12, 6, 162, 448), "kspace", False, None),
+        ((448, 162, 10, 1), "kspace_full", True, "kx ky coil slice"),
+        ((1, 10, 162, 448), "kus", False, "slice coil ky kx"),
+        ((10, 1, 162, 448), "kspace_full", False, None),
         ((12, 6, 10, 162, 448), "kspace_full", False, "t slice coil ky kx"),
         ((448, 162, 10, 6, 12), "kspace_full", True, "kx ky coil slice t"),
         ((12, 162, 10, 448), "kspace", False, None),
@@ -190,11 +200,81 @@ def test_single_coil(tmp_path: Path, rng) -> None:
     np.testing.assert_array_equal(read(path).views["sax"].kspace[:, 0], shown.transpose(1, 0, 2, 3))
 
 
+def test_slices_of_one_frame_are_said(tmp_path: Path, rng) -> None:
+    """The name tells one coil, not whether the last dimension is slices or frames."""
+    path = write_mat73(tmp_path / "P001" / "cine_sax.mat", "kspace_single_full", complex_array(rng, 6, 12, 16))
+    study = read(path)
+    assert study.views["sax"].kspace.shape == (6, 1, 1, 12, 16)
+    assert study.notes == ("sax: 6 slices of one frame; if these are frames of one slice, give axes= (ingest.axes=)",)
+    told = read(path, Options(axes="t ky kx"))
+    assert (told.views["sax"].kspace.shape, told.notes) == ((1, 1, 6, 12, 16), ())
+
+
+def heart(coils: int = 4) -> np.ndarray:
+    """``t slice coil ky kx``, as HDF5 shows MATLAB's order."""
+    study = phantom.simulate(
+        2, seed=0, views=("sax",), sax_slices=2, frames=3, matrix=(40, 48), snr_db=20.0, coils=coils, oversampling=1.0
+    )
+    return study.views["sax"].kspace.transpose(2, 0, 1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("what", "made"),
+    [
+        ("around line 20 of 40, got it around", lambda k: np.fft.ifftshift(k, (-2, -1))),
+        ("around sample 24 of 48, got it around", lambda k: np.fft.ifftshift(k, (-1,))),
+        ("around line 20 of 40, got it around 26", lambda k: np.roll(k, 6, -2)),
+        ("got images", ifft2c),
+        ("got images", lambda k: np.abs(ifft2c(k)) * np.exp(1j)),
+        ("got data transformed along kx", lambda k: ifftc(k, (-1,))),
+        ("without an imaginary part", lambda k: np.abs(k) + 0j),
+    ],
+)
+def test_what_is_no_centred_k_space_is_refused(tmp_path: Path, what: str, made) -> None:
+    path = write_mat73(tmp_path / "P001" / "cine_sax.mat", "kspace_full", made(heart()).astype(np.complex64))
+    with pytest.raises(InputError, match=what) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusual_k_space_is_read(tmp_path: Path) -> None:
+    """Partial Fourier, an asymmetric echo, a dark slice, a coil of noise, few lines and no central one in a frame."""
+    rng, full = np.random.default_rng(0), heart()
+    zeros = np.ones_like(full)
+    zeros[..., :14, :] = zeros[..., :12] = 0
+    few = np.zeros((3, 1, 1, 40, 1))
+    few[:, :, :, 1::4] = few[1:, :, :, 18:22] = 1
+    few[0, ..., 17:22, :] = 0
+    dark = full * np.array([1, 1e-5])[:, None, None, None]
+    noisy = full.copy()
+    noisy[:, :, 2] = complex_array(rng, *full[:, :, 2].shape) * 1e3 * np.abs(full).max()
+    for n, (array, notes) in enumerate(((zeros * full, 0), (few * full, 1), (dark, 0), (noisy, 0))):
+        path = write_mat73(tmp_path / str(n) / "cine_sax.mat", "kspace_full", array.astype(np.complex64))
+        study = read(path)
+        np.testing.assert_array_equal(study.views["sax"].kspace, array.astype(np.complex64).transpose(1, 2, 0, 3, 4))
+        assert len(study.notes) == notes, study.notes
+    assert read(tmp_path / "1" / "cine_sax.mat").notes == (
+        "sax: 2 of 6 frames have no line within 2 of the centre of k-space",
+    )
+
+
+def test_why_files_are_not_used(tmp_path: Path, rng) -> None:
+    for name in ("cine_sax", "cine_sax_mask", "cine_lax", "cine_lax_mask", "aorta_sag", "T1map"):
+        write_mat73(tmp_path / "P001" / f"{name}.mat", "kspace", complex_array(rng, 2, 8, 10))
+    items = discover("cmrxrecon", str(tmp_path))
+    left = {files.reason.split(" (")[0]: len(files.files) for files in unused("cmrxrecon", str(tmp_path), items)}
+    assert left == {
+        "no cine by their names": 2,
+        "long axes of several views in one file, whose order it does not tell": 1,
+        "sampling patterns without their k-space beside them": 1,
+    }
+
+
 @pytest.mark.parametrize("names", [("cine_sax", "cine_sax_mask"), ("cine_sax_kus_Uniform4", "cine_sax_mask_Uniform4")])
 def test_the_pattern_beside_must_be_the_lines(tmp_path: Path, rng, names: tuple[str, str]) -> None:
     lines = np.zeros(12, bool)
     lines[::4] = lines[5:8] = True
-    shown = complex_array(rng, 3, 2, 12, 16) * lines[:, None]
+    shown = complex_array(rng, 3, 2, 1, 12, 16) * lines[:, None]
     path = write_mat73(tmp_path / "P001" / f"{names[0]}.mat", "kspace_sub04", shown)
     beside = path.with_name(f"{names[1]}.mat")
     for pattern, fits in ((lines, True), (np.roll(lines, 1), False), (lines[:-1], False)):
@@ -209,7 +289,7 @@ def test_the_pattern_beside_must_be_the_lines(tmp_path: Path, rng, names: tuple[
     with pytest.raises(InputError, match="the pattern beside it: expected a MATLAB file"):
         read(path)
     # Beside complete k-space a pattern is only one that could be applied.
-    write_mat73(path, "kspace_full", complex_array(rng, 3, 2, 12, 16))
+    write_mat73(path, "kspace_full", complex_array(rng, 3, 2, 1, 12, 16))
     assert read(path).views["sax"].sampled is None
 
 

@@ -18,8 +18,9 @@ round again. So dimensions are told by rules, and ``axes=`` overrides them:
 1. Two dimensions: ``kx ky`` in v5, ``ky kx`` in v7.3 (readout first in MATLAB).
 2. More: the two largest are ky and kx, because a matrix has more lines and samples than there are coils, slices or
    frames. They come first, then the order is ``kx ky ...``, or last, then it is ``... ky kx``; else it is an error.
-3. The others, from the matrix outwards: coil, slice, t for five dimensions; slice, t for four (the challenge's single
-   coil); coil for three, or slice if the name has ``single`` in it.
+3. The others, from the matrix outwards: coil, slice, t for five dimensions. Fewer: by the name, which says whether
+   there is one coil (``single``: slice, t; a note says so where the frames are not there) or many (coil first). Of many
+   coils with four dimensions nothing tells the last: MATLAB drops a single frame, others squeeze a single slice.
 
 Undersampling. A line (one ky of one slice and frame) whose every sample in every coil is zero was not acquired:
 that gives `View.sampled`. Zeros that do not fill whole lines are refused: pseudo-radial patterns, or ky and kx
@@ -41,10 +42,18 @@ import numpy as np
 
 from kmtr.data.patterns import read_pattern
 from kmtr.data.sources import Item, Options, matlab
-from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
+from kmtr.data.sources.raw import (
+    check_finite,
+    check_oversampling,
+    check_raw,
+    columns,
+    crop_kspace,
+    notes_on_centres,
+)
+from kmtr.physics.fourier import ifftc
 from kmtr.types import InputError, Study, View
 
-SOURCE = "cmrxrecon/1"
+SOURCE = "cmrxrecon/2"
 
 AXES = ("slice", "coil", "t", "ky", "kx")
 
@@ -90,19 +99,48 @@ def find(source: Path) -> list[Item]:
     return [_item(paths, str(source)) for paths in files.values()]
 
 
+def why_unused(path: Path) -> str:
+    """Why a MATLAB file that is no subject's is not read; empty: it is the pattern beside some k-space."""
+    name = path.name.lower()
+    if "mask" in name:
+        read = (other for other in path.parent.glob("*.mat") if _FILE.fullmatch(other.name))
+        beside = any(_pattern_beside(other) == path for other in read)
+        return "" if beside else "sampling patterns without their k-space beside them"
+    if re.match(r"cine_lax\.", name):
+        return "long axes of several views in one file, whose order it does not tell"
+    return "no cine by their names (cine_sax*.mat, cine_lax_2ch*.mat, _3ch, _4ch)"
+
+
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     """The study of one subject, one view per file; see `kmtr.data.sources.read`. Nothing is random here."""
-    views = {_view(path, where): read_view(path, where, options) for path in item.files}
+    views, notes = {}, []
+    for path in item.files:
+        name = _view(path, where)
+        views[name], said = read_view(path, where, options)
+        notes += [f"{name}: {line}" for line in said]
     vendor, field_strength_t = _scanner(item.files[0])
-    return Study(subject_id, views, source=SOURCE, vendor=vendor, field_strength_t=field_strength_t)
+    return Study(
+        subject_id,
+        views,
+        source=SOURCE,
+        vendor=vendor,
+        field_strength_t=field_strength_t,
+        notes=(*notes, *notes_on_centres(views)),
+    )
 
 
-def read_view(path: Path, where: str, options: Options) -> View:
-    """The k-space of one file and the pattern that it was acquired with; messages call the file `where`."""
+def read_view(path: Path, where: str, options: Options) -> tuple[View, list[str]]:
+    """The k-space of one file and the pattern that it was acquired with, and notes; messages call the file `where`."""
     stored, key, readout_first = matlab.load(path, where, _kspace_key, options)
     names = _check_axes(options.axes, stored.ndim) if options.axes else infer_axes(stored.shape, key, readout_first)
+    notes: list[str] = []
     if names is None:
-        raise InputError(f"{where}: cannot tell the axes of {key} {stored.shape}; give axes= such as 'coil ky kx'")
+        raise InputError(
+            f"{where}: cannot tell the axes of {key} {stored.shape}; give axes= (ingest.axes=), such as 'coil ky kx'"
+        )
+    if not options.axes and len(names) == 3 and "slice" in names:
+        slices = stored.shape[names.index("slice")]
+        notes.append(f"{slices} slices of one frame; if these are frames of one slice, give axes= (ingest.axes=)")
     kspace = _complex64(_arrange(stored, names), where, key)
     check_finite(kspace, where, key)
     sampled = _sampled(kspace, where, key)
@@ -112,9 +150,11 @@ def read_view(path: Path, where: str, options: Options) -> View:
     matrix = options.matrix
     if matrix is None and options.oversampling == "remove" and (factor := _oversampling(path)) > 1:
         matrix = kspace.shape[-2], round(kspace.shape[-1] / factor)
+        power = np.sum([columns(ifftc(coil, (-1,))) for part in kspace for coil in part], axis=0)
+        check_oversampling(power, matrix[1], where)
     if matrix is not None:
         kspace = crop_kspace(kspace, matrix, where, undersampled=sampled is not None)
-    return View(kspace, sampled)
+    return View(kspace, sampled), notes
 
 
 def infer_axes(shape: Sequence[int], key: str, readout_first: bool) -> tuple[str, ...] | None:
@@ -128,16 +168,26 @@ def infer_axes(shape: Sequence[int], key: str, readout_first: bool) -> tuple[str
     n = len(shape)
     if n == 2:
         return ("kx", "ky") if readout_first else ("ky", "kx")
-    outwards = {3: ("slice",) if "single" in key else ("coil",), 4: ("slice", "t"), 5: ("coil", "slice", "t")}.get(n)
     by_size = sorted(range(n), key=lambda axis: -shape[axis])
-    if outwards is None or shape[by_size[1]] == shape[by_size[2]]:
+    if n > 5 or n < 2 or shape[by_size[1]] == shape[by_size[2]]:
         return None
-    largest = set(by_size[:2])
-    if largest == {0, 1}:
-        return ("kx", "ky", *outwards)
-    if largest == {n - 2, n - 1}:
-        return (*outwards[::-1], "ky", "kx")
-    return None
+    matrix = set(by_size[:2])
+    if matrix not in ({0, 1}, {n - 2, n - 1}):
+        return None
+    first = matrix == {0, 1}
+    outwards = _outwards(shape[2:] if first else shape[-3::-1], "single" in key)
+    if outwards is None:
+        return None
+    return ("kx", "ky", *outwards) if first else (*outwards[::-1], "ky", "kx")
+
+
+def _outwards(sizes: Sequence[int], single: bool) -> tuple[str, ...] | None:
+    """Names of one to three dimensions besides ky and kx, from the matrix outwards; None: ambiguous."""
+    if len(sizes) == 3:
+        return None if single and sizes[0] > 1 else ("coil", "slice", "t")
+    if single:
+        return ("slice", "t")[: len(sizes)]
+    return ("coil", "slice")[: len(sizes)] if max(sizes[1:], default=1) == 1 else None
 
 
 def _subject(path: Path) -> str:
@@ -249,6 +299,6 @@ def _sampled(kspace: np.ndarray, where: str, key: str) -> np.ndarray | None:
     if holes > HOLES:
         raise InputError(
             f"{where}: {key}: {holes:.0%} of the acquired lines is zero: a pattern of no whole lines (pseudo-radial), "
-            "not supported, or ky and kx are exchanged: then give axes="
+            "not supported, or ky and kx are exchanged: then give axes= (ingest.axes=)"
         )
     return None if lines.all() else lines

@@ -14,9 +14,10 @@ channels) is refused, as are trajectories other than Cartesian and readouts in r
 
 Grid. The encoded matrix: line `kspace_encode_step_1` lies at ``line - limits.center + ny // 2`` (partial Fourier leaves
 one side of ky empty, and `View.sampled` says so), sample i at ``i - center_sample + nx // 2`` after the discarded ones
-(an asymmetric echo leaves one end of kx zero). Readout oversampling is encoded over reconstructed field of view along x
-and is removed in the image, unless `Options.oversampling` is "keep". ky is never cropped to the reconstructed matrix,
-because that would mix lines.
+(an asymmetric echo leaves one end of kx zero). Where the energy contradicts these centres or that matrix, see
+`kmtr.data.sources.encoding`. Readout oversampling is encoded over reconstructed field of view along x and is removed in
+the image, unless `Options.oversampling` is "keep"; where the image fills all of it, there was none, and the file is
+refused. ky is never cropped to the reconstructed matrix, because that would mix lines.
 
 Prewhitening (Pruessmann et al., MRM 46:638, 2001), where there are noise measurements: `kmtr.physics.noise.whitening`.
 Their bandwidth may differ from the image's, which changes the scale alone, and units are arbitrary.
@@ -37,20 +38,28 @@ from __future__ import annotations
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, hdf5, optional
-from kmtr.data.sources.raw import check_finite, check_raw, crop_kspace
+from kmtr.data.sources import Item, Options, check_size, encoding, hdf5, optional
+from kmtr.data.sources.raw import (
+    check_finite,
+    check_oversampling,
+    check_raw,
+    columns,
+    crop_kspace,
+    notes_on_centres,
+)
 from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
 from kmtr.physics.noise import whitening
 from kmtr.types import InputError, Study, View
 
-SOURCE = "ismrmrd/1"
+SOURCE = "ismrmrd/2"
 
 TICK_S = 2.5e-3
 """Unit of Siemens' time stamps."""
@@ -76,8 +85,15 @@ NO_IMAGE = (
     "PHASE_STABILIZATION_REFERENCE",
     "PHASE_STABILIZATION",
 )
+PILOT_TONE = [0, 1, 2, -1]
+"""Samples of every readout that hold the pilot tone instead of the heart, where the header's parameter PilotTone says
+that it was on: OCMR's own reader (read_ocmr.py) sets them to zero.
+"""
 VENDORS = {"siemens": "Siemens", "philips": "Philips", "ge ": "GE", "uih": "UIH", "united imaging": "UIH"}
 """Words in the header's free text -> what is kept of it."""
+
+Row = Callable[[int], np.ndarray]
+"""Number of an acquisition -> its samples, complex64 ``coil sample``."""
 
 _FILE = re.compile(r"(cine[_-]?)?(sax?|(la|lax)?[_-]?([234])ch)([_-]?\d+)?", re.IGNORECASE)
 _CHAMBERS = re.compile(r"(?<!\d)([234])[ _-]?(ch(?![a-z])|chamber)", re.IGNORECASE)
@@ -93,33 +109,23 @@ class _Header:
         view: one of VIEWS; None: the names do not tell.
         spaces: one per encoded space.
         siemens: time stamps count `TICK_S`.
+        pilot_tone: see `PILOT_TONE`.
     """
 
     view: str | None
-    spaces: tuple[_Space, ...]
+    spaces: tuple[encoding.Space, ...]
     vendor: str | None
     field_strength_t: float | None
     siemens: bool
-
-
-@dataclass(frozen=True)
-class _Space:
-    """An encoded space: matrix (ny, nx) with oversampling, samples along x without it, the number of the central line.
-
-    `spacing_mm` is (thickness, y, x), None where the header has no plausible field of view; `embedded`: lines for
-    calibration alone belong to the image.
-    """
-
-    matrix: tuple[int, int]
-    samples: int
-    centre: int
-    spacing_mm: tuple[float, float, float] | None
-    embedded: bool
+    pilot_tone: bool
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """One file: k-space ``slice coil t ky kx``, sampled ``slice t ky``, positions and normals ``slice 3`` (mm)."""
+    """One file: k-space ``slice coil t ky kx``, sampled ``slice t ky``, positions and normals ``slice 3`` (mm).
+
+    `notes` say where the header's word was not taken.
+    """
 
     header: _Header
     kspace: np.ndarray
@@ -128,6 +134,7 @@ class _Recording:
     normals: np.ndarray
     spacing_mm: tuple[float, float, float] | None
     frame_time_s: float | None
+    notes: tuple[str, ...]
 
 
 def find(source: Path) -> list[Item]:
@@ -141,7 +148,7 @@ def find(source: Path) -> list[Item]:
     files: dict[str, list[Path]] = defaultdict(list)
     problems: dict[str, str] = {}
     for path in sorted(source.rglob("*")):
-        if path.suffix not in (".h5", ".mrd") or not path.is_file():
+        if path.suffix.lower() not in (".h5", ".mrd") or not path.is_file():
             continue
         try:
             with hdf5.opened(path, "a file of it") as file:
@@ -153,6 +160,11 @@ def find(source: Path) -> list[Item]:
     if not files:
         raise InputError(f"{source}: looked for .h5 and .mrd files with ISMRMRD acquisitions at any depth, found none")
     return [Item("ismrmrd", name, tuple(paths), problems.get(name, "")) for name, paths in files.items()]
+
+
+def why_unused(path: Path) -> str:
+    """Why a file that no item has is not read (`find`)."""
+    return "HDF5 without ISMRMRD acquisitions (images, or k-space of another layout)"
 
 
 def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
@@ -170,9 +182,15 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
         recordings[view].append(recording)
     views = {view: _stacked(parts, where, options) for view, parts in recordings.items()}
     header = recording.header
+    notes = [f"{view}: {note}" for view, parts in recordings.items() for part in parts for note in part.notes]
     return Study(
-        subject_id, views, source=SOURCE, vendor=header.vendor, field_strength_t=header.field_strength_t
-    )  # fmt: skip
+        subject_id,
+        views,
+        source=SOURCE,
+        vendor=header.vendor,
+        field_strength_t=header.field_strength_t,
+        notes=(*dict.fromkeys(notes), *notes_on_centres(views)),
+    )
 
 
 def _subject(path: Path) -> str:
@@ -201,8 +219,9 @@ def _recording(path: Path, where: str, options: Options) -> _Recording:
         rows = groups[0]["data"]
         heads = _heads(rows, where, options)
         used, noise = _chosen(heads, header, where)
-        weights = _whitening(rows, heads, noise, int(heads["active_channels"][used][0]), where)
-        return _gridded(rows, heads, used, weights, header, where, options)
+        row = partial(_row, rows, heads, where=where, pilot_tone=header.pilot_tone)
+        weights = _whitening(row, heads, noise, int(heads["active_channels"][used][0]), where)
+        return _gridded(row, heads, used, weights, header, where, options)
 
 
 def _header(dataset: Any, where: str) -> _Header:
@@ -232,10 +251,14 @@ def _header(dataset: Any, where: str) -> _Header:
     tesla = getattr(system, "systemFieldStrength_T", None)
     return _Header(
         view=next((view for name in names if name and (view := _view_in(name))), None),
-        spaces=tuple(_space(encoding, where) for encoding in header.encoding),
+        spaces=tuple(encoding.space(entry, where) for entry in header.encoding),
         vendor=vendor,
         field_strength_t=tesla if isinstance(tesla, float) and 0 < tesla < 30 else None,
         siemens=vendor == "Siemens",
+        pilot_tone=any(
+            entry.name == "PilotTone" and bool(entry.value)
+            for entry in getattr(header.userParameters, "userParameterLong", None) or ()
+        ),
     )
 
 
@@ -244,32 +267,6 @@ def _view_in(text: str) -> str | None:
     found = {f"lax_{match[1]}ch" for match in _CHAMBERS.finditer(text)}
     found |= {"sax"} if _SHORT_AXIS.search(text.replace("_", " ")) else set()
     return found.pop() if len(found) == 1 else None
-
-
-def _space(encoding: Any, where: str) -> _Space:
-    trajectory = str(getattr(encoding.trajectory, "value", encoding.trajectory))
-    if trajectory != "cartesian":
-        raise InputError(f"{where}: expected a Cartesian trajectory, got {trajectory}")
-    try:
-        encoded, wanted = encoding.encodedSpace, encoding.reconSpace
-        nx, ny, nz = (int(getattr(encoded.matrixSize, axis)) for axis in "xyz")
-        field = [float(getattr(encoded.fieldOfView_mm, axis)) for axis in "xyz"]
-        ratio = float(wanted.fieldOfView_mm.x) / field[0] if field[0] > 0 else 1.0
-        limits = getattr(encoding.encodingLimits, "kspace_encoding_step_1", None)
-        centre = ny // 2 if limits is None or limits.center is None else int(limits.center)
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{where}: expected matrix size and field of view of both spaces in the XML header") from None
-    if min(nx, ny) < 1 or nz > 1:
-        raise InputError(f"{where}: expected a 2D encoded matrix, got {nx} x {ny} x {nz}")
-    known = all(np.isfinite(field)) and min(field) > 0
-    mode = getattr(encoding.parallelImaging, "calibrationMode", None)
-    return _Space(
-        matrix=(ny, nx),
-        samples=max(1, round(nx * ratio)) if 0 < ratio < 1 else nx,
-        centre=centre,
-        spacing_mm=(field[2], field[1] / ny, field[0] / nx) if known else None,
-        embedded=str(getattr(mode, "value", mode)) == "embedded",
-    )
 
 
 def _heads(rows: Any, where: str, options: Options) -> np.ndarray:
@@ -331,8 +328,8 @@ def _chosen(heads: np.ndarray, header: _Header, where: str) -> tuple[np.ndarray,
     return used, np.flatnonzero(noise)
 
 
-def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
-    """One acquisition, complex64 ``coil sample``, of exactly the size that its header claims."""
+def _row(rows: Any, heads: np.ndarray, number: int, *, where: str, pilot_tone: bool) -> np.ndarray:
+    """One acquisition, complex64 ``coil sample``, of exactly the size that its header claims; no pilot tone."""
     head = heads[number]
     shape = int(head["active_channels"]), int(head["number_of_samples"])
     values = rows.fields("data")[number]
@@ -340,16 +337,19 @@ def _row(rows: Any, heads: np.ndarray, number: int, where: str) -> np.ndarray:
         raise InputError(
             f"{where}: acquisition {number}: expected {shape[0]} x {shape[1]} samples, got {values.size / 2:g} in all"
         )
-    return values.view(np.complex64).reshape(shape)
+    samples = values.view(np.complex64).reshape(shape)
+    if pilot_tone:
+        samples[:, [n for n in PILOT_TONE if n < shape[1]]] = 0
+    return samples
 
 
-def _whitening(rows: Any, heads: np.ndarray, noise: np.ndarray, coils: int, where: str) -> np.ndarray | None:
+def _whitening(row: Row, heads: np.ndarray, noise: np.ndarray, coils: int, where: str) -> np.ndarray | None:
     """``coil coil`` from all noise measurements; None: there are none."""
     if not len(noise):
         return None
     if (heads["active_channels"][noise] != coils).any():
         raise InputError(f"{where}: expected noise of the image's {coils} channels, got another number")
-    samples = np.concatenate([_row(rows, heads, number, where) for number in noise.tolist()], 1)
+    samples = np.concatenate([row(number) for number in noise.tolist()], 1)
     check_finite(samples, where, "noise measurements")
     try:
         return whitening(samples)
@@ -358,7 +358,7 @@ def _whitening(rows: Any, heads: np.ndarray, noise: np.ndarray, coils: int, wher
 
 
 def _gridded(
-    rows: Any,
+    row: Row,
     heads: np.ndarray,
     used: np.ndarray,
     weights: np.ndarray | None,
@@ -368,48 +368,53 @@ def _gridded(
 ) -> _Recording:
     """The lines at their places of the encoded matrix."""
     chosen, counters = heads[used], heads["idx"][used]
-    space = header.spaces[int(chosen["encoding_space_ref"][0])]
-    (ny, nx), coils = space.matrix, int(chosen["active_channels"][0])
+    coils = int(chosen["active_channels"][0])
     slices, slice_of = np.unique(counters["slice"], return_inverse=True)
     frames, frame_of = _frames(counters, where)
-    line_of = counters["kspace_encode_step_1"].astype(int) - space.centre + ny // 2
-    if line_of.min() < 0 or line_of.max() >= ny:
-        raise InputError(f"{where}: lines {line_of.min()} to {line_of.max()} do not fit the encoded matrix's {ny}")
-    first, start, length = _samples(chosen, nx, where)
-    kept = space.samples if options.oversampling == "remove" else nx
+    space = header.spaces[int(chosen["encoding_space_ref"][0])]
+    grid = encoding.grid(space, chosen, lambda i: row(int(used[i])), where, options)
+    (ny, nx), line_of, first, start, length = grid.matrix, grid.line, grid.first, grid.start, grid.length
+    kept = grid.samples if options.oversampling == "remove" else nx
     check_size(where, "k-space", (len(slices), coils, frames, ny, max(kept, nx // 4)), 8, options)
     kspace = np.empty((len(slices), coils, frames, ny, kept), np.complex64)
     times = np.zeros((len(slices), frames, ny), np.int64)
+    power = np.zeros(nx)
     np.add.at(times, (slice_of, frame_of, line_of), 1)
     for n in range(len(slices)):
-        grid = np.zeros((coils, frames, ny, nx), np.complex64)
+        whole = np.zeros((coils, frames, ny, nx), np.complex64)
         for i in np.flatnonzero(slice_of == n).tolist():
-            line = _row(rows, heads, int(used[i]), where)[:, first[i] : first[i] + length[i]]
+            line = row(int(used[i]))[:, first[i] : first[i] + length[i]]
             with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
-                grid[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
-        grid /= np.maximum(times[n], 1)[..., None].astype(np.float32)
+                whole[:, frame_of[i], line_of[i], start[i] : start[i] + length[i]] += line
+        whole /= np.maximum(times[n], 1)[..., None].astype(np.float32)
         if weights is not None:
-            grid = np.tensordot(weights.astype(np.complex64), grid, 1)
+            whole = np.tensordot(weights.astype(np.complex64), whole, 1)
         for coil in range(coils):  # one after the other: temporary copies stay small
-            seen = grid[coil]
-            kspace[n, coil] = seen if kept == nx else fftc(crop_or_pad(ifftc(seen, (-1,)), (kept,), (-1,)), (-1,))
+            if kept == nx:
+                kspace[n, coil] = whole[coil]
+            else:
+                hybrid = ifftc(whole[coil], (-1,))
+                power += columns(hybrid)
+                kspace[n, coil] = fftc(crop_or_pad(hybrid, (kept,), (-1,)), (-1,))
     check_finite(kspace, where, "acquisitions")
-    one_of_each = [int(np.flatnonzero(slice_of == n)[0]) for n in range(len(slices))]
+    if kept < nx:
+        check_oversampling(power, kept, where)
+    positions, normals = _places(chosen, slice_of, where)
+    frame_time_s = _frame_time_s(chosen, frame_of, frames) if header.siemens else None
+    notes = (*grid.notes, *(("the samples that hold the pilot tone are set to zero",) if header.pilot_tone else ()))
+    return _Recording(header, kspace, times > 0, positions, normals, grid.spacing_mm, frame_time_s, notes)
+
+
+def _places(chosen: np.ndarray, slice_of: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and normals, ``slice 3``, which all acquisitions of a slice share."""
+    one_of_each = [int(np.flatnonzero(slice_of == n)[0]) for n in range(int(slice_of.max()) + 1)]
     with np.errstate(invalid="ignore"):
         positions, normals = (chosen[key].astype(float) for key in ("position", "slice_dir"))
     if not np.isfinite(positions).all():
         raise InputError(f"{where}: expected positions of the slices, got numbers that are none")
     if np.abs(positions - positions[one_of_each][slice_of]).max() > 1:
         raise InputError(f"{where}: expected one position per slice, got acquisitions of one slice at several places")
-    return _Recording(
-        header,
-        kspace,
-        times > 0,
-        positions[one_of_each],
-        normals[one_of_each],
-        space.spacing_mm,
-        _frame_time_s(chosen, frame_of, frames) if header.siemens else None,
-    )
+    return positions[one_of_each], normals[one_of_each]
 
 
 def _frames(counters: np.ndarray, where: str) -> tuple[int, np.ndarray]:
@@ -424,22 +429,6 @@ def _frames(counters: np.ndarray, where: str) -> tuple[int, np.ndarray]:
         missing = next(n for n in range(int(numbers[0]), int(numbers[-1])) if n not in numbers)
         raise InputError(f"{where}: frame {missing} of {numbers[0]} to {numbers[-1]} is missing")
     return len(numbers), frame_of
-
-
-def _samples(chosen: np.ndarray, nx: int, where: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per line: the first sample that is kept, where it lies on the encoded readout, how many are kept."""
-    samples, first, after, centre = (
-        chosen[name].astype(int) for name in ("number_of_samples", "discard_pre", "discard_post", "center_sample")
-    )
-    length = samples - first - after
-    # A complete readout whose centre was left at 0 was not told its centre.
-    start = np.where((centre == 0) & (length == nx), 0, nx // 2 - (centre - first))
-    if length.min() < 1 or start.min() < 0 or (start + length).max() > nx:
-        raise InputError(
-            f"{where}: readouts of {length.min()} to {length.max()} samples, centres {centre.min()} to {centre.max()}, "
-            f"do not fit the encoded matrix's {nx}"
-        )
-    return first, start, length
 
 
 def _frame_time_s(chosen: np.ndarray, frame_of: np.ndarray, frames: int) -> float | None:
