@@ -29,7 +29,7 @@ setup: .venv/.installed
 
 ##  demo         setup; then simulate, pretrain on two workers and evaluate: 9 minutes; the same command again resumes;
 ##               ARGS="key=value ..." are its settings, and ARGS= is the whole recipe, at twice the time
-ARGS ?= reconstruct.steps=400 align.steps=80
+ARGS ?= masked.steps=400 align.steps=80
 demo: setup
 	@$(PY) jobs/simulate.py tiny $(ARGS)
 	@$(PY) jobs/pretrain.py tiny $(ARGS)

@@ -1,4 +1,4 @@
-"""python jobs/pretrain.py RECIPE [key=value ...]      stage=reconstruct | align (default: both, one after the other)
+"""python jobs/pretrain.py RECIPE [key=value ...]      stage=masked | align (default: both, one after the other)
 
 The same command resumes an unfinished run and prints the result of a finished one; run.fresh=true starts anew."""
 

@@ -31,7 +31,7 @@ def test_every_key_says_what_it_means() -> None:
 @pytest.mark.parametrize(
     ("typed", "nearest"),
     [
-        ("reconstruct.mask_ration", "reconstruct.mask_ratio"),
+        ("masked.mask_ration", "masked.mask_ratio"),
         ("model.widht", "model.width"),
         ("workers", "train.workers"),
     ],
@@ -54,8 +54,8 @@ def test_an_unknown_key_names_the_nearest(typed: str, nearest: str) -> None:
         ("train.workers", "2..3..4"),
         ("train.workers", "..4"),
         ("train.bf16", "perhaps"),
-        ("reconstruct.mask_ratio", "1.0"),
-        ("reconstruct.kspace_loss", "l2"),
+        ("masked.mask_ratio", "1.0"),
+        ("masked.kspace_loss", "l2"),
         ("train.zero_stage", "4"),
         ("data.matrix", "64"),
         ("data.matrix", "64,64,64"),
@@ -90,7 +90,7 @@ def test_a_wrong_value_names_its_key_and_what_came(key: str, value: str) -> None
         ({"model.patch": "3,16,16"}, "model.patch: expected a divisor"),
         ({"model.patch": "2,16,24"}, "model.patch: expected a divisor"),
         ({"train.eval_every": "15"}, "train.eval_every: expected a multiple of train.log_every=10, got 15"),
-        ({"reconstruct.steps": "0", "align.steps": "0"}, "expected at least one step"),
+        ({"masked.steps": "0", "align.steps": "0"}, "expected at least one step"),
         ({"stage": "align", "align.steps": "0"}, "expected at least one step"),
         ({"data.global_batch": "4"}, "alignment needs at least 8 distinct subjects"),
     ],
@@ -100,7 +100,7 @@ def test_each_impossible_combination_is_refused(changes: dict[str, str], said: s
 
 
 def test_what_only_alignment_forbids_is_allowed_without_it() -> None:
-    assert override(tiny(), {"data.global_batch": "4", "stage": "reconstruct"}).total_steps == tiny().reconstruct.steps
+    assert override(tiny(), {"data.global_batch": "4", "stage": "masked"}).total_steps == tiny().masked.steps
     assert override(tiny(), {"stage": "align"}).total_steps == tiny().align.steps
     assert override(tiny(), {"sampling.accelerations": "1"}).sampling.accelerations == (1,)
 
@@ -200,7 +200,7 @@ def test_a_run_keeps_its_name_where_numbers_do_not_change(changes: dict[str, obj
     "changes",
     [
         {"seed": 1},
-        {"stage": "reconstruct"},
+        {"stage": "masked"},
         {"data.views": ("sax",)},
         {"data.sax_slices": 3},
         {"data.frames": 4},
@@ -213,8 +213,8 @@ def test_a_run_keeps_its_name_where_numbers_do_not_change(changes: dict[str, obj
         {"model.patch": (4, 16, 16)},
         {"model.readout_fraction": 1.0},
         {"model.line_parts": "whole"},
-        {"reconstruct.mask_ratio": 0.6},
-        {"reconstruct.steps": 221},
+        {"masked.mask_ratio": 0.6},
+        {"masked.steps": 221},
         {"align.temperature": 0.2},
         {"align.teacher": "encoder"},
         {"align.teacher": "encoder", "align.train_image_encoder": True},

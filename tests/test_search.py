@@ -29,7 +29,7 @@ def test_every_trial_is_within_its_ranges_and_a_valid_configuration() -> None:
     for values in space.trials(config):
         trial = override(config, values)
         assert config.search.temperature[0] <= trial.align.temperature <= config.search.temperature[1]
-        assert config.search.mask_ratio[0] <= trial.reconstruct.mask_ratio <= config.search.mask_ratio[1]
+        assert config.search.mask_ratio[0] <= trial.masked.mask_ratio <= config.search.mask_ratio[1]
         assert len(trial.sampling.accelerations) == 1
         assert trial.sampling.accelerations[0] in config.search.accelerations
 
@@ -41,7 +41,7 @@ def test_trials_differ_and_cover_the_space_evenly() -> None:
     low, high = np.log(config.search.temperature)
     for u in (
         (np.log([values["align.temperature"] for values in drawn]) - low) / (high - low),  # log-uniform
-        (np.array([values["reconstruct.mask_ratio"] for values in drawn]) - 0.3) / 0.6,
+        (np.array([values["masked.mask_ratio"] for values in drawn]) - 0.3) / 0.6,
     ):
         # Kolmogorov's distance to the uniform distribution; 60 independent draws have 0.11 on average
         assert np.abs(np.sort(u) - (np.arange(60) + 0.5) / 60).max() < 0.06
@@ -51,11 +51,9 @@ def test_trials_differ_and_cover_the_space_evenly() -> None:
 
 
 def test_a_temperature_is_searched_only_where_a_step_aligns() -> None:
-    drawn = space.trials(config_of(stage="reconstruct"))
-    assert set(drawn[0]) == {"reconstruct.mask_ratio", "sampling.accelerations"}
-    assert [v["reconstruct.mask_ratio"] for v in drawn] == [
-        v["reconstruct.mask_ratio"] for v in space.trials(config_of())
-    ]
+    drawn = space.trials(config_of(stage="masked"))
+    assert set(drawn[0]) == {"masked.mask_ratio", "sampling.accelerations"}
+    assert [v["masked.mask_ratio"] for v in drawn] == [v["masked.mask_ratio"] for v in space.trials(config_of())]
 
 
 def test_a_fixed_value_is_a_range_of_one() -> None:

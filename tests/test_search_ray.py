@@ -86,7 +86,7 @@ def read_ledger(root: Path) -> list[dict[str, Any]]:
 
 def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig, tmp_path: Path) -> None:
     """On Tune's own scheduler, without trials: rungs at 2 and 4 of 8 steps."""
-    config = override(small, {"reconstruct.steps": 6, "align.steps": 2, "search.grace_steps": 2})
+    config = override(small, {"masked.steps": 6, "align.steps": 2, "search.grace_steps": 2})
 
     class Runner:
         def __init__(self, number: int) -> None:

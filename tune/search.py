@@ -5,7 +5,7 @@ Trials report at each checkpoint, so a search checkpoints exactly when it valida
 both, and with it how often ASHA looks. From search.grace_steps on, ASHA stops a trial whose score is below the median
 of those that came as far, and looks again at 2, 4, ... times as many steps. All trials are validated at
 evaluate.accelerations, whatever R they train at. The temperature acts in stage c only: with search.grace_steps below
-reconstruct.steps, trials are also stopped before they reach it.
+masked.steps, trials are also stopped before they reach it.
 
 The same command resumes: finished and stopped trials are kept; more search.trials go on from the same ones.
 run.fresh=true starts anew."""

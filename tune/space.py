@@ -24,7 +24,7 @@ def trials(config: RunConfig) -> list[dict[str, Any]]:
     """The keys that each trial changes, by their dotted names.
 
     Trial k depends on (seed, k) alone, so that a longer search begins with the trials of a shorter one.
-    ``align.temperature`` is log-uniform (left out where no step aligns), ``reconstruct.mask_ratio`` uniform: both by a
+    ``align.temperature`` is log-uniform (left out where no step aligns), ``masked.mask_ratio`` uniform: both by a
     low-discrepancy sequence from a random start. ``sampling.accelerations`` is one nominal R; every choice comes once
     before any comes again.
 
@@ -53,7 +53,7 @@ def _draw(config: RunConfig, number: int) -> dict[str, Any]:
     order = _generator(config.seed, block + 1).permutation(len(search.accelerations))
     values: dict[str, Any] = {
         "align.temperature": _rounded(temperature, search.temperature),
-        "reconstruct.mask_ratio": _rounded(ratio, search.mask_ratio),
+        "masked.mask_ratio": _rounded(ratio, search.mask_ratio),
         "sampling.accelerations": (search.accelerations[order[place]],),
     }
     if not config.align_steps:

@@ -73,7 +73,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "data.global_batch": BATCH,
         "data.more": (),
         "data.weights": (),
-        "stage": "reconstruct",  # alignment wants more subjects in a batch
+        "stage": "masked",  # alignment wants more subjects in a batch
         "train.workers": 1,
         "train.accumulation": 1,
     }

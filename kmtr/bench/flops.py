@@ -117,11 +117,11 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
         return BOTH * (inputs + model.decoder_depth * block(queries, memory, width) + head)
 
     encoders = decoders = contrast = 0
-    if stage == "reconstruct" or config.align.reconstruct_weight:
+    if stage == "masked" or config.align.masked_weight:
         encoders += encoder(read(n.visible), n.cells)
         memory = sum(count for _, count, _ in read(n.visible))
         decoders += decoder(line, memory, n.targets, n.cells, True)
-        if config.reconstruct.image_weight and not frozen:
+        if config.masked.image_weight and not frozen:
             encoders += encoder([(patch, n.visible_patches, 0)], n.patch_cells)
             decoders += decoder(patch, n.visible_patches, n.hidden_patches, n.patch_cells, False)
     if stage == "align":

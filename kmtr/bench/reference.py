@@ -182,11 +182,11 @@ class Reference(nn.Module):
 
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
-        loss = self.config.reconstruct.kspace_loss
+        loss = self.config.masked.kspace_loss
         aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
-        if not aligned or self.config.align.reconstruct_weight:
+        if not aligned or self.config.align.masked_weight:
             out["kspace"] = self._reconstruct(self.kspace, inputs.lines, inputs.line_targets, self.positions, loss)
-        if inputs.patches and inputs.patch_targets and self.config.reconstruct.image_weight and not frozen:
+        if inputs.patches and inputs.patch_targets and self.config.masked.image_weight and not frozen:
             out["image"] = self._reconstruct(self.image, inputs.patches, inputs.patch_targets, "all")
         if aligned and inputs.all_lines is not None:
             every = Padded.of(inputs.all_lines)

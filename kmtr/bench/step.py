@@ -80,7 +80,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         tables = {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in fitted.items()}
         save_file(tables, Path(folder) / TABLES)
         together = processes("together", config, stages, folder, threads)
-        share = {"data.global_batch": d.global_batch // world, "train.workers": 1, "stage": "reconstruct"}
+        share = {"data.global_batch": d.global_batch // world, "train.workers": 1, "stage": "masked"}
         alone = processes("alone", override(config, share), stages, folder, threads)
     result = summarise(config, alone, together)
     print("\n\n".join(text_table(table) for table in report(config, result)))
@@ -129,7 +129,7 @@ def fitting(config: RunConfig, limit: int) -> RunConfig:
 
 
 def stages_of(config: RunConfig) -> tuple[str, ...]:
-    steps = {"reconstruct": config.reconstruct_steps, "align": config.align_steps}
+    steps = {"masked": config.masked_steps, "align": config.align_steps}
     return tuple(stage for stage, count in steps.items() if count)
 
 

@@ -269,7 +269,7 @@ def _sweep(worker: Worker) -> dict[str, list[float]]:
     for number in range(-1, rounds):
         for r in factors if number % 2 else reversed(factors):
             host = replace(next(batches), config=configs[r])
-            spent = worker.timed(partial(worker.step, engine, host, "reconstruct", configs[r]))
+            spent = worker.timed(partial(worker.step, engine, host, "masked", configs[r]))
             if number >= 0:  # before: warming up
                 seconds[str(r)].append(spent)
         if number >= 0:

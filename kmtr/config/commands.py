@@ -96,7 +96,7 @@ class Search(Section):
     concurrent: int = Field(1, gt=0, description="trials at the same time")
     grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial")
     temperature: tuple[float, float] = Field((0.03, 0.3), description="log-uniform range of align.temperature")
-    mask_ratio: tuple[float, float] = Field((0.3, 0.9), description="uniform range of reconstruct.mask_ratio")
+    mask_ratio: tuple[float, float] = Field((0.3, 0.9), description="uniform range of masked.mask_ratio")
     accelerations: tuple[int, ...] = Field((4, 8, 12), description="choices for sampling.accelerations")
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kmtr.config import Align, Data, Evaluate, Model, Reconstruct, RunConfig, Sampling, Shards, Simulate, Train
+from kmtr.config import Align, Data, Evaluate, Masked, Model, RunConfig, Sampling, Shards, Simulate, Train
 
 
 def tiny() -> RunConfig:
@@ -33,9 +33,9 @@ def tiny() -> RunConfig:
             readout_fraction=0.5,
             projection=64,
         ),
-        reconstruct=Reconstruct(steps=1200, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
+        masked=Masked(steps=1200, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
         align=Align(steps=200, teacher="components", learning_rate=5e-4, head_steps=40, head_factor=4.0),
-        train=Train(workers=2, zero_stage=0, checkpoint_every=150, eval_every=150),  # nothing to shard in 0.4 M
+        train=Train(workers=2, zero_stage=2, checkpoint_every=150, eval_every=150),
         simulate=Simulate(subjects=1600, difficulty="easy"),
         evaluate=Evaluate(accelerations=(4, 8, 16), labels=800, subjects=320),
     )
@@ -48,19 +48,19 @@ def base() -> RunConfig:
         data=Data(root="runs/base"),
         shards=Shards(rows=32),  # of 14.7 MB: files of half a GB, footers of 0.1 MB
         model=Model(width=768, depth=5),
-        train=Train(zero_stage=1, bf16=True),
+        train=Train(zero_stage=1, bf16=True, accumulation=4),  # 64 subjects at once need 87 GiB of activations
     )
 
 
 def large() -> RunConfig:
-    """``python jobs/pretrain.py large train.workers=8``: 586 M parameters, ZeRO-3 on GPUs; not measured yet."""
+    """``python jobs/pretrain.py large train.workers=8``: 586 M parameters, ZeRO-1 on GPUs; not measured yet."""
     return RunConfig(
         recipe="large",
         data=Data(root="runs/large", global_batch=256),
         shards=Shards(rows=32),
         model=Model(width=1024, depth=21, decoder_width=512, decoder_depth=4),
-        reconstruct=Reconstruct(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
-        train=Train(workers=8, zero_stage=3, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),
+        masked=Masked(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
+        train=Train(workers=8, zero_stage=1, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),
     )
 
 

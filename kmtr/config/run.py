@@ -173,7 +173,7 @@ class Model(Section):
         return self
 
 
-class Reconstruct(Section):
+class Masked(Section):
     steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
     mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
     target: Literal["acquired", "all"] = Field(
@@ -196,7 +196,7 @@ class Align(Section):
     chunk: int = Field(0, ge=0, description="anchors whose similarities are held at once; 0: all of a worker's")
     static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
     dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
-    reconstruct_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
+    masked_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
     guard: bool = Field(
         True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
     )

@@ -18,10 +18,10 @@ from kmtr.config.run import (
     Align,
     Augment,
     Data,
+    Masked,
     Model,
     Optimizer,
     Plan,
-    Reconstruct,
     Run,
     Sampling,
     Storage,
@@ -35,16 +35,14 @@ class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
     recipe: str = Field("", description="the recipe it came from")
-    stage: Literal["both", "reconstruct", "align"] = Field(
-        "both", description="pretraining stages, one after the other"
-    )
+    stage: Literal["both", "masked", "align"] = Field("both", description="pretraining stages, one after the other")
     seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
     data: Data = Data()
     plan: Plan = Plan()
     augment: Augment = Augment()
     sampling: Sampling = Sampling()
     model: Model = Model()
-    reconstruct: Reconstruct = Reconstruct()
+    masked: Masked = Masked()
     align: Align = Align()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
@@ -93,7 +91,7 @@ class RunConfig(Section):
                 f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}"
             )
         if self.total_steps == 0:
-            raise ValueError("reconstruct.steps, align.steps: expected at least one step in the chosen stage, got 0")
+            raise ValueError("masked.steps, align.steps: expected at least one step in the chosen stage, got 0")
         if self.align.learn_temperature and self.align.temperature <= MIN_TEMPERATURE:
             raise ValueError(
                 f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "
@@ -106,7 +104,7 @@ class RunConfig(Section):
         if self.align_steps and d.global_batch < MIN_ALIGNED_SUBJECTS:
             raise ValueError(
                 f"data.global_batch: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct subjects as negatives, "
-                f"got {d.global_batch}; use stage=reconstruct"
+                f"got {d.global_batch}; use stage=masked"
             )
         return self
 
@@ -126,17 +124,17 @@ class RunConfig(Section):
         return next(n for n in range(1, share + 1) if share % n == 0 and share // n <= largest)
 
     @property
-    def reconstruct_steps(self) -> int:
-        return self.reconstruct.steps if self.stage != "align" else 0
+    def masked_steps(self) -> int:
+        return self.masked.steps if self.stage != "align" else 0
 
     @property
     def align_steps(self) -> int:
-        return self.align.steps if self.stage != "reconstruct" else 0
+        return self.align.steps if self.stage != "masked" else 0
 
     @property
     def has_image_encoder(self) -> bool:
         """Whether a stage reads images by an encoder of their own, be it one that this run leaves out."""
-        return bool(self.reconstruct.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
+        return bool(self.masked.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
 
     @property
     def has_components(self) -> bool:
@@ -145,7 +143,7 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        return self.reconstruct_steps + self.align_steps
+        return self.masked_steps + self.align_steps
 
     def identity(self) -> dict[str, Any]:
         """What a run is: dotted key -> value, as JSON has it, of all that changes its mathematics (data, order, method,
@@ -172,7 +170,7 @@ class RunConfig(Section):
 IDENTITY_FORMAT = 1
 """Of what `RunConfig.identity` holds: another number renames every run."""
 
-_IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "reconstruct", "align", "optimizer"}
+_IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "optimizer"}
 """Sections that change numbers."""
 
 _NO_IDENTITY = {

@@ -458,7 +458,7 @@ def draw(
         u = numbers(purpose).flatten(0, 1)[:, None]
         drawn = sampling.pattern(u, each, ny.flatten(), how.acs_lines, how.family).view(acquired.shape)
     sampled = torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
-    goal = config.reconstruct
+    goal = config.masked
     hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, goal.mask_ratio)
     targets = hidden if goal.target == "acquired" else acquired & ~sampled | hidden
     if goal.target_lines:

@@ -85,7 +85,7 @@ def state_bytes(
 
 def most_tokens(config: RunConfig) -> Counts:
     """Tokens of a subject that fills all slices and frames, at the lowest acceleration."""
-    data, sampling, how = config.data, config.sampling, config.reconstruct
+    data, sampling, how = config.data, config.sampling, config.masked
     lines, r = data.matrix[0], min(sampling.accelerations)
     kept, _ = sampling.budget(lines, r)
     if r == 1:
@@ -138,11 +138,11 @@ def activation_bytes(config: RunConfig, subjects: Sequence[Counts]) -> float:
         kspace += decoder(n.targets, n.visible + n.cells, line, RANK * line)
         image = encoder(n.visible_patches, n.patch_cells, patch, 0)
         image += decoder(n.hidden_patches, n.visible_patches + n.patch_cells, patch, 0)
-        image *= config.reconstruct.image_weight > 0
+        image *= config.masked.image_weight > 0
         trained = config.align.teacher == "encoder" and config.align.train_image_encoder
         aligned = encoder(n.sampled, n.cells, line, RANK * width)
-        aligned += (kspace + image * trained) * (config.align.reconstruct_weight > 0)
+        aligned += (kspace + image * trained) * (config.align.masked_weight > 0)
         aligned += encoder(n.patches, n.patch_cells, patch, 0) * trained
-        return max((kspace + image) * (config.reconstruct_steps > 0), aligned * (config.align_steps > 0))
+        return max((kspace + image) * (config.masked_steps > 0), aligned * (config.align_steps > 0))
 
     return float(sum(map(of, subjects)))

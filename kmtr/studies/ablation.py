@@ -88,7 +88,7 @@ def base_of(config: RunConfig, stage: str) -> dict[str, Any]:
     steps = config.study.ablation_steps
     changes = {
         "stage": stage,
-        "reconstruct.steps": steps,
+        "masked.steps": steps,
         "align.steps": config.study.ablation_align_steps,
         "train.workers": 1,
         "train.eval_every": -(-steps // config.train.log_every) * config.train.log_every,  # only at a stage's end
@@ -102,8 +102,8 @@ def variants_of(config: RunConfig, groups: Sequence[Group]) -> list[Variant]:
     references: dict[str, Variant] = {}
     found: list[Variant] = []
     for seed in seeds_of(config):
-        default = Variant(NOISE, f"seed {seed}", named(config, base_of(config, "reconstruct") | {"seed": seed}))
-        default.reference = references.setdefault("reconstruct", default)
+        default = Variant(NOISE, f"seed {seed}", named(config, base_of(config, "masked") | {"seed": seed}))
+        default.reference = references.setdefault("masked", default)
         found.append(default)
     references["both"] = Variant("", DEFAULT, named(config, base_of(config, "both")))
     for group in groups:
@@ -199,7 +199,7 @@ def score(cohort: comparison.Cohort, variant: Variant, budget: int) -> dict[str,
     for target in ("lvef_pct", "lvm_g"):
         if target in cohort.targets:
             row[short(target)] = statistics.fmean(values[target] for values in r2.values())
-    last = variant.config.reconstruct_steps
+    last = variant.config.masked_steps
     row["seconds_per_step"] = variant.config.data.global_batch / rate(variant.outcome, 0, last)
     reference = variant.reference
     if reference is not None and reference.outcome is not None and reference.run != variant.run:

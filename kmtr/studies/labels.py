@@ -20,7 +20,7 @@ from kmtr.studies import comparison
 from kmtr.studies.comparison import Cohort, Result, Source
 from kmtr.studies.running import device_of, each, finished, named, open_run, probe_all, publish, rate
 from kmtr.train import driver
-from kmtr.train.loop import RECONSTRUCT_ENCODER
+from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import InputError
 
 TITLES = {
@@ -80,8 +80,8 @@ COMPARED = (
 def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
     config, dataset = driver.resolve(override(config, {"stage": "both"}))
-    if not config.reconstruct_steps or not config.align_steps:
-        raise InputError("study: expected reconstruct.steps and align.steps of at least 1, since both are compared")
+    if not config.masked_steps or not config.align_steps:
+        raise InputError("study: expected masked.steps and align.steps of at least 1, since both are compared")
     run_name, _ = driver.run_folder(named(config, {}), dataset)
     name = f"labels-{config.recipe}-{comparison.digest(config, run_name)}"
     folder = Path(config.storage.root) / "study" / name
@@ -117,9 +117,9 @@ def pretrain(
     for seed in config.study.seeds:
         outcomes[seed, "c"] = _fit(named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, stages b and c")
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
-    steps = config.reconstruct.steps + more
+    steps = config.masked.steps + more
     for seed in config.study.seeds[: config.study.controls]:
-        changes = {"seed": seed, "stage": "reconstruct", "reconstruct.steps": steps}
+        changes = {"seed": seed, "stage": "masked", "masked.steps": steps}
         outcomes[seed, "longer"] = _fit(
             named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of stage b alone"
         )
@@ -143,7 +143,7 @@ def _longer_steps(config: RunConfig, folder: Path, outcomes: Mapping[tuple[int, 
     kept = folder / "longer.json"
     if kept.is_file():
         return int(json.loads(kept.read_text()))
-    b, both = config.reconstruct_steps, config.total_steps
+    b, both = config.masked_steps, config.total_steps
     ratios = sorted(rate(o, 0, b) / rate(o, b, both) for (_, what), o in outcomes.items() if what == "c")
     ratio = ratios[len(ratios) // 2]
     steps = max(10, 10 * round(config.align_steps * (ratio if math.isfinite(ratio) else 1.0) / 10))
@@ -158,7 +158,7 @@ def encoders_of(trained: Mapping[tuple[int, str], driver.Outcome]) -> dict[tuple
         if what == "longer":
             found[seed, "longer"] = outcome.encoder
             continue
-        found[seed, "b"] = str(Path(outcome.folder) / RECONSTRUCT_ENCODER)
+        found[seed, "b"] = str(Path(outcome.folder) / MASKED_ENCODER)
         if "align_stopped" not in outcome.metrics:
             found[seed, "c"] = outcome.encoder
     return found
@@ -277,8 +277,8 @@ def report(
     summary = (
         f"Mean R2 over {', '.join(short(t).upper() for t in cohort.targets)} on {len(cohort.held_out)} held-out "
         f"subjects, from {_listed(cohort.budgets)} labelled ones. Seeds {_listed(tuple(cohort.labelled))} change "
-        f"pretraining and the labelled subjects. Stage b: {config.reconstruct.steps} steps; stage c: "
-        f"{config.align.steps}; stage b for longer: {config.reconstruct.steps + longer_steps}. Fine-tuning takes "
+        f"pretraining and the labelled subjects. Stage b: {config.masked.steps} steps; stage c: "
+        f"{config.align.steps}; stage b for longer: {config.masked.steps + longer_steps}. Fine-tuning takes "
         f"{config.study.steps} steps, training from scratch {config.study.scratch_steps}, one model for all R; neither "
         f"chooses its step by held-out labels. A probe has a model for each R; moved copies (up to "
         f"{config.study.copies} of a subject) are shifted and rotated as in training.\n\n{guard}"

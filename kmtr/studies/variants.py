@@ -15,7 +15,7 @@ class Group:
     """Variants that answer one question.
 
     Attributes:
-        stage: ``reconstruct``: what stage b leaves is scored; ``both``: what stage c after it leaves.
+        stage: ``masked``: what stage b leaves is scored; ``both``: what stage c after it leaves.
         variants: name -> dotted keys that it changes. One that changes nothing of the recipe is the recipe itself, and
             no run of its own.
     """
@@ -23,7 +23,7 @@ class Group:
     name: str
     asks: str
     variants: Mapping[str, Mapping[str, Any]]
-    stage: Literal["reconstruct", "both"] = "reconstruct"
+    stage: Literal["masked", "both"] = "masked"
 
 
 GROUPS = (
@@ -47,22 +47,22 @@ GROUPS = (
     Group(
         "target",
         "Are the hidden acquired lines predicted, or all that the encoder does not see?",
-        {name: {"reconstruct.target": name} for name in ("acquired", "all")},
+        {name: {"masked.target": name} for name in ("acquired", "all")},
     ),
     Group(
         "k-space loss",
         "Which error of hidden lines?",
-        {name: {"reconstruct.kspace_loss": name} for name in ("mse", "l1", "hdr")},
+        {name: {"masked.kspace_loss": name} for name in ("mse", "l1", "hdr")},
     ),
     Group(
         "mask ratio",
         "How many of the acquired lines are hidden from the encoder?",
-        {f"{ratio}": {"reconstruct.mask_ratio": ratio} for ratio in (0.3, 0.5, 0.7, 0.9)},
+        {f"{ratio}": {"masked.mask_ratio": ratio} for ratio in (0.3, 0.5, 0.7, 0.9)},
     ),
     Group(
         "image domain",
         "Does reconstructing images beside k-space cost or help the k-space encoder?",
-        {"with": {"reconstruct.image_weight": 1.0}, "without": {"reconstruct.image_weight": 0.0}},
+        {"with": {"masked.image_weight": 1.0}, "without": {"masked.image_weight": 0.0}},
     ),
     Group(
         "encoder inputs",
@@ -76,7 +76,7 @@ GROUPS = (
             "as it is": {},
             "static alone": {"align.dynamic_weight": 0.0},
             "dynamic alone": {"align.static_weight": 0.0},
-            "without loss of stage b": {"align.reconstruct_weight": 0.0},
+            "without loss of stage b": {"align.masked_weight": 0.0},
             "projections not first": {"align.head_steps": 0, "align.head_factor": 1.0},
         },
         stage="both",
@@ -86,11 +86,11 @@ GROUPS = (
         "Is k-space aligned with fixed components of the clean image, or with an image encoder, frozen or trained?",
         {
             "components": {"align.teacher": "components", "align.train_image_encoder": False},
-            "frozen encoder": {"align.teacher": "encoder", "reconstruct.image_weight": 1.0},
+            "frozen encoder": {"align.teacher": "encoder", "masked.image_weight": 1.0},
             "trained encoder": {
                 "align.teacher": "encoder",
                 "align.train_image_encoder": True,
-                "reconstruct.image_weight": 1.0,
+                "masked.image_weight": 1.0,
             },
         },
         stage="both",

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 
 from kmtr.config import RunConfig
 from kmtr.data.batch import Batch
-from kmtr.tasks.align import align
+from kmtr.tasks import align, masked
 from kmtr.tasks.base import Engine, Step
 from kmtr.tasks.inputs import Inputs, Preparer
-from kmtr.tasks.masked import reconstruct
 from kmtr.tasks.stages import image_encoder_learns, masks_images, reads_images
 
 STAGES: dict[str, Callable[[Engine, Sequence[Batch], Preparer, RunConfig], Step]] = {
-    "reconstruct": reconstruct,
-    "align": align,
+    "masked": masked.step,
+    "align": align.step,
 }
 
 __all__ = [

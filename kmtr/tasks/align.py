@@ -16,7 +16,7 @@ from kmtr.tasks.inputs import Preparer
 from kmtr.tasks.losses import info_nce
 
 
-def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
+def step(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
     """Stage c: InfoNCE over the global batch on static and dynamic embeddings per slice, and stage b's loss kept.
 
     The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with
@@ -35,7 +35,7 @@ def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: Run
     leaf = z.detach().float().requires_grad_()
     contrast = contrastive(leaf, present, key, config, total, temperature)
     dz, *rest = torch.autograd.grad(contrast, [leaf] if temperature is None else [leaf, temperature])
-    weight = config.align.reconstruct_weight
+    weight = config.align.masked_weight
     first = 0
     for i, batch in enumerate(micro):
         out = outs[0] if len(micro) == 1 else engine(inputs[i], "align")
@@ -46,7 +46,7 @@ def align(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: Run
             loss = loss + out["temperature"] * rest[0] * world()  # each micro-batch passes on its share of one gradient
         if "kspace" in out:
             total.add("kspace_loss", out["kspace"], ~batch.repeated)
-            kept = weigh(out, {"kspace": weight, "image": weight * config.reconstruct.image_weight})
+            kept = weigh(out, {"kspace": weight, "image": weight * config.masked.image_weight})
             loss = loss + (kept * ~batch.repeated).sum() * share(batch, len(micro))
         engine.backward(loss)
     return total.step()

@@ -89,7 +89,7 @@ class Preparer:
                 patch_targets = self.patches(batch, images, withheld, many[4])
             if both:
                 all_patches = self.patches(batch, images, present, many[5])
-        known = batch.acquired if self.config.reconstruct.target == "all" else seen
+        known = batch.acquired if self.config.masked.target == "all" else seen
         return Inputs(
             lines=self.lines(batch, known=visible, chosen=visible, lengths=many[0]),
             line_targets=self.lines(batch, known=known, chosen=batch.targets, visible=visible, lengths=many[1]),

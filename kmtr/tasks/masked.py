@@ -10,12 +10,12 @@ from kmtr.tasks.base import Engine, Step, Sums, share, weigh
 from kmtr.tasks.inputs import Preparer
 
 
-def reconstruct(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
+def step(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
     """Stage b: loss on hidden lines plus `image_weight` times that on hidden patches."""
     total = Sums()
     for batch in micro:
-        out = engine(prepare(batch, "reconstruct"), "reconstruct")
-        loss = weigh(out, {"kspace": 1.0, "image": config.reconstruct.image_weight})
+        out = engine(prepare(batch, "masked"), "masked")
+        loss = weigh(out, {"kspace": 1.0, "image": config.masked.image_weight})
         real = ~batch.repeated
         total.add("kspace_loss", out["kspace"], real)
         if "image" in out:

@@ -56,9 +56,9 @@ class Pretraining(nn.Module):
             if stage == "embed":
                 return {"embedding": torch.cat(static_dynamic(encoded.frames, encoded.absent), -1).flatten(1)}
             return {"values": self.kspace_decoder(encoded, inputs.line_targets)}
-        loss = self.config.reconstruct.kspace_loss
+        loss = self.config.masked.kspace_loss
         aligned, learns = stage == "align", image_encoder_learns(self.config, stage)
-        if not aligned or self.config.align.reconstruct_weight:
+        if not aligned or self.config.align.masked_weight:
             targets = inputs.line_targets
             predicted = self.kspace_decoder(self._encode(inputs, "lines"), targets)
             out["kspace"] = masked_reconstruction(

@@ -12,7 +12,7 @@ def image_encoder_learns(config: RunConfig, stage: str) -> bool:
 
 def masks_images(config: RunConfig, stage: str) -> bool:
     """Whether hidden image patches are predicted in a stage."""
-    return bool(config.reconstruct.image_weight) and image_encoder_learns(config, stage)
+    return bool(config.masked.image_weight) and image_encoder_learns(config, stage)
 
 
 def reads_images(config: RunConfig, stage: str) -> bool:

@@ -18,7 +18,7 @@ from kmtr.data import pipeline, statistics, storage
 from kmtr.data.reader import Dataset
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
-from kmtr.train.loop import RECONSTRUCT_ENCODER, train_worker
+from kmtr.train.loop import MASKED_ENCODER, train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
 
@@ -47,12 +47,12 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
         raise InputError(
             f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
-            f"{subjects}; use stage=reconstruct"
+            f"{subjects}; use stage=masked"
         )
-    if set(config.data.views) & dataset.undersampled and (config.align_steps or config.reconstruct.image_weight):
+    if set(config.data.views) & dataset.undersampled and (config.align_steps or config.masked.image_weight):
         raise InputError(
             "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
-            "use stage=reconstruct reconstruct.image_weight=0"
+            "use stage=masked masked.image_weight=0"
         )
     dataset.preflight()
     return config, dataset
@@ -118,7 +118,7 @@ def fit(
             raise KmtrError(f"run {name}: it ended without a checkpoint")
         encoder = folder / "encoder"
         if returned["stopped"]:
-            _copy_tree(folder / RECONSTRUCT_ENCODER, encoder)
+            _copy_tree(folder / MASKED_ENCODER, encoder)
         else:
             with result.checkpoint.as_directory() as last:
                 checkpoint.export_encoder_from(Path(last), encoder, config, tables)

@@ -105,9 +105,9 @@ def _block(name: str, depth: int) -> int:
 
 def stage_of(config: RunConfig, step: int) -> tuple[str, int]:
     """Stage of a step, and the step within it."""
-    if step < config.reconstruct_steps:
-        return "reconstruct", step
-    return "align", step - config.reconstruct_steps
+    if step < config.masked_steps:
+        return "masked", step
+    return "align", step - config.masked_steps
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -117,7 +117,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     to there it is the same for a run of any length (warmup-stable-decay, Hu 2024).
     """
     stage, local = stage_of(config, step)
-    part = config.reconstruct if stage == "reconstruct" else config.align
+    part = config.masked if stage == "masked" else config.align
     if config.optimizer.schedule == "plateau":
         warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
         left = (part.steps - local) / max(config.optimizer.cooldown * part.steps, 1)
@@ -134,7 +134,7 @@ def learning_rates(config: RunConfig, step: int) -> dict[str, float]:
     """
     stage, local = stage_of(config, step)
     rate, align = learning_rate(config, step), config.align
-    if stage == "reconstruct":
+    if stage == "masked":
         return {"kspace": rate, "image": rate, "heads": rate}
     if local < align.head_steps:
         return {"kspace": 0.0, "image": 0.0, "heads": align.learning_rate * align.head_factor}
@@ -171,7 +171,7 @@ class ShardedEngine:
             deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
         optimizer = torch.optim.AdamW(
             parameter_groups(module, config),
-            lr=config.reconstruct.learning_rate,
+            lr=config.masked.learning_rate,
             betas=config.optimizer.betas,
             fused=True,
         )

@@ -31,7 +31,7 @@ from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
 from kmtr.types import KmtrError
 
-RECONSTRUCT_ENCODER = "encoder-reconstruct"
+MASKED_ENCODER = "encoder-masked"
 """Folder in the run's: the encoder as masked reconstruction left it."""
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Worker:
                     self.device,
                 )
                 together(lambda: checkpoint.restore(folder, self.engine), self.device)
-                if progress.step == self.config.reconstruct_steps and self.config.align_steps:
+                if progress.step == self.config.masked_steps and self.config.align_steps:
                     self._export(folder)  # it may have ended between the checkpoint and this
         layout = layout_of(self.config, self.world)
         before = progress.layouts[-1][1] if progress.layouts else None
@@ -151,12 +151,12 @@ class Worker:
             self.watch.stepped(host, report)
             progress.step = step + 1
             self._look(report)
-            ends = progress.step in (config.reconstruct_steps, config.total_steps)
+            ends = progress.step in (config.masked_steps, config.total_steps)
             if progress.step % config.train.log_every == 0 or progress.step == 1 or ends:
                 self._log(report)
             if progress.step % config.train.eval_every == 0 or ends:
                 self._evaluate(report.stage)
-            if progress.step == config.reconstruct_steps and config.align_steps:
+            if progress.step == config.masked_steps and config.align_steps:
                 progress.reference = self.metrics
             if progress.step % config.train.checkpoint_every == 0 or ends or progress.stopped:
                 self._save()
@@ -231,7 +231,7 @@ class Worker:
             ray.train.report(
                 {"step": progress.step, **self.metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder)
             )
-        if progress.step == self.config.reconstruct_steps and self.config.align_steps:
+        if progress.step == self.config.masked_steps and self.config.align_steps:
             dist.barrier()  # all workers' files are there
             written = ray.train.get_checkpoint()
             assert written is not None
@@ -241,7 +241,7 @@ class Worker:
 
     def _export(self, folder: Path) -> None:
         if self.rank == 0:
-            checkpoint.export_encoder_from(folder, self.folder / RECONSTRUCT_ENCODER, self.config, self.tables)
+            checkpoint.export_encoder_from(folder, self.folder / MASKED_ENCODER, self.config, self.tables)
 
 
 def deterministic() -> None:

@@ -71,7 +71,7 @@ class Validation:
             return metrics, None
         losses = []
         for batch in self._batches("val"):
-            out = engine(self.prepare(batch, "reconstruct"), "reconstruct")
+            out = engine(self.prepare(batch, "masked"), "masked")
             losses.append(torch.stack([out[name] for name in sorted(out)]))
             names = sorted(out)
         total = (torch.cat(losses, dim=1) * self._counted("val")).sum(1).double()

@@ -59,7 +59,7 @@ class Alone:
         (["step", "bench.lines=100"], "bench.lines: expected at least the 128 lines of one slice, got 100"),
         (["step", "bench.pairs=1"], "bench.pairs"),
         (
-            ["step", "model.width=32", "model.depth=1", "model.decoder_width=32", "reconstruct.image_weight=1"],
+            ["step", "model.width=32", "model.depth=1", "model.decoder_width=32", "masked.image_weight=1"],
             "heads of 205 channels",
         ),
     ],
@@ -92,14 +92,14 @@ def test_a_size_for_a_cpu(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("reconstruct", {}),
-        ("reconstruct", {"model.depth": 2, "model.decoder_depth": 2, "model.mlp_ratio": 4}),
-        ("reconstruct", {"reconstruct.image_weight": 0.0, "model.line_parts": "whole"}),
-        ("reconstruct", {"model.encoder_inputs": "zerofilled"}),
+        ("masked", {}),
+        ("masked", {"model.depth": 2, "model.decoder_depth": 2, "model.mlp_ratio": 4}),
+        ("masked", {"masked.image_weight": 0.0, "model.line_parts": "whole"}),
+        ("masked", {"model.encoder_inputs": "zerofilled"}),
         ("align", {"model.encoder_inputs": "both"}),
         ("align", {}),
         ("align", {"align.train_image_encoder": True}),
-        ("align", {"align.reconstruct_weight": 0.0}),
+        ("align", {"align.masked_weight": 0.0}),
     ],
 )
 def test_the_formula_is_what_is_computed(
@@ -150,7 +150,7 @@ def test_the_reference_predicts_targets_from_visible_tokens(
     torch.manual_seed(0)
     model = Reference(small, positions, 1.0).kspace
     torch.nn.init.normal_(model.mask_token)
-    inputs = Preparer(small, tables, CPU)(batch, "reconstruct")
+    inputs = Preparer(small, tables, CPU)(batch, "masked")
     seen, targets = Padded.of(inputs.lines), Padded.of(inputs.line_targets)
     assert torch.equal(seen.values[~seen.padded], inputs.lines.values)
 
@@ -183,7 +183,7 @@ def test_the_reference_minimises_the_same_terms(
     assert theirs.sums.keys() == wanted.sums.keys()
     assert {k: float(v) for k, v in theirs.counts.items()} == {k: float(v) for k, v in wanted.counts.items()}
     trained = {name.partition(".")[0] for name, p in reference.named_parameters() if p.grad is not None}
-    assert trained == ({"kspace", "image"} if stage == "reconstruct" else {"kspace", "heads"})
+    assert trained == ({"kspace", "image"} if stage == "masked" else {"kspace", "heads"})
 
 
 # ------------------------------------------------------------------------------------------------------------- clock
@@ -279,7 +279,7 @@ def test_a_whole_measurement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert found["cost_vs_acceleration"].keys() == {"2", "4", "8", "16"}
     assert found["parameters"]["reference"] == pytest.approx(found["parameters"]["ours"], rel=0.05)
     kept = json.loads(Path(found["results"]).read_text())
-    assert len(kept["raw"]["together"]["reconstruct"]["seconds"]["ddp"]) == 2
+    assert len(kept["raw"]["together"]["masked"]["seconds"]["ddp"]) == 2
     told = capfd.readouterr().out
     assert "ratio to reference" in told
     assert "align on 2 processes 2/2" in told

@@ -134,7 +134,7 @@ def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study
 
 
 def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig, reader: Reader, study: Study) -> None:
-    every = override(small, {"reconstruct.target": "all"})
+    every = override(small, {"masked.target": "all"})
     samples = reader.samples(range(8))
     for config in (small, override(small, {"sampling.accelerations": (1,)})):
         batch = collate(samples, config).to(CPU)
@@ -153,8 +153,8 @@ def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig
 
 @pytest.mark.parametrize("target", ["acquired", "all"])
 def test_a_share_of_the_target_lines_is_drawn_anew_each_pass(small: RunConfig, reader: Reader, target: str) -> None:
-    whole = override(small, {"reconstruct.target": target})
-    few = override(whole, {"reconstruct.target_lines": 0.3})
+    whole = override(small, {"masked.target": target})
+    few = override(whole, {"masked.target_lines": 0.3})
     first, second = (collate(reader.samples(range(8)), few, visit=visit).to(CPU) for visit in (0, 1))
     every = collate(reader.samples(range(8)), whole).to(CPU)
     assert torch.equal(first.hidden, every.hidden)

@@ -60,7 +60,7 @@ def copy(large: str, tmp_path: Path) -> Path:
 @pytest.fixture
 def wide(small: RunConfig, large: str) -> RunConfig:
     changes = {"data.root": large, "data.matrix": (128, 128), "data.global_batch": 4, "model.patch": (2, 16, 16)}
-    return override(small, changes | {"stage": "reconstruct", "sampling.accelerations": (4,)})
+    return override(small, changes | {"stage": "masked", "sampling.accelerations": (4,)})
 
 
 def values(root: str, view: str, row: int, **settings: str) -> np.ndarray | None:

@@ -109,7 +109,7 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
         differs += tight.kspace.shape != loose.kspace.shape
         assert int(tight.sampled.sum()) == int(loose.sampled.sum())
         assert int(tight.hidden.sum()) == int(loose.hidden.sum())
-        for stage in ("reconstruct", "align"):
+        for stage in ("masked", "align"):
             with torch.no_grad():
                 ours, theirs = (model(prepare(batch, stage), stage) for batch in (tight, loose))
             for name in ours:
@@ -143,7 +143,7 @@ def test_a_repeated_subject_counts_in_no_loss(mixed: RunConfig, scans: Dataset, 
     repeated = np.array([False] * 6 + [True] * 2)
     padded = collate(samples, config, repeated=repeated, real=6).to(CPU)
     alone = collate(scans.reader("train", config.data).samples(range(6)), config).to(CPU)
-    for stage in ("reconstruct", "align"):
+    for stage in ("masked", "align"):
         ours, theirs = (gradients(config, stage, batch, tables) for batch in (padded, alone))
         for name in theirs:
             scale = max(float(g.abs().max()) for g in theirs.values())

@@ -203,9 +203,9 @@ def test_tokens_are_at_most_those_of_the_lowest_acceleration(small: RunConfig, b
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("reconstruct", {}),
-        ("reconstruct", {"model.depth": 4, "model.mlp_ratio": 4}),
-        ("reconstruct", {"model.depth": 4, "model.checkpointing": True, "reconstruct.image_weight": 0.0}),
+        ("masked", {}),
+        ("masked", {"model.depth": 4, "model.mlp_ratio": 4}),
+        ("masked", {"model.depth": 4, "model.checkpointing": True, "masked.image_weight": 0.0}),
         ("align", {}),
         ("align", {"align.train_image_encoder": True}),
     ],

@@ -43,7 +43,7 @@ def copy(dataset: str, tmp_path: Path) -> Path:
 
 def words(small: RunConfig, root: Path | str) -> list[str]:
     plain, said = override(tiny(), {}), []
-    for section in ("data", "sampling", "model", "evaluate", "reconstruct", "align", "train"):
+    for section in ("data", "sampling", "model", "evaluate", "masked", "align", "train"):
         for name, value in getattr(small, section):
             if value != getattr(getattr(plain, section), name) and f"{section}.{name}" != "data.root":
                 text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

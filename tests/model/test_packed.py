@@ -152,7 +152,7 @@ def added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"model.depth": 3, "model.decoder_depth": 2, "model.checkpointing": True}])
-@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+@pytest.mark.parametrize("stage", ["masked", "align"])
 def test_packed_is_one_by_one_is_masked(
     small: RunConfig, tables: Tables, uneven: Batch, stage: str, changes: dict[str, Any]
 ) -> None:
@@ -194,7 +194,7 @@ def test_hidden_lines_and_padding_never_reach_the_encoder(small: RunConfig, tabl
     spoilt = torch.where(visible, uneven.kspace, torch.full_like(uneven.kspace, complex(1e4, torch.nan)))
     encoded = []
     for kspace in (uneven.kspace, spoilt):
-        inputs = prepare(replace(uneven, kspace=kspace), "reconstruct")
+        inputs = prepare(replace(uneven, kspace=kspace), "masked")
         encoded.append(module.kspace_encoder([inputs.lines], inputs.cells, inputs.absent))
     assert torch.equal(encoded[0].tokens, encoded[1].tokens)
     assert torch.equal(encoded[0].vectors, encoded[1].vectors)
@@ -205,7 +205,7 @@ def test_hidden_lines_and_padding_never_reach_the_encoder(small: RunConfig, tabl
 def test_the_order_of_tokens_means_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
     """A subject's tokens permuted, its encoded tokens are permuted; its frame vectors stay."""
     torch.manual_seed(0)
-    module, inputs = Pretraining(small), Preparer(small, tables, CPU)(uneven, "reconstruct")
+    module, inputs = Pretraining(small), Preparer(small, tables, CPU)(uneven, "masked")
     encoder = module.kspace_encoder if domain == "lines" else module.image_encoder
     where = (inputs.cells, inputs.absent) if domain == "lines" else (inputs.patch_cells, inputs.absent_patches)
     tokens = getattr(inputs, domain)
@@ -230,7 +230,7 @@ def test_several_vocabularies_are_one_sequence(small: RunConfig, tables: Tables,
     prepare = Preparer(small, tables, CPU)
 
     def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = prepare(batch, "reconstruct")
+        inputs = prepare(batch, "masked")
         assert inputs.patches is not None
         encoded = encoder([inputs.lines, inputs.patches], inputs.cells, inputs.absent)
         assert encoded.lengths.host == tuple(
@@ -253,8 +253,8 @@ def test_what_the_k_space_encoder_reads_may_be_lines_patches_or_both(
     module, prepare = Pretraining(config), Preparer(config, tables, CPU)
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        made = prepare(batch, "reconstruct")
-        return module(made, "reconstruct")["kspace"], module(prepare.queries(batch), "embed")["embedding"]
+        made = prepare(batch, "masked")
+        return module(made, "masked")["kspace"], module(prepare.queries(batch), "embed")["embedding"]
 
     loss, embedding = run(uneven)
     alone = [torch.cat(parts) for parts in zip(*(run(uneven[i : i + 1]) for i in range(8)), strict=True)]
@@ -268,7 +268,7 @@ def test_what_the_k_space_encoder_reads_may_be_lines_patches_or_both(
 
 def test_a_patch_counts_in_each_frame_that_it_covers(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     config = override(small, {"model.encoder_inputs": "zerofilled"})
-    inputs = Preparer(config, tables, CPU)(uneven, "reconstruct")
+    inputs = Preparer(config, tables, CPU)(uneven, "masked")
     tokens = inputs.zerofilled
     assert tokens is not None
     encoder = Pretraining(config).kspace_encoder
@@ -284,7 +284,7 @@ def test_a_patch_counts_in_each_frame_that_it_covers(small: RunConfig, tables: T
 
 def test_frame_vectors_lie_on_their_grid(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     torch.manual_seed(0)
-    inputs = Preparer(small, tables, CPU)(uneven, "reconstruct")
+    inputs = Preparer(small, tables, CPU)(uneven, "masked")
     encoded = Pretraining(small).kspace_encoder([inputs.lines], inputs.cells, inputs.absent)
     assert torch.equal(encoded.frames[~inputs.absent], encoded.vectors)
     assert not encoded.frames[inputs.absent].any()
@@ -315,7 +315,7 @@ def test_stochastic_depth_leaves_out_whole_branches_of_a_subject(
     torch.manual_seed(0)
     encoder = Pretraining(config).kspace_encoder
     assert encoder.rates == [0.0, 0.25, 0.5]
-    inputs = Preparer(config, tables, CPU)(uneven, "reconstruct")
+    inputs = Preparer(config, tables, CPU)(uneven, "masked")
     run = partial(encoder, [inputs.lines], inputs.cells, inputs.absent)
     never, always = torch.ones(8, 3, 2), torch.zeros(8, 3, 2)
     mixed = torch.where(torch.arange(8)[:, None, None] == 2, always, never)
@@ -350,11 +350,11 @@ def test_stochastic_depth_is_a_function_of_seed_visit_and_subject(
     assert batch.visit is not None
     assert not torch.equal(prepare.draws(replace(batch, visit=batch.visit + 1)), whole)
     assert prepare.draws(replace(batch, visit=None)) is None, "validation"
-    assert prepare(batch, "reconstruct").draws is not None
+    assert prepare(batch, "masked").draws is not None
     assert Preparer(small, tables, CPU).draws(batch) is None
 
 
-@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+@pytest.mark.parametrize("stage", ["masked", "align"])
 def test_stochastic_depth_draws_the_same_when_a_block_is_run_again(
     small: RunConfig, tables: Tables, batch: Batch, stage: str
 ) -> None:

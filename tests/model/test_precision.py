@@ -12,7 +12,7 @@ from kmtr.tasks.pretraining import Pretraining
 
 
 @pytest.mark.parametrize("cast_tables", [True, False])
-@pytest.mark.parametrize("stage", ["reconstruct", "align", "embed", "predict"])
+@pytest.mark.parametrize("stage", ["masked", "align", "embed", "predict"])
 def test_bf16_weights(
     small: RunConfig, tables: dict[str, torch.Tensor], batch: Batch, stage: str, cast_tables: bool
 ) -> None:
@@ -31,5 +31,5 @@ def test_bf16_weights(
     for name, value in exact.items():
         scale = value.detach().abs().mean()
         assert (rough[name].float() - value).detach().abs().mean() < 0.05 * scale, name
-    if stage == "reconstruct":
+    if stage == "masked":
         assert all(loss.dtype == torch.float32 for loss in rough.values())

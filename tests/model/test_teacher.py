@@ -21,7 +21,7 @@ from kmtr.train.driver import resolve
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")
-TAUGHT = {"align.teacher": "components", "reconstruct.image_weight": 0.0}
+TAUGHT = {"align.teacher": "components", "masked.image_weight": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,7 @@ def test_gather_lists_the_chosen_cells_in_order(seed: int, share: float) -> None
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-@pytest.mark.parametrize("stage", ["reconstruct", "align"])
+@pytest.mark.parametrize("stage", ["masked", "align"])
 def test_hidden_and_unsampled_lines_never_reach_the_encoder(
     variant: tuple[RunConfig, Tables], uneven: Batch, stage: str
 ) -> None:
@@ -107,14 +107,14 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
 def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
     small: RunConfig, tables: Tables, reader: Reader
 ) -> None:
-    config = override(small, {"reconstruct.target": "all", "model.readout_fraction": 1.0})
+    config = override(small, {"masked.target": "all", "model.readout_fraction": 1.0})
     batch = collate(reader.samples(range(8)), config).to(CPU)
     prepare = Preparer(config, tables, CPU)
-    before = prepare(batch, "reconstruct")
+    before = prepare(batch, "masked")
     visible = batch.sampled & ~batch.hidden
     assert torch.equal(before.line_targets.index, (~visible).nonzero()[:, 1:])
     spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, batch.kspace * -3e3 + 7j)
-    after = prepare(replace(batch, kspace=spoilt), "reconstruct")
+    after = prepare(replace(batch, kspace=spoilt), "masked")
     assert equal(after.lines, before.lines)
     assert not torch.equal(after.line_targets.values, before.line_targets.values)
     fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)

@@ -98,7 +98,7 @@ def test_ablation_from_its_command_to_its_report(
     cluster: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a name, and a seed that is none of the study's. No variant is the recipe's own choice of its stage."""
-    group = Group("stage c", "?", {"without loss of stage b": {"align.reconstruct_weight": 0.0}}, stage="both")
+    group = Group("stage c", "?", {"without loss of stage b": {"align.masked_weight": 0.0}}, stage="both")
     monkeypatch.setattr(variants, "GROUPS", (group,))
     words = command.words(override(config, {"study.seeds": (1,), "run.name": "mine"}))
     said = study.run(["ablation", *words])

@@ -25,10 +25,10 @@ from kmtr.types import InputError, Study
 
 Tables = dict[str, Tensor]
 CHANGES: dict[str, dict[str, object]] = {
-    "reconstruct": {},
+    "masked": {},
     "align": {},
     "align, teacher trained": {"align.train_image_encoder": True},
-    "align alone": {"align.reconstruct_weight": 0.0, "align.static_weight": 1.0},
+    "align alone": {"align.masked_weight": 0.0, "align.static_weight": 1.0},
     "align, temperature learnt": {"align.learn_temperature": True, "align.chunk": 2},
 }
 CASES = [(name.split(",")[0].split()[0], micro, CHANGES[name]) for name in CHANGES for micro in (1, 2, 4)]
@@ -97,8 +97,8 @@ def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tabl
     torch.manual_seed(0)
     module = Pretraining(small)
     with torch.no_grad():
-        out = module(Preparer(small, tables, CPU)(batch, "reconstruct"), "reconstruct")
-    result = step(small, "reconstruct", batch, 2, tables, 1)
+        out = module(Preparer(small, tables, CPU)(batch, "masked"), "masked")
+    result = step(small, "masked", batch, 2, tables, 1)
     torch.testing.assert_close(result["logged.kspace_loss"], out["kspace"].mean())
     torch.testing.assert_close(result["logged.image_loss"], out["image"].mean())
     torch.testing.assert_close(result["logged.loss"], (out["kspace"] + out["image"]).mean())
@@ -108,9 +108,9 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(small: RunConfig
     """Against autograd on the plainest formula."""
     torch.manual_seed(0)
     module = Pretraining(small)
-    out = module(Preparer(small, tables, CPU)(batch, "reconstruct"), "reconstruct")
+    out = module(Preparer(small, tables, CPU)(batch, "masked"), "masked")
     (out["kspace"] + out["image"]).mean().backward()
-    result = step(small, "reconstruct", batch, 4, tables, 1)
+    result = step(small, "masked", batch, 4, tables, 1)
     for name, parameter in module.named_parameters():
         expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(result[name], expected, rtol=0, atol=1e-5)

@@ -11,8 +11,8 @@ from kmtr.config import RunConfig, override
 TRAINED = {
     "data.loader": "ray",
     "train.workers": 2,
-    "reconstruct.steps": 6,
-    "reconstruct.warmup_steps": 2,
+    "masked.steps": 6,
+    "masked.warmup_steps": 2,
     "align.steps": 4,
     "train.checkpoint_every": 3,
     "train.eval_every": 5,

@@ -89,7 +89,7 @@ def step(engine: ShardedEngine, number: int, rank: int, before: list[Tensor] | N
     most = 0
     for micro in range(2):
         generator = torch.Generator().manual_seed(100 * number + 10 * micro + rank)
-        engine.backward(engine(torch.randn(1, WIDTH, generator=generator), "reconstruct")["y"].float().square().mean())
+        engine.backward(engine(torch.randn(1, WIDTH, generator=generator), "masked")["y"].float().square().mean())
         most = 0 if before is None else max(most, settled(before))
     engine.update(dict.fromkeys(("kspace", "image", "heads"), 1e-2))
     return most

@@ -9,7 +9,7 @@ BEFORE = {
     "val/probe_r2": 0.7,
     "val/lvef_r2_static": 0.9,
     "val/kspace_loss": 0.1,
-    "reconstruct/x": 1.0,
+    "masked/x": 1.0,
 }
 
 

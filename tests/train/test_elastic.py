@@ -74,7 +74,7 @@ def test_ray_train_still_has_what_the_trainer_replaces() -> None:
 @pytest.mark.ray
 def test_a_node_that_goes_and_comes_back_changes_no_number(config: RunConfig, tmp_path: Path, cluster: None) -> None:
     """One MLflow run over three worker groups, and at every step the loss of a run that nothing happened to."""
-    steps = {"reconstruct.steps": 700, "align.steps": 20, "train.checkpoint_every": 20, "train.eval_every": 360}
+    steps = {"masked.steps": 700, "align.steps": 20, "train.checkpoint_every": 20, "train.eval_every": 360}
     room = {"train.workers": "1..2", "train.cpus_per_worker": 1.0, "train.resize_every_s": 1.0, "train.threads": 1}
     run = override(config, steps | room | {"data.loader": "threads", "train.log_every": 10})
     (tmp_path / "config.json").write_text(to_json(run))
@@ -94,7 +94,7 @@ def test_a_node_that_goes_and_comes_back_changes_no_number(config: RunConfig, tm
     calm = override(run, {"train.workers": 1, "storage.root": str(tmp_path / "calm")})
     other = driver.fit(calm, quiet=True)
     theirs = client(tracking.tracking_uri(calm))
-    for name in ("reconstruct/loss", "align/infonce_dynamic"):
+    for name in ("masked/loss", "align/infonce_dynamic"):
         ours = {p.step: p.value for p in store.get_metric_history(found.info.run_id, name)}
         curve = {p.step: p.value for p in theirs.get_metric_history(other.run_id, name)}
         assert ours.keys() == curve.keys()

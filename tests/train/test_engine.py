@@ -35,8 +35,8 @@ def test_matrices_decay_and_lower_blocks_learn_slower(small: RunConfig) -> None:
 
 
 def test_cosine_of_each_stage(small: RunConfig) -> None:
-    config = override(small, {"reconstruct.steps": 30, "reconstruct.warmup_steps": 10, "align.steps": 5})
-    curve = [learning_rate(config, step) / config.reconstruct.learning_rate for step in range(30)]
+    config = override(small, {"masked.steps": 30, "masked.warmup_steps": 10, "align.steps": 5})
+    curve = [learning_rate(config, step) / config.masked.learning_rate for step in range(30)]
     assert curve[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert curve[20] == pytest.approx(0.5)
     assert curve[10:] == sorted(curve[10:], reverse=True)
@@ -45,9 +45,9 @@ def test_cosine_of_each_stage(small: RunConfig) -> None:
 
 
 def test_a_plateau_is_the_same_however_long_the_run(small: RunConfig) -> None:
-    changes = {"optimizer.schedule": "plateau", "optimizer.cooldown": 0.25, "reconstruct.warmup_steps": 4}
-    short, long = (override(small, changes | {"reconstruct.steps": n}) for n in (40, 400))
-    rate = short.reconstruct.learning_rate
+    changes = {"optimizer.schedule": "plateau", "optimizer.cooldown": 0.25, "masked.warmup_steps": 4}
+    short, long = (override(small, changes | {"masked.steps": n}) for n in (40, 400))
+    rate = short.masked.learning_rate
     assert [learning_rate(short, i) for i in range(30)] == [learning_rate(long, i) for i in range(30)]
     assert learning_rate(short, 29) == rate
     falling = torch.tensor([learning_rate(short, i) / rate for i in range(30, 40)])
@@ -59,7 +59,7 @@ def test_projections_learn_alone_first_and_a_teacher_that_is_not_trained_never(s
         small,
         {"align.steps": 10, "align.head_steps": 3, "align.head_factor": 5.0, "align.learning_rate": 2e-4},
     )
-    first = config.reconstruct_steps
+    first = config.masked_steps
     assert len(set(learning_rates(config, first - 1).values())) == 1
     for step in range(first, first + 3):
         assert learning_rates(config, step) == {"kspace": 0.0, "image": 0.0, "heads": pytest.approx(1e-3)}

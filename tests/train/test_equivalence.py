@@ -39,8 +39,8 @@ DATA = {
 }
 """Where the dataset of the tests is smaller than `tiny`'s; model and losses are the recipe's."""
 STEPS = {
-    "reconstruct.steps": 5,
-    "reconstruct.warmup_steps": 2,
+    "masked.steps": 5,
+    "masked.warmup_steps": 2,
     "align.steps": 3,
     "align.warmup_steps": 1,
     "align.head_steps": 1,

@@ -13,7 +13,7 @@ from kmtr.data.reader import Dataset
 from kmtr.train import driver, folder
 from kmtr.types import InputError
 
-NAMES = {"tiny": "", "base": "", "large": ""}
+NAMES = {"tiny": "tiny-0f497c4f", "base": "base-f6079d87", "large": "large-34eaff1a"}
 """Of the recipes over a dataset of digest 0: a new key with its default renames no run."""
 
 
@@ -33,8 +33,8 @@ def named(small: RunConfig, tmp_path: Path) -> RunConfig:
     ("change", "said"),
     [
         ({"seed": 7}, "seed: run w2 has 0, got 7"),
-        ({"reconstruct.mask_ratio": 0.9}, "reconstruct.mask_ratio: run w2 has 0.5, got 0.9"),
-        ({"reconstruct.steps": 5}, "reconstruct.steps: run w2 has 4, got 5"),
+        ({"masked.mask_ratio": 0.9}, "masked.mask_ratio: run w2 has 0.5, got 0.9"),
+        ({"masked.steps": 5}, "masked.steps: run w2 has 4, got 5"),
         ({"sampling.accelerations": (4,)}, "sampling.accelerations: run w2 has 2,4, got 4"),
         ({"train.bf16": True}, "train.bf16: run w2 has False, got True"),
     ],

@@ -113,7 +113,7 @@ def noted(folder: Path, config: RunConfig, workers: int, start: int, stop: int, 
 def test_any_number_of_workers_goes_on_with_the_same_batches_after_kills_and_stops(
     cluster: None, config: RunConfig, tmp_path: Path
 ) -> None:
-    shared = {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "reconstruct", "train.workers": 1}
+    shared = {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "masked", "train.workers": 1}
     config = override(config, shared)
     dataset = Dataset.open(config.data)
     plan = pipeline.plan_of(config, dataset)

@@ -26,8 +26,8 @@ from kmtr.types import InputError
 pytestmark = pytest.mark.slow
 
 STEPS = {
-    "reconstruct.steps": 8,
-    "reconstruct.warmup_steps": 2,
+    "masked.steps": 8,
+    "masked.warmup_steps": 2,
     "align.steps": 4,
     "align.warmup_steps": 1,
     "align.train_image_encoder": True,

@@ -20,7 +20,7 @@ from kmtr.data.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver
-from kmtr.train.loop import RECONSTRUCT_ENCODER
+from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import KmtrError
 
 pytestmark = pytest.mark.ray
@@ -55,7 +55,7 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
 
 
 def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp_path: Path) -> None:
-    changes = {"reconstruct.steps": 18, "align.steps": 4, "train.eval_every": 11, "train.checkpoint_every": 5}
+    changes = {"masked.steps": 18, "align.steps": 4, "train.eval_every": 11, "train.checkpoint_every": 5}
     config = override(config, changes | {"optimizer.ema": 0.9})
     resolved, dataset = driver.resolve(config)
     name, folder = driver.run_folder(resolved, dataset)
@@ -76,7 +76,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert collapse <= outcome.metrics.keys()
     for metric in (*collapse, "align/top1_dynamic", "align/top1_chance"):
         assert curve(resolved, outcome.run_id, metric), f"{metric} is not in MLflow"
-    for metric in ("reconstruct/loss", "align/infonce_dynamic"):
+    for metric in ("masked/loss", "align/infonce_dynamic"):
         ours = curve(resolved, outcome.run_id, metric)
         assert all(len(values) == 1 for values in ours.values()), "a step is in MLflow twice"
         theirs = curve(driver.resolve(undisturbed)[0], other.run_id, metric)
@@ -106,12 +106,12 @@ def test_the_guard_ends_alignment_that_costs_what_was_learnt(cluster: None, conf
         "align.steps": 20,
         "align.learning_rate": 0.5,
         "train.eval_every": 2,
-        "reconstruct.image_weight": 0.0,
+        "masked.image_weight": 0.0,
     }
     wrecked = driver.fit(override(config, changes | {"optimizer.clip_norm": 1e3}), quiet=True)
     assert 6 < wrecked.metrics["align_stopped"] < 26
     kept = load_encoder(wrecked.encoder).module.state_dict()
-    for name, weight in load_encoder(Path(wrecked.folder) / RECONSTRUCT_ENCODER).module.state_dict().items():
+    for name, weight in load_encoder(Path(wrecked.folder) / MASKED_ENCODER).module.state_dict().items():
         torch.testing.assert_close(kept[name], weight, rtol=0, atol=0)
     run = client(tracking.tracking_uri(config)).get_run(wrecked.run_id)
     assert run.info.status == "FINISHED"
@@ -132,7 +132,7 @@ def failed(config: RunConfig) -> tuple[str, str]:
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(cluster: None, config: RunConfig) -> None:
-    message, status = failed(override(config, {"reconstruct.learning_rate": 1e30, "reconstruct.warmup_steps": 0}))
+    message, status = failed(override(config, {"masked.learning_rate": 1e30, "masked.warmup_steps": 0}))
     assert "expected a finite number" in message
     assert "\n" not in message
     assert status == "FAILED"
