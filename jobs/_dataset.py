@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from jobs._main import Bar, start_ray
 from kmtr.config import RunConfig
 from kmtr.data import pipeline, shards, splits, storage, writing
+from kmtr.data.sources import Unused
 from kmtr.types import InputError, Study
 
 
@@ -19,6 +21,7 @@ def write(
     make: Callable[[int], Study],
     source: str,
     strata: Callable[[], list[str]],
+    unused: Sequence[Unused] = (),
 ) -> tuple[shards.Manifest, dict[str, Any]]:
     """Write the dataset at data.root, or find that it is there.
 
@@ -28,6 +31,7 @@ def write(
         make: item -> Study.
         source: what decides the content; the splits' settings are added.
         strata: of each item, where known before reading; asked only for a stratified split.
+        unused: files of the source that belong to no item.
 
     Returns:
         The manifest, and what the last line says.
@@ -50,10 +54,12 @@ def write(
     if s.split_from:
         print(f"{what}: {sum(i in earlier for i in ids)} of {len(ids)} subjects keep the split of shards.split_from")
     began = time.perf_counter()
-    task = writing.WriteShards(root, writing.shard_jobs(assigned, s.rows), list(ids), make, s, source)
+    left = tuple(dataclasses.asdict(files) for files in unused)
+    task = writing.WriteShards(root, writing.shard_jobs(assigned, s.rows), list(ids), make, s, source, left)
     manifest, refused, cost = pipeline.write_dataset(task, Bar(f"{what}: subjects"))
     seconds = time.perf_counter() - began
     _say_refused(what, refused, len(ids))
+    _say_report(what, writing.report(root))
     said = summary(root, manifest) | {"seconds": round(seconds, 1)}
     if cost.subjects:
         frames = cost.subjects * _frames(manifest)
@@ -97,6 +103,17 @@ def _say_refused(what: str, refused: Sequence[dict[str, str]], subjects: int) ->
         print(f"{what}: refused {len(refused)} of {subjects} subjects, all of them in {writing.REPORT}:")
         for line in writing.reasons(refused):
             print(f"  {line}")
+
+
+def _say_report(what: str, report: dict[str, Any]) -> None:
+    """The notes on subjects that are in the dataset, and the files that are in none."""
+    if notes := report["notes"]:
+        print(f"{what}: notes on {len({n['subject'] for n in notes})} subjects, all of them in {writing.REPORT}:")
+        for line in writing.reasons(notes, key="note"):
+            print(f"  {line}")
+    if left := report["unused"]:
+        listed = "; ".join(f"{len(files['files'])} x {files['reason']}" for files in left)
+        print(f"{what}: {sum(len(f['files']) for f in left)} files not used (numbers in {writing.REPORT}): {listed}")
 
 
 def _frames(manifest: shards.Manifest) -> float:

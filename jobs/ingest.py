@@ -4,6 +4,7 @@ SOURCE is a file or a folder of them. Subjects get pseudonyms by a keyed hash; K
 same key gives the same pseudonyms). Fewer than 20 subjects are not split (shards.split).
 
 A subject that can't be read is refused and listed in refused.json beside the data, by its pseudonym; the others go on.
+So are notes on subjects that were read, and the files of SOURCE that belong to no subject, by number.
 Killed at any time, the same command goes on behind the finished shards and ends with the same bytes.
 
 When subjects were added to SOURCE, write it to another folder with shards.split_from=OLD_DATASET: whoever was in that
@@ -72,7 +73,8 @@ def run(words: list[str]) -> dict[str, Any]:
     labels = table_of(config, items)
     make = partial(ingested, items=items, labels=labels, config=config, subject_key=subject_key)
     source = made_by(config, words[0], ids, labels)
-    manifest, said = write("ingest", config, ids, make, source, lambda: [splits.stratum(row) for row in labels])
+    left = sources.unused(words[0], storage.absolute(words[1]), items)
+    manifest, said = write("ingest", config, ids, make, source, lambda: [splits.stratum(row) for row in labels], left)
     for view, shapes in manifest.shapes.items():
         print(f"ingest: {view} (slice coil t ky kx): " + ", ".join(" x ".join(map(str, s)) for s in shapes))
     if len(items) < splits.MIN_SPLIT_SUBJECTS and config.shards.split == "auto":

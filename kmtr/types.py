@@ -130,6 +130,8 @@ class Study:
         labels: one of LABELS -> value in its unit; absent or NaN = unknown.
         source: the format or simulator it came from, with its version.
         vendor, field_strength_t: of the scanner; field strength in tesla.
+        notes: lines for `refused.json` about what the source has of the subject and the study has not, and about
+            doubts and how they were settled; they name neither subject nor file.
     """
 
     subject_id: str
@@ -138,6 +140,7 @@ class Study:
     source: str = ""
     vendor: str | None = None
     field_strength_t: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.views:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -102,6 +103,24 @@ def test_who_can_t_be_read_is_refused_with_a_reason_and_nothing_private(tmp_path
     assert reasons["p-06"] == "expected the study of p-06, got that of p-07"
     assert writing.reasons(refused + refused[:1])[0] == "2 x sax: expected 5 dimensions, got 4 (as p-02)"
     assert writing.finished(write) == parts  # the reasons survive a restart
+
+
+def test_notes_and_unused_files_are_in_the_report_and_survive_a_restart(tmp_path: Path) -> None:
+    def make(item: int) -> Study:
+        return dataclasses.replace(study(item), notes=("2 images of another size left out",) if item in (1, 7) else ())
+
+    left = {"reason": "a long axis", "files": [3, 4]}
+    write = writing.WriteShards(**vars(writes(tmp_path, make)) | {"unused": (left,)})
+    parts = in_order(write, list(range(len(write.jobs))))
+    manifest, refused = writing.complete(write, writing.finished(write))
+    assert writing.finished(write) == parts
+    assert (sum(manifest.rows(s) for s in splits.SPLITS), refused) == (12, [])
+    notes = [{"subject": f"p-0{item}", "note": "2 images of another size left out"} for item in (1, 7)]
+    found = writing.report(str(tmp_path))
+    assert sorted(found.pop("notes"), key=lambda note: note["subject"]) == notes
+    assert found == {"subjects": 12, "refused": [], "unused": [left]}
+    assert writing.reasons(notes, key="note") == ["2 x 2 images of another size left out (as p-01)"]
+    assert writing.report(str(tmp_path / "none")) == {"refused": [], "notes": [], "unused": []}
 
 
 def test_a_dataset_of_nobody_is_bad_input_and_says_why(tmp_path: Path) -> None:

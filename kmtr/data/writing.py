@@ -33,7 +33,9 @@ task, ends whatever is under way.
 """
 
 REPORT = "refused.json"
-"""Of a dataset, beside its manifest: subjects that are not in it, and why."""
+"""Of a dataset, beside its manifest: subjects that are not in it and why, notes on those that are in it, and files of
+the source that belong to no subject (`sources.unused`).
+"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class WriteShards:
         ids: pseudonym of each item.
         make: item -> Study; pure. Whatever it raises refuses that subject, not the others.
         source: how the dataset is made; part of what `shards.finished_shard` compares.
+        unused: files of the source that belong to no item, as `sources.Unused` has them; for the report only.
     """
 
     root: str
@@ -104,6 +107,7 @@ class WriteShards:
     make: Callable[[int], Study]
     settings: Shards
     source: str
+    unused: tuple[dict[str, Any], ...] = ()
 
     def __call__(self, number: int, journal: Journal) -> tuple[shards.Shard, dict[str, Any], Cost]:
         """The shard of one job as `shards.write_shard` returns it, and what it cost now.
@@ -161,6 +165,7 @@ class WriteShards:
                 except Exception as error:
                     refused.append({"subject": self.ids[item], "reason": reason_of(error, self.ids[item])})
                 else:
+                    refused.extend({"subject": study.subject_id, "note": note} for note in study.notes)
                     yield study
                     del study  # before the next is made
             journal.end(item)
@@ -196,10 +201,11 @@ def complete(
         InputError: every subject was refused.
     """
     ordered = [parts[number] for number in range(len(write.jobs))]
-    refused = [entry for _, summary in ordered for entry in summary["refused"]]
+    entries = [entry for _, summary in ordered for entry in summary["refused"]]
+    refused, notes = ([entry for entry in entries if key in entry] for key in ("reason", "note"))
     store, base = storage.open_root(write.root)
     storage.make_folder(store, base)
-    report = {"subjects": len(write.ids), "refused": refused}
+    report = {"subjects": len(write.ids), "refused": refused, "notes": notes, "unused": list(write.unused)}
     storage.write_atomic(store, f"{base}/{REPORT}", json.dumps(report, indent=1).encode())
     if not any(shard.rows for shard, _ in ordered):
         first = f"{refused[0]['subject']}: {refused[0]['reason']}" if refused else "got none"
@@ -208,18 +214,26 @@ def complete(
     return shards.write_manifest(write.root, ordered, write.settings.dtype, write.source), refused
 
 
-def refused(root: str) -> list[dict[str, str]]:
-    """The report of a dataset; empty where there is none, as of datasets of an earlier version."""
+def report(root: str) -> dict[str, Any]:
+    """The report of a dataset: ``subjects``, a count, and the lists ``refused``, ``notes`` and ``unused``.
+
+    The lists are empty where there is no report, as of datasets of an earlier version.
+    """
+    empty: dict[str, Any] = {"refused": [], "notes": [], "unused": []}
     store, base = storage.open_root(root)
-    if not storage.exists(store, f"{base}/{REPORT}"):
-        return []
-    return json.loads(storage.read_bytes(store, f"{base}/{REPORT}"))["refused"]
+    path = f"{base}/{REPORT}"
+    return empty | json.loads(storage.read_bytes(store, path)) if storage.exists(store, path) else empty
 
 
-def reasons(entries: Sequence[dict[str, str]], most: int = 10) -> list[str]:
-    """Lines for people: each reason once, how many subjects it holds for, and one of them."""
-    counts = Counter(entry["reason"] for entry in entries)
-    example = {entry["reason"]: entry["subject"] for entry in reversed(entries)}
+def refused(root: str) -> list[dict[str, str]]:
+    """The subjects that are not in a dataset, and why."""
+    return report(root)["refused"]
+
+
+def reasons(entries: Sequence[dict[str, str]], most: int = 10, key: str = "reason") -> list[str]:
+    """Lines for people: each reason (or note) once, how many subjects it holds for, and one of them."""
+    counts = Counter(entry[key] for entry in entries)
+    example = {entry[key]: entry["subject"] for entry in reversed(entries)}
     lines = [f"{count} x {reason} (as {example[reason]})" for reason, count in counts.most_common(most)]
     return lines + ([f"and {len(counts) - most} more reasons"] if len(counts) > most else [])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kmtr.data.pseudonym import pseudonym
-from kmtr.data.sources import Item, Options, discover, read
+from kmtr.data.sources import Item, Options, discover, read, unused
 from kmtr.data.sources.cine import orientation, volumes
 from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.types import UNLABELLED, InputError
@@ -91,6 +91,23 @@ def test_missing_reader_package_names_the_extra(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "this source needs nibabel, which is not installed: pip install kmtr[readers]\n"
+
+
+def test_files_of_nobody_are_numbered_as_find_and_sort_count_them(tmp_path: Path) -> None:
+    (tmp_path / "P1").mkdir()
+    for name in ("P1/cine_sax.mat", "P1/cine_lax.mat", "P1/cine_sax_info.csv", "notes.txt", "P1/tagging.MAT"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "b").symlink_to(tmp_path / "P1")
+    (tmp_path / "c.mat").symlink_to(tmp_path / "gone.mat")
+    items = discover("cmrxrecon", str(tmp_path))
+    assert [file.name for item in items for file in item.files] == ["cine_sax.mat"]
+    listed = subprocess.run(
+        ["find", tmp_path, "-mindepth", "1"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    names = [Path(path).name for path in sorted(listed, key=str.encode)]
+    found = [{names[n - 1] for n in files.files} for files in unused("cmrxrecon", str(tmp_path), items)]
+    assert sorted(found, key=sorted) == [{"b", "c.mat"}, {"cine_lax.mat", "tagging.MAT"}]
+    assert unused("cmrxrecon", str(tmp_path / "P1" / "cine_sax.mat"), items) == []
 
 
 # NIfTI

@@ -4,6 +4,10 @@
 
     find(source) -> list[Item]                              which files belong to which subject
     read(item, where, subject_id, options) -> Study         `where` is what messages call the source
+    why_unused(path) -> str                                 optional: why a file that no item has is not read (`unused`)
+
+Nothing vanishes: files that belong to no subject are counted by `unused`, and what `read` leaves out of a subject's
+files it says in `Study.notes`. Both end in ``refused.json`` and in one line.
 
 It is imported when it is used, and what it needs beyond numpy is the extra ``kmtr[readers]``.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -110,6 +115,45 @@ def discover(format: str, source: str) -> list[Item]:
             "same subject in two folders, say complete and undersampled?), so name the folder of one kind"
         )
     return [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Files of a source that belong to no subject.
+
+    Attributes:
+        reason: why they are not read; names no file.
+        files: their numbers, from 1, among all paths below the source in the order of their names
+            (``find SOURCE -mindepth 1 | LC_ALL=C sort``): whoever has the source finds them, nobody else learns a name.
+    """
+
+    reason: str
+    files: tuple[int, ...]
+
+
+def unused(format: str, source: str, items: Sequence[Item]) -> list[Unused]:
+    """The files of `format` below a folder that no item has, by reason, most files first.
+
+    Counted are files with an ending of the format and links that lead nowhere or to folders, which no search follows.
+    A reader's ``why_unused(path)`` gives the reason; an empty one means that the file is used after all, as a pattern
+    beside its k-space is.
+    """
+    reader, path = _reader(format), Path(source)
+    why = getattr(reader, "why_unused", lambda path: "files of a name that this reader does not know")
+    taken = {file for item in items for file in item.files}
+    found: dict[str, list[int]] = {}
+    for number, file in enumerate(sorted(path.rglob("*"), key=os.fspath), 1):
+        if file in taken or not taken.isdisjoint(file.parents):
+            continue
+        if file.is_symlink() and not file.is_file():
+            reason = "links to folders or to files that are not there"
+        elif file.is_file() and file.name.lower().endswith(FORMATS[format]):
+            reason = why(file)
+        else:
+            continue
+        if reason:
+            found.setdefault(reason, []).append(number)
+    return [Unused(reason, tuple(numbers)) for reason, numbers in sorted(found.items(), key=lambda f: (-len(f[1]), f))]
 
 
 def _twice(items: list[Item]) -> Item:
