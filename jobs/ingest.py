@@ -40,7 +40,9 @@ def ingested(
         InputError: it can't be read; the line names no file.
     """
     i = config.ingest
-    options = sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30))
+    options = sources.Options(
+        i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30), dtype=config.shards.dtype
+    )
     try:
         study = sources.read(items[item], options, subject_key=subject_key)
         return dataclasses.replace(study, labels=study.labels | labels[item])

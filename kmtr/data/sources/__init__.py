@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.data.record import check_payload
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 
@@ -66,6 +67,7 @@ class Options:
         oversampling: readout oversampling of raw data, where the source tells it, is kept or removed.
         coils: virtual coils at most, see `with_coils`; 0: as acquired.
         most_bytes: largest array that a file may claim to hold.
+        dtype: that k-space will be stored in, for `check_stored`.
     """
 
     matrix: tuple[int, int] | None = None
@@ -74,6 +76,7 @@ class Options:
     oversampling: Literal["keep", "remove"] = "remove"
     coils: int = 0
     most_bytes: int = 4 << 30
+    dtype: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         if self.matrix is not None and min(self.matrix) < 1:
@@ -93,6 +96,20 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
             f"{where}: {what}: expected at most {options.most_bytes / 2**30:.3g} GiB, the header claims "
             f"{size / 2**30:.3g} GiB {tuple(shape)}; if that is true, raise ingest.gib"
         )
+
+
+def check_stored(where: str, view: str, shape: Sequence[int], options: Options) -> None:
+    """Refuse a view that no shard can hold before it is read, by what its header claims.
+
+    Args:
+        shape: slice, coil, t, ky, kx of the source; `options` may leave fewer coils and another matrix.
+
+    Raises:
+        InputError: as `record.check_payload`.
+    """
+    slices, coils, frames, *matrix = shape
+    coils = min(coils, options.coils) if options.coils else coils
+    check_payload(f"{where}: {view}", (slices, coils, frames, *(options.matrix or matrix)), options.dtype)
 
 
 def discover(format: str, source: str) -> list[Item]:

@@ -31,16 +31,17 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, optional, polygons, series
+from kmtr.data.sources import Item, Options, check_size, check_stored, optional, polygons, series
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
@@ -49,11 +50,11 @@ SOURCE = "dicom/1"
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
 """Classes of MR images: one frame, or many (Enhanced)."""
 
+GREY = ("MONOCHROME2", "MONOCHROME1")
+"""Photometric interpretations of magnitudes; a palette has colours."""
+
 MOST_FRAMES = 10_000
 """Of one subject."""
-
-IRREGULAR = 0.1
-"""Largest difference among the distances between slices, as a share of the median."""
 
 HEART_RATE_BPM = (20.0, 250.0)
 
@@ -165,8 +166,9 @@ def _may_be_image(name: str) -> bool:
 
 
 def _starts_image(name: str, content: bytes) -> bool:
-    """Whether a file begins as DICOM does, or its name says that it should."""
-    return content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
+    """Whether a file begins as DICOM does, with or without its meta header, or its name says that it should."""
+    bare = content[:2] == b"\x08\0" and content[3:4] == b"\0"  # group 0008, as files without one begin
+    return bare or content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
 
 
 def _identity(path: Path) -> tuple[str, str]:
@@ -195,12 +197,14 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     contours = [path for path in contours if polygons.is_contour(path)]
     with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header
         frames: list[series.Frame] = []
+        left = Counter[str]()
         patients: dict[Path | None, set[tuple[str, str]]] = defaultdict(set)
         for path, content in _contents(item.files, where, options):
             with _damage(where):
-                identity, found = _frames(content, where, options)
+                identity, found, unused = _frames(content, where, options)
             patients[path if path.suffix == ".zip" else None].add(identity)  # an archive may have a code of its own
             frames += found
+            left += unused
             _check_count(len(frames), where)
         for people in patients.values():
             for what, different in (
@@ -210,11 +214,13 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
                 if len(different) > 1:
                     raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
         series.check_alike(frames, where)
-        stacks = series.views(frames, where)
+        stacks, others = series.views(frames, where)
+        notes = tuple(f"left out: {count} {reason}" for reason, count in sorted((left + others).items()))
         if not stacks:
             raise InputError(
                 f"{where}: expected a cine of at least {series.MIN_FRAMES} frames across the heart's axis, or one "
                 f"whose series description names sax, 2ch, 3ch or 4ch; found none among {len(frames)} MR images"
+                + "".join(f"; {note}" for note in notes)
             )
         if contours and "sax" not in stacks:
             raise InputError(f"{where}: contours, but no short axis that they belong to")
@@ -225,7 +231,8 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
         with _damage(where):
             vendor, tesla, rate = _scanner(next(iter(stacks.values())).first.dataset)
     labels = {} if rate is None else {"heart_rate_bpm": rate}
-    return to_study(subject_id, cines, labels, SOURCE, options, where, vendor=vendor, field_strength_t=tesla)
+    study = to_study(subject_id, cines, labels, SOURCE, options, where, vendor=vendor, field_strength_t=tesla)
+    return replace(study, notes=study.notes + notes)
 
 
 @contextmanager
@@ -235,7 +242,12 @@ def _damage(where: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError) as error:
+    except optional("pydicom.errors").InvalidDicomError:
+        raise InputError(
+            f"{where}: a file has no DICOM meta header (128 bytes, then DICM); if it is an image of an old exporter, "
+            "rewrite it (dcmconv of DCMTK), else take it out"
+        ) from None
+    except _DAMAGE as error:
         raise InputError(f"{where}: a DICOM file cannot be read ({type(error).__name__}); fetch it again") from None
 
 
@@ -266,18 +278,21 @@ def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[t
                     yield path, image.read_bytes()
 
 
-def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame]]:
-    """Patient and study, and the usable frames of one file; none of what is not an MR image in shades of grey."""
+def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame], Counter[str]]:
+    """Patient and study, the usable frames of one file, and why others are not: MR images in shades of grey are."""
     if _DEFLATED in content:
         raise InputError(f"{where}: deflated DICOM is not supported; store it uncompressed")
     dataset = optional("pydicom").dcmread(BytesIO(content))
     identity = str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
-    if str(dataset.get("SOPClassUID")) not in MR_IMAGES or int(dataset.get("SamplesPerPixel") or 1) != 1:
-        return identity, []
+    if str(dataset.get("SOPClassUID")) not in MR_IMAGES:
+        return identity, [], Counter(["files that hold no MR image"])
+    grey = str(dataset.get("PhotometricInterpretation") or GREY[0]) in GREY
+    if not grey or int(dataset.get("SamplesPerPixel") or 1) != 1:
+        return identity, [], Counter(["images in colour"])
     count = int(dataset.get("NumberOfFrames") or 1)
     check_size(where, "image", (count, int(dataset.Rows), int(dataset.Columns)), 8, options)
     _check_count(count, where)
-    return identity, series.frames(dataset, count)
+    return identity, *series.frames(dataset, count)
 
 
 def _check_count(count: int, where: str) -> None:
@@ -293,6 +308,7 @@ def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, opti
         raise InputError(f"{where}: {view}: expected slices with equally many frames, got {counts}: some are missing")
     first, shape = slices[0][0], (len(slices), counts[0], *stack.first.shape)
     check_size(where, view, shape, 8, options)
+    check_stored(where, view, (shape[0], 1, *shape[1:]), options)
     step, between_mm = _step(slices, view, where)
     stored = np.empty(shape, np.float32)
     for z, frames in enumerate(slices):
@@ -317,7 +333,7 @@ def _step(slices: list[list[series.Frame]], view: str, where: str) -> tuple[np.n
     if len(slices) == 1:
         return first.normal, first.thickness_mm if first.thickness_mm > 0 else None
     gaps = np.diff([frames[0].position @ first.normal for frames in slices])
-    if np.ptp(gaps) > IRREGULAR * np.median(gaps):
+    if np.ptp(gaps) > series.IRREGULAR * np.median(gaps):
         shown = ", ".join(f"{gap:g}" for gap in np.unique(gaps.round(1)))
         raise InputError(f"{where}: {view}: slices at irregular distances ({shown} mm): one missing, or two stacks?")
     return (last.position - first.position) / len(gaps), float(gaps.mean())
@@ -334,7 +350,14 @@ def _pixels(frame: series.Frame, where: str) -> np.ndarray:
                 raise
             raise InputError(f"{where}: no decoder for {syntax.name}: pip install python-gdcm, or decompress") from None
         stored = pixels.reshape(-1, *frame.shape)[frame.number].astype(np.float32)
+        if frame.dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # small values are bright
+            stored = _most(frame.dataset) - stored
     return stored * np.float32(frame.slope) + np.float32(frame.intercept)
+
+
+def _most(dataset: Any) -> np.float32:
+    """Sum of the smallest and the largest value that fit in the stored bits: what a negative is taken from."""
+    return np.float32(-1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1)
 
 
 def _places(slices: list[list[series.Frame]], where: str) -> dict[int, tuple[int, int]]:
