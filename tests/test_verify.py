@@ -236,7 +236,7 @@ SPOILT: list[tuple[str, str, dict[str, list[Study]]]] = [
     ),
     (
         "doubtful",
-        "spacing outside of (0.3, 60.0) mm, or (0.3, 120.0) mm between slices: p-1 in shards/train-00000.parquet, sax: [20.0, 4000.0, 4.0]",
+        "spacing that no scan has: p-1 in shards/train-00000.parquet, sax: [20.0, 4000.0, 4.0]",
         {"train": [study(1, spacing_mm=(20.0, 4000.0, 4.0), lvedv_ml=math.nan)]},
     ),
     (

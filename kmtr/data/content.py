@@ -274,7 +274,7 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
         spacing = table.column(f"spacing_mm_{view}")[row].as_py()
         limits = (DISTANCE_MM, SPACING_MM, SPACING_MM)
         if spacing is not None and not all(a <= s <= b for s, (a, b) in zip(spacing, limits, strict=True)):
-            kind = f"spacing outside of {SPACING_MM} mm, or {DISTANCE_MM} mm between slices"
+            kind = "spacing that no scan has"
             findings.doubtful.setdefault(kind, []).append(f"{what}: {spacing}")
         time = table.column(f"frame_time_s_{view}")[row].as_py()
         if time is not None and not FRAME_TIME_S[0] <= time <= FRAME_TIME_S[1]:
