@@ -191,9 +191,11 @@ def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[shards.M
     _against_masks(ids, values, masks, findings)
     _places(ids, np.concatenate([c.places for _, c in contents]) if contents else np.zeros((0, 2)), findings)
     where = [(d, c.split) for d, c in contents for _ in c.ids]
-    _twice("a subject comes twice", ids, ids, where, findings)
-    _twice("two subjects have the same k-space", [p for _, c in contents for p in c.prints], ids, where, findings)
-    _twice("two subjects have the same contours", [p for _, c in contents for p in c.drawn], ids, where, findings)
+    _twice("a subject comes twice", ids, ids, where, findings.wrong)
+    _twice("two subjects have the same k-space", [p for _, c in contents for p in c.prints], ids, where, findings.wrong)
+    _twice(
+        "two subjects have the same contours", [p for _, c in contents for p in c.drawn], ids, where, findings.doubtful
+    )
     _alike(np.concatenate([c.pictures for _, c in contents]) if contents else np.zeros((0, 1)), ids, findings)
     return findings
 
@@ -500,9 +502,9 @@ def _twice(
     keys: Sequence[str],
     ids: Sequence[str],
     where: Sequence[tuple[int, str]],
-    findings: Findings,
+    into: dict[str, list[str]],
 ) -> None:
-    """Keys that come more than once, and where."""
+    """Keys that come more than once, and where, among the findings of one kind; empty keys do not count."""
     often = {key for key, count in Counter(keys).items() if key and count > 1}
     places: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -510,4 +512,4 @@ def _twice(
             places.setdefault(key, []).append(index)
     for indices in places.values():
         said = ", ".join(sorted({f"{ids[i]} in {where[i][1]} of dataset {where[i][0] + 1}" for i in indices}))
-        findings.wrong.setdefault(kind, []).append(said)
+        into.setdefault(kind, []).append(said)
