@@ -415,7 +415,7 @@ def test_masks_away_from_the_cohort_s_are_doubtful(tmp_path: Path) -> None:
     studies = [study(n) for n in range(content.ENOUGH)]
     view = studies[3].views["sax"]
     assert view.segmentation is not None
-    studies[3] = replace(studies[3], views={"sax": replace(view, segmentation=np.roll(view.segmentation, 7, -1))})
+    studies[3] = replace(studies[3], views={"sax": replace(view, segmentation=np.roll(view.segmentation, 4, -1))})
     found = found_in(tmp_path, {"train": studies})
     assert [case.partition(":")[0] for case in found.doubtful["masks are not where the cohort's are"]] == ["p-3"]
 

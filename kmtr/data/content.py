@@ -318,7 +318,7 @@ def central(power: np.ndarray) -> float:
     blocks = power
     for axis, length in enumerate(power.shape):
         half = max(1, length // BLOCK)
-        blocks = sum(np.roll(blocks, shift, axis) for shift in range(-half, half + 1))
+        blocks = np.sum([np.roll(blocks, shift, axis) for shift in range(-half, half + 1)], axis=0)
     best = float(blocks.max())
     if best <= TELLING * float(np.median(blocks)):
         return 1.0

@@ -7,16 +7,18 @@ refused for that subject. ``.zip`` archives are read as they are: UK Biobank's `
 
 Images are grouped by the plane that their headers describe, never by file name: parallel ones of one size and kind
 (their description without digits) are a stack, its slices are sorted by their position along the normal, a slice's
-frames by trigger time (else temporal position, else instance number: all images of a slice need to have it, different
-from each other). Where a slice was scanned again, the last complete scan counts. Slices have one number of frames and
-one distance, or the subject is refused, since volumes would be wrong.
+frames by trigger time (else temporal position or index, else instance number: all images of a slice need to have it,
+different from each other; frames of one file lie in any order). Slices of another name that go on where a short axis
+ends join it, or it is refused where their size differs. Where a slice was scanned again, the last complete scan counts.
+Slices have one number of frames and one distance, or the subject is refused, since volumes would be wrong.
 
-Views. The series description names long axes (``2ch``, ``3 chamber``, ...) and short axes (``sax``, ``short``, ``sa``).
-Where it names neither, a stack across the heart's axis is a short axis; a long axis whose chambers nobody names is left
-out rather than guessed. Left out too: phase images, colour, what has fewer than `MIN_FRAMES` frames (scouts, maps), and
-series that are not plain cine. `kmtr.data.sources.series` has these rules.
+Views. A stack across the heart's axis is a short axis, unless its description names a long axis only; another is what
+the description names (``2ch``, ``3 chamber``, ``sax``, ``sa``, ...). A long axis whose chambers nobody names, or two of
+them, is left out rather than guessed. Left out too: phase images, colour, what has fewer than `MIN_FRAMES` frames
+(scouts, maps), and series that are no plain cine by name, type, changing contrast or time between images. How many
+images are left out, and why, is in `Study.notes`. `kmtr.data.sources.series` has these rules.
 
-Stored values become rescale slope x value + intercept. Nothing that identifies is kept: of the header only geometry,
+Stored values, those of MONOCHROME1 turned over, become rescale slope x value + intercept. Nothing that identifies is kept: of the header only geometry,
 times, vendor, field strength and heart rate leave this module; sex and age come by a table (`kmtr.data.tables`).
 Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as a
 table in the source says (``*.csv`` with the columns PatientID and OriginalID), or below the images' own folder.
@@ -45,7 +47,7 @@ from kmtr.data.sources import Item, Options, check_size, check_stored, optional,
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
-SOURCE = "dicom/1"
+SOURCE = "dicom/2"
 
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
 """Classes of MR images: one frame, or many (Enhanced)."""
