@@ -298,3 +298,37 @@ def test_a_dataset_is_written_to_an_object_store_and_extended(
     old, new = (shards.splits_of(str(p), shards.read_manifest(str(p))) for p in (tmp_path / "here", tmp_path / "more"))
     assert old.items() <= new.items()
     assert len(new) == 40
+
+
+def test_a_view_that_no_shard_can_hold_refuses_its_subject_alone(tmp_path: Path) -> None:
+    def make(item: int) -> Study:
+        kspace = np.broadcast_to(np.complex64(1), (12, 60, 12, 210, 448))  # no memory is asked for it
+        return Study("p-04", {"sax": View(kspace)}) if item == 4 else study(item)
+
+    write = writes(tmp_path, make)
+    manifest, refused = writing.complete(write, in_order(write, list(range(len(write.jobs)))))
+    assert sum(manifest.rows(s) for s in splits.SPLITS) == 11
+    assert [entry["subject"] for entry in refused] == ["p-04"]
+    assert "less than 2 GiB" in refused[0]["reason"]
+    assert "ingest.coils" in refused[0]["reason"]
+
+
+@pytest.mark.parametrize("items", [(0,), (3, 7), tuple(range(12))])
+def test_what_fails_while_it_is_encoded_refuses_its_subject_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[int, ...]
+) -> None:
+    failing = {study(item).subject_id for item in items}
+    encode = shards.to_row
+
+    def to_row(one: Study, dtype: str) -> dict[str, object]:
+        if one.subject_id in failing:
+            raise OverflowError("/home/somebody/Jane Doe.nii")
+        return encode(one, dtype)
+
+    monkeypatch.setattr(shards, "to_row", to_row)
+    write = writes(tmp_path, study)
+    parts = in_order(write, list(range(len(write.jobs))))
+    refused = [entry for _, summary in parts.values() for entry in summary["refused"]]
+    assert {entry["subject"] for entry in refused} == failing
+    assert all(entry["reason"].startswith("OverflowError at ") for entry in refused)
+    assert sum(shard.rows for shard, _ in parts.values()) == 12 - len(items)

@@ -33,6 +33,32 @@ VOLUME_RATIO = 2.0
 """Between the LV's end-diastolic volume of the masks and the label, either way."""
 
 SPACING_MM = (0.3, 60.0)
+"""Of pixels."""
+
+DISTANCE_MM = (0.3, 120.0)
+"""Between slices: few ones, taken evenly, share the length of the heart."""
+
+LIKE_OTHERS = 0.2
+"""Of the field of view: the heart's masks farther from the middle of the cohort's are doubtful."""
+
+ENOUGH = 20
+"""Subjects with masks, to say where masks usually are."""
+
+CELLS = 16
+"""Magnitudes are compared in so many means along y and x."""
+
+THE_SAME = 0.9999
+"""Correlation of these from which on two subjects' images are the same; of two scans of one heart it is less."""
+
+BLOCK = 16
+"""The central block of k-space reaches a 16th of each side from the middle."""
+
+FAINT = 0.5
+"""Energy of the central block over that of the strongest; below it the centre is elsewhere."""
+
+TELLING = 3.0
+"""Energy of the strongest block over the median: below it is noise."""
+
 FRAME_TIME_S = (0.002, 0.5)
 EXAMPLES = 5
 """Findings of one kind that are listed one by one."""
@@ -70,6 +96,9 @@ class Contents:
         labels: float64 ``row label`` in the order of LABELS, NaN = unknown.
         masks: float64 ``row 2``: LV end-diastolic volume (mL) and ejection fraction (%) of the short-axis masks.
         prints: a hash of each subject's k-space.
+        drawn: a hash of each subject's contours; empty where nothing is drawn.
+        pictures: float32 ``row pixel``: coarse magnitudes of each subject, `_picture`.
+        places: float64 ``row 2``: middle of the short axis' LV masks, as a share of the image along y and x.
         parseval: largest relative difference of energies.
         findings: about single subjects.
     """
@@ -79,6 +108,9 @@ class Contents:
     labels: np.ndarray
     masks: np.ndarray
     prints: list[str]
+    drawn: list[str]
+    pictures: np.ndarray
+    places: np.ndarray
     parseval: float
     findings: Findings
 
@@ -93,7 +125,8 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
     findings, worst = Findings(), 0.0
     ids: list[str] = []
     prints: list[str] = []
-    labels, masks, shapes = [], [], []
+    drawn: list[str] = []
+    labels, masks, shapes, places, pictures = [], [], [], [], []
     try:
         with store.open_input_file(f"{base}/{shard.name}") as source:
             file = pq.ParquetFile(source, pre_buffer=False)
@@ -108,6 +141,9 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
                     worst = max(worst, error)
                     prints.append(digest)
                     masks.append(_volumes(table, row))
+                    drawn.append(_drawn(table, row))
+                    pictures.append(_picture(table, row))
+                    places.append(_place(table, row))
                     shapes.append({v: s for v in VIEWS if (s := table.column(f"shape_{v}")[row].as_py()) is not None})
                 labels.append(np.stack([table.column(n).to_numpy().astype(float) for n in LABELS], axis=1))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -115,7 +151,18 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
     expected = [subject_shapes[number] for rows, number in shard.shapes for _ in range(rows)]
     if len(ids) != shard.rows or shapes != expected:
         findings.wrong.setdefault("counts", []).append(f"{shard.name}: rows or shapes are not the manifest's")
-    return Contents(shard.split, ids, np.concatenate(labels), np.array(masks).reshape(-1, 2), prints, worst, findings)
+    return Contents(
+        shard.split,
+        ids,
+        np.concatenate(labels),
+        np.array(masks).reshape(-1, 2),
+        prints,
+        drawn,
+        np.array(pictures).reshape(-1, CELLS * CELLS),
+        np.array(places).reshape(-1, 2),
+        worst,
+        findings,
+    )
 
 
 def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[shards.Manifest]) -> Findings:
@@ -142,9 +189,14 @@ def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[shards.M
     _identities(ids, values, findings)
     masks = np.concatenate([c.masks for _, c in contents]) if contents else np.zeros((0, 2))
     _against_masks(ids, values, masks, findings)
+    _places(ids, np.concatenate([c.places for _, c in contents]) if contents else np.zeros((0, 2)), findings)
     where = [(d, c.split) for d, c in contents for _ in c.ids]
-    _twice("a subject comes twice", ids, ids, where, findings)
-    _twice("two subjects have the same k-space", [p for _, c in contents for p in c.prints], ids, where, findings)
+    _twice("a subject comes twice", ids, ids, where, findings.wrong)
+    _twice("two subjects have the same k-space", [p for _, c in contents for p in c.prints], ids, where, findings.wrong)
+    _twice(
+        "two subjects have the same contours", [p for _, c in contents for p in c.drawn], ids, where, findings.doubtful
+    )
+    _alike(np.concatenate([c.pictures for _, c in contents]) if contents else np.zeros((0, 1)), ids, findings)
     return findings
 
 
@@ -222,8 +274,10 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
             findings.wrong.setdefault("the pattern is not of the k-space's shape", []).append(what)
         _segmentation(table, row, view, (slices, frames, ny, nx), what, findings)
         spacing = table.column(f"spacing_mm_{view}")[row].as_py()
-        if spacing is not None and not all(SPACING_MM[0] <= s <= SPACING_MM[1] for s in spacing):
-            findings.doubtful.setdefault(f"spacing outside of {SPACING_MM} mm", []).append(f"{what}: {spacing}")
+        limits = (DISTANCE_MM, SPACING_MM, SPACING_MM)
+        if spacing is not None and not all(a <= s <= b for s, (a, b) in zip(spacing, limits, strict=True)):
+            kind = "spacing that no scan has"
+            findings.doubtful.setdefault(kind, []).append(f"{what}: {spacing}")
         time = table.column(f"frame_time_s_{view}")[row].as_py()
         if time is not None and not FRAME_TIME_S[0] <= time <= FRAME_TIME_S[1]:
             findings.doubtful.setdefault(f"frame time outside of {FRAME_TIME_S} s", []).append(f"{what}: {time:.3g}")
@@ -232,20 +286,93 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
 
 def _energy(stored: np.ndarray, what: str, findings: Findings) -> float:
     """Relative difference of the energies of k-space and image (Parseval), slice by slice."""
-    worst = 0.0
+    worst, power = 0.0, np.zeros(stored.shape[3:5])
     for values in stored:
         kspace = values.astype(np.float32).view(np.complex64)[..., 0]
         here = _sum_of_squares(kspace)
         if not math.isfinite(here) or not np.isfinite(kspace).all():
             findings.wrong.setdefault("k-space holds values that are not finite", []).append(what)
             return worst
+        power += _power(kspace)
         image = ifft2c(kspace)
         worst = max(worst, abs(_sum_of_squares(image) - here) / here if here else 0.0)
     if not stored.any():
         findings.wrong.setdefault("k-space is nothing but zeros", []).append(what)
+    if (share := central(power)) < FAINT:
+        kind = "the energy of k-space is not around its middle"
+        findings.doubtful.setdefault(kind, []).append(f"{what}: {share:.0%} of the strongest block's")
     if worst > PARSEVAL:
         findings.wrong.setdefault("energy of k-space and image differ", []).append(f"{what}: by {worst:.2g}")
     return worst
+
+
+def _power(kspace: np.ndarray) -> np.ndarray:
+    """Energy at each ``ky kx`` over coils, which count alike, and frames of complex ``coil t ky kx``."""
+    energy = np.square(np.abs(kspace)).sum(1, dtype=float)
+    of_coil = energy.sum((-2, -1), keepdims=True)
+    return np.divide(energy, of_coil, out=np.zeros_like(energy), where=of_coil > 0).sum(0)
+
+
+def central(power: np.ndarray) -> float:
+    """Energy of the central block of ``ky kx`` over that of the strongest block; 1 where none stands out of noise."""
+    blocks = power
+    for axis, length in enumerate(power.shape):
+        half = max(1, length // BLOCK)
+        blocks = np.sum([np.roll(blocks, shift, axis) for shift in range(-half, half + 1)], axis=0)
+    best = float(blocks.max())
+    if best <= TELLING * float(np.median(blocks)):
+        return 1.0
+    ny, nx = power.shape
+    return float(blocks[ny // 2, nx // 2]) / best
+
+
+def _drawn(table: pa.Table, row: int) -> str:
+    """Hash of all contours of a subject; empty where nothing is drawn."""
+    digest, anything = hashlib.blake2b(digest_size=16), False
+    for view in VIEWS:
+        content = table.column(f"segmentation_{view}")[row].as_py()
+        if content is not None:
+            classes = np.frombuffer(content, np.uint8)
+            anything = anything or bool(((classes > 0) & (classes != UNLABELLED)).any())
+            digest.update(content)
+    return digest.hexdigest() if anything else ""
+
+
+def _picture(table: pa.Table, row: int) -> np.ndarray:
+    """Magnitudes of a subject's first view in `CELLS` x `CELLS` means, of mean 0 and length 1; NaN: nothing to tell.
+
+    Of the first frame of the slice in the middle. A phase, a scale or the precision of storage change it little.
+    """
+    unknown = np.full(CELLS * CELLS, np.nan, np.float32)
+    for view in VIEWS:
+        try:
+            raw = shards.raw_kspace(table, row, view)
+        except ValueError:
+            return unknown
+        if raw is None:
+            continue
+        values = raw[0][raw[0].shape[0] // 2, :, 0].astype(np.float32).view(np.complex64)[..., 0]
+        magnitude = np.sqrt(np.square(np.abs(ifft2c(values))).sum(0))
+        if min(magnitude.shape) < CELLS or not np.isfinite(magnitude).all():
+            return unknown
+        for axis in (0, 1):
+            starts = np.arange(CELLS) * magnitude.shape[axis] // CELLS
+            magnitude = np.add.reduceat(magnitude, starts, axis)
+        centred = magnitude.ravel() - magnitude.mean()
+        length = float(np.linalg.norm(centred))
+        return (centred / length).astype(np.float32) if length > 0 else unknown
+    return unknown
+
+
+def _place(table: pa.Table, row: int) -> tuple[float, float]:
+    """Middle of the LV's masks in the short axis, as a share of the image along y and x; NaN: there are none."""
+    content = table.column("segmentation_sax")[row].as_py()
+    shape = table.column("shape_sax")[row].as_py()
+    if content is None or shape is None or len(content) != math.prod(shape) // shape[1]:
+        return math.nan, math.nan
+    classes = np.frombuffer(content, np.uint8).reshape(-1, *shape[-2:])
+    y, x = np.nonzero((classes == SEGMENTATION_CLASSES.index("lv_cavity")).any(0))
+    return (float(y.mean()) / shape[-2], float(x.mean()) / shape[-1]) if len(y) else (math.nan, math.nan)
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
@@ -338,6 +465,30 @@ def _against_masks(ids: Sequence[str], values: np.ndarray, masks: np.ndarray, fi
         )
 
 
+def _places(ids: Sequence[str], places: np.ndarray, findings: Findings) -> None:
+    """Masks far from where the cohort has them: of another image, or stored another way round."""
+    known = ~np.isnan(places).any(1)
+    if known.sum() < ENOUGH:
+        return
+    off = np.linalg.norm(places - np.median(places[known], axis=0), axis=1)
+    for index in np.flatnonzero(known & (off > LIKE_OTHERS)).tolist():
+        findings.doubtful.setdefault("masks are not where the cohort's are", []).append(
+            f"{ids[index]}: {off[index]:.0%} of the field of view away"
+        )
+
+
+def _alike(pictures: np.ndarray, ids: Sequence[str], findings: Findings, rows: int = 1024) -> None:
+    """Pairs of subjects with the same images, whatever their phase; a block of rows at a time."""
+    known = np.flatnonzero(~np.isnan(pictures).any(1))
+    table = pictures[known]
+    for start in range(0, len(table), rows):
+        first, second = np.nonzero(table[start : start + rows] @ table[start:].T > THE_SAME)
+        for i, j in zip(first.tolist(), second.tolist(), strict=True):
+            if i < j:
+                pair = ", ".join(sorted(ids[known[start + n]] for n in (i, j)))
+                findings.doubtful.setdefault("two subjects have the same images", []).append(pair)
+
+
 def ef_error(contents: Iterable[Contents]) -> float | None:
     """Median distance of the masks' ejection fraction from the label, points; None: nobody has both."""
     column = LABELS.index("lvef_pct")
@@ -351,14 +502,14 @@ def _twice(
     keys: Sequence[str],
     ids: Sequence[str],
     where: Sequence[tuple[int, str]],
-    findings: Findings,
+    into: dict[str, list[str]],
 ) -> None:
-    """Keys that come more than once, and where."""
-    often = {key for key, count in Counter(keys).items() if count > 1}
+    """Keys that come more than once, and where, among the findings of one kind; empty keys do not count."""
+    often = {key for key, count in Counter(keys).items() if key and count > 1}
     places: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
         if key in often:
             places.setdefault(key, []).append(index)
     for indices in places.values():
         said = ", ".join(sorted({f"{ids[i]} in {where[i][1]} of dataset {where[i][0] + 1}" for i in indices}))
-        findings.wrong.setdefault(kind, []).append(said)
+        into.setdefault(kind, []).append(said)

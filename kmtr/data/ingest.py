@@ -33,7 +33,9 @@ def ingested(
 def options_of(config: RunConfig) -> sources.Options:
     """How the configuration wants sources to be read. Raises InputError."""
     i = config.ingest
-    return sources.Options(i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30), i.classes)
+    return sources.Options(
+        i.matrix, config.seed, i.axes, i.oversampling, i.coils, int(i.gib * 2**30), i.classes, config.shards.dtype
+    )
 
 
 def without_names(line: str, item: sources.Item) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +29,7 @@ from kmtr.data import pages, storage
 from kmtr.data.record import (  # noqa: F401 (a dataset's rows are part of what this module offers)
     SCHEMA_VERSION,
     check_finite,
+    check_payload,
     check_version,
     columns_of,
     current,
@@ -128,6 +129,7 @@ def write_shard(
     compression: str = "none",
     made: str = "",
     refused: Sequence[dict[str, str]] = (),
+    refuse: Callable[[Study, Exception], None] | None = None,
 ) -> tuple[Shard, dict[str, Any]]:
     """Write one shard, whole or not at all, and its index, which makes a rerun skip it.
 
@@ -135,6 +137,7 @@ def write_shard(
         compression: of k-space, ``none`` or ``lz4``.
         made: what decides the content; `finished_shard` refuses to go on with another.
         refused: subjects that are not in it, and why; may grow while `studies` is drawn from. Kept in the index.
+        refuse: told of a study that can't be encoded, which then is not in the shard. None: the error is raised.
 
     Returns:
         The shard (0 rows: no file was written) and a summary: subject shapes, labels, undersampled, made, refused.
@@ -155,7 +158,13 @@ def write_shard(
 
     def rows(studies: Iterable[Study]) -> Iterator[tuple[dict[str, Any], int]]:
         for study in studies:
-            row = to_row(study, dtype)
+            try:
+                row = to_row(study, dtype)
+            except Exception as error:
+                if refuse is None:
+                    raise
+                refuse(study, error)
+                continue
             shape = {view_name: list(view.kspace.shape) for view_name, view in study.views.items()}
             if shape not in subject_shapes:
                 subject_shapes.append(shape)
@@ -165,8 +174,8 @@ def write_shard(
                 labels[label] += row[label] is not None
             yield row, payload_bytes(study, dtype)
 
-    studies = iter(studies)
-    first = next(studies, None)
+    encoded = rows(studies)
+    first = next(encoded, None)
     if first is None:
         shard = Shard(f"shards/{name}.parquet", split, 0, 0, 0, "")
         if not refused:
@@ -175,7 +184,7 @@ def write_shard(
     with storage.writing(root, f"shards/{name}.parquet") as sink:
         hashing = _Hashing(sink)
         with _writer(hashing, dtype, compression) as writer:
-            for group in _groups(rows(chain([first], studies))):
+            for group in _groups(chain([first], encoded)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema(dtype)))
         sink.flush()
         file = pq.ParquetFile(sink.name)

@@ -131,6 +131,7 @@ class WriteShards:
                 self.settings.compression,
                 self.made(number),
                 refused,
+                lambda study, error: refused.append(self._refusal(study.subject_id, error)),
             )
         except OSError as error:
             raise storage.StoreError(
@@ -161,14 +162,20 @@ class WriteShards:
                     study = self.make(item)
                     if study.subject_id != self.ids[item]:
                         raise KmtrError(f"expected the study of {self.ids[item]}, got that of {study.subject_id}")
+                    for name, view in study.views.items():
+                        shards.check_payload(name, view.kspace.shape, self.settings.dtype)
                     shards.check_finite(study)
                 except Exception as error:
-                    refused.append({"subject": self.ids[item], "reason": reason_of(error, self.ids[item])})
+                    refused.append(self._refusal(self.ids[item], error))
                 else:
                     refused.extend({"subject": study.subject_id, "note": note} for note in study.notes)
                     yield study
                     del study  # before the next is made
             journal.end(item)
+
+    @staticmethod
+    def _refusal(subject_id: str, error: Exception) -> dict[str, str]:
+        return {"subject": subject_id, "reason": reason_of(error, subject_id)}
 
 
 def reason_of(error: Exception, subject_id: str) -> str:

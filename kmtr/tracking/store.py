@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from kmtr.config import RunConfig
 from kmtr.types import InputError, KmtrError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,6 +29,9 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run of patient data leaves for a third party
 }
 """Set before mlflow is imported, where the user has not set them."""
+
+PATIENCE_S = 5.0
+"""A job that waits longer for another one to make or migrate the store says so."""
 
 _PASSWORD = re.compile(r"(?<=://)[^/\s@'\"]*@")
 
@@ -99,13 +105,91 @@ def prepare() -> None:
 
 
 def client(uri: str) -> MlflowClient:
-    """A client of its own for this store; neither reads nor sets MLflow's global state."""
+    """A client of its own for this store; neither reads nor sets MLflow's global state.
+
+    A SQLite store that is empty, or of an earlier MLflow, is made or migrated by the first job that meets it; jobs that
+    meet it meanwhile wait. Of an earlier one a copy stays beside it, called after its version.
+
+    Raises:
+        KmtrError: it cannot be made or migrated, as one of a later MLflow.
+    """
     prepare()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial tables", at each new store
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line per retry; we tell it once
-    return MlflowClient(tracking_uri=uri)
+    file = sqlite_file(uri)
+    if file is None or _current(file):
+        return MlflowClient(tracking_uri=uri)
+    with _alone(file):
+        try:
+            if not _current(file):
+                _migrate(uri, file)
+            return MlflowClient(tracking_uri=uri)
+        except Exception as error:  # alembic and SQLAlchemy have no common class
+            raise KmtrError(
+                f"{file}: the MLflow store cannot be made or migrated: {brief(error)}; if another version of MLflow "
+                "wrote it, use that one, or set tracking.uri to another file"
+            ) from error
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Holds the lock beside a SQLite store; it goes with its process, so that nobody waits for a dead one."""
+    from filelock import FileLock, Timeout
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{file}.lock")
+    try:
+        lock.acquire(timeout=PATIENCE_S)
+    except Timeout:
+        log.warning("%s: another job makes or migrates this MLflow store; waiting until it is done", file)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _version(file: Path) -> tuple[str | None, bool]:
+    """Schema version of a SQLite store, None in one that has none yet; whether it is filled, which MLflow does last."""
+    if not file.exists():
+        return None, False
+    try:
+        with closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True)) as connection:
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+            filled = connection.execute("SELECT 1 FROM experiments LIMIT 1").fetchone() is not None
+    except sqlite3.Error:  # no such table yet; what is worse, MLflow says itself
+        return None, False
+    return (row[0] if row else None), filled
+
+
+def _current(file: Path) -> bool:
+    """Whether a SQLite store is complete and of the installed MLflow."""
+    from mlflow.store.db.utils import _get_latest_schema_revision  # as `mlflow db upgrade` does; no public name
+
+    version, filled = _version(file)
+    return filled and version == _get_latest_schema_revision()
+
+
+def _migrate(uri: str, file: Path) -> None:
+    """Brings a store of an earlier MLflow up to date; its copy stays. An empty one is made by MLflow's own client."""
+    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db
+    from sqlalchemy import create_engine
+
+    version, filled = _version(file)
+    if version in (None, _get_latest_schema_revision()):
+        return
+    if filled:
+        copy = file.with_name(f"{file.name}.{version}")
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        log.warning("%s: an MLflow store of an earlier version is migrated; %s is as it was", file, copy.name)
+    engine = create_engine(uri)
+    try:
+        _upgrade_db(engine)
+    finally:
+        engine.dispose()
 
 
 @contextmanager
@@ -116,12 +200,13 @@ def reaching(uri: str) -> Iterator[MlflowClient]:
         KmtrError: the store does not answer or refuses.
     """
     prepare()
+    from alembic.util.exc import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield client(uri)
-    except (MlflowException, SQLAlchemyError, OSError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         raise KmtrError(
             f"MLflow at {redact(uri)} failed: {brief(error)}; start the server again, or change tracking.uri"
         ) from error

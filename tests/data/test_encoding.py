@@ -16,8 +16,8 @@ from ismrmrd import xsd
 from raw_files import acquisition, complex_array, lines_of, write_ismrmrd, xml_header
 
 from kmtr.data.sources import Options, discover, read, unused
-from kmtr.physics import phantom
 from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
+from kmtr.simulation import phantom
 from kmtr.types import InputError, Study
 
 NY, NX = 48, 80

@@ -181,6 +181,7 @@ def study(number: int, **changes: Any) -> Study:
     segmentation = np.zeros((3, 4, 16, 16), np.uint8)
     segmentation[:, :, 4:12, 4:12] = 1
     segmentation[:, 2, 4:8] = 0
+    segmentation[0, 0, 0, number % 16] = 2
     view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0), frame_time_s=0.2)
     labels = {"lvedv_ml": 61.0, "lvesv_ml": 30.5, "lvsv_ml": 30.5, "lvef_pct": 50.0, "dcm": 0.0, "male": 1.0}
     kept = {key: value for key, value in changes.items() if key not in LABELS}
@@ -239,7 +240,7 @@ SPOILT: list[tuple[str, str, dict[str, list[Study]]]] = [
     ),
     (
         "doubtful",
-        "spacing outside of (0.3, 60.0) mm: p-1 in shards/train-00000.parquet, sax: [20.0, 4000.0, 4.0]",
+        "spacing that no scan has: p-1 in shards/train-00000.parquet, sax: [20.0, 4000.0, 4.0]",
         {"train": [study(1, spacing_mm=(20.0, 4000.0, 4.0), lvedv_ml=math.nan)]},
     ),
     (
@@ -399,3 +400,34 @@ def test_good_plans_are_proved() -> None:
     assert prove(lambda: order(tail="pad"), (8,), 1) == [0, 3, 6]
     weighted = [replace(order().sources[0], weight=w) for w in (0.9, 0.1)]
     assert prove(lambda: Plan(weighted, 10), (1, 5), 3)[0] == 0
+
+
+def test_contours_and_images_of_another_subject_are_doubtful(tmp_path: Path) -> None:
+    one, other, third = study(1), study(2), study(3)
+    view = one.views["sax"]
+    turned = replace(view, kspace=view.kspace * np.complex64(1j), segmentation=other.views["sax"].segmentation)
+    found = found_in(tmp_path, {"train": [one, other], "test": [replace(third, views={"sax": turned})]})
+    assert found.doubtful["two subjects have the same images"] == ["p-1, p-3"]
+    assert found.doubtful["two subjects have the same contours"] == [
+        "p-2 in train of dataset 1, p-3 in test of dataset 1"
+    ]
+    assert not found.wrong
+
+
+def test_masks_away_from_the_cohort_s_are_doubtful(tmp_path: Path) -> None:
+    studies = [study(n) for n in range(content.ENOUGH)]
+    view = studies[3].views["sax"]
+    assert view.segmentation is not None
+    studies[3] = replace(studies[3], views={"sax": replace(view, segmentation=np.roll(view.segmentation, 4, -1))})
+    found = found_in(tmp_path, {"train": studies})
+    assert [case.partition(":")[0] for case in found.doubtful["masks are not where the cohort's are"]] == ["p-3"]
+
+
+def test_energy_of_k_space_is_around_its_middle_or_nowhere() -> None:
+    y, x = np.mgrid[-32:32, -32:32]
+    power = 1 / (1 + y**2 + x**2) ** 1.5
+    assert content.central(power) == 1
+    assert content.central(np.roll(power, 2, 0)) > content.FAINT
+    assert content.central(np.ones((64, 64))) == 1
+    assert content.central(np.roll(power, 32, 0)) < content.FAINT
+    assert content.central(np.fft.fftshift(power)) < content.FAINT

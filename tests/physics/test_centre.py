@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kmtr.physics import phantom
 from kmtr.physics.centre import displacement, problem, profile, reach, without_centre
 from kmtr.physics.fourier import fft2c, ifft2c, ifftc
+from kmtr.simulation import phantom
 
 
 def heart(seed: int = 0, *, matrix: tuple[int, int] = (64, 72), coils: int = 4, snr_db: float = 20.0) -> np.ndarray:

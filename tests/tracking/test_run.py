@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
+import filelock
 import pytest
 
 from kmtr.config import RunConfig, override, run_keys
-from kmtr.tracking import end_run, find_run, log_dataset, open_run, tracking_uri
+from kmtr.tracking import end_run, find_run, log_dataset, open_run, store, tracking_uri
 from kmtr.tracking.store import artifact_location, client, redact
 from kmtr.types import InputError, KmtrError
 
@@ -165,3 +169,42 @@ def test_a_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(KmtrError, match="MLflow at sqlite:///") as caught:
         open_run(config_at(tmp_path / "file"), name="x")
     assert "\n" not in str(caught.value)
+
+
+def test_a_wait_for_another_job_s_store_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "mlflow.db"
+    other = filelock.FileLock(f"{file}.lock")
+    other.acquire()
+    monkeypatch.setattr(store, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(store.log, "warning", lambda *said: (lines.append(said[0] % said[1:]), other.release()))
+    lines: list[str] = []
+    assert client(f"sqlite:///{file}").search_experiments()
+    assert lines == [f"{file}: another job makes or migrates this MLflow store; waiting until it is done"]
+
+
+def test_a_store_of_a_later_mlflow_is_one_line_and_stays_as_it_was(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as made:
+        made.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        made.execute("CREATE TABLE experiments (id INTEGER)")
+        made.execute("INSERT INTO alembic_version VALUES ('fffffffffff1')")
+        made.commit()
+    with pytest.raises(KmtrError, match="cannot be made or migrated") as caught:
+        client(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_jobs_that_meet_an_empty_store_at_once_all_open_their_run(tmp_path: Path) -> None:
+    script = (
+        "import sys; from kmtr.config import RunConfig, override; from kmtr.tracking import open_run; "
+        "print(open_run(override(RunConfig(), {'storage.root': sys.argv[1]}), name='r' + sys.argv[2]))"
+    )
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", script, tmp_path, str(n)], stdout=subprocess.PIPE, text=True)
+        for n in range(3)
+    ]
+    said = [job.communicate()[0].split() for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert len({words[-1] for words in said}) == 3

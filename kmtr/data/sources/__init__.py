@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import Literal
 
 from kmtr.data.pseudonym import pseudonym
+from kmtr.data.record import check_payload
 from kmtr.data.sources import anatomy, doubles
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
@@ -70,6 +71,7 @@ class Options:
         most_bytes: largest array that a file may claim to hold.
         classes: what the values of contours mean, such as ``"1:lv_cavity,2:lv_myocardium,3:rv"``, where file name and
             shape mislead (short axes of nifti only). Empty: by these.
+        dtype: that k-space will be stored in, for `check_stored`.
     """
 
     matrix: tuple[int, int] | None = None
@@ -79,6 +81,7 @@ class Options:
     coils: int = 0
     most_bytes: int = 4 << 30
     classes: str = ""
+    dtype: Literal["float16", "float32"] = "float16"
 
     def __post_init__(self) -> None:
         if self.matrix is not None and min(self.matrix) < 1:
@@ -99,6 +102,20 @@ def check_size(where: str, what: str, shape: Sequence[int], itemsize: int, optio
             f"{where}: {what}: expected at most {options.most_bytes / 2**30:.3g} GiB, the header claims "
             f"{size / 2**30:.3g} GiB {tuple(shape)}; if that is true, raise ingest.gib"
         )
+
+
+def check_stored(where: str, view: str, shape: Sequence[int], options: Options) -> None:
+    """Refuse a view that no shard can hold before it is read, by what its header claims.
+
+    Args:
+        shape: slice, coil, t, ky, kx of the source; `options` may leave fewer coils and another matrix.
+
+    Raises:
+        InputError: as `record.check_payload`.
+    """
+    slices, coils, frames, *matrix = shape
+    coils = min(coils, options.coils) if options.coils else coils
+    check_payload(f"{where}: {view}", (slices, coils, frames, *(options.matrix or matrix)), options.dtype)
 
 
 def discover(format: str, source: str) -> list[Item]:

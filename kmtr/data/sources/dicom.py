@@ -7,16 +7,19 @@ refused for that subject. ``.zip`` archives are read as they are: UK Biobank's `
 
 Images are grouped by the plane that their headers describe, never by file name: parallel ones of one size and kind
 (their description without digits) are a stack, its slices are sorted by their position along the normal, a slice's
-frames by trigger time (else temporal position, else instance number: all images of a slice need to have it, different
-from each other). Where a slice was scanned again, the last complete scan counts. Slices have one number of frames and
-one distance, or the subject is refused, since volumes would be wrong.
+frames by trigger time (else temporal position or index, else instance number: all images of a slice need to have it,
+different from each other; frames of one file lie in any order). Slices of another name that go on where a short axis
+ends join it, or it is refused where their size differs. Where a slice was scanned again, the last complete scan counts.
+Slices have one number of frames and one distance, or the subject is refused, since volumes would be wrong.
 
-Views. The series description names long axes (``2ch``, ``3 chamber``, ...) and short axes (``sax``, ``short``, ``sa``).
-Where it names neither, a stack across the heart's axis is a short axis; a long axis whose chambers nobody names is left
-out rather than guessed. Left out too: phase images, colour, what has fewer than `MIN_FRAMES` frames (scouts, maps), and
-series that are not plain cine. `kmtr.data.sources.series` has these rules.
+Views. A stack across the heart's axis is a short axis, unless its description names a long axis only; another is what
+the description names (``2ch``, ``3 chamber``, ``sax``, ``sa``, ...). A long axis whose chambers nobody names, or two of
+them, is left out rather than guessed. Left out too: phase images, colour, what has fewer than `MIN_FRAMES` frames
+(scouts, maps), and series that are no plain cine by name, type, changing contrast or time between images. How many
+images are left out, and why, is in `Study.notes`. `kmtr.data.sources.series` has these rules.
 
-Stored values become rescale slope x value + intercept. Nothing that identifies is kept: of the header only geometry,
+Values of MONOCHROME1 are turned over; all become rescale slope x value + intercept.
+Nothing that identifies is kept: of the header only geometry,
 times, vendor, field strength and heart rate leave this module; sex and age come by a table (`kmtr.data.tables`).
 Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as a
 table in the source says (``*.csv`` with the columns PatientID and OriginalID), or below the images' own folder.
@@ -31,29 +34,30 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, doubles, optional, polygons, series
+from kmtr.data.sources import Item, Options, check_size, check_stored, doubles, optional, polygons, series
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
-SOURCE = "dicom/1"
+SOURCE = "dicom/2"
 
 MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
 """Classes of MR images: one frame, or many (Enhanced)."""
 
+GREY = ("MONOCHROME2", "MONOCHROME1")
+"""Photometric interpretations of magnitudes; a palette has colours."""
+
 MOST_FRAMES = 10_000
 """Of one subject."""
-
-IRREGULAR = 0.1
-"""Largest difference among the distances between slices, as a share of the median."""
 
 HEART_RATE_BPM = (20.0, 250.0)
 
@@ -165,8 +169,9 @@ def _may_be_image(name: str) -> bool:
 
 
 def _starts_image(name: str, content: bytes) -> bool:
-    """Whether a file begins as DICOM does, or its name says that it should."""
-    return content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
+    """Whether a file begins as DICOM does, with or without its meta header, or its name says that it should."""
+    bare = content[:2] == b"\x08\0" and content[3:4] == b"\0"  # group 0008, as files without one begin
+    return bare or content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
 
 
 def _identity(path: Path) -> tuple[str, str]:
@@ -211,12 +216,14 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     contours = [path for path in contours if polygons.is_contour(path)]
     with warnings.catch_warnings(action="ignore"):  # pydicom's show values of the header
         frames: list[series.Frame] = []
+        left = Counter[str]()
         patients: dict[Path | None, set[tuple[str, str]]] = defaultdict(set)
         for path, content in _contents(item.files, where, options):
             with _damage(where):
-                identity, found = _frames(content, where, options)
+                identity, found, unused = _frames(content, where, options)
             patients[path if path.suffix == ".zip" else None].add(identity)  # an archive may have a code of its own
             frames += found
+            left += unused
             _check_count(len(frames), where)
         for people in patients.values():
             for what, different in (
@@ -226,11 +233,13 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
                 if len(different) > 1:
                     raise InputError(f"{where}: images of {len(different)} {what} in one place; give each a folder")
         series.check_alike(frames, where)
-        stacks = series.views(frames, where)
+        stacks, others = series.views(frames, where)
+        notes = tuple(f"left out: {count} {reason}" for reason, count in sorted((left + others).items()))
         if not stacks:
             raise InputError(
                 f"{where}: expected a cine of at least {series.MIN_FRAMES} frames across the heart's axis, or one "
                 f"whose series description names sax, 2ch, 3ch or 4ch; found none among {len(frames)} MR images"
+                + "".join(f"; {note}" for note in notes)
             )
         if contours and "sax" not in stacks:
             raise InputError(f"{where}: contours, but no short axis that they belong to")
@@ -241,7 +250,8 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
         with _damage(where):
             vendor, tesla, rate = _scanner(next(iter(stacks.values())).first.dataset)
     labels = {} if rate is None else {"heart_rate_bpm": rate}
-    return to_study(subject_id, cines, labels, SOURCE, options, where, vendor=vendor, field_strength_t=tesla)
+    study = to_study(subject_id, cines, labels, SOURCE, options, where, vendor=vendor, field_strength_t=tesla)
+    return replace(study, notes=study.notes + notes)
 
 
 @contextmanager
@@ -251,7 +261,12 @@ def _damage(where: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError) as error:
+    except optional("pydicom.errors").InvalidDicomError:
+        raise InputError(
+            f"{where}: a file has no DICOM meta header (128 bytes, then DICM); if it is an image of an old exporter, "
+            "rewrite it (dcmconv of DCMTK), else take it out"
+        ) from None
+    except _DAMAGE as error:
         raise InputError(f"{where}: a DICOM file cannot be read ({type(error).__name__}); fetch it again") from None
 
 
@@ -282,18 +297,21 @@ def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[t
                     yield path, image.read_bytes()
 
 
-def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame]]:
-    """Patient and study, and the usable frames of one file; none of what is not an MR image in shades of grey."""
+def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame], Counter[str]]:
+    """Patient and study, the usable frames of one file, and why others are not: MR images in shades of grey are."""
     if _DEFLATED in content:
         raise InputError(f"{where}: deflated DICOM is not supported; store it uncompressed")
     dataset = optional("pydicom").dcmread(BytesIO(content))
     identity = str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
-    if str(dataset.get("SOPClassUID")) not in MR_IMAGES or int(dataset.get("SamplesPerPixel") or 1) != 1:
-        return identity, []
+    if str(dataset.get("SOPClassUID")) not in MR_IMAGES:
+        return identity, [], Counter(["files that hold no MR image"])
+    grey = str(dataset.get("PhotometricInterpretation") or GREY[0]) in GREY
+    if not grey or int(dataset.get("SamplesPerPixel") or 1) != 1:
+        return identity, [], Counter(["images in colour"])
     count = int(dataset.get("NumberOfFrames") or 1)
     check_size(where, "image", (count, int(dataset.Rows), int(dataset.Columns)), 8, options)
     _check_count(count, where)
-    return identity, series.frames(dataset, count)
+    return identity, *series.frames(dataset, count)
 
 
 def _check_count(count: int, where: str) -> None:
@@ -309,6 +327,7 @@ def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, opti
         raise InputError(f"{where}: {view}: expected slices with equally many frames, got {counts}: some are missing")
     first, shape = slices[0][0], (len(slices), counts[0], *stack.first.shape)
     check_size(where, view, shape, 8, options)
+    check_stored(where, view, (shape[0], 1, *shape[1:]), options)
     step, between_mm = _step(slices, view, where)
     stored = np.empty(shape, np.float32)
     for z, frames in enumerate(slices):
@@ -333,7 +352,7 @@ def _step(slices: list[list[series.Frame]], view: str, where: str) -> tuple[np.n
     if len(slices) == 1:
         return first.normal, first.thickness_mm if first.thickness_mm > 0 else None
     gaps = np.diff([frames[0].position @ first.normal for frames in slices])
-    if np.ptp(gaps) > IRREGULAR * np.median(gaps):
+    if np.ptp(gaps) > series.IRREGULAR * np.median(gaps):
         shown = ", ".join(f"{gap:g}" for gap in np.unique(gaps.round(1)))
         raise InputError(f"{where}: {view}: slices at irregular distances ({shown} mm): one missing, or two stacks?")
     return (last.position - first.position) / len(gaps), float(gaps.mean())
@@ -350,7 +369,14 @@ def _pixels(frame: series.Frame, where: str) -> np.ndarray:
                 raise
             raise InputError(f"{where}: no decoder for {syntax.name}: pip install python-gdcm, or decompress") from None
         stored = pixels.reshape(-1, *frame.shape)[frame.number].astype(np.float32)
+        if frame.dataset.get("PhotometricInterpretation") == "MONOCHROME1":  # small values are bright
+            stored = _most(frame.dataset) - stored
     return stored * np.float32(frame.slope) + np.float32(frame.intercept)
+
+
+def _most(dataset: Any) -> np.float32:
+    """Sum of the smallest and the largest value that fit in the stored bits: what a negative is taken from."""
+    return np.float32(-1 if int(dataset.PixelRepresentation) else 2 ** int(dataset.BitsStored) - 1)
 
 
 def _places(slices: list[list[series.Frame]], where: str) -> dict[int, tuple[int, int]]:
