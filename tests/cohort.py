@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kmtr.config import RunConfig
-from kmtr.data import shards
+from kmtr.data.dataset import shards
 from kmtr.simulation import phantom
 from kmtr.types import Study
 

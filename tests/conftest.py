@@ -13,9 +13,10 @@ from hypothesis import settings
 
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.data import shards, statistics
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import statistics
+from kmtr.data.loader.batch import Batch, collate
 from kmtr.types import PHENOTYPES, Study
 
 settings.register_profile("kmtr", deadline=None, max_examples=40, derandomize=True, database=None)

@@ -17,8 +17,9 @@ import pytest
 
 from jobs import ingest, simulate
 from kmtr.config import Shards
-from kmtr.data import pipeline, shards, splits, storage, writing
-from kmtr.data.ingest import without_names
+from kmtr.data.dataset import shards, splits, storage, writing
+from kmtr.data.dataset.ingest import without_names
+from kmtr.data.loader import pipeline
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
 

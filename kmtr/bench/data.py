@@ -32,7 +32,7 @@ from kmtr.bench.paths import BOUNDS, OURS, rows_of
 from kmtr.bench.peers import BATCH, FOREVER, PEERS, SEED, Rows, arrays, fingerprint
 from kmtr.bench.process import ROOT, ask
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data import shards, storage
+from kmtr.data.dataset import shards, storage
 from kmtr.report import figures
 from kmtr.report.html import Table, text_table
 from kmtr.types import InputError, KmtrError, Study, View

@@ -14,13 +14,14 @@ import numpy as np
 
 from kmtr.cli import Bar
 from kmtr.config import RunConfig
-from kmtr.data import content, pipeline, shards, storage
-from kmtr.data.damage import damages
-from kmtr.data.mixing import Mixing, mixing
-from kmtr.data.plan import Plan
-from kmtr.data.proof import prove
-from kmtr.data.reader import Dataset
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import content, shards, storage
+from kmtr.data.dataset.damage import damages
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.splits import SPLITS
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.mixing import Mixing, mixing
+from kmtr.data.loader.order import Plan
+from kmtr.data.loader.proof import prove
 from kmtr.report import contact, figures_kspace
 from kmtr.simulation.population import REFERENCE
 from kmtr.types import KmtrError

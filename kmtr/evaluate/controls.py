@@ -15,10 +15,11 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
-from kmtr.data.batch import Batch, choose
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch, choose
+from kmtr.data.loader.order import permutation
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import gauge, static_part

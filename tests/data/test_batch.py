@@ -13,9 +13,10 @@ import torch
 from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
-from kmtr.data.batch import Batch, check_shapes, choose, collate
-from kmtr.data.reader import Dataset, Loaded, Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Loaded, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch, check_shapes, choose, collate
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.types import InputError, Study, View

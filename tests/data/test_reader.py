@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pages, pipeline, shards
-from kmtr.data.batch import collate, pack, unpack
-from kmtr.data.reader import Dataset, Loaded, Reader
-from kmtr.data.shards import DamagedShard
+from kmtr.data.dataset import pages, shards
+from kmtr.data.dataset.reader import Dataset, Loaded, Reader
+from kmtr.data.dataset.shards import DamagedShard
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import collate, pack, unpack
 from kmtr.types import Study, View
 
 SHAPE = {"sax": (2, 1, 4, 128, 128), "lax_4ch": (1, 1, 4, 128, 128)}

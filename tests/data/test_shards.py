@@ -17,9 +17,9 @@ import pytest
 from cohort import simulated
 
 from kmtr.config import RunConfig
-from kmtr.data import shards
-from kmtr.data.reader import Dataset, Reader
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.splits import SPLITS
 from kmtr.types import COVARIATES, UNLABELLED, InputError, Study, View
 
 ONES = np.ones((2, 1, 3, 8, 8), np.complex64)
@@ -310,8 +310,8 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import resource, signal, sys
 import numpy as np
-from kmtr.data import shards
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.types import Study, View
 study = Study("p-1", {"sax": View(np.ones((2, 1, 3, 64, 64), np.complex64))})
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)

@@ -30,9 +30,9 @@ import pytest
 from cohort import simulated, write
 
 from kmtr.config import RunConfig
-from kmtr.data import shards, storage
-from kmtr.data.reader import Dataset, Reader
-from kmtr.data.storage import Cache, StoreError, open_file, open_root, read_many
+from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.storage import Cache, StoreError, open_file, open_root, read_many
 from kmtr.types import InputError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -620,7 +620,7 @@ def test_threads_share_a_bounded_cache(stored: str, tmp_path: Path) -> None:
 
 FETCH = """
 import sys, time
-from kmtr.data.storage import Cache, open_file
+from kmtr.data.dataset.storage import Cache, open_file
 root, folder, gib, order = sys.argv[1:]
 for number in order:
     with open_file(root, f"f{number}", Cache(folder, float(gib)), %d) as file:

@@ -25,11 +25,11 @@ from cohort import write
 from jobs import verify as job
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.data import content, shards
-from kmtr.data.damage import damages
-from kmtr.data.plan import Plan, Slot, Source
-from kmtr.data.proof import prove
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import content, shards
+from kmtr.data.dataset.damage import damages
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader.order import Plan, Slot, Source
+from kmtr.data.loader.proof import prove
 from kmtr.doctor import verify
 from kmtr.types import LABELS, InputError, KmtrError, Study, View
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.data import shards
-from kmtr.data.batch import Batch
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.order import permutation
 from kmtr.evaluate import controls, probes
 
 

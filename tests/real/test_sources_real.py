@@ -15,9 +15,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from kmtr.data import shards
-from kmtr.data.patterns import read_pattern
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.sources import Options, cine, discover, read
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, Study, View

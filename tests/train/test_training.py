@@ -15,8 +15,8 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.data import shards
-from kmtr.data.reader import Reader
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver

@@ -1,8 +1,8 @@
 """A dataset on disk: Parquet shards, one row per subject, and ``manifest.json``.
 
-What a row holds says `kmtr.data.record`. Payloads are `large_binary` columns, uncompressed (or LZ4), without dictionary
-or statistics: a view that is not read costs nothing. Pages carry checksums. Files are written under a temporary name
-and renamed.
+What a row holds says `kmtr.data.dataset.record`. Payloads are `large_binary` columns, uncompressed (or LZ4), without
+dictionary or statistics: a view that is not read costs nothing. Pages carry checksums. Files are written under a
+temporary name and renamed.
 
 Beside each shard lies its index: the small columns of all rows and where their payloads are (``<name>.index``, Arrow
 IPC). It is derived from the shard, checked against it at each read, and made anew where it is missing. It is written
@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data import pages, storage
-from kmtr.data.record import (  # noqa: F401 (a dataset's rows are part of what this module offers)
+from kmtr.data.dataset import pages, storage
+from kmtr.data.dataset.record import (  # noqa: F401 (a dataset's rows are part of what this module offers)
     SCHEMA_VERSION,
     check_finite,
     check_payload,

@@ -19,10 +19,11 @@ import pyarrow as pa
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data import buckets, shards, storage, writing
-from kmtr.data.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
-from kmtr.data.plan import Plan
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import shards, storage, writing
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import buckets
+from kmtr.data.loader.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
+from kmtr.data.loader.order import Plan
 from kmtr.physics import sampling
 from kmtr.types import InputError, KmtrError
 

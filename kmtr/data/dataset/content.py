@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data import shards, storage
-from kmtr.data.tables import PLAUSIBLE
+from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset.tables import PLAUSIBLE
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS
 

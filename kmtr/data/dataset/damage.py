@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.cli import Bar
-from kmtr.data import shards, storage
+from kmtr.data.dataset import shards, storage
 from kmtr.types import InputError
 
 CHUNK = 8 << 20

@@ -19,9 +19,10 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Augment, Data, RunConfig
-from kmtr.data import pages, patterns, shards, storage
-from kmtr.data.buckets import Shape
-from kmtr.data.reader import Dataset, Samples
+from kmtr.data.dataset import pages, shards, storage
+from kmtr.data.dataset.reader import Dataset, Samples
+from kmtr.data.loader import patterns
+from kmtr.data.loader.buckets import Shape
 from kmtr.physics import random, sampling
 from kmtr.physics.augment import augment
 from kmtr.physics.fourier import centred, crop_or_pad, fft2c, fftc, ifft2c, ifftc

@@ -9,7 +9,8 @@ from typing import Any
 
 from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig
-from kmtr.data import pipeline, shards, splits, storage, writing
+from kmtr.data.dataset import shards, splits, storage, writing
+from kmtr.data.loader import pipeline
 from kmtr.data.sources import Unused
 from kmtr.types import InputError, Study
 

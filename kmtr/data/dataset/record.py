@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kmtr.data import pages
+from kmtr.data.dataset import pages
 from kmtr.types import LABELS, VIEWS, InputError, Study, View
 
 SCHEMA_VERSION = 3

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.config import Data
-from kmtr.data import pages, shards, storage
-from kmtr.data.plan import Source
-from kmtr.data.shards import DamagedShard, Manifest, Shard
+from kmtr.data.dataset import pages, shards, storage
+from kmtr.data.dataset.shards import DamagedShard, Manifest, Shard
+from kmtr.data.loader.order import Source
 from kmtr.types import VIEWS, InputError
 
 OPEN_SHARDS = 256
@@ -239,7 +239,7 @@ class Reader:
         return pa.concat_tables([shard.row(place, self.columns) for shard, place in map(self._shard, map(int, rows))])
 
     def samples(self, rows: Sequence[int] | np.ndarray) -> RowSamples:
-        """The rows in the order given, for `data.batch.collate`: payloads are read when they are fetched.
+        """The rows in the order given, for `data.loader.batch.collate`: payloads are read when they are fetched.
 
         Raises:
             DamagedShard: as `read`.

@@ -23,8 +23,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from kmtr.config import Shards
-from kmtr.data import shards, storage
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset.splits import SPLITS
 from kmtr.types import InputError, KmtrError, Study
 
 CRASHES = 3
