@@ -17,8 +17,9 @@ import pytest
 
 from jobs import ingest, simulate
 from kmtr.config import Shards
-from kmtr.data.dataset import shards, splits, storage, writing
+from kmtr.data.dataset import shards, splits, writing
 from kmtr.data.dataset.ingest import without_names
+from kmtr.data.dataset.retry import StoreError
 from kmtr.data.loader import pipeline
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
@@ -141,7 +142,7 @@ def test_a_full_disk_stops_the_job_and_is_no_subject_s_fault(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(storage.StoreError, match="shards/train-00000: it can't be written: No space left on device"):
+    with pytest.raises(StoreError, match="shards/train-00000: it can't be written: No space left on device"):
         writes(tmp_path, study)(0, Memory())
 
 

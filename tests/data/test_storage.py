@@ -30,9 +30,13 @@ import pytest
 from cohort import simulated, write
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset import cache as cached_files
+from kmtr.data.dataset import retry, shards, storage
+from kmtr.data.dataset.cache import Cache, open_file
+from kmtr.data.dataset.files import read_many
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.dataset.storage import Cache, StoreError, open_file, open_root, read_many
+from kmtr.data.dataset.retry import StoreError
+from kmtr.data.dataset.storage import open_root
 from kmtr.types import InputError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -144,7 +148,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores opened in this test have clients that do not retry, so that what we add is seen."""
     monkeypatch.setattr(storage, "S3_TRIES", 1)
     storage._s3.cache_clear()
-    monkeypatch.setattr(storage.random, "uniform", lambda low, high: 0.02)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -387,7 +391,7 @@ def test_many_reads_in_flight_outlive_the_clients_quota_of_retries(
     server: Server, failures: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "S3_TRIES", 3)
-    monkeypatch.setattr(storage, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
+    monkeypatch.setattr(retry, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
     root = server.root("quota")
     server.put(root, "x")
     into = [bytearray(1000) for _ in range(60)]
@@ -406,7 +410,7 @@ def test_a_store_that_stays_down_is_one_line(server: Server, failures: Failures)
     says = r"^down/set/x: the store failed 5 times in \d s, last: AWS Error S(LOW_DOWN|ERVICE_UNAVAILABLE)"
     with pytest.raises(StoreError, match=says) as raised:
         open_file(root, "x").read_at(0, 1000)
-    assert failures.seen.count("GET") == storage.TRIES
+    assert failures.seen.count("GET") == retry.TRIES
     assert "\n" not in str(raised.value)
 
 
@@ -578,7 +582,7 @@ def test_open_files_stay_and_what_has_no_room_is_read_from_the_store(stored: str
         file.close()
     fetch(stored, cache, 2)
     assert cached(tmp_path) == 2
-    assert not storage._opened
+    assert not cached_files._opened
 
 
 def test_a_rewritten_file_is_fetched_anew(server: Server, stored: str, tmp_path: Path) -> None:
@@ -615,12 +619,12 @@ def test_threads_share_a_bounded_cache(stored: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: fetch(stored, cache, i % 6), range(60)))
     assert cached(tmp_path) <= 3
-    assert not storage._opened
+    assert not cached_files._opened
 
 
 FETCH = """
 import sys, time
-from kmtr.data.dataset.storage import Cache, open_file
+from kmtr.data.dataset.cache import Cache, open_file
 root, folder, gib, order = sys.argv[1:]
 for number in order:
     with open_file(root, f"f{number}", Cache(folder, float(gib)), %d) as file:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.config import Data
-from kmtr.data.dataset import pages, shards, storage
+from kmtr.data.dataset import pages, shards
+from kmtr.data.dataset.cache import Cache, open_file
 from kmtr.data.dataset.shards import DamagedShard, Manifest, Shard
 from kmtr.data.loader.order import Source
 from kmtr.types import VIEWS, InputError
@@ -287,9 +288,9 @@ class _OpenShard:
         self._lock = Lock()
         self._parquet: pq.ParquetFile | None = None
         self._groups: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
-        cache = storage.Cache(reader.cache, reader.cache_gib) if reader.cache else None
+        cache = Cache(reader.cache, reader.cache_gib) if reader.cache else None
         try:
-            self.file = storage.open_file(root, shard.name, cache, shard.bytes, shard.sha256)
+            self.file = open_file(root, shard.name, cache, shard.bytes, shard.sha256)
         except (pa.ArrowException, OSError, EOFError) as error:
             raise self.damaged(shards.first_line(error)) from None
         self.index = self._index()

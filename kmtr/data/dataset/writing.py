@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from kmtr.config import Shards
 from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset.retry import StoreError
 from kmtr.data.dataset.splits import SPLITS
 from kmtr.types import InputError, KmtrError, Study
 
@@ -134,7 +135,7 @@ class WriteShards:
                 lambda study, error: refused.append(self._refusal(study.subject_id, error)),
             )
         except OSError as error:
-            raise storage.StoreError(
+            raise StoreError(
                 f"shards/{job.name}: it can't be written: {shards.first_line(error)}; finished shards stay, the same "
                 "command goes on behind them"
             ) from None

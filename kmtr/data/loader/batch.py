@@ -19,7 +19,8 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Augment, Data, RunConfig
-from kmtr.data.dataset import pages, shards, storage
+from kmtr.data.dataset import pages, shards
+from kmtr.data.dataset.files import run_many
 from kmtr.data.dataset.reader import Dataset, Samples
 from kmtr.data.loader import patterns
 from kmtr.data.loader.buckets import Shape
@@ -370,7 +371,7 @@ def collate(
                 pattern = shards.unpack(packed, (source[0], source[2], source[3]))
                 acquired[row, where, : len(t), y0 : y0 + lines] = pattern[z][:, t]
                 given[row, where] = True
-    storage.run_many(reads, samples.in_flight)
+    run_many(reads, samples.in_flight)
     keys = [sampling.subject_key(value) for value in meta.column("subject_id").to_pylist()]
     named = [meta.column(name).to_numpy() for name in labels]
     arrays = {

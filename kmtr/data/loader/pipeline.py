@@ -19,8 +19,9 @@ import pyarrow as pa
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset import shards, storage, writing
+from kmtr.data.dataset import shards, writing
 from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.retry import StoreError
 from kmtr.data.loader import buckets
 from kmtr.data.loader.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
 from kmtr.data.loader.order import Plan
@@ -392,7 +393,7 @@ def _written(
                 shard, summary, cost = json.loads(row["result"])
                 yield int(row["number"]), (shards.shard_of(shard), summary), writing.Cost(**cost)
         except Exception as error:
-            cause = find_cause(error, InputError) or find_cause(error, storage.StoreError)
+            cause = find_cause(error, InputError) or find_cause(error, StoreError)
             if cause is None:
                 raise
             raise cause from None
