@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override, plain
 from kmtr.data.dataset.reader import Loaded
-from kmtr.data.dataset.shards import schema, to_row
+from kmtr.data.dataset.record import schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch, collate
 from kmtr.model.encoder import line_encoder

@@ -127,7 +127,7 @@ for name in ("ray", "deepspeed", "mlflow"):
 import numpy as np
 import kmtr
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.dataset.shards import to_study
+from kmtr.data.dataset.record import to_study
 encoder = kmtr.load_encoder(sys.argv[1])
 reader = Reader(Dataset.of(sys.argv[2]), "test")
 np.save(sys.argv[3], encoder(to_study(reader.read([0]))))

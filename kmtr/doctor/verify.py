@@ -14,8 +14,9 @@ import numpy as np
 
 from kmtr.cli import Bar
 from kmtr.config import RunConfig
-from kmtr.data.dataset import content, shards, storage
+from kmtr.data.dataset import content, record, storage
 from kmtr.data.dataset.damage import damages
+from kmtr.data.dataset.manifest import Manifest
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.dataset.splits import SPLITS
 from kmtr.data.loader import pipeline
@@ -50,7 +51,7 @@ def contents(dataset: Dataset) -> list[tuple[int, content.Contents]]:
     return found
 
 
-def _numbered(dataset: Dataset) -> list[tuple[int, tuple[str, shards.Manifest]]]:
+def _numbered(dataset: Dataset) -> list[tuple[int, tuple[str, Manifest]]]:
     return list(enumerate(zip(dataset.roots, dataset.manifests, strict=True)))
 
 
@@ -90,7 +91,7 @@ def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, con
     places = [(reader, row) for reader in readers for row in range(len(reader))]
     rng = np.random.default_rng(int(dataset.digest[:8], 16))
     chosen = sorted(rng.choice(len(places), min(SHOWN, len(places)), replace=False).tolist())
-    studies = [(reader.split, shards.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
+    studies = [(reader.split, record.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
     labels = np.concatenate([inspected.labels for _, inspected in found])
     simulated = all(manifest.source.startswith("simulate") for manifest in dataset.manifests)
     what = f"{len(places)} subjects, {'simulated' if simulated else 'ingested'}, digest {dataset.digest[:8]}"

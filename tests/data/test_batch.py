@@ -13,7 +13,8 @@ import torch
 from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
-from kmtr.data.dataset import shards
+from kmtr.data.dataset import record
+from kmtr.data.dataset.manifest import DamagedShard
 from kmtr.data.dataset.reader import Dataset, Loaded, Reader
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.batch import Batch, check_shapes, choose, collate
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def table_of(*studies: Study, dtype: str = "float32") -> pa.Table:
-    return pa.Table.from_pylist([shards.to_row(study, dtype) for study in studies], schema=shards.schema(dtype))
+    return pa.Table.from_pylist([record.to_row(study, dtype) for study in studies], schema=record.schema(dtype))
 
 
 def batch_of(config: RunConfig, *studies: Study, labels: Sequence[str] = ()) -> Batch:
@@ -228,7 +229,7 @@ def test_a_damaged_shard_reaches_the_consumer_of_batches(small: RunConfig, tmp_p
     dataset = Dataset.of(str(tmp_path))
     reader, plan = dataset.reader("train", small.data), pipeline.plan_of(small, dataset)
     next((tmp_path / "shards").glob("*.parquet")).unlink()
-    with pytest.raises(shards.DamagedShard):
+    with pytest.raises(DamagedShard):
         list(pipeline.batches(small, reader, plan, range(3), 0, 1))
 
 

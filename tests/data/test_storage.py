@@ -31,9 +31,10 @@ from cohort import simulated, write
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset import cache as cached_files
-from kmtr.data.dataset import retry, shards, storage
+from kmtr.data.dataset import record, retry, shards, storage
 from kmtr.data.dataset.cache import Cache, open_file
 from kmtr.data.dataset.files import read_many
+from kmtr.data.dataset.manifest import has_dataset, preflight, read_manifest, write_manifest
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.retry import StoreError
 from kmtr.data.dataset.storage import open_root
@@ -169,13 +170,13 @@ def test_a_dataset_on_s3_reads_as_from_disk(server: Server, small: RunConfig, tm
         for split, rows in studies.items()
         for start in range(0, len(rows), 2)
     ]
-    there = shards.write_manifest(remote, parts, "float16", "test")
-    assert (there.digest, shards.read_manifest(remote)) == (here.digest, there)
-    assert shards.present(remote)
+    there = write_manifest(remote, parts, "float16", "test")
+    assert (there.digest, read_manifest(remote)) == (here.digest, there)
+    assert has_dataset(remote)
     assert shards.finished_shard(remote, "train-00000") == parts[0]
     assert shards.finished_shard(remote, "train-00009") is None
-    shards.preflight(remote, there)
-    columns = shards.columns_of(small.data.views)
+    preflight(remote, there)
+    columns = record.columns_of(small.data.views)
     tables = [Reader(Dataset.of(root), "train", columns).read([4, 0, 3]) for root in (local, remote)]
     assert tables[0].equals(tables[1])
     reader = pickle.loads(pickle.dumps(Reader(Dataset.of(remote), "val", columns)))
@@ -188,7 +189,7 @@ def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
     root = server.root("epochs")
     studies = [simulated(i, small) for i in range(4)]
     parts = [shards.write_shard(root, f"train-{i:05d}", "train", [study], "float16") for i, study in enumerate(studies)]
-    shards.write_manifest(root, parts, "float16", "test")
+    write_manifest(root, parts, "float16", "test")
 
     def epoch(seed: int) -> list[bytes]:
         reader = Reader(Dataset.of(root), "train", cache=str(tmp_path), cache_gib=1.0)
@@ -208,12 +209,12 @@ def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
 def test_a_truncated_shard_is_found(server: Server, small: RunConfig) -> None:
     root = server.root("truncated")
     part = shards.write_shard(root, "train-00000", "train", [simulated(0, small)], "float16")
-    manifest = shards.write_manifest(root, [part], "float16", "test")
+    manifest = write_manifest(root, [part], "float16", "test")
     store, base = open_root(root)
     content = storage.read_bytes(store, f"{base}/{part[0].name}")
     storage.write_atomic(store, f"{base}/{part[0].name}", content[:-1000])
     with pytest.raises(InputError, match="truncated or changed"):
-        shards.preflight(root, manifest)
+        preflight(root, manifest)
     with pytest.raises(EOFError, match=f"train-00000.parquet: expected {part[0].bytes} bytes, got .*: truncated"):
         open_file(root, part[0].name, size=part[0].bytes)
 
@@ -430,7 +431,7 @@ def test_wrong_credentials_are_said_at_once(server: Server, failures: Failures, 
         assert failures.left == 99
         assert "\n" not in str(raised.value)
     failures.next(100, "403 Forbidden", "HEAD")
-    for step in (lambda: open_file(root, "x"), lambda: shards.read_manifest(root)):
+    for step in (lambda: open_file(root, "x"), lambda: read_manifest(root)):
         with pytest.raises(InputError, match="check the credentials"):
             step()
     assert failures.left == 98
@@ -444,7 +445,7 @@ def test_what_is_not_there_is_said_at_once(server: Server, failures: Failures) -
     assert not storage.exists(*_path(root, "x"))
     for step in (
         lambda: open_file("s3://nosuchbucket/set", "x"),
-        lambda: shards.read_manifest("s3://nosuchbucket/set"),
+        lambda: read_manifest("s3://nosuchbucket/set"),
         lambda: server.put("s3://nosuchbucket/set", "x"),
         lambda: storage.make_folder(*open_root("s3://nosuchbucket/set")),
     ):

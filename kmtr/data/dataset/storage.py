@@ -135,6 +135,13 @@ def _open_other(root: str) -> tuple[fs.FileSystem, str]:
     return store, base.rstrip("/")
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, without the path that the system's own errors hold."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def is_local(store: fs.FileSystem) -> bool:
     return isinstance(store, fs.LocalFileSystem)
 

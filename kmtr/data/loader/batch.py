@@ -19,7 +19,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
 from kmtr.config import Augment, Data, RunConfig
-from kmtr.data.dataset import pages, shards
+from kmtr.data.dataset import pages, record
 from kmtr.data.dataset.files import run_many
 from kmtr.data.dataset.reader import Dataset, Samples
 from kmtr.data.loader import patterns
@@ -368,7 +368,7 @@ def collate(
                     patterns.check_lines(table, view, lines)
                 acquired[row, where, : len(t), y0 : y0 + lines] = True
             else:
-                pattern = shards.unpack(packed, (source[0], source[2], source[3]))
+                pattern = record.unpack(packed, (source[0], source[2], source[3]))
                 acquired[row, where, : len(t), y0 : y0 + lines] = pattern[z][:, t]
                 given[row, where] = True
     run_many(reads, samples.in_flight)

@@ -19,7 +19,8 @@ import pyarrow as pa
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset import shards, writing
+from kmtr.data.dataset import writing
+from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, shard_of
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.retry import StoreError
 from kmtr.data.loader import buckets
@@ -211,7 +212,7 @@ def _with_ray(make: MakeBatch, steps: int) -> Iterator[HostBatch]:
             least, most = EXECUTOR_PAUSE_S
             Breathe.pause_s = min(max((time.perf_counter() - asked) / PAUSES_PER_STEP, least), most)
     except Exception as error:
-        damage = find_cause(error, shards.DamagedShard)
+        damage = find_cause(error, DamagedShard)
         if damage is None:
             raise
         raise damage from None
@@ -323,7 +324,7 @@ class RemoteJournal:
 
 def write_dataset(
     write: writing.WriteShards, progress: Callable[[int, int], None]
-) -> tuple[shards.Manifest, list[dict[str, str]], writing.Cost]:
+) -> tuple[Manifest, list[dict[str, str]], writing.Cost]:
     """Write all shards with Ray Data over the cluster, then the manifest. Finished shards of an earlier run are kept.
 
     A task that dies is run again by Ray, as often as it takes: the ledger knows what it was at, and what ended
@@ -372,7 +373,7 @@ class _WriteTask:
 
 def _written(
     write: writing.WriteShards, missing: Sequence[int], progress: Callable[[int], None]
-) -> Iterator[tuple[int, tuple[shards.Shard, dict[str, Any]], writing.Cost]]:
+) -> Iterator[tuple[int, tuple[Shard, dict[str, Any]], writing.Cost]]:
     """Shards in the order in which they are finished."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -391,7 +392,7 @@ def _written(
         try:
             for row in dataset.iter_rows():
                 shard, summary, cost = json.loads(row["result"])
-                yield int(row["number"]), (shards.shard_of(shard), summary), writing.Cost(**cost)
+                yield int(row["number"]), (shard_of(shard), summary), writing.Cost(**cost)
         except Exception as error:
             cause = find_cause(error, InputError) or find_cause(error, StoreError)
             if cause is None:
