@@ -16,7 +16,8 @@ from kmtr.config.recipes import tiny
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import statistics
-from kmtr.data.loader.batch import Batch, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.types import PHENOTYPES, Study
 
 settings.register_profile("kmtr", deadline=None, max_examples=40, derandomize=True, database=None)

@@ -13,7 +13,8 @@ from torch import Tensor
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import Batch, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.tasks import STAGES, Inputs, Preparer, Step
 from kmtr.tasks.pretraining import Pretraining
 

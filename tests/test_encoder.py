@@ -18,7 +18,8 @@ from torch import Tensor
 
 import kmtr
 from kmtr.config import RunConfig, override
-from kmtr.data.loader.batch import Batch, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.encoder import HEAD, WEIGHTS, KSpaceEncoder, embed_all, export_encoder, load_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.physics import sampling

@@ -31,7 +31,7 @@ from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import HostBatch
+from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import STAGES, Inputs
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups

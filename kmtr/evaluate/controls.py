@@ -18,7 +18,8 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import Batch, choose
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import choose
 from kmtr.data.loader.order import permutation
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.physics.fourier import crop_or_pad, magnitude_image

@@ -9,7 +9,7 @@ from typing import Any
 from kmtr.cli import start_ray
 from kmtr.config import RunConfig
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import unreached
+from kmtr.data.loader.shapes import unreached
 from kmtr.train import driver
 
 

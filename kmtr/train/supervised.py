@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import Batch, HostBatch, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics.sampling import PATTERN, VALIDATION

@@ -17,7 +17,9 @@ from kmtr.data.dataset import record
 from kmtr.data.dataset.manifest import DamagedShard
 from kmtr.data.dataset.reader import Dataset, Loaded, Reader
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import Batch, check_shapes, choose, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import choose, collate
+from kmtr.data.loader.shapes import check_shapes
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.types import InputError, Study, View

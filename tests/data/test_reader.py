@@ -18,7 +18,8 @@ from kmtr.data.dataset import pages, shards
 from kmtr.data.dataset.manifest import DamagedShard, write_manifest
 from kmtr.data.dataset.reader import Dataset, Loaded, Reader
 from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import collate, pack, unpack
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.transport import pack, unpack
 from kmtr.types import Study, View
 
 SHAPE = {"sax": (2, 1, 4, 128, 128), "lax_4ch": (1, 1, 4, 128, 128)}

@@ -15,7 +15,10 @@ from torch import Tensor
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, statistics
-from kmtr.data.loader.batch import Batch, HostBatch, cells_in, collate, full_shape, shape_of, slots_of
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
+from kmtr.data.loader.shapes import cells_in, full_shape, shape_of, slots_of
 from kmtr.tasks import STAGES, Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError, Study, View

@@ -240,7 +240,7 @@ class Reader:
         return pa.concat_tables([shard.row(place, self.columns) for shard, place in map(self._shard, map(int, rows))])
 
     def samples(self, rows: Sequence[int] | np.ndarray) -> RowSamples:
-        """The rows in the order given, for `data.loader.batch.collate`: payloads are read when they are fetched.
+        """The rows in the order given, for `loader.collate`: payloads are read when they are fetched.
 
         Raises:
             DamagedShard: as `read`.

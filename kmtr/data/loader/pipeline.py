@@ -24,8 +24,12 @@ from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, shard_of
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.retry import StoreError
 from kmtr.data.loader import buckets
-from kmtr.data.loader.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
+from kmtr.data.loader.buckets import Shape
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import Plan
+from kmtr.data.loader.shapes import cells_in, cells_of, check_shapes, shape_of
+from kmtr.data.loader.transport import pack, unpack
 from kmtr.physics import sampling
 from kmtr.types import InputError, KmtrError
 
