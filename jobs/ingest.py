@@ -25,7 +25,7 @@ from jobs import main
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    from kmtr.data import ingest
+    from kmtr.data.dataset import ingest
 
     return ingest.run(words)
 

@@ -15,7 +15,7 @@ from jobs import main, recipe_config
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    from kmtr.data import simulate
+    from kmtr.data.dataset import simulate
 
     return simulate.run(recipe_config(words, __doc__ or ""))
 

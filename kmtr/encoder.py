@@ -24,10 +24,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, override, plain
-from kmtr.data import patterns
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Loaded
-from kmtr.data.shards import schema, to_row
+from kmtr.data.dataset.reader import Loaded
+from kmtr.data.dataset.record import schema, to_row
+from kmtr.data.loader import patterns
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.model.encoder import line_encoder
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, encoder_inputs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kmtr.config import RunConfig
-from kmtr.data import shards
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.manifest import Manifest, write_manifest
 from kmtr.simulation import phantom
 from kmtr.types import Study
 
@@ -27,11 +28,11 @@ def simulated(index: int, config: RunConfig) -> Study:
     )
 
 
-def write(root: Path, subjects: dict[str, list[Study]], dtype: str = "float16", rows: int = 16) -> shards.Manifest:
+def write(root: Path, subjects: dict[str, list[Study]], dtype: str = "float16", rows: int = 16) -> Manifest:
     """A dataset of given studies per split."""
     parts = [
         shards.write_shard(str(root), f"{split}-{start // rows:05d}", split, studies[start : start + rows], dtype)
         for split, studies in subjects.items()
         for start in range(0, len(studies), rows)
     ]
-    return shards.write_manifest(str(root), parts, dtype, "test")
+    return write_manifest(str(root), parts, dtype, "test")

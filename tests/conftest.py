@@ -13,9 +13,11 @@ from hypothesis import settings
 
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.data import shards, statistics
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import record
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import statistics
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.types import PHENOTYPES, Study
 
 settings.register_profile("kmtr", deadline=None, max_examples=40, derandomize=True, database=None)
@@ -89,7 +91,7 @@ def small(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 @pytest.fixture(scope="session")
 def reader(small: RunConfig) -> Reader:
     """Training rows of `dataset`, with all phenotypes."""
-    columns = shards.columns_of(small.data.views, tuple(PHENOTYPES))
+    columns = record.columns_of(small.data.views, tuple(PHENOTYPES))
     return Reader(Dataset.of(small.data.root), "train", columns)
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json, override
-from kmtr.data import pipeline
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.tasks import STAGES, Inputs, Preparer, Step
 from kmtr.tasks.pretraining import Pretraining
 

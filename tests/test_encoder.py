@@ -18,7 +18,8 @@ from torch import Tensor
 
 import kmtr
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch, collate
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.encoder import HEAD, WEIGHTS, KSpaceEncoder, embed_all, export_encoder, load_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.physics import sampling
@@ -126,8 +127,8 @@ for name in ("ray", "deepspeed", "mlflow"):
     sys.modules[name] = None  # importing it raises
 import numpy as np
 import kmtr
-from kmtr.data.reader import Dataset, Reader
-from kmtr.data.shards import to_study
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.record import to_study
 encoder = kmtr.load_encoder(sys.argv[1])
 reader = Reader(Dataset.of(sys.argv[2]), "test")
 np.save(sys.argv[3], encoder(to_study(reader.read([0]))))

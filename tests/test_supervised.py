@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch
-from kmtr.data.reader import Reader
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader.batch import Batch
 from kmtr.encoder import KSpaceEncoder
 from kmtr.train import supervised
 from kmtr.train.supervised import Labelled, Regressor, Training, visits

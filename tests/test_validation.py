@@ -11,7 +11,7 @@ import torch.distributed as dist
 from one_worker import CPU, PlainEngine
 
 from kmtr.config import RunConfig
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
 from kmtr.tasks import Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.validation import Validation

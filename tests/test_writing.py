@@ -17,8 +17,11 @@ import pytest
 
 from jobs import ingest, simulate
 from kmtr.config import Shards
-from kmtr.data import pipeline, shards, splits, storage, writing
-from kmtr.data.ingest import without_names
+from kmtr.data.dataset import record, shards, splits, writing
+from kmtr.data.dataset.ingest import without_names
+from kmtr.data.dataset.manifest import has_dataset, read_manifest
+from kmtr.data.dataset.retry import StoreError
+from kmtr.data.loader import pipeline
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
 
@@ -132,7 +135,7 @@ def test_a_dataset_of_nobody_is_bad_input_and_says_why(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one subject that can be read, 12 refused; the first: p-00: a mess"):
         writing.complete(write, in_order(write, list(range(len(write.jobs)))))
     assert len(writing.refused(str(tmp_path))) == 12
-    assert not shards.present(str(tmp_path))
+    assert not has_dataset(str(tmp_path))
 
 
 def test_a_full_disk_stops_the_job_and_is_no_subject_s_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +143,7 @@ def test_a_full_disk_stops_the_job_and_is_no_subject_s_fault(tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(storage.StoreError, match="shards/train-00000: it can't be written: No space left on device"):
+    with pytest.raises(StoreError, match="shards/train-00000: it can't be written: No space left on device"):
         writes(tmp_path, study)(0, Memory())
 
 
@@ -188,7 +191,7 @@ def test_a_subject_that_ends_its_process_is_refused_and_the_others_are_written(c
     assert cost.subjects == 7
     assert cost.core_s > 0
     same = [s.sha256 for s in manifest.shards if s.rows == 4 or s.split != "train"]
-    assert set(same) <= {s.sha256 for s in shards.read_manifest(str(tmp_path / "clean")).shards}
+    assert set(same) <= {s.sha256 for s in read_manifest(str(tmp_path / "clean")).shards}
 
 
 def test_who_is_refused_for_crashes_stays_refused_when_the_shard_is_made_again() -> None:
@@ -295,7 +298,7 @@ def test_a_dataset_is_written_to_an_object_store_and_extended(
     said = capsys.readouterr().out
     assert "24 of 40 subjects keep the split" in said
     assert "secret" not in said
-    old, new = (shards.splits_of(str(p), shards.read_manifest(str(p))) for p in (tmp_path / "here", tmp_path / "more"))
+    old, new = (shards.splits_of(str(p), read_manifest(str(p))) for p in (tmp_path / "here", tmp_path / "more"))
     assert old.items() <= new.items()
     assert len(new) == 40
 
@@ -318,7 +321,7 @@ def test_what_fails_while_it_is_encoded_refuses_its_subject_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, items: tuple[int, ...]
 ) -> None:
     failing = {study(item).subject_id for item in items}
-    encode = shards.to_row
+    encode = record.to_row
 
     def to_row(one: Study, dtype: str) -> dict[str, object]:
         if one.subject_id in failing:

@@ -50,7 +50,7 @@ from tune import space
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from kmtr.data.reader import Dataset
+    from kmtr.data.dataset.reader import Dataset
 
 SCORE = "val/probe_r2"
 STATE = "search.json"

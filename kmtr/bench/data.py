@@ -32,7 +32,8 @@ from kmtr.bench.paths import BOUNDS, OURS, rows_of
 from kmtr.bench.peers import BATCH, FOREVER, PEERS, SEED, Rows, arrays, fingerprint
 from kmtr.bench.process import ROOT, ask
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data import shards, storage
+from kmtr.data.dataset import shards, storage
+from kmtr.data.dataset.manifest import write_manifest
 from kmtr.report import figures
 from kmtr.report.html import Table, text_table
 from kmtr.types import InputError, KmtrError, Study, View
@@ -163,7 +164,7 @@ def written(config: RunConfig, name: str, count: int) -> Bytes:
             )
             for first in range(0, count, per_file)
         ]
-        shards.write_manifest(root, parts, rows.dtype, f"bench {folder.name}")
+        write_manifest(root, parts, rows.dtype, f"bench {folder.name}")
         total = sum(fingerprint(rows.tensor(array)[None]) for array in arrays(Path(root)))
         told.write_text(json.dumps({"fingerprint": total % 2**64}))
         print(f"bench: {name}, {count} rows of {rows.bytes / 1e6:.1f} MB written in {since(began)}", flush=True)

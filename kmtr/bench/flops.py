@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import Lengths, Places
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import GatedLinear

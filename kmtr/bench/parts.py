@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.model.encoder import Encoded
 from kmtr.tasks import Inputs, Preparer
 

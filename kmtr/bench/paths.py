@@ -24,9 +24,10 @@ from torch import Tensor
 from kmtr.bench.peers import BATCH, SEED, Rows, measure
 from kmtr.cli import start_ray
 from kmtr.config import RunConfig, from_json, override
-from kmtr.data import pipeline, shards
-from kmtr.data.plan import Plan, Source
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import shards
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.order import Plan, Source
 from kmtr.types import KmtrError
 
 OURS = ("threads", "ray")

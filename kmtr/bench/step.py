@@ -26,8 +26,9 @@ from kmtr.bench.parts import PARTS
 from kmtr.bench.reference import BATCH, HEAD, Reference, count, our_parameters, widening_of
 from kmtr.bench.step_worker import TABLES, work
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data import statistics, storage
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import storage
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import statistics
 from kmtr.report.html import Table, text_table
 from kmtr.types import InputError, KmtrError
 

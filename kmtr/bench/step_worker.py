@@ -29,9 +29,9 @@ from kmtr.bench import flops as count
 from kmtr.bench.parts import PARTS, Announced, Clock, Engine, OnTheClock, watched
 from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
 from kmtr.config import RunConfig, from_json, override
-from kmtr.data import pipeline
-from kmtr.data.batch import HostBatch
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import STAGES, Inputs
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups

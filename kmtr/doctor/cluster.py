@@ -10,7 +10,7 @@ import uuid
 from typing import Any
 
 from kmtr.config import RunConfig
-from kmtr.data import storage
+from kmtr.data.dataset import storage
 from kmtr.doctor.check import Check, brief, lines
 from kmtr.doctor.environment import SAME_EVERYWHERE
 from kmtr.types import KmtrError

@@ -10,10 +10,11 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline
-from kmtr.data.batch import check_shapes, collate, unreached
-from kmtr.data.reader import Dataset
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.splits import SPLITS
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.shapes import check_shapes, unreached
 from kmtr.doctor.check import Check
 from kmtr.doctor.cluster import SESSION
 from kmtr.doctor.memory import activation_bytes, most_tokens, parameters, state_bytes

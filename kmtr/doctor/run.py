@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kmtr.config import RunConfig, override
-from kmtr.data import storage
+from kmtr.data.dataset import storage
 from kmtr.doctor import cluster, environment, recipe
 from kmtr.doctor.check import Check, guarded, summary
 

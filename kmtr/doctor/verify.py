@@ -14,13 +14,15 @@ import numpy as np
 
 from kmtr.cli import Bar
 from kmtr.config import RunConfig
-from kmtr.data import content, pipeline, shards, storage
-from kmtr.data.damage import damages
-from kmtr.data.mixing import Mixing, mixing
-from kmtr.data.plan import Plan
-from kmtr.data.proof import prove
-from kmtr.data.reader import Dataset
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import content, record, storage
+from kmtr.data.dataset.damage import damages
+from kmtr.data.dataset.manifest import Manifest
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.splits import SPLITS
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.mixing import Mixing, mixing
+from kmtr.data.loader.order import Plan
+from kmtr.data.loader.proof import prove
 from kmtr.report import contact, figures_kspace
 from kmtr.simulation.population import REFERENCE
 from kmtr.types import KmtrError
@@ -49,7 +51,7 @@ def contents(dataset: Dataset) -> list[tuple[int, content.Contents]]:
     return found
 
 
-def _numbered(dataset: Dataset) -> list[tuple[int, tuple[str, shards.Manifest]]]:
+def _numbered(dataset: Dataset) -> list[tuple[int, tuple[str, Manifest]]]:
     return list(enumerate(zip(dataset.roots, dataset.manifests, strict=True)))
 
 
@@ -89,7 +91,7 @@ def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, con
     places = [(reader, row) for reader in readers for row in range(len(reader))]
     rng = np.random.default_rng(int(dataset.digest[:8], 16))
     chosen = sorted(rng.choice(len(places), min(SHOWN, len(places)), replace=False).tolist())
-    studies = [(reader.split, shards.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
+    studies = [(reader.split, record.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
     labels = np.concatenate([inspected.labels for _, inspected in found])
     simulated = all(manifest.source.startswith("simulate") for manifest in dataset.manifests)
     what = f"{len(places)} subjects, {'simulated' if simulated else 'ingested'}, digest {dataset.digest[:8]}"

@@ -15,10 +15,12 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
-from kmtr.data.batch import Batch, choose
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import record
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import choose
+from kmtr.data.loader.order import permutation
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import gauge, static_part
@@ -97,7 +99,7 @@ def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, in
     """
     counts = {"train": config.evaluate.labels, "test": config.evaluate.subjects}
     readers = {split: dataset.reader(split, config.data) for split in counts}
-    columns = shards.columns_of(config.data.views, segmentation=True)
+    columns = record.columns_of(config.data.views, segmentation=True)
     masks, frames, rows = {}, {}, {}
     for split, count in counts.items():
         chosen = permutation(config.seed + 2, 0, len(readers[split]))[:count].tolist()
@@ -141,7 +143,7 @@ def _masks(reader: Reader, rows: list[int], config: RunConfig) -> Iterator[tuple
     """
     data = config.data
     for row in rows:
-        study = shards.to_study(reader.read([row]))
+        study = record.to_study(reader.read([row]))
         parts: list[np.ndarray] = []
         for view in data.views:
             count = data.slots(view)

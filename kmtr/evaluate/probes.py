@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline
-from kmtr.data.batch import Batch
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
 from kmtr.metrics import Probe, bootstrap_r2, paired_bootstrap, probe
 from kmtr.physics.sampling import VALIDATION

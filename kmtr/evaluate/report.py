@@ -14,8 +14,8 @@ import torch
 from kmtr import tracking
 from kmtr.cli import Bar
 from kmtr.config import RunConfig
-from kmtr.data import patterns
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import patterns
 from kmtr.encoder import load_encoder
 from kmtr.evaluate import controls, probes
 from kmtr.evaluate.probes import Scores

@@ -20,7 +20,7 @@ class Components:
     variance.
 
     Args:
-        tables: `data.statistics.components`.
+        tables: `data.loader.statistics.components`.
     """
 
     def __init__(self, tables: dict[str, Tensor], device: torch.device):

@@ -22,7 +22,7 @@ FAINTEST = 1e-4
 
 @runtime_checkable
 class Acquisition(Protocol):
-    """What the tokenizers read of a `data.batch.Batch`; see there."""
+    """What the tokenizers read of a `data.loader.batch.Batch`; see there."""
 
     @property
     def kspace(self) -> Tensor: ...
@@ -64,7 +64,7 @@ class LineTokenizer:
     Everything is estimated from the lines that may be seen.
 
     Args:
-        tables: `data.statistics.Statistics.tensors()`.
+        tables: `data.loader.statistics.Statistics.tensors()`.
     """
 
     def __init__(self, data: Data, model: Model, tables: dict[str, Tensor], device: torch.device):

@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Float
 
 from kmtr.config import RunConfig, Study, override
-from kmtr.data import patterns, pipeline
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import patterns, pipeline
+from kmtr.data.loader.order import permutation
 from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import controls, probes
 from kmtr.metrics import probe

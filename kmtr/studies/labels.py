@@ -12,7 +12,7 @@ from typing import Any
 
 from kmtr.cli import start_ray
 from kmtr.config import RunConfig, override
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.probes import short
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table

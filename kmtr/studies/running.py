@@ -17,7 +17,7 @@ import torch
 from kmtr import tracking
 from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig, override
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.studies.comparison import Cohort, Source, result_path, write_features, write_probes
 from kmtr.train import driver

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks import align, masked
 from kmtr.tasks.base import Engine, Step
 from kmtr.tasks.inputs import Inputs, Preparer

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks.base import Engine, Step, Sums, gather, share, weigh, world
 from kmtr.tasks.inputs import Preparer
 from kmtr.tasks.losses import info_nce

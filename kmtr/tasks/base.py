@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks.inputs import Inputs
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import Lengths, Places
 from kmtr.model.packing import gather as gather_places
 from kmtr.model.teacher import Components

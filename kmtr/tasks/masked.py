@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks.base import Engine, Step, Sums, share, weigh
 from kmtr.tasks.inputs import Preparer
 

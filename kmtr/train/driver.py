@@ -14,8 +14,9 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
-from kmtr.data import pipeline, statistics, storage
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import storage
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline, statistics
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import MASKED_ENCODER, train_worker

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
-from kmtr.data import patterns
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import patterns
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
-from kmtr.data import pipeline
-from kmtr.data.batch import HostBatch
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.tracking import Spool

@@ -8,8 +8,8 @@ from typing import Any
 
 from kmtr.cli import start_ray
 from kmtr.config import RunConfig
-from kmtr.data import pipeline
-from kmtr.data.batch import unreached
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.shapes import unreached
 from kmtr.train import driver
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch, HostBatch
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import STAGES, Preparer, Step
 from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
 from kmtr.types import KmtrError

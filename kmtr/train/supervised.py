@@ -20,10 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
-from kmtr.data import pipeline
-from kmtr.data.batch import Batch, HostBatch, collate
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Reader
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
+from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.train.engine import parameter_groups, warm_cosine

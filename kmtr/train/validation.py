@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline
-from kmtr.data.batch import Batch
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.order import permutation
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration

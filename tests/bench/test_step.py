@@ -22,7 +22,7 @@ from kmtr.bench.parts import PARTS, Clock, OnTheClock, watched
 from kmtr.bench.reference import Padded, Positions, Reference
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks import STAGES, Inputs, Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError

@@ -13,9 +13,13 @@ import torch
 from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, shards
-from kmtr.data.batch import Batch, check_shapes, choose, collate
-from kmtr.data.reader import Dataset, Loaded, Reader
+from kmtr.data.dataset import record
+from kmtr.data.dataset.manifest import DamagedShard
+from kmtr.data.dataset.reader import Dataset, Loaded, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import choose, collate
+from kmtr.data.loader.shapes import check_shapes
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.types import InputError, Study, View
@@ -24,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def table_of(*studies: Study, dtype: str = "float32") -> pa.Table:
-    return pa.Table.from_pylist([shards.to_row(study, dtype) for study in studies], schema=shards.schema(dtype))
+    return pa.Table.from_pylist([record.to_row(study, dtype) for study in studies], schema=record.schema(dtype))
 
 
 def batch_of(config: RunConfig, *studies: Study, labels: Sequence[str] = ()) -> Batch:
@@ -227,7 +231,7 @@ def test_a_damaged_shard_reaches_the_consumer_of_batches(small: RunConfig, tmp_p
     dataset = Dataset.of(str(tmp_path))
     reader, plan = dataset.reader("train", small.data), pipeline.plan_of(small, dataset)
     next((tmp_path / "shards").glob("*.parquet")).unlink()
-    with pytest.raises(shards.DamagedShard):
+    with pytest.raises(DamagedShard):
         list(pipeline.batches(small, reader, plan, range(3), 0, 1))
 
 

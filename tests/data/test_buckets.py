@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmtr.data.buckets import Buckets, Shape, choose, product, waste
-from kmtr.data.plan import Plan, Source
+from kmtr.data.loader.buckets import Buckets, Shape, choose, product, waste
+from kmtr.data.loader.order import Plan, Source
 from kmtr.types import InputError
 
 SCANNERS: list[Shape] = [

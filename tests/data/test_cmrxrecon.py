@@ -10,9 +10,9 @@ import pytest
 import scipy.io
 from raw_files import complex_array, write_mat73
 
-from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Options, discover, matlab, read, unused
 from kmtr.data.sources.cmrxrecon import infer_axes
+from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, ifftc
 from kmtr.simulation import phantom
 from kmtr.types import InputError

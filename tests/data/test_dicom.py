@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Options, discover, polygons, read, series
+from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, InputError, Study
 

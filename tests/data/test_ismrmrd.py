@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from raw_files import acquisition, complex_array, lines_of, write_ismrmrd, xml_header
 
-from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Options, discover, read
+from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.simulation.acquisition import acquire
 from kmtr.types import InputError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kmtr.data.mixing import Mixing, measure, mixing
-from kmtr.data.plan import Plan, Source
+from kmtr.data.loader.mixing import Mixing, measure, mixing
+from kmtr.data.loader.order import Plan, Source
 
 ROWS, BATCH, GROUP = 6400, 32, 16
 GROUPS = np.arange(ROWS) // GROUP

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kmtr.config import RunConfig, override
-from kmtr.data.ingest import ingested, table_of
+from kmtr.data.dataset.ingest import ingested, table_of
 from kmtr.data.sources import Options, discover, read
 from kmtr.data.sources.cine import WANTED, orientation, segmentation
 from kmtr.physics.fourier import ifft2c

@@ -12,10 +12,12 @@ import torch
 from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
-from kmtr.data import patterns
-from kmtr.data.batch import Batch, check_shapes, collate
-from kmtr.data.patterns import read_pattern
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import patterns
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.patterns import read_pattern
+from kmtr.data.loader.shapes import check_shapes
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics import sampling
 from kmtr.tasks import Preparer

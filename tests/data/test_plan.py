@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kmtr.data.buckets import Buckets, Shape, choose
-from kmtr.data.plan import Plan, Slot, Source, check_workers, permutation
+from kmtr.data.loader.buckets import Buckets, Shape, choose
+from kmtr.data.loader.order import Plan, Slot, Source, check_workers, permutation
 from kmtr.types import InputError
 
 # Type checks under pytest pick items at random; they decide nothing.

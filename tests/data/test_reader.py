@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pages, pipeline, shards
-from kmtr.data.batch import collate, pack, unpack
-from kmtr.data.reader import Dataset, Loaded, Reader
-from kmtr.data.shards import DamagedShard
+from kmtr.data.dataset import pages, shards
+from kmtr.data.dataset.manifest import DamagedShard, write_manifest
+from kmtr.data.dataset.reader import Dataset, Loaded, Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.transport import pack, unpack
 from kmtr.types import Study, View
 
 SHAPE = {"sax": (2, 1, 4, 128, 128), "lax_4ch": (1, 1, 4, 128, 128)}
@@ -39,7 +41,7 @@ def written(root: Path, dtype: str = "float16", compression: str = "none") -> st
         shards.write_shard(str(root), f"train-{n:05d}", "train", [study(2 * n + i) for i in (0, 1)], dtype, compression)
         for n in range(4)
     ]
-    shards.write_manifest(str(root), parts, dtype, "test")
+    write_manifest(str(root), parts, dtype, "test")
     return str(root)
 
 
@@ -211,7 +213,7 @@ def test_a_dataset_travels_as_its_paths_and_must_stay_the_same(copy: Path) -> No
     assert len(sent) < 4000 + 40 * 8
     assert len(pickle.loads(sent)) == 8
     parts = [shards.finished_shard(str(copy), f"train-{n:05d}") for n in range(3)]
-    shards.write_manifest(str(copy), [part for part in parts if part], "float16", "test")
+    write_manifest(str(copy), [part for part in parts if part], "float16", "test")
     with pytest.raises(DamagedShard, match="expected the dataset that training began with"):
         pickle.loads(sent)
 

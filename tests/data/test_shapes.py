@@ -13,9 +13,12 @@ from cohort import write
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data import pipeline, statistics
-from kmtr.data.batch import Batch, HostBatch, cells_in, collate, full_shape, shape_of, slots_of
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline, statistics
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
+from kmtr.data.loader.shapes import cells_in, full_shape, shape_of, slots_of
 from kmtr.tasks import STAGES, Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError, Study, View
@@ -207,14 +210,14 @@ def test_slots_and_cells_agree(mixed: RunConfig) -> None:
 
 
 def test_a_view_of_another_matrix_keeps_its_own_lines(mixed: RunConfig) -> None:
-    from kmtr.data import shards
-    from kmtr.data.reader import Loaded
+    from kmtr.data.dataset import record
+    from kmtr.data.dataset.reader import Loaded
 
     rng = np.random.default_rng(0)
     study = Study("p-x", {"sax": phantom_view(rng, 2, 1, 4, (32, 32)), "lax_4ch": phantom_view(rng, 1, 1, 4, (24, 24))})
     import pyarrow as pa
 
-    table = pa.Table.from_pylist([shards.to_row(study, "float32")], schema=shards.schema("float32"))
+    table = pa.Table.from_pylist([record.to_row(study, "float32")], schema=record.schema("float32"))
     config = override(mixed, {"sampling.accelerations": (2,)})
     batch = collate(Loaded(table), config).to(CPU)
     assert batch.extent[0, [0, 5]].tolist() == [[1, 32, 32], [1, 24, 24]]

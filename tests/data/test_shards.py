@@ -17,9 +17,10 @@ import pytest
 from cohort import simulated
 
 from kmtr.config import RunConfig
-from kmtr.data import shards
-from kmtr.data.reader import Dataset, Reader
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import record, shards
+from kmtr.data.dataset.manifest import DamagedShard, digest_of, has_dataset, preflight, read_manifest, write_manifest
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.splits import SPLITS
 from kmtr.types import COVARIATES, UNLABELLED, InputError, Study, View
 
 ONES = np.ones((2, 1, 3, 8, 8), np.complex64)
@@ -31,7 +32,7 @@ def study(small: RunConfig) -> Study:
 
 
 def table_of(study: Study, dtype: str) -> pa.Table:
-    return pa.Table.from_pylist([shards.to_row(study, dtype)], schema=shards.schema(dtype))
+    return pa.Table.from_pylist([record.to_row(study, dtype)], schema=record.schema(dtype))
 
 
 def one_view(kspace: np.ndarray = ONES, sampled: np.ndarray | None = None) -> Study:
@@ -46,7 +47,7 @@ def rows_of(root: str, split: str = "train", columns: Sequence[str] | None = Non
 
 
 def test_float16_keeps_every_line(study: Study) -> None:
-    back = shards.to_study(table_of(study, "float16"))
+    back = record.to_study(table_of(study, "float16"))
     assert list(back.views) == list(study.views)
     for name, view in study.views.items():
         error = (abs(back.views[name].kspace - view.kspace) ** 2).sum(-1)
@@ -63,7 +64,7 @@ def test_float32_is_exact_and_so_is_all_beside_k_space(study: Study) -> None:
     views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation, contoured=(1, 3))}
     given = replace(study, views=views, vendor="Acme", field_strength_t=1.5)
     for dtype in ("float32", "float16"):
-        back = shards.to_study(table_of(given, dtype))
+        back = record.to_study(table_of(given, dtype))
         np.testing.assert_array_equal(back.views["sax"].sampled, sampled)
         np.testing.assert_array_equal(back.views["sax"].segmentation, segmentation)
         assert back.views["sax"].contoured == (1, 3)
@@ -80,7 +81,7 @@ def test_what_is_not_known_stays_unknown() -> None:
     table = table_of(given, "float16")
     assert table.column("lvef_pct").null_count == 1
     assert table.column("kspace_lax_2ch").null_count == 1
-    back = shards.to_study(table)
+    back = record.to_study(table)
     assert back.labels == {"lvedv_ml": 120.0, "dcm": 0.0}
     assert list(back.views) == ["sax"]
     view = back.views["sax"]
@@ -91,7 +92,7 @@ def test_what_is_not_known_stays_unknown() -> None:
 @pytest.mark.parametrize("peak", [1e-20, 1e20])
 def test_float16_does_not_depend_on_the_scanner_s_scale(study: Study, peak: float) -> None:
     kspace = study.views["sax"].kspace * np.float32(peak)
-    back = shards.to_study(table_of(Study("p-1", {"sax": View(kspace)}), "float16")).views["sax"].kspace
+    back = record.to_study(table_of(Study("p-1", {"sax": View(kspace)}), "float16")).views["sax"].kspace
     wide = kspace.astype(complex)
     assert ((abs(back - wide) ** 2).sum(-1) / (abs(wide) ** 2).sum(-1)).max() < 1e-6
 
@@ -101,7 +102,7 @@ def test_k_space_without_content_is_refused(value: float) -> None:
     kspace = np.zeros((2, 1, 3, 8, 8), np.complex64)
     kspace[0, 0, 0, 0, 0] = value
     with pytest.raises(InputError, match="k-space: expected finite values that are not all zero"):
-        shards.to_row(one_view(kspace=kspace), "float16")
+        record.to_row(one_view(kspace=kspace), "float16")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -113,12 +114,12 @@ def test_a_value_that_is_not_finite_is_found_in_any_view(spoilt: str, value: flo
         kspace[1, 0, 2, 7, 7] = value if name == spoilt else 1
         views[name] = View(kspace)
     with pytest.raises(InputError, match="k-space: expected finite values"):
-        shards.to_row(Study("p-1", views), "float16")
+        record.to_row(Study("p-1", views), "float16")
 
 
 def test_k_space_is_read_without_a_copy(dataset: str) -> None:
     table = rows_of(dataset).read([3])
-    found = shards.raw_kspace(table, 0, "sax")
+    found = record.raw_kspace(table, 0, "sax")
     assert found is not None
     stored, scale = found
     assert (stored.dtype, stored.shape) == (np.float16, (2, 1, 4, 32, 32, 2))
@@ -143,14 +144,14 @@ def test_a_view_that_is_not_asked_for_costs_nothing(small: RunConfig, tmp_path: 
     big = np.random.default_rng(0).standard_normal((4, 1, 8, 64, 64)).astype(np.complex64)
     studies = [Study(f"p-{i}", {"sax": View(big), "lax_4ch": View(big[:1, :, :, :8, :8].copy())}) for i in range(4)]
     part = shards.write_shard(str(tmp_path), "train-0", "train", studies, "float32")
-    shards.write_manifest(str(tmp_path), [part], "float32", "test")
-    reader = rows_of(str(tmp_path), columns=shards.columns_of(("lax_4ch",)))
+    write_manifest(str(tmp_path), [part], "float32", "test")
+    reader = rows_of(str(tmp_path), columns=record.columns_of(("lax_4ch",)))
     reader.read([0])  # the footer
     before = bytes_read()
     table = reader.read([2])
     assert bytes_read() - before < big[:1, :, :, :8, :8].nbytes + 4096 < big.nbytes / 10
-    assert shards.raw_kspace(table, 0, "sax") is None
-    assert list(shards.to_study(table).views) == ["lax_4ch"]
+    assert record.raw_kspace(table, 0, "sax") is None
+    assert list(record.to_study(table).views) == ["lax_4ch"]
 
 
 def test_rows_come_in_the_order_asked_for(dataset: str) -> None:
@@ -167,23 +168,23 @@ def test_big_subjects_have_a_row_group_each_and_small_ones_share(tmp_path: Path,
     studies = [Study(f"p-{i}", {"sax": View(kspace)}) for i in range(3)]
     shard, _ = shards.write_shard(str(tmp_path), "train-0", "train", studies, "float32")
     assert (shard.rows, shard.row_groups) == (3, 3)
-    assert [s.row_groups for s in shards.read_manifest(dataset).shards if s.split == "train"] == [1, 1]
+    assert [s.row_groups for s in read_manifest(dataset).shards if s.split == "train"] == [1, 1]
 
 
 def test_a_manifest_comes_back_and_says_what_is_there(dataset: str, tmp_path: Path) -> None:
-    manifest = shards.read_manifest(dataset)
+    manifest = read_manifest(dataset)
     assert {split: manifest.rows(split) for split in SPLITS} == {"train": 24, "val": 12, "test": 12}
     assert manifest.shapes == {"sax": [[2, 1, 4, 32, 32]], "lax_4ch": [[1, 1, 4, 32, 32]]}
     assert manifest.labels["lvef_pct"] == 48
     assert manifest.undersampled == ()
-    shards.preflight(dataset, manifest)
-    assert shards.present(dataset)
-    assert not shards.present(str(tmp_path))
+    preflight(dataset, manifest)
+    assert has_dataset(dataset)
+    assert not has_dataset(str(tmp_path))
     sampled = np.ones((2, 3, 8), bool)
     part = shards.write_shard(str(tmp_path), "train-0", "train", [one_view(sampled=sampled), one_view()], "float32")
-    written = shards.write_manifest(str(tmp_path), [part], "float32", "test")
+    written = write_manifest(str(tmp_path), [part], "float32", "test")
     assert written.undersampled == ("sax",)
-    assert shards.read_manifest(str(tmp_path)) == written
+    assert read_manifest(str(tmp_path)) == written
     assert written.digest != manifest.digest
 
 
@@ -196,7 +197,7 @@ def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
         ("d", one_view(), "float16"),
     ):
         part = shards.write_shard(str(tmp_path / folder), "train-0", "train", [study], dtype)
-        digests.add(shards.write_manifest(str(tmp_path / folder), [part], dtype, folder).digest)
+        digests.add(write_manifest(str(tmp_path / folder), [part], dtype, folder).digest)
     assert len(digests) == 3
 
 
@@ -214,13 +215,13 @@ def test_a_spoilt_manifest_is_one_line(copy: Path, change: Callable[[dict], str]
     path = copy / "manifest.json"
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(InputError, match=said) as error:
-        shards.read_manifest(str(copy))
+        read_manifest(str(copy))
     assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_dataset_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a dataset"):
-        shards.read_manifest(str(tmp_path))
+        read_manifest(str(tmp_path))
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def copy(tmp_path: Path) -> Path:
     for n in range(2):
         studies = [replace(one_view(), subject_id=f"p-{n}{i}") for i in range(2)]
         parts.append(shards.write_shard(str(tmp_path), f"train-{n}", "train", studies, "float32"))
-    shards.write_manifest(str(tmp_path), parts, "float32", "test")
+    write_manifest(str(tmp_path), parts, "float32", "test")
     return tmp_path
 
 
@@ -253,7 +254,7 @@ def spoil_footer(path: Path) -> None:
 def test_preflight_names_the_damaged_shard(copy: Path, damage: Callable[[Path], object], said: str) -> None:
     damage(copy / "shards" / "train-1.parquet")
     with pytest.raises(InputError, match=said) as error:
-        shards.preflight(str(copy), shards.read_manifest(str(copy)))
+        preflight(str(copy), read_manifest(str(copy)))
     assert str(error.value).startswith("shards/train-1.parquet: ")
     assert "\n" not in str(error.value)
 
@@ -264,30 +265,28 @@ def test_a_flipped_byte_is_found_by_whoever_reads_it(copy: Path) -> None:
     payload = np.ones((2, 1, 3, 8, 8), np.complex64).tobytes()
     content[content.index(payload) + 1000] ^= 1
     path.write_bytes(content)
-    shards.preflight(str(copy), shards.read_manifest(str(copy)))
+    preflight(str(copy), read_manifest(str(copy)))
     reader = rows_of(str(copy))
     assert len(reader.read([0, 1])) == 2  # the other shard
-    with pytest.raises(
-        shards.DamagedShard, match=r"shards/train-1\.parquet, row group 0: expected readable pages"
-    ) as error:
+    with pytest.raises(DamagedShard, match=r"shards/train-1\.parquet, row group 0: expected readable pages") as error:
         reader.read([2])
     assert "\n" not in str(error.value)
-    with pytest.raises(shards.DamagedShard):
-        rows_of(str(copy), columns=shards.columns_of(("sax",))).read([2])
+    with pytest.raises(DamagedShard):
+        rows_of(str(copy), columns=record.columns_of(("sax",))).read([2])
     assert len(rows_of(str(copy), verify="never").read([2])) == 1
 
 
 def test_a_file_lost_while_training_is_a_damaged_shard(copy: Path) -> None:
     reader = rows_of(str(copy))
     (copy / "shards" / "train-1.parquet").unlink()
-    with pytest.raises(shards.DamagedShard, match=r"shards/train-1\.parquet"):
+    with pytest.raises(DamagedShard, match=r"shards/train-1\.parquet"):
         reader.read([2])
 
 
 def test_a_finished_shard_is_found_again(copy: Path) -> None:
     found = shards.finished_shard(str(copy), "train-1")
     assert found is not None
-    assert found[0] == shards.read_manifest(str(copy)).shards[1]
+    assert found[0] == read_manifest(str(copy)).shards[1]
     assert found[1]["subject_shapes"] == [{"sax": [2, 1, 3, 8, 8]}]
     assert shards.finished_shard(str(copy), "train-2") is None
     (copy / "shards" / "train-1.parquet").unlink()
@@ -310,8 +309,9 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
 import resource, signal, sys
 import numpy as np
-from kmtr.data import shards
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import record, shards
+from kmtr.data.dataset.manifest import DamagedShard, digest_of, has_dataset, preflight, read_manifest, write_manifest
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.types import Study, View
 study = Study("p-1", {"sax": View(np.ones((2, 1, 3, 64, 64), np.complex64))})
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
@@ -327,7 +327,7 @@ def test_a_writer_killed_while_it_writes_leaves_no_file_that_looks_whole(tmp_pat
     assert left  # it died in the middle of writing ...
     assert all(name.endswith(".tmp") for name in left)  # ... under a name that nobody reads
     assert shards.finished_shard(str(tmp_path), "train-0") is None
-    assert not shards.present(str(tmp_path))
+    assert not has_dataset(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------- earlier versions
@@ -335,7 +335,7 @@ def test_a_writer_killed_while_it_writes_leaves_no_file_that_looks_whole(tmp_pat
 
 def as_version(root: Path, version: int) -> None:
     """What that version wrote: without what came later, in the files and in the manifest."""
-    later = [name for name in shards.schema("float32").names if name.startswith("contoured_")]
+    later = [name for name in record.schema("float32").names if name.startswith("contoured_")]
     later += ["wall_thickness_max_mm", "thickening_min_pct", "gcs_pct", "dilated_atria", *COVARIATES]
     content = json.loads((root / "manifest.json").read_text())
     for shard in content["shards"]:
@@ -351,7 +351,7 @@ def as_version(root: Path, version: int) -> None:
     if version == 1:
         content["shapes"] = {"sax": [s["sax"] for s in content.pop("subject_shapes")]}
     content["schema_version"] = version
-    content["digest"] = shards.digest_of(s["split"] + s["sha256"] for s in content["shards"])
+    content["digest"] = digest_of(s["split"] + s["sha256"] for s in content["shards"])
     (root / "manifest.json").write_text(json.dumps(content))
 
 
@@ -361,10 +361,10 @@ def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Pa
     view = replace(one_view().views["sax"], contoured=(1, 2))
     study = Study("p-new", {"sax": view}, {"gcs_pct": -18.0, "male": 1.0})
     part = shards.write_shard(str(new), "train-0", "train", [study], "float32")
-    shards.write_manifest(str(new), [part], "float32", "test")
+    write_manifest(str(new), [part], "float32", "test")
     as_version(copy, version)
-    manifest = shards.read_manifest(str(copy))
-    assert (manifest.schema_version, manifest.rows("train")) == (shards.SCHEMA_VERSION, 4)
+    manifest = read_manifest(str(copy))
+    assert (manifest.schema_version, manifest.rows("train")) == (record.SCHEMA_VERSION, 4)
     assert shards.splits_of(str(copy), manifest) == dict.fromkeys(("p-00", "p-01", "p-10", "p-11"), "train")
     reader = Reader(Dataset.of(str(copy), str(new)), "train")
     for columns in (None, ["subject_id", "gcs_pct"]):
@@ -372,7 +372,7 @@ def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Pa
         table = reader.read([0, 4, 3])
         assert table.column("gcs_pct").to_pylist() == [None, -18.0, None]
     reader.columns = None
-    old, today = (shards.to_study(reader.read([row])) for row in (0, 4))
+    old, today = (record.to_study(reader.read([row])) for row in (0, 4))
     assert old.views["sax"].contoured is None
     assert (today.views["sax"].contoured, today.labels) == ((1, 2), study.labels)
     np.testing.assert_array_equal(old.views["sax"].kspace, ONES)
@@ -383,7 +383,7 @@ def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Pa
 
 def test_a_label_that_is_no_number_is_refused() -> None:
     with pytest.raises(InputError, match="lvef_pct: expected a finite number"):
-        shards.to_row(replace(one_view(), labels={"lvef_pct": float("inf")}), "float16")
+        record.to_row(replace(one_view(), labels={"lvef_pct": float("inf")}), "float16")
 
 
 def test_row_groups_hold_no_more_than_their_size_whatever_the_first_subject(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from kmtr.data.pseudonym import pseudonym
 from kmtr.data.sources import Item, Options, discover, read, unused
 from kmtr.data.sources.cine import orientation, volumes
+from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.fourier import crop_or_pad, ifft2c
 from kmtr.types import UNLABELLED, InputError
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kmtr.data.splits import SPLITS, assign, split_of, stratified, stratum
+from kmtr.data.dataset.splits import SPLITS, assign, split_of, stratified, stratum
 from kmtr.types import InputError
 
 GOLDEN = [*["train"] * 5, "val", "train", "train"]

@@ -30,9 +30,14 @@ import pytest
 from cohort import simulated, write
 
 from kmtr.config import RunConfig
-from kmtr.data import shards, storage
-from kmtr.data.reader import Dataset, Reader
-from kmtr.data.storage import Cache, StoreError, open_file, open_root, read_many
+from kmtr.data.dataset import cache as cached_files
+from kmtr.data.dataset import record, retry, shards, storage
+from kmtr.data.dataset.cache import Cache, open_file
+from kmtr.data.dataset.files import read_many
+from kmtr.data.dataset.manifest import has_dataset, preflight, read_manifest, write_manifest
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.retry import StoreError
+from kmtr.data.dataset.storage import open_root
 from kmtr.types import InputError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -144,7 +149,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores opened in this test have clients that do not retry, so that what we add is seen."""
     monkeypatch.setattr(storage, "S3_TRIES", 1)
     storage._s3.cache_clear()
-    monkeypatch.setattr(storage.random, "uniform", lambda low, high: 0.02)
+    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -165,13 +170,13 @@ def test_a_dataset_on_s3_reads_as_from_disk(server: Server, small: RunConfig, tm
         for split, rows in studies.items()
         for start in range(0, len(rows), 2)
     ]
-    there = shards.write_manifest(remote, parts, "float16", "test")
-    assert (there.digest, shards.read_manifest(remote)) == (here.digest, there)
-    assert shards.present(remote)
+    there = write_manifest(remote, parts, "float16", "test")
+    assert (there.digest, read_manifest(remote)) == (here.digest, there)
+    assert has_dataset(remote)
     assert shards.finished_shard(remote, "train-00000") == parts[0]
     assert shards.finished_shard(remote, "train-00009") is None
-    shards.preflight(remote, there)
-    columns = shards.columns_of(small.data.views)
+    preflight(remote, there)
+    columns = record.columns_of(small.data.views)
     tables = [Reader(Dataset.of(root), "train", columns).read([4, 0, 3]) for root in (local, remote)]
     assert tables[0].equals(tables[1])
     reader = pickle.loads(pickle.dumps(Reader(Dataset.of(remote), "val", columns)))
@@ -184,7 +189,7 @@ def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
     root = server.root("epochs")
     studies = [simulated(i, small) for i in range(4)]
     parts = [shards.write_shard(root, f"train-{i:05d}", "train", [study], "float16") for i, study in enumerate(studies)]
-    shards.write_manifest(root, parts, "float16", "test")
+    write_manifest(root, parts, "float16", "test")
 
     def epoch(seed: int) -> list[bytes]:
         reader = Reader(Dataset.of(root), "train", cache=str(tmp_path), cache_gib=1.0)
@@ -204,12 +209,12 @@ def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
 def test_a_truncated_shard_is_found(server: Server, small: RunConfig) -> None:
     root = server.root("truncated")
     part = shards.write_shard(root, "train-00000", "train", [simulated(0, small)], "float16")
-    manifest = shards.write_manifest(root, [part], "float16", "test")
+    manifest = write_manifest(root, [part], "float16", "test")
     store, base = open_root(root)
     content = storage.read_bytes(store, f"{base}/{part[0].name}")
     storage.write_atomic(store, f"{base}/{part[0].name}", content[:-1000])
     with pytest.raises(InputError, match="truncated or changed"):
-        shards.preflight(root, manifest)
+        preflight(root, manifest)
     with pytest.raises(EOFError, match=f"train-00000.parquet: expected {part[0].bytes} bytes, got .*: truncated"):
         open_file(root, part[0].name, size=part[0].bytes)
 
@@ -387,7 +392,7 @@ def test_many_reads_in_flight_outlive_the_clients_quota_of_retries(
     server: Server, failures: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "S3_TRIES", 3)
-    monkeypatch.setattr(storage, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
+    monkeypatch.setattr(retry, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
     root = server.root("quota")
     server.put(root, "x")
     into = [bytearray(1000) for _ in range(60)]
@@ -406,7 +411,7 @@ def test_a_store_that_stays_down_is_one_line(server: Server, failures: Failures)
     says = r"^down/set/x: the store failed 5 times in \d s, last: AWS Error S(LOW_DOWN|ERVICE_UNAVAILABLE)"
     with pytest.raises(StoreError, match=says) as raised:
         open_file(root, "x").read_at(0, 1000)
-    assert failures.seen.count("GET") == storage.TRIES
+    assert failures.seen.count("GET") == retry.TRIES
     assert "\n" not in str(raised.value)
 
 
@@ -426,7 +431,7 @@ def test_wrong_credentials_are_said_at_once(server: Server, failures: Failures, 
         assert failures.left == 99
         assert "\n" not in str(raised.value)
     failures.next(100, "403 Forbidden", "HEAD")
-    for step in (lambda: open_file(root, "x"), lambda: shards.read_manifest(root)):
+    for step in (lambda: open_file(root, "x"), lambda: read_manifest(root)):
         with pytest.raises(InputError, match="check the credentials"):
             step()
     assert failures.left == 98
@@ -440,7 +445,7 @@ def test_what_is_not_there_is_said_at_once(server: Server, failures: Failures) -
     assert not storage.exists(*_path(root, "x"))
     for step in (
         lambda: open_file("s3://nosuchbucket/set", "x"),
-        lambda: shards.read_manifest("s3://nosuchbucket/set"),
+        lambda: read_manifest("s3://nosuchbucket/set"),
         lambda: server.put("s3://nosuchbucket/set", "x"),
         lambda: storage.make_folder(*open_root("s3://nosuchbucket/set")),
     ):
@@ -578,7 +583,7 @@ def test_open_files_stay_and_what_has_no_room_is_read_from_the_store(stored: str
         file.close()
     fetch(stored, cache, 2)
     assert cached(tmp_path) == 2
-    assert not storage._opened
+    assert not cached_files._opened
 
 
 def test_a_rewritten_file_is_fetched_anew(server: Server, stored: str, tmp_path: Path) -> None:
@@ -615,12 +620,12 @@ def test_threads_share_a_bounded_cache(stored: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda i: fetch(stored, cache, i % 6), range(60)))
     assert cached(tmp_path) <= 3
-    assert not storage._opened
+    assert not cached_files._opened
 
 
 FETCH = """
 import sys, time
-from kmtr.data.storage import Cache, open_file
+from kmtr.data.dataset.cache import Cache, open_file
 root, folder, gib, order = sys.argv[1:]
 for number in order:
     with open_file(root, f"f{number}", Cache(folder, float(gib)), %d) as file:

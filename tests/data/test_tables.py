@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from kmtr.data.tables import PLAUSIBLE, digest, join, read_table, summary
+from kmtr.data.dataset.tables import PLAUSIBLE, digest, join, read_table, summary
 from kmtr.types import LABELS, InputError
 
 ROWS = "subject,lvedv_ml,lvef_pct,dcm,male,note\n001,150.5,61,0,1,x\n002,,55.25,1,0,\n003,NA,nan,,,y\n"

@@ -14,7 +14,7 @@ import torch
 
 from kmtr.bench import flops
 from kmtr.config import RunConfig, override
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.doctor import check, cluster, environment, memory, recipe
 from kmtr.tasks import Preparer
 from kmtr.tasks.pretraining import Pretraining

@@ -25,11 +25,12 @@ from cohort import write
 from jobs import verify as job
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.data import content, shards
-from kmtr.data.damage import damages
-from kmtr.data.plan import Plan, Slot, Source
-from kmtr.data.proof import prove
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import content, shards
+from kmtr.data.dataset.damage import damages
+from kmtr.data.dataset.manifest import digest_of, read_manifest
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader.order import Plan, Slot, Source
+from kmtr.data.loader.proof import prove
 from kmtr.doctor import verify
 from kmtr.types import LABELS, InputError, KmtrError, Study, View
 
@@ -269,7 +270,7 @@ def rewrite(root: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> N
     manifest = json.loads((root / "manifest.json").read_text())
     manifest["shards"][0] |= {"bytes": path.stat().st_size, "index": "", "row_groups": 1, "groups": [[1, 2]]}
     manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest["digest"] = shards.digest_of(s["split"] + s["sha256"] for s in manifest["shards"])
+    manifest["digest"] = digest_of(s["split"] + s["sha256"] for s in manifest["shards"])
     (root / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -325,7 +326,7 @@ def test_memory_follows_a_row_group_not_the_dataset(tmp_path: Path) -> None:
         write(tmp_path / str(count), {"train": [Study(f"p-{n}", {"sax": View(kspace)}) for n in range(count)]})
     peaks = []
     for count in (2, 12):
-        manifest = shards.read_manifest(str(tmp_path / str(count)))
+        manifest = read_manifest(str(tmp_path / str(count)))
         tracemalloc.start()
         content.inspect(str(tmp_path / str(count)), manifest.shards[0], manifest.subject_shapes)
         peaks.append(tracemalloc.get_traced_memory()[1])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.data import shards
-from kmtr.data.batch import Batch
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset import record
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.order import permutation
 from kmtr.evaluate import controls, probes
 
 
@@ -41,9 +41,9 @@ def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, scores: l
     """LV cavity only, subject by subject with sets of pixels."""
     masks: dict[str, list[np.ndarray]] = {}
     for split, count in (("train", 24), ("test", 12)):
-        reader = Dataset.open(small.data).reader(split, small.data, shards.columns_of(small.data.views, (), True))
+        reader = Dataset.open(small.data).reader(split, small.data, record.columns_of(small.data.views, (), True))
         for row in permutation(small.seed + 2, 0, len(reader))[:count].tolist():
-            study = shards.to_study(reader.read([row]))
+            study = record.to_study(reader.read([row]))
             whole = np.concatenate([study.views[view].segmentation for view in small.data.views])  # type: ignore[misc]
             masks.setdefault(split, []).append(whole[:, (whole == 1).sum((0, 2, 3)).argmax()])
     votes = np.stack([(np.stack(masks["train"]) == value).sum(0) for value in range(6)])

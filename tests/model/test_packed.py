@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position
 from kmtr.model.packing import Lengths, Places, attend, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer

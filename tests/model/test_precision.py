@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks import Preparer
 from kmtr.tasks.pretraining import Pretraining
 

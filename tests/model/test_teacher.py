@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data import statistics
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Reader
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader import statistics
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.model.teacher import PARTS, Components
 from kmtr.physics.cycle import SIDE, clean_parts
 from kmtr.tasks import STAGES, Preparer

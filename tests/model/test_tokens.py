@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
-from kmtr.data import statistics
-from kmtr.data.batch import Batch, collate
-from kmtr.data.reader import Reader
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader import statistics
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
 from kmtr.model.encoder import Grid, Position
 from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens

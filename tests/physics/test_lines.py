@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.physics import coils
 from kmtr.physics.fourier import crop_or_pad, fftc
 from kmtr.physics.lines import compress, compression, gauge, mix, readout, readout_inverse, static_part

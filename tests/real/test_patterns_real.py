@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kmtr.config import Sampling
-from kmtr.data.patterns import table
+from kmtr.data.loader.patterns import table
 from kmtr.data.sources import Options, read
 from kmtr.physics.coils import adaptive_sensitivities, combine, root_sum_of_squares
 from kmtr.physics.fourier import ifft2c

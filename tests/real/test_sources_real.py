@@ -15,9 +15,10 @@ import nibabel
 import numpy as np
 import pytest
 
-from kmtr.data import shards
-from kmtr.data.patterns import read_pattern
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import record, shards
+from kmtr.data.dataset.manifest import write_manifest
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.sources import Options, cine, discover, read
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, Study, View
@@ -37,8 +38,8 @@ def stored(path: Path, dtype: str, root: Path) -> View:
     if dtype == "study":
         return study.views["sax"]
     parts = [shards.write_shard(str(root), "train-00000", "train", [study], dtype)]
-    shards.write_manifest(str(root), parts, dtype, "test")
-    return shards.to_study(Reader(Dataset.of(str(root)), "train").read([0])).views["sax"]
+    write_manifest(str(root), parts, dtype, "test")
+    return record.to_study(Reader(Dataset.of(str(root)), "train").read([0])).views["sax"]
 
 
 @pytest.mark.parametrize("file", ["cmrxrecon2024/cine_sax.mat", "cmrxrecon2025/underkslice_ktGaussian8.mat"])

@@ -9,7 +9,7 @@ import pytest
 
 from jobs import study
 from kmtr.config import RunConfig, override
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
 from kmtr.encoder import export_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.studies import ablation, comparison, labels, running

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data.batch import Batch
+from kmtr.data.loader.batch import Batch
 from kmtr.tasks import Preparer, base
 from kmtr.tasks.align import contrastive
 from kmtr.tasks.base import Sums

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
-from kmtr.data import pipeline
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
 from kmtr.tasks import Preparer
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.train import checkpoint

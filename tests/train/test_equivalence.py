@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.config.recipes import tiny
-from kmtr.data import statistics
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import statistics
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import pytest
 
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
 from kmtr.train import driver, folder
 from kmtr.types import InputError
 

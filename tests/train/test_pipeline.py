@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override, to_json
-from kmtr.data import pipeline
-from kmtr.data.reader import Dataset
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
 from kmtr.physics.sampling import subject_key
 
 pytestmark = pytest.mark.ray
@@ -48,8 +48,8 @@ def note_batches(job: dict[str, Any]) -> None:
     import ray.train
 
     from kmtr.config import from_json
-    from kmtr.data import pipeline
-    from kmtr.data.reader import Dataset
+    from kmtr.data.dataset.reader import Dataset
+    from kmtr.data.loader import pipeline
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()

@@ -15,8 +15,8 @@ import torch
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
-from kmtr.data import shards
-from kmtr.data.reader import Reader
+from kmtr.data.dataset import record
+from kmtr.data.dataset.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver
@@ -89,7 +89,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert again.run_id == outcome.run_id
     encoder = load_encoder(outcome.encoder)
     reader = Reader(dataset, "test")
-    embedding = encoder(shards.to_study(reader.read([0])), acceleration=4)
+    embedding = encoder(record.to_study(reader.read([0])), acceleration=4)
     assert embedding.ndim == 1
     assert abs(embedding).sum() > 0
     artifacts = {f.path for f in client(resolved.tracking.uri).list_artifacts(outcome.run_id, "encoder")}

@@ -24,9 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from kmtr.data.pseudonym import pseudonym
-from kmtr.data.record import check_payload
+from kmtr.data.dataset.record import check_payload
 from kmtr.data.sources import anatomy, doubles
+from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
 

@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmtr.data.patterns import read_pattern
+from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.sources import Item, Options, matlab
 from kmtr.data.sources.raw import (
     check_finite,

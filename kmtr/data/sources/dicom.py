@@ -19,8 +19,8 @@ them, is left out rather than guessed. Left out too: phase images, colour, what 
 images are left out, and why, is in `Study.notes`. `kmtr.data.sources.series` has these rules.
 
 Values of MONOCHROME1 are turned over; all become rescale slope x value + intercept.
-Nothing that identifies is kept: of the header only geometry,
-times, vendor, field strength and heart rate leave this module; sex and age come by a table (`kmtr.data.tables`).
+Nothing that identifies is kept: of the header only geometry, times, vendor, field strength and heart rate leave this
+module; sex and age come by a table (`kmtr.data.dataset.tables`).
 Contours: Sunnybrook's polygons (`kmtr.data.sources.polygons`) below a folder that is called as the subject, or as a
 table in the source says (``*.csv`` with the columns PatientID and OriginalID), or below the images' own folder.
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from kmtr.data.plan import Plan
+from kmtr.data.loader.order import Plan
 
 BINS = 10
 """Parts of the file and of the epoch in the test for independence."""

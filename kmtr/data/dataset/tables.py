@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from kmtr.data import storage
+from kmtr.data.dataset import storage
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, InputError
 
 SUBJECT = "subject"

@@ -10,9 +10,9 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
-from kmtr.data import pipeline
-from kmtr.data.plan import permutation
-from kmtr.data.reader import Reader
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.order import permutation
 from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image

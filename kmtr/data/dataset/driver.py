@@ -9,7 +9,9 @@ from typing import Any
 
 from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig
-from kmtr.data import pipeline, shards, splits, storage, writing
+from kmtr.data.dataset import shards, splits, storage, writing
+from kmtr.data.dataset.manifest import Manifest, has_dataset, preflight, read_manifest
+from kmtr.data.loader import pipeline
 from kmtr.data.sources import Unused
 from kmtr.types import InputError, Study
 
@@ -22,7 +24,7 @@ def write(
     source: str,
     strata: Callable[[], list[str]],
     unused: Sequence[Unused] = (),
-) -> tuple[shards.Manifest, dict[str, Any]]:
+) -> tuple[Manifest, dict[str, Any]]:
     """Write the dataset at data.root, or find that it is there.
 
     Args:
@@ -44,10 +46,10 @@ def write(
     source += f" dtype={s.dtype} compression={s.compression} rows={s.rows} split={s.split}"
     if s.split_from:
         other = storage.absolute(s.split_from)
-        found = shards.read_manifest(other)
+        found = read_manifest(other)
         source += f" split_from={found.digest[:16]}"
         earlier = shards.splits_of(other, found)
-    if shards.present(root):
+    if has_dataset(root):
         return _reused(what, root, source)
     start_ray()
     assigned = splits.assign(ids, s.split, strata() if s.split == "stratified" else None, earlier)
@@ -76,7 +78,7 @@ def write(
     return manifest, said
 
 
-def summary(root: str, manifest: shards.Manifest) -> dict[str, Any]:
+def summary(root: str, manifest: Manifest) -> dict[str, Any]:
     return {
         "data": storage.shown(root),
         "subjects": {split: manifest.rows(split) for split in splits.SPLITS},
@@ -86,14 +88,14 @@ def summary(root: str, manifest: shards.Manifest) -> dict[str, Any]:
     }
 
 
-def _reused(what: str, root: str, source: str) -> tuple[shards.Manifest, dict[str, Any]]:
-    manifest = shards.read_manifest(root)
+def _reused(what: str, root: str, source: str) -> tuple[Manifest, dict[str, Any]]:
+    manifest = read_manifest(root)
     if manifest.source != source:
         raise InputError(
             f"data.root: {storage.shown(root)} holds another dataset ({manifest.source}); choose another folder, or "
             "remove that one"
         )
-    shards.preflight(root, manifest)
+    preflight(root, manifest)
     print(f"{what}: {storage.shown(root)} is complete, reused")
     return manifest, summary(root, manifest) | {"reused": True}
 
@@ -116,7 +118,7 @@ def _say_report(what: str, report: dict[str, Any]) -> None:
         print(f"{what}: {sum(len(f['files']) for f in left)} files not used (numbers in {writing.REPORT}): {listed}")
 
 
-def _frames(manifest: shards.Manifest) -> float:
+def _frames(manifest: Manifest) -> float:
     """Slices times frames of a subject, mean over all."""
     total = rows = 0
     for shard in manifest.shards:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kmtr.data import pages
+from kmtr.data.dataset import pages
 from kmtr.types import LABELS, VIEWS, InputError, Study, View
 
 SCHEMA_VERSION = 3
-"""1 had neither shapes nor the sizes of row groups in its manifest (`shards.read_manifest` adds them); 2 lacked the
+"""1 had neither shapes nor the sizes of row groups in its manifest (`manifest.read_manifest` adds them); 2 lacked the
 columns ``contoured_<view>`` and some labels (`current` adds them, empty).
 """
 

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.config import Data
-from kmtr.data import pages, shards, storage
-from kmtr.data.plan import Source
-from kmtr.data.shards import DamagedShard, Manifest, Shard
+from kmtr.data.dataset import pages, record, shards, storage
+from kmtr.data.dataset.cache import Cache, open_file
+from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, digest_of, merged, preflight, read_manifest
+from kmtr.data.loader.order import Source
 from kmtr.types import VIEWS, InputError
 
 OPEN_SHARDS = 256
@@ -48,7 +49,7 @@ class Dataset:
     @staticmethod
     def of(*roots: str) -> Dataset:
         """As `open`, by their paths or URIs."""
-        manifests = tuple(shards.read_manifest(root) for root in roots)
+        manifests = tuple(read_manifest(root) for root in roots)
         if len({m.dtype for m in manifests}) > 1:
             raise InputError(
                 f"data.more: expected datasets of one dtype, got {', '.join(m.dtype for m in manifests)}; "
@@ -61,7 +62,7 @@ class Dataset:
         """Identity of the data."""
         if len(self.manifests) == 1:
             return self.manifests[0].digest
-        return shards.digest_of(m.digest for m in self.manifests)
+        return digest_of(m.digest for m in self.manifests)
 
     @property
     def source(self) -> str:
@@ -103,9 +104,9 @@ class Dataset:
         return _reopen, (self.roots, self.digest)
 
     def preflight(self) -> None:
-        """As `shards.preflight`, of all."""
+        """As `manifest.preflight`, of all."""
         for root, manifest in zip(self.roots, self.manifests, strict=True):
-            shards.preflight(root, manifest)
+            preflight(root, manifest)
 
     def sources(self, split: str, classes: dict[tuple[int, int], int], weights: Sequence[float] = ()) -> list[Source]:
         """What the plan needs to know of each dataset's split.
@@ -116,8 +117,8 @@ class Dataset:
         found = []
         for d, manifest in enumerate(self.manifests):
             members = [shard for shard in manifest.shards if shard.split == split]
-            groups = shards.merged(run for shard in members for run in shard.groups)
-            shapes = shards.merged((rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes)
+            groups = merged(run for shard in members for run in shard.groups)
+            shapes = merged((rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes)
             found.append(
                 Source(
                     rows=sum(shard.rows for shard in members),
@@ -166,10 +167,10 @@ class Loaded:
     """Samples out of a whole table."""
 
     def __init__(self, table: pa.Table):
-        self.meta, self.dtype, self.in_flight = table, shards.stored_dtype(table.schema), 1
+        self.meta, self.dtype, self.in_flight = table, record.stored_dtype(table.schema), 1
 
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
-        found = shards.raw_kspace(self.meta, row, view)
+        found = record.raw_kspace(self.meta, row, view)
         if found is None:
             return None
         if out is not None:
@@ -239,7 +240,7 @@ class Reader:
         return pa.concat_tables([shard.row(place, self.columns) for shard, place in map(self._shard, map(int, rows))])
 
     def samples(self, rows: Sequence[int] | np.ndarray) -> RowSamples:
-        """The rows in the order given, for `data.batch.collate`: payloads are read when they are fetched.
+        """The rows in the order given, for `loader.collate`: payloads are read when they are fetched.
 
         Raises:
             DamagedShard: as `read`.
@@ -287,11 +288,11 @@ class _OpenShard:
         self._lock = Lock()
         self._parquet: pq.ParquetFile | None = None
         self._groups: OrderedDict[tuple[int, str], pa.Table] = OrderedDict()
-        cache = storage.Cache(reader.cache, reader.cache_gib) if reader.cache else None
+        cache = Cache(reader.cache, reader.cache_gib) if reader.cache else None
         try:
-            self.file = storage.open_file(root, shard.name, cache, shard.bytes, shard.sha256)
+            self.file = open_file(root, shard.name, cache, shard.bytes, shard.sha256)
         except (pa.ArrowException, OSError, EOFError) as error:
-            raise self.damaged(shards.first_line(error)) from None
+            raise self.damaged(storage.reason(error)) from None
         self.index = self._index()
         self.places = {view: pages.places_of(self.index, f"kspace_{view}") for view in VIEWS}
         sizes = np.repeat(*np.array(shard.groups, np.int64).reshape(-1, 2).T[::-1])
@@ -311,9 +312,9 @@ class _OpenShard:
         index = shards.stored_index(self.root, self.shard)
         if index is None:
             index = self._with_pyarrow(shards.index_of)
-            if wrong := shards.check_version(index.schema.metadata):
+            if wrong := record.check_version(index.schema.metadata):
                 raise self.damaged(wrong)
-        return shards.current(index)
+        return record.current(index)
 
     def _with_pyarrow(self, read: Callable[[pq.ParquetFile], pa.Table], row: int | None = None) -> pa.Table:
         """What `read` makes of the Parquet file, by one thread at a time."""
@@ -324,14 +325,14 @@ class _OpenShard:
                 )
             return read(self._parquet)
         except (pa.ArrowException, OSError) as error:
-            raise self.damaged(shards.first_line(error), row) from None
+            raise self.damaged(storage.reason(error), row) from None
 
     def row(self, row: int, columns: Sequence[str] | None) -> pa.Table:
         group = self.group(row)
         wanted = None if columns is None else list(columns)
         with self._lock:
             table = self._with_pyarrow(lambda file: file.read_row_group(group, columns=wanted, use_threads=False), row)
-        return shards.current(table.slice(row - int(self.group_first[group]), 1), wanted)
+        return record.current(table.slice(row - int(self.group_first[group]), 1), wanted)
 
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
         start, size = self.places[view][row].tolist()
@@ -348,7 +349,7 @@ class _OpenShard:
             known = start in self._seen
             pages.check(bytes(head), payload, self.verify == "always" or (self.verify == "once" and not known))
         except (pages.BadPage, EOFError, OSError) as error:
-            raise self.damaged(shards.first_line(error), row) from None
+            raise self.damaged(storage.reason(error), row) from None
         self._seen.add(start)
         return out
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kmtr.cli import Bar
-from kmtr.data.plan import Plan, Slot
+from kmtr.data.loader.order import Plan, Slot
 from kmtr.types import KmtrError
 
 STEPS_PER_CURSOR = 32

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from kmtr.config import RunConfig
-from kmtr.data import splits
-from kmtr.data.driver import write
+from kmtr.data.dataset import splits
+from kmtr.data.dataset.driver import write
 from kmtr.simulation import phantom
 from kmtr.simulation.labels import labels
 from kmtr.simulation.population import anatomy

@@ -10,8 +10,9 @@ from typing import Any
 
 from kmtr.cli import refuse_relative_under_submit
 from kmtr.config import RunConfig, override
-from kmtr.data import sources, splits, storage, tables
-from kmtr.data.driver import write
+from kmtr.data import sources
+from kmtr.data.dataset import splits, storage, tables
+from kmtr.data.dataset.driver import write
 from kmtr.types import InputError, KmtrError, Study
 
 

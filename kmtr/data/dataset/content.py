@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data import shards, storage
-from kmtr.data.tables import PLAUSIBLE
+from kmtr.data.dataset import record, storage
+from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard
+from kmtr.data.dataset.tables import PLAUSIBLE
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS
 
@@ -115,7 +116,7 @@ class Contents:
     findings: Findings
 
 
-def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, list[int]]]) -> Contents:
+def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int]]]) -> Contents:
     """Read a shard whole; at most a row group is held in memory.
 
     Raises:
@@ -133,7 +134,7 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
             for line in _schema(file.schema_arrow):
                 findings.wrong.setdefault("schema", []).append(f"{shard.name}: {line}")
             for group in range(file.num_row_groups):
-                table = shards.current(file.read_row_group(group, use_threads=False))
+                table = record.current(file.read_row_group(group, use_threads=False))
                 for row in range(len(table)):
                     subject = str(table.column("subject_id")[row])
                     ids.append(subject)
@@ -147,7 +148,7 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
                     shapes.append({v: s for v in VIEWS if (s := table.column(f"shape_{v}")[row].as_py()) is not None})
                 labels.append(np.stack([table.column(n).to_numpy().astype(float) for n in LABELS], axis=1))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise shards.DamagedShard(f"{shard.name}: {shards.first_line(error)}; restore or rewrite it") from None
+        raise DamagedShard(f"{shard.name}: {storage.reason(error)}; restore or rewrite it") from None
     expected = [subject_shapes[number] for rows, number in shard.shapes for _ in range(rows)]
     if len(ids) != shard.rows or shapes != expected:
         findings.wrong.setdefault("counts", []).append(f"{shard.name}: rows or shapes are not the manifest's")
@@ -165,7 +166,7 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
     )
 
 
-def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[shards.Manifest]) -> Findings:
+def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[Manifest]) -> Findings:
     """What no shard shows by itself: counts, label ranges and identities, one subject twice.
 
     Args:
@@ -240,8 +241,8 @@ def label_table(contents: Iterable[Contents]) -> list[str]:
 def _schema(found: pa.Schema) -> Iterator[str]:
     """Columns that are not what the schema says; those of earlier versions may lack what came later."""
     metadata = found.metadata or {}
-    wanted = shards.schema(metadata.get(b"kmtr.dtype", b"").decode())
-    later = int(metadata.get(b"kmtr.schema_version", b"0")) < shards.SCHEMA_VERSION
+    wanted = record.schema(metadata.get(b"kmtr.dtype", b"").decode())
+    later = int(metadata.get(b"kmtr.schema_version", b"0")) < record.SCHEMA_VERSION
     for column in wanted:
         place = found.get_field_index(column.name)
         if place < 0:
@@ -259,7 +260,7 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
     for view in VIEWS:
         what = f"{who}, {view}"
         try:
-            raw = shards.raw_kspace(table, row, view)
+            raw = record.raw_kspace(table, row, view)
         except ValueError:
             findings.wrong.setdefault("k-space is not of its shape", []).append(what)
             continue
@@ -346,7 +347,7 @@ def _picture(table: pa.Table, row: int) -> np.ndarray:
     unknown = np.full(CELLS * CELLS, np.nan, np.float32)
     for view in VIEWS:
         try:
-            raw = shards.raw_kspace(table, row, view)
+            raw = record.raw_kspace(table, row, view)
         except ValueError:
             return unknown
         if raw is None:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kmtr.cli import Bar
-from kmtr.data import shards, storage
+from kmtr.data.dataset import record, shards, storage
+from kmtr.data.dataset.manifest import Shard, has_dataset, read_manifest
 from kmtr.types import InputError
 
 CHUNK = 8 << 20
@@ -25,10 +26,10 @@ def damages(root: str) -> Iterator[str]:
     Raises:
         InputError: there is no dataset.
     """
-    if not shards.present(root):
-        shards.read_manifest(root)  # says how to make one
+    if not has_dataset(root):
+        read_manifest(root)  # says how to make one
     try:
-        manifest = shards.read_manifest(root)
+        manifest = read_manifest(root)
     except InputError as error:  # there is one, damaged
         yield str(error)
         return
@@ -40,7 +41,7 @@ def damages(root: str) -> Iterator[str]:
                 yield found
 
 
-def damage(root: str, shard: shards.Shard) -> str:
+def damage(root: str, shard: Shard) -> str:
     """What is wrong with one shard or the index beside it, in one line; empty: nothing."""
     store, base = storage.open_root(root)
     path = f"{base}/{shard.name}"
@@ -54,7 +55,7 @@ def damage(root: str, shard: shards.Shard) -> str:
     try:
         changed = _sha256(store, path) != shard.sha256
     except OSError as error:
-        return f"{shard.name}: all row groups: {shards.first_line(error)}; {remedy}"
+        return f"{shard.name}: all row groups: {storage.reason(error)}; {remedy}"
     where = _row_groups(store, path, shard)
     if changed:
         return f"{shard.name}: {where or 'outside of the row groups'}: SHA-256 is not the manifest's; {remedy}"
@@ -68,7 +69,7 @@ def damage(root: str, shard: shards.Shard) -> str:
     return ""
 
 
-def _row_groups(store: Any, path: str, shard: shards.Shard) -> str:
+def _row_groups(store: Any, path: str, shard: Shard) -> str:
     """Row groups that can't be read, page checksums included, in words; empty: all can."""
     bad = []
     try:
@@ -76,7 +77,7 @@ def _row_groups(store: Any, path: str, shard: shards.Shard) -> str:
             file = pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True)
             if (file.metadata.num_rows, file.num_row_groups) != (shard.rows, shard.row_groups):
                 return f"{file.num_row_groups} row groups of {file.metadata.num_rows} rows"
-            if wrong := shards.check_version(file.schema_arrow.metadata):
+            if wrong := record.check_version(file.schema_arrow.metadata):
                 return f"all row groups of {wrong}"
             for group in range(file.num_row_groups):
                 try:

@@ -23,8 +23,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from kmtr.config import Shards
-from kmtr.data import shards, storage
-from kmtr.data.splits import SPLITS
+from kmtr.data.dataset import record, shards, storage
+from kmtr.data.dataset.manifest import Manifest, Shard, write_manifest
+from kmtr.data.dataset.retry import StoreError
+from kmtr.data.dataset.splits import SPLITS
 from kmtr.types import InputError, KmtrError, Study
 
 CRASHES = 3
@@ -109,7 +111,7 @@ class WriteShards:
     source: str
     unused: tuple[dict[str, Any], ...] = ()
 
-    def __call__(self, number: int, journal: Journal) -> tuple[shards.Shard, dict[str, Any], Cost]:
+    def __call__(self, number: int, journal: Journal) -> tuple[Shard, dict[str, Any], Cost]:
         """The shard of one job as `shards.write_shard` returns it, and what it cost now.
 
         Raises:
@@ -134,14 +136,14 @@ class WriteShards:
                 lambda study, error: refused.append(self._refusal(study.subject_id, error)),
             )
         except OSError as error:
-            raise storage.StoreError(
-                f"shards/{job.name}: it can't be written: {shards.first_line(error)}; finished shards stay, the same "
+            raise StoreError(
+                f"shards/{job.name}: it can't be written: {storage.reason(error)}; finished shards stay, the same "
                 "command goes on behind them"
             ) from None
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
         return shard, summary, Cost(shard.rows, time.process_time() - began, peak)
 
-    def finished(self, number: int) -> tuple[shards.Shard, dict[str, Any]] | None:
+    def finished(self, number: int) -> tuple[Shard, dict[str, Any]] | None:
         """A shard that an earlier run of the same command left whole."""
         return shards.finished_shard(self.root, self.jobs[number].name, self.made(number))
 
@@ -149,7 +151,7 @@ class WriteShards:
         """What decides a shard's content."""
         job = self.jobs[number]
         ids = [self.ids[item] for item in job.items]
-        what = [self.source, shards.SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]
+        what = [self.source, record.SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
     def _studies(self, job: ShardJob, journal: Journal, refused: list[dict[str, str]]) -> Iterator[Study]:
@@ -163,8 +165,8 @@ class WriteShards:
                     if study.subject_id != self.ids[item]:
                         raise KmtrError(f"expected the study of {self.ids[item]}, got that of {study.subject_id}")
                     for name, view in study.views.items():
-                        shards.check_payload(name, view.kspace.shape, self.settings.dtype)
-                    shards.check_finite(study)
+                        record.check_payload(name, view.kspace.shape, self.settings.dtype)
+                    record.check_finite(study)
                 except Exception as error:
                     refused.append(self._refusal(self.ids[item], error))
                 else:
@@ -188,7 +190,7 @@ def reason_of(error: Exception, subject_id: str) -> str:
     return f"{type(error).__name__} at {place}: an error that the reader does not foresee; please report it"
 
 
-def finished(write: WriteShards) -> dict[int, tuple[shards.Shard, dict[str, Any]]]:
+def finished(write: WriteShards) -> dict[int, tuple[Shard, dict[str, Any]]]:
     """Number of a job -> its shard, of all that an earlier run left whole.
 
     Raises:
@@ -200,8 +202,8 @@ def finished(write: WriteShards) -> dict[int, tuple[shards.Shard, dict[str, Any]
 
 
 def complete(
-    write: WriteShards, parts: dict[int, tuple[shards.Shard, dict[str, Any]]]
-) -> tuple[shards.Manifest, list[dict[str, str]]]:
+    write: WriteShards, parts: dict[int, tuple[Shard, dict[str, Any]]]
+) -> tuple[Manifest, list[dict[str, str]]]:
     """The manifest of all shards, and before it the report of what was refused.
 
     Raises:
@@ -218,7 +220,7 @@ def complete(
         first = f"{refused[0]['subject']}: {refused[0]['reason']}" if refused else "got none"
         raise InputError(f"expected at least one subject that can be read, {len(refused)} refused; the first: {first}")
     _sweep(store, base)
-    return shards.write_manifest(write.root, ordered, write.settings.dtype, write.source), refused
+    return write_manifest(write.root, ordered, write.settings.dtype, write.source), refused
 
 
 def report(root: str) -> dict[str, Any]:

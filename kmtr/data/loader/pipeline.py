@@ -19,10 +19,17 @@ import pyarrow as pa
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.data import buckets, shards, storage, writing
-from kmtr.data.batch import HostBatch, Shape, cells_in, cells_of, check_shapes, collate, pack, shape_of, unpack
-from kmtr.data.plan import Plan
-from kmtr.data.reader import Dataset, Reader
+from kmtr.data.dataset import writing
+from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, shard_of
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.retry import StoreError
+from kmtr.data.loader import buckets
+from kmtr.data.loader.buckets import Shape
+from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
+from kmtr.data.loader.order import Plan
+from kmtr.data.loader.shapes import cells_in, cells_of, check_shapes, shape_of
+from kmtr.data.loader.transport import pack, unpack
 from kmtr.physics import sampling
 from kmtr.types import InputError, KmtrError
 
@@ -209,7 +216,7 @@ def _with_ray(make: MakeBatch, steps: int) -> Iterator[HostBatch]:
             least, most = EXECUTOR_PAUSE_S
             Breathe.pause_s = min(max((time.perf_counter() - asked) / PAUSES_PER_STEP, least), most)
     except Exception as error:
-        damage = find_cause(error, shards.DamagedShard)
+        damage = find_cause(error, DamagedShard)
         if damage is None:
             raise
         raise damage from None
@@ -321,7 +328,7 @@ class RemoteJournal:
 
 def write_dataset(
     write: writing.WriteShards, progress: Callable[[int, int], None]
-) -> tuple[shards.Manifest, list[dict[str, str]], writing.Cost]:
+) -> tuple[Manifest, list[dict[str, str]], writing.Cost]:
     """Write all shards with Ray Data over the cluster, then the manifest. Finished shards of an earlier run are kept.
 
     A task that dies is run again by Ray, as often as it takes: the ledger knows what it was at, and what ended
@@ -370,7 +377,7 @@ class _WriteTask:
 
 def _written(
     write: writing.WriteShards, missing: Sequence[int], progress: Callable[[int], None]
-) -> Iterator[tuple[int, tuple[shards.Shard, dict[str, Any]], writing.Cost]]:
+) -> Iterator[tuple[int, tuple[Shard, dict[str, Any]], writing.Cost]]:
     """Shards in the order in which they are finished."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -389,9 +396,9 @@ def _written(
         try:
             for row in dataset.iter_rows():
                 shard, summary, cost = json.loads(row["result"])
-                yield int(row["number"]), (shards.shard_of(shard), summary), writing.Cost(**cost)
+                yield int(row["number"]), (shard_of(shard), summary), writing.Cost(**cost)
         except Exception as error:
-            cause = find_cause(error, InputError) or find_cause(error, storage.StoreError)
+            cause = find_cause(error, InputError) or find_cause(error, StoreError)
             if cause is None:
                 raise
             raise cause from None

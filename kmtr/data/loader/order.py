@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
-from kmtr.data.buckets import Buckets
+from kmtr.data.loader.buckets import Buckets
 from kmtr.types import InputError
 
 _GROUPS, _LEFT, _WINDOWS, _STEPS = range(1, 5)

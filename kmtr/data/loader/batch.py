@@ -1,0 +1,74 @@
+"""Subjects of one step as they lie on the device of a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from jaxtyping import Bool, Complex, Float, Int
+from torch import Tensor
+
+from kmtr.physics.fourier import centred
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Subjects of one step on one device.
+
+    Smaller subjects are padded: slices and frames at the end, lines and readout around the centre of k-space, coils at
+    the end.
+
+    Attributes:
+        kspace: as stored (augmented where asked for), everything the source acquired; zeros where padded.
+        acquired: lines that the source has.
+        sampled: those of them that the (simulated) scanner acquired.
+        hidden: sampled lines withheld from the encoder in masked pretraining.
+        targets: lines that masked pretraining predicts: hidden ones, or also those that only the source has.
+        hidden_patches: image patches withheld from the image encoder; images have the configuration's full matrix.
+        padded: slots of slice and frame that hold no data.
+        extent: coils, ny and nx of each slice.
+        labels: float, NaN = unknown; in the order of the labels that were asked for.
+        key: stable key of each subject (`physics.sampling.subject_key`), as signed 64 bit; equal keys = same subject.
+        repeated: subjects that only fill up the last batch of an epoch: no loss counts them.
+        slots: slice slot of the configuration that each slice of the batch is.
+        real: subjects of the GLOBAL batch that are not repeated.
+        same: whether coils and readout of all subjects fill the batch.
+        visit: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
+    """
+
+    kspace: Complex[Tensor, "batch slice coil t ky kx"]
+    acquired: Bool[Tensor, "batch slice t ky"]
+    sampled: Bool[Tensor, "batch slice t ky"]
+    hidden: Bool[Tensor, "batch slice t ky"]
+    targets: Bool[Tensor, "batch slice t ky"]
+    hidden_patches: Bool[Tensor, "batch slice pt py px"]
+    padded: Bool[Tensor, "batch slice t"]
+    extent: Int[Tensor, "batch slice 3"]
+    labels: Float[Tensor, "batch label"]
+    key: Int[Tensor, " batch"]
+    repeated: Bool[Tensor, " batch"]
+    slots: tuple[int, ...]
+    real: int
+    same: bool
+    visit: Int[Tensor, " batch"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __getitem__(self, index: slice) -> Batch:
+        tensors: dict[str, Any] = {
+            f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **tensors)
+
+    @property
+    def existing(self) -> Bool[Tensor, "batch slice t ky"]:
+        """Lines that a fully sampled scan would have: those of no padding."""
+        return existing(self.padded, self.extent[..., 1], self.kspace.shape[-2])
+
+
+def existing(
+    padded: Bool[Tensor, "batch slice t"], ny: Int[Tensor, "batch slice"], lines: int
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Lines that are no padding, of slices with `ny` lines in the middle of `lines`."""
+    return ~padded[..., None] & centred(ny, lines)[:, :, None]

@@ -1,0 +1,150 @@
+"""From a host batch to a `Batch` on the worker's device: one copy; cast, augmentation and draws there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kmtr.config import Augment, RunConfig, Sampling
+from kmtr.data.loader import patterns
+from kmtr.data.loader.batch import Batch, existing
+from kmtr.data.loader.buckets import Shape
+from kmtr.data.loader.shapes import slots_of
+from kmtr.physics import random, sampling
+from kmtr.physics.augment import augment
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """What `collate.collate` leaves for the device: stored values, and what the draws need.
+
+    Attributes:
+        stored: float16 or float32 ``batch slice coil t ky kx 2``.
+        meta: ``scale``, ``acquired`` (of the source), ``given`` (slices whose source was undersampled), ``padded``,
+            ``extent``, ``labels``, ``key``, ``visit``, ``repeated``.
+        shape: of the batch.
+        real: subjects of the global batch that are not repeated.
+        purpose: the stream of the pattern.
+    """
+
+    config: RunConfig
+    stored: Tensor
+    meta: dict[str, Tensor]
+    shape: Shape
+    real: int
+    purpose: int
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def to(self, device: torch.device, readout: int | None = None) -> Batch:
+        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live.
+
+        Args:
+            readout: central kx samples that are needed; None: all, as images do. What is not needed is not even cast.
+        """
+        stored = self.stored
+        if readout is not None and readout < stored.shape[-2] and self.config.augment == Augment():
+            first = stored.shape[-2] // 2 - readout // 2
+            stored = stored[..., first : first + readout, :]
+        if device.type == "cuda" and not stored.is_pinned():
+            stored = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
+        meta = {name: tensor.to(device, non_blocking=True) for name, tensor in self.meta.items()}
+        values = stored.to(device, non_blocking=True).float() * meta["scale"].view(-1, *[1] * (stored.ndim - 1))
+        kspace, acquired, given = torch.view_as_complex(values), meta["acquired"], meta["given"]
+        config, key, visit = self.config, meta["key"], meta["visit"]
+        if self.purpose == sampling.PATTERN:
+            kspace, acquired = augment(
+                kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, visit, key, given.any(1)
+            )
+        slots = slots_of(config.data, self.shape[0])
+        sampled, hidden, targets, patches = draw(
+            config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, visit, self.purpose
+        )
+        return Batch(
+            kspace=kspace,
+            acquired=acquired,
+            sampled=sampled,
+            hidden=hidden,
+            targets=targets,
+            hidden_patches=patches,
+            padded=meta["padded"],
+            extent=meta["extent"],
+            labels=meta["labels"],
+            key=key,
+            repeated=meta["repeated"],
+            slots=slots,
+            real=self.real,
+            same=self._same,
+            visit=visit if self.purpose == sampling.PATTERN else None,
+        )
+
+    @property
+    def _same(self) -> bool:
+        extent = self.meta["extent"][~self.meta["padded"].all(-1)]
+        return bool((extent[:, 0] == self.shape[1]).all() and (extent[:, 2] == self.shape[4]).all())
+
+    @property
+    def padding(self) -> float:
+        """Share of `stored` that is padding."""
+        cells = int(((~self.meta["padded"]).sum(2) * self.meta["extent"].prod(2)).sum())
+        return 1 - 2 * cells / self.stored.numel()
+
+
+def draw(
+    config: RunConfig,
+    ny: Int[Tensor, "batch slice"],
+    acquired: Bool[Tensor, "batch slice t ky"],
+    given: Bool[Tensor, "batch slice"],
+    padded: Bool[Tensor, "batch slice t"],
+    slots: tuple[int, ...],
+    key: Int[Tensor, " batch"],
+    visit: Int[Tensor, " batch"],
+    purpose: int,
+) -> tuple[
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice t ky"],
+    Bool[Tensor, "batch slice pt py px"],
+]:
+    """Pattern, hidden and target lines, hidden patches of each subject: functions of (seed, visit, subject) alone.
+
+    Slices are numbered as in the configuration's full shape and lines from the centre, so that a subject gets the same
+    numbers in a batch of any shape. A source that was undersampled by its scanner (`given`) keeps its own pattern.
+    """
+    data, seed = config.data, config.seed
+    frames, lines = acquired.shape[2:]
+    rows = torch.tensor(slots, device=acquired.device)
+    grid, centre = (data.slices, frames, lines), (0, 0, lines // 2)
+
+    def numbers(stream: int) -> Float[Tensor, "batch slice t ky"]:
+        return random.uniform(seed, visit, key, stream, grid, centre)[:, rows]
+
+    if (table := patterns.table(config.sampling)) is None:
+        r = sampling.draw_acceleration(config.sampling.accelerations, seed, visit, key)
+        drawn = _drawn(config.sampling, numbers(purpose), r, ny)
+    else:
+        drawn = sampling.repeat(table.to(acquired.device), acquired.shape)
+    sampled = torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
+    goal = config.masked
+    hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, goal.mask_ratio)
+    targets = hidden if goal.target == "acquired" else acquired & ~sampled | hidden
+    if goal.target_lines:
+        targets = sampling.hide(numbers(sampling.TARGET_LINES), targets, goal.target_lines)
+    pt, py, px = config.model.patch
+    patches = (frames // pt, data.matrix[0] // py, data.matrix[1] // px)
+    u = random.uniform(seed, visit, key, sampling.HIDDEN_PATCHES, (data.slices, *patches))[:, rows]
+    present = ~padded.unflatten(2, (-1, pt)).all(-1)
+    candidates = present[..., None, None].expand(u.shape)
+    return sampled, hidden, targets, sampling.hide(u, candidates, goal.image_mask_ratio)
+
+
+def _drawn(
+    how: Sampling, u: Float[Tensor, "batch slice t ky"], r: Int[Tensor, " batch"], ny: Int[Tensor, "batch slice"]
+) -> Bool[Tensor, "batch slice t ky"]:
+    """The simulated scanner's pattern of acceleration `r`, drawn with the uniform numbers `u`."""
+    each = r.repeat_interleave(u.shape[1])  # slices as subjects: views may differ in their lines
+    return sampling.pattern(u.flatten(0, 1)[:, None], each, ny.flatten(), how.acs_lines, how.family).view(u.shape)
