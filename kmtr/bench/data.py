@@ -56,7 +56,7 @@ BUSY = 0.5
 """Load for each CPU, before the first measurement, from which on numbers are not to be trusted."""
 
 OPENING_S = 300.0
-"""What a path may take to start and to end, on a busy machine."""
+"""Time that a path may take to start and to end, on a busy machine."""
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Measured:
 
     @property
     def longest_gap_s(self) -> float:
-        """Of any round, at borders and elsewhere."""
+        """Longest wait of any round, at borders and elsewhere."""
         return max(self.gap_s + self.border_gap_s)
 
 

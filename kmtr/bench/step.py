@@ -1,4 +1,4 @@
-"""Speed of a training step: beside the lab's settings, beside plain PyTorch DDP, and against the machine's ceiling.
+"""Speed of a training step: beside reference settings, beside plain PyTorch DDP, and against the machine's ceiling.
 
 The step is that of training (kmtr.train.loop without logging): a batch from shards, patterns, objectives, DeepSpeed.
 Whatever is compared steps in turns within the same processes, so that what else the machine does meets both alike;
@@ -134,7 +134,7 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: str, threads: int) -> Any:
-    """What a program of `step_worker` answers, on ``train.workers`` processes.
+    """Answers of a program of `step_worker`, on ``train.workers`` processes.
 
     Raises:
         KmtrError: one of them failed; its last words.

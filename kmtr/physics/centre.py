@@ -128,7 +128,7 @@ def displacement(power: np.ndarray, middle: int, *, complete: bool) -> int | Non
 
 
 def transformed(kspace: np.ndarray, sampled: np.ndarray) -> str:
-    """What an array ``slice coil t ky kx`` is, where it is more concentrated after a Fourier transform; else empty.
+    """Name of what an array ``slice coil t ky kx`` is where a Fourier transform concentrates it; else empty.
 
     Concentration is the participation ratio of the energy over ky and kx, a ratio of moments, which sees a few strong
     samples through much noise. Coils and slices count alike; of many, `MOST_IMAGES` are taken.

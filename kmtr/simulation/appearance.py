@@ -73,7 +73,7 @@ Lung and fluid, and all densities: plausible.
 """
 
 REPETITION_MS, FLIP_DEG = 2.7, 60.0
-"""Of a cine at 1.5 T; the echo is in the middle of the repetition time."""
+"""Repetition time and flip angle of a cine at 1.5 T; the echo is in the middle of the repetition time."""
 
 
 def balanced_ssfp(t1: float, t2: float, density: float, flip_deg: float, repetition_ms: float = REPETITION_MS) -> float:

@@ -1,4 +1,4 @@
-"""What is known about a simulated subject: exact phenotypes, diseases drawn from a risk model, covariates."""
+"""Labels of a simulated subject: exact phenotypes, diseases drawn from a risk model, covariates."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _version(file: Path) -> tuple[str | None, bool]:
 
 
 def _current(file: Path) -> bool:
-    """Whether a SQLite store is complete and of the installed MLflow."""
+    """True if a SQLite store is complete and of the installed MLflow."""
     from mlflow.store.db.utils import _get_latest_schema_revision  # as `mlflow db upgrade` does; no public name
 
     version, filled = _version(file)

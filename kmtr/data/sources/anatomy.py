@@ -1,4 +1,4 @@
-"""What contours must look like to mean what they are said to mean; told by their shape, and against the images.
+"""Meaning of contours: checked and told by their shape, and against the images.
 
 In a short axis the myocardium surrounds the LV cavity and nothing else: of the cavity's outline 98 to 100 % leads to
 myocardium in all contours of ACDC and Sunnybrook that were measured, of the right ventricle's 21 to 40 %, and of the
@@ -81,7 +81,7 @@ def surrounded(drawn: np.ndarray, inner: int, outer: int) -> float:
 
 
 def meaning(codes: np.ndarray, layout: Mapping[int, int], where: str) -> tuple[dict[int, int], str]:
-    """What the values of contours mean, by a layout unless their shape says otherwise; and a note if there is a doubt.
+    """Meaning of the values of contours, by a layout unless their shape says otherwise; and a note on any doubt.
 
     Args:
         codes: values as stored, ``slice t y x``.

@@ -1,4 +1,4 @@
-"""What readers of magnitude cine share (nifti, dicom): orientation, contours, volumes, and the way to k-space.
+"""Parts that readers of magnitude cine share (nifti, dicom): orientation, contours, volumes, and the way to k-space.
 
 Orientation. An affine whose axes are oblique to the patient, as any real cardiac view is, is believed: the in-plane
 axes are exchanged and each axis flipped, whichever brings it nearest to these directions (`WANTED`), in which the

@@ -57,7 +57,7 @@ GREY = ("MONOCHROME2", "MONOCHROME1")
 """Photometric interpretations of magnitudes; a palette has colours."""
 
 MOST_FRAMES = 10_000
-"""Of one subject."""
+"""Frames of one subject at most."""
 
 HEART_RATE_BPM = (20.0, 250.0)
 
@@ -72,7 +72,7 @@ _DAMAGE = (
     AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError,
     struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What pydicom and zipfile raise on bytes that they didn't expect."""
+"""Errors that pydicom and zipfile raise on bytes that they didn't expect."""
 
 
 # ----------------------------------------------------------------------------------------------------- which files
@@ -169,7 +169,7 @@ def _may_be_image(name: str) -> bool:
 
 
 def _starts_image(name: str, content: bytes) -> bool:
-    """Whether a file begins as DICOM does, with or without its meta header, or its name says that it should."""
+    """True if a file begins as DICOM does, with or without its meta header, or its name says that it should."""
     bare = content[:2] == b"\x08\0" and content[3:4] == b"\0"  # group 0008, as files without one begin
     return bare or content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
 

@@ -34,7 +34,7 @@ MOST_READ = 1500
 PARTS = 8
 """Parts of them whose median counts (`centre.profile`): a spike spoils one."""
 UNTOLD = 0
-"""What `center_sample` is where a converter left it out."""
+"""Value of `center_sample` where a converter left it out."""
 
 
 @dataclass(frozen=True)
