@@ -166,7 +166,7 @@ def inspect(root: str, shard: shards.Shard, subject_shapes: Sequence[dict[str, l
 
 
 def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[shards.Manifest]) -> Findings:
-    """Findings that no shard shows by itself: counts, label ranges and identities, one subject twice.
+    """What no shard shows by itself: counts, label ranges and identities, one subject twice.
 
     Args:
         contents: (dataset, contents of a shard) of all shards of all datasets.

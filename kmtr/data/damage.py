@@ -41,7 +41,7 @@ def damages(root: str) -> Iterator[str]:
 
 
 def damage(root: str, shard: shards.Shard) -> str:
-    """Damage of one shard or of the index beside it, in one line; empty: none."""
+    """What is wrong with one shard or the index beside it, in one line; empty: nothing."""
     store, base = storage.open_root(root)
     path = f"{base}/{shard.name}"
     remedy = "restore it from a copy, or write the dataset anew"

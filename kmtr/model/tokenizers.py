@@ -22,7 +22,7 @@ FAINTEST = 1e-4
 
 @runtime_checkable
 class Acquisition(Protocol):
-    """The part of a `data.batch.Batch` that the tokenizers read; see there."""
+    """What the tokenizers read of a `data.batch.Batch`; see there."""
 
     @property
     def kspace(self) -> Tensor: ...
