@@ -295,7 +295,7 @@ def once(config: RunConfig, path: str, whole: Bytes, small: Bytes, workers: int)
 
 
 def fastest_workers(peer: str, data: Bytes) -> int:
-    """How many processes of its own a peer reads fastest with on this machine."""
+    """Number of own processes with which a peer reads fastest on this machine."""
     fixed = PEERS[peer].workers
     if fixed is not None:
         return fixed

@@ -223,7 +223,7 @@ def our_parameters(config: RunConfig) -> int:
 
 
 def widening_of(config: RunConfig) -> float:
-    """How much wider the reference's MLPs are than `model.mlp_ratio`, at the parameters of our model.
+    """Width of the reference's MLPs over `model.mlp_ratio`, at the parameters of our model.
 
     Raises:
         InputError: no width brings it there: heads of 205 channels alone are larger than the model.

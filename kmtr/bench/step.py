@@ -155,7 +155,7 @@ def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: 
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
-    """How many times faster ours is: ratio of medians, with a 95 % bootstrap interval over the turns.
+    """Speed of ours over the other: ratio of medians, with a 95 % bootstrap interval over the turns.
 
     Args:
         scale: of their time, where a step of theirs does another amount of work.

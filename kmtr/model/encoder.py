@@ -104,7 +104,7 @@ class Encoded:
         return empty.masked_scatter(~self.absent[..., None], self.vectors)
 
     def vector_of(self, places: Places) -> Int[Tensor, " token"]:
-        """Which of the vectors lies at the slice and time of each of these places."""
+        """Index of the vector at the slice and time of each of these places."""
         number = (~self.absent).flatten().cumsum(0) - 1
         return number[places.cell((self.absent.shape[1], self.absent.shape[2]))]
 

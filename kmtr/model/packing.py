@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens each subject has.
+    """Number of tokens of each subject.
 
     Attributes:
         host: known to the host, so that no shape has to be asked from the device.

@@ -1,4 +1,4 @@
-"""How bright tissues are in a balanced SSFP cine, and how much differs between subjects that no label knows of."""
+"""Brightness of tissues in a balanced SSFP cine, and variation between subjects that no label knows of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kmtr.types import InputError
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How much nuisance stands between the k-space and the labels; standard deviations unless said otherwise.
+    """Nuisance between k-space and labels; standard deviations unless said otherwise.
 
     Attributes:
         shift_mm, turn_deg: of a view in its plane; tilt_deg: of its plane about each of its two directions.

@@ -1,4 +1,4 @@
-"""Who the simulated people are: (seed, index) -> Anatomy, all that shape, motion and labels follow from.
+"""The simulated population: (seed, index) -> Anatomy, all that shape, motion and labels follow from.
 
 Healthy hearts follow the reference values of UK Biobank by sex (`REFERENCE`), drawn together with a table of
 correlations. Six processes of disease then change the anatomy by a severity that most people have none of. Whether

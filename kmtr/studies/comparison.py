@@ -41,7 +41,7 @@ CONTROLS: dict[str, probes.Features] = {"central": controls.central, "lowres": c
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who is labelled and who is held out, and what is known of them.
+    """Labelled and held-out subjects, with their labels.
 
     Attributes:
         config: of the reading: its patterns are everybody's.
@@ -139,7 +139,7 @@ def digest(config: RunConfig, run_name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where features come from.
+    """Source of features.
 
     Attributes:
         encoder: folder of an exported one; empty: the baseline of this name.

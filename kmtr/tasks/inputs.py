@@ -116,7 +116,7 @@ class Preparer:
         return random.uniform(self.config.seed, batch.visit, batch.key, random.DEPTH, shape)
 
     def on_grid(self, absent: Bool[Tensor, "batch slice t"], slots: tuple[int, ...], every: int = 1) -> Tensor:
-        """Which (slice, t) of the configuration's grid of frame vectors hold no data, bool ``batch slice t``."""
+        """True where a (slice, t) of the configuration's grid of frame vectors has no data, bool ``batch slice t``."""
         whole = absent.new_ones(len(absent), self.config.data.slices, self.config.data.frames // every)
         whole[:, torch.tensor(slots, device=absent.device), : absent.shape[2]] = absent
         return whole

@@ -24,7 +24,7 @@ SURROUNDED = 0.5
 """Least share of a cavity's outline that leads to the myocardium around it."""
 
 CLEARLY = 0.25
-"""By so much more of its outline is the cavity surrounded than what a layout calls the cavity, or the layout counts."""
+"""Least excess of surrounded outline over that of the layout's cavity, as a share; below it the layout counts."""
 
 WITHIN, TOUCHES = 0.55, 0.15
 """Larger shares of the right ventricle's outline never lead to the LV's wall (a thin crescent: half), to its cavity."""
@@ -185,7 +185,7 @@ def check_turned(magnitude: np.ndarray, classes: np.ndarray, where: str) -> None
 
 
 def contrast(images: np.ndarray, cavity: np.ndarray) -> float:
-    """By how much a cavity is brighter than a ring of `RING_PIXELS` around it, in standard deviations of both.
+    """Contrast of a cavity: brightness above a ring of `RING_PIXELS` around it, in standard deviations of both.
 
     Args:
         images: ``... y x``; cavity: bool, the same.

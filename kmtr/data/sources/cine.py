@@ -107,7 +107,7 @@ def oriented(
 
 
 def orientation(affine: np.ndarray, view: str = "sax") -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """Which stored dimensions (0, 1, 2) are z, y, x, and which of z, y, x are to be flipped; see the module.
+    """Stored dimensions (0, 1, 2) that are z, y, x, and those of z, y, x that are to be flipped; see the module.
 
     Args:
         affine: 4x4, voxel index -> mm in right-anterior-superior coordinates; the third column steps through slices.

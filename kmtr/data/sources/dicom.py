@@ -62,7 +62,7 @@ MOST_FRAMES = 10_000
 HEART_RATE_BPM = (20.0, 250.0)
 
 VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
-"""As they are kept; anything else in that field of a header could say who was scanned where."""
+"""Vendors as they are kept; anything else in that field of a header could say who was scanned where."""
 
 _ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -162,7 +162,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _may_be_image(name: str) -> bool:
-    """By its ending, if any; names made of UIDs end in digits."""
+    """True if a file may be an image by its ending, if any; names made of UIDs end in digits."""
     ending = Path(name).suffix.lower()
     known = ending in ("", ".dcm", ".ima") or ending[1:].isdigit()
     return known and not name.startswith(".") and name != "DICOMDIR"

@@ -1,4 +1,4 @@
-"""Which dimension of a NIfTI image is what, and how far apart its voxels are, where the header's fields may disagree.
+"""Dimensions and spacing of a NIfTI image, where the header's fields may disagree.
 
 Dimensions. A file should hold (x, y, slice, t), but closest-canonical short axes have their slices in another
 dimension, and some software writes slices first or frames before slices. The slices lie along the dimension whose
@@ -55,7 +55,7 @@ VECTORS = (1003, 1004, 1005, 1006, 1007, 1009)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the dimensions of an image are to be turned, and where they then lie.
+    """Order of the dimensions of an image, and its place in space.
 
     Attributes:
         order: stored dimension of x, y, slice, t, of the array without dropped dimensions.
@@ -177,7 +177,7 @@ def _told(counts: Sequence[int], zooms: Sequence[float] | None, where: str) -> t
 
 
 def _apart(values: Sequence[float], factor: float) -> int | None:
-    """Which value is the greatest by a factor; None: none is."""
+    """Index of the value that is the greatest by a factor; None: none is."""
     first, second = np.argsort(values)[::-1][:2]
     return int(first) if values[first] >= factor * values[second] else None
 

@@ -163,7 +163,7 @@ def find(source: Path) -> list[Item]:
 
 
 def why_unused(path: Path) -> str:
-    """Why a file that no item has is not read (`find`)."""
+    """Reason why a file that no item has is not read (`find`)."""
     return "HDF5 without ISMRMRD acquisitions (images, or k-space of another layout)"
 
 

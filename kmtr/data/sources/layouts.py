@@ -1,4 +1,4 @@
-"""Which NIfTI files belong to which subject: by their names, and single slices by where they lie.
+"""Subjects of NIfTI files: by their names, and single slices by where they lie.
 
 See `kmtr.data.sources.nifti` for the layouts.
 """
@@ -99,7 +99,7 @@ def find(source: Path) -> list[Item]:
 
 
 def why_unused(path: Path) -> str:
-    """Why a file below the source that no item has is not read."""
+    """Reason why a file below the source that no item has is not read."""
     if path.name.startswith("."):
         return "hidden files"
     if why := _why_no_cine(path):
@@ -216,7 +216,7 @@ def _folder_items(folder: Path, paths: list[Path], source: Path) -> list[Item]:
 
 
 def _why_no_cine(path: Path) -> str:
-    """Why a file is no short-axis cine, by its name and what lies beside it; empty: it may be one."""
+    """Reason why a file is no short-axis cine, by its name and what lies beside it; empty: it may be one."""
     if not NIFTI.fullmatch(path.name):
         return "files of another ending than .nii and .nii.gz"
     if is_contours(path):

@@ -213,7 +213,7 @@ def _one(groups: Sequence[Any], *keywords: str, default: float = np.nan) -> floa
 
 
 def _groups(dataset: Any, number: int) -> list[Any]:
-    """Where to look for a frame's attribute: its own functional groups, those that all frames share, the file's."""
+    """Groups that may hold a frame's attribute: its own functional groups, those that all frames share, the file's."""
     found = []
     for name, n in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(name) or ()
@@ -297,7 +297,7 @@ def view_of(frame: Frame) -> tuple[str | None, str]:
 
 
 def _no_cine(stack: Stack) -> str:
-    """Why the images of a stack's slices are no frames of one heartbeat; empty: they may be."""
+    """Reason why the images of a stack's slices are no frames of one heartbeat; empty: they may be."""
     for plane in stack.slices:
         contrasts = np.array([frame.contrast for frame in plane])
         for values in contrasts.T:
