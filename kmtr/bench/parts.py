@@ -145,7 +145,7 @@ class _Mark(torch.autograd.Function):
 
 @runtime_checkable
 class Engine(Protocol):
-    """The part of an engine that a step uses."""
+    """What a step asks of an engine."""
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None: ...
