@@ -46,7 +46,7 @@ def digest(sampling: Sampling) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Check that the accelerations are those of the configured pattern file, whose R is fixed: nothing is drawn.
+    """Whether the accelerations say what the configured pattern file has: its R is what it is, and nothing is drawn.
 
     Raises:
         InputError: they do not; says what to set. Also as `table`.
