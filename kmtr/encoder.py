@@ -39,7 +39,7 @@ from kmtr.types import InputError, Study
 
 WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
 FORMAT = 1
-"""Of an encoder's folder; one of another format is refused."""
+"""Format of an encoder's folder; one of another format is refused."""
 _SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 
@@ -156,7 +156,7 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
     """The encoder in a folder that `export_encoder` wrote.
 
     Args:
-        untrained: keep the initial weights instead (same architecture, same normalisation): the control.
+        untrained: keep the initial weights instead (same architecture, same normalisation): a baseline.
 
     Raises:
         InputError: no encoder there, or its files do not fit each other.

@@ -1,4 +1,4 @@
-"""What a search tries: every trial drawn before the first one starts, as a pure function of (seed, trial number)."""
+"""The trials of a search, drawn before the first one starts, as a pure function of (seed, trial number)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIGITS = 4
 
 _PLASTIC = 1.324717957244746
 STEPS = np.array([1 / _PLASTIC, 1 / _PLASTIC**2])
-"""Of the additive recurrence R2 in two dimensions (Roberts 2018, "The unreasonable effectiveness of quasirandom
+"""Steps of the additive recurrence R2 in two dimensions (Roberts 2018, "The unreasonable effectiveness of quasirandom
 sequences"; x^3 = x + 1): any number of successive points covers the square evenly, unlike a few independent draws."""
 
 

@@ -57,7 +57,7 @@ BUSY = 0.5
 """Load for each CPU, before the first measurement, from which on numbers are not to be trusted."""
 
 OPENING_S = 300.0
-"""What a path may take to start and to end, on a busy machine."""
+"""Time that a path may take to start and to end, on a busy machine."""
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -222,7 +222,7 @@ class Measured:
 
     @property
     def longest_gap_s(self) -> float:
-        """Of any round, at borders and elsewhere."""
+        """Longest wait of any round, at borders and elsewhere."""
         return max(self.gap_s + self.border_gap_s)
 
 
@@ -296,7 +296,7 @@ def once(config: RunConfig, path: str, whole: Bytes, small: Bytes, workers: int)
 
 
 def fastest_workers(peer: str, data: Bytes) -> int:
-    """How many processes of its own a peer reads fastest with on this machine."""
+    """Number of own processes with which a peer reads fastest on this machine."""
     fixed = PEERS[peer].workers
     if fixed is not None:
         return fixed

@@ -64,7 +64,7 @@ def useful(batch: Batch, config: RunConfig) -> list[Counts]:
 
 
 def executed(inputs: Inputs) -> list[Counts]:
-    """What is computed for each subject of a micro-batch."""
+    """FLOPs computed for each subject of a micro-batch."""
     kinds = (
         inputs.lines,
         inputs.line_targets,
@@ -97,7 +97,7 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
         return 2 * tokens * maps * width**2 + 4 * source * width**2 + 4 * tokens * source * width
 
     def encoder(kinds: list[tuple[int, int, int]], frames: int, trained: bool = True) -> int:
-        """Of kinds of (features, tokens, rank of the embedding, 0 where it is not gated)."""
+        """FLOPs for kinds of (features, tokens, rank of the embedding, 0 where it is not gated)."""
         width, tokens = model.width, sum(count for _, count, _ in kinds)
         first = sum(2 * count * features * max(rank, 1) * width for features, count, rank in kinds)
         rest = model.depth * block(tokens, tokens, width) + block(frames, frames, width)
@@ -105,7 +105,7 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
         return BOTH * rest + ONE * first if trained else FORWARD * (rest + first)
 
     def read(lines: int) -> list[tuple[int, int, int]]:
-        """What the k-space encoder reads where it sees so many lines."""
+        """Kinds of tokens of the k-space encoder where it sees so many lines."""
         kinds = [(line, lines, RANK)] if model.encoder_inputs != "zerofilled" else []
         return kinds + ([(patch, n.zerofilled, 0)] if n.zerofilled else [])
 

@@ -71,7 +71,7 @@ def pyarrow(config: RunConfig, epochs: int) -> Generator[pa.Table, None, None]:
 
 
 def ours(config: RunConfig, epochs: int) -> Generator[Tensor, None, None]:
-    """What a training worker gets, by ``data.loader``."""
+    """Batches as a training worker gets them, by ``data.loader``."""
     dataset = Dataset.open(config.data)
     plan = pipeline.plan_of(config, dataset)
     steps = range(epochs * plan.steps_per_epoch)
@@ -113,7 +113,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
 
 
 def peak_rss() -> float:
-    """Of this process so far, in GiB."""
+    """Peak memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -126,7 +126,7 @@ class Rows:
 
     @property
     def bytes(self) -> int:
-        """Of one row."""
+        """Bytes of one row."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -360,7 +360,7 @@ def version(peer: Peer) -> str:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """What a request asks for.
+    """Answer to a request.
 
     ``{"do": "version", "peer"}``: as `version`.
     ``{"do": "write", "peer", "rows", "source", "folder"}``: nothing, when it is written.

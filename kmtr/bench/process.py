@@ -20,7 +20,7 @@ SAMPLED_S = 0.25
 
 
 def ask(command: list[str], request: dict[str, Any], limit_s: float, environment: dict[str, str]) -> tuple[Any, float]:
-    """What a program answers to a request, and the peak memory of it and all that it started, in GiB.
+    """Answer of a program to a request, and the peak memory of it and all that it started, in GiB.
 
     Raises:
         KmtrError: it failed (its last words) or took longer than `limit_s`.

@@ -1,4 +1,4 @@
-"""What `bench.py step` compares with: the model at the lab's settings (METHOD, "L"), written plainly.
+"""Reference of `bench.py step`: the model at the settings of github.com/Yundi-Zhang/ViTa, written plainly.
 
 fp32; an autoencoder per domain whose encoder sees the visible tokens and whose decoder runs over ALL positions, with a
 mask token where nothing was visible; attention as softmax(Q K^T / sqrt(205)) V with the whole matrix in memory; heads
@@ -32,7 +32,7 @@ TOLERANCE = 0.05
 """Parameters may differ from our model's by this share."""
 
 Positions = Literal["all", "acquired"]
-"""What the decoder of lines runs over: every (slice, t, ky), or only those that were acquired."""
+"""Positions that the decoder of lines runs over: every (slice, t, ky), or only those that were acquired."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def our_parameters(config: RunConfig) -> int:
 
 
 def widening_of(config: RunConfig) -> float:
-    """How much wider the reference's MLPs are than `model.mlp_ratio`, at the parameters of our model.
+    """Width of the reference's MLPs over `model.mlp_ratio`, at the parameters of our model.
 
     Raises:
         InputError: no width brings it there: heads of 205 channels alone are larger than the model.

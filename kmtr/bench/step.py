@@ -1,4 +1,4 @@
-"""Speed of a training step: beside the lab's settings, beside plain PyTorch DDP, and against the machine's ceiling.
+"""Speed of a training step: beside reference settings, beside plain PyTorch DDP, and against the machine's ceiling.
 
 The step is that of training (kmtr.train.loop without logging): a batch from shards, patterns, objectives, DeepSpeed.
 Whatever is compared steps in turns within the same processes, so that what else the machine does meets both alike;
@@ -135,7 +135,7 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: str, threads: int) -> Any:
-    """What a program of `step_worker` answers, on ``train.workers`` processes.
+    """Answers of a program of `step_worker`, on ``train.workers`` processes.
 
     Raises:
         KmtrError: one of them failed; its last words.
@@ -156,7 +156,7 @@ def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: 
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float], scale: float = 1.0) -> dict[str, Any]:
-    """How many times faster ours is: ratio of medians, with a 95 % bootstrap interval over the turns.
+    """Speed of ours over the other: ratio of medians, with a 95 % bootstrap interval over the turns.
 
     Args:
         scale: of their time, where a step of theirs does another amount of work.

@@ -1,4 +1,4 @@
-"""What the processes of `bench.py step` do: `alone` beside the reference settings, `together` beside PyTorch's DDP.
+"""Processes of `bench.py step`: `alone` beside the reference settings, `together` beside PyTorch's DDP.
 
 All step through `Worker.step`, which is a step of kmtr.train.loop without logging; only the engine differs.
 """
@@ -256,7 +256,7 @@ def _matmul(config: RunConfig, device: torch.device) -> tuple[Callable[[], None]
 
 
 def _sweep(worker: Worker) -> dict[str, list[float]]:
-    """R -> seconds of steps of stage b at this R alone, in turns; fewer ACS lines where R leaves no more."""
+    """R -> seconds of steps of masked pretraining at this R alone, in turns; fewer ACS lines where R leaves no more."""
     config = worker.config
     ny = config.data.matrix[0]
     factors = [r for r in SWEEP if ny // r > 0]

@@ -58,7 +58,7 @@ class Ingest(Section):
 class Simulate(Section):
     subjects: int = Field(2000, gt=0, description="simulated subjects, over all splits")
     difficulty: Literal["easy", "medium", "hard"] = Field(
-        "medium", description="how much nuisance and detail stand between the k-space and the labels (README: Cohort)"
+        "medium", description="nuisance and detail between k-space and labels (kmtr/simulation/README.md)"
     )
     coils: int = Field(1, gt=0, le=32, description="receiver coils; 1: a uniform one")
     oversampling: float = Field(1.0, ge=1, le=4, description="readout field of view over the image's; 1: none")
@@ -68,7 +68,7 @@ class Simulate(Section):
 
 class Evaluate(Section):
     encoder: str = Field(
-        "", description="exported encoder; empty: the one of the run with this configuration; none: controls only"
+        "", description="exported encoder; empty: the one of the run with this configuration; none: baselines only"
     )
     targets: Phenotypes = Field(
         ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
@@ -127,9 +127,11 @@ class Study(Section):
         ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
     )
     longer_steps: int = Field(
-        0, ge=0, description="study.py labels: more of stage b, as a control of stage c; 0: as many as take its time"
+        0,
+        ge=0,
+        description="study.py labels: more masked pretraining, baseline of alignment; 0: as many as take its time",
     )
-    controls: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that control")
+    controls: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that baseline")
     batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
     warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
     steps: int = Field(300, gt=0, description="optimizer steps of fine-tuning, one model for all R")
@@ -141,10 +143,10 @@ class Study(Section):
         10.0, ge=0, le=180, description="augment.rotation_deg of both; 0 for sources that are undersampled already"
     )
     copies: int = Field(
-        8, gt=0, description="study.py labels: of each labelled subject at most, for ridges and probes on moved copies"
+        8, gt=0, description="study.py labels: augmented copies of each labelled subject at most, for ridges and probes"
     )
-    ablation_steps: int = Field(300, gt=0, description="study.py ablation: steps of stage b of every variant")
-    ablation_align_steps: int = Field(100, gt=0, description="study.py ablation: steps of stage c where a group asks")
+    ablation_steps: int = Field(300, gt=0, description="study.py ablation: masked pretraining of each variant")
+    ablation_align_steps: int = Field(100, gt=0, description="study.py ablation: alignment where a group asks")
     ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
     groups: tuple[str, ...] = Field((), description="study.py ablation: questions that are asked; empty: all")
     concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")

@@ -13,7 +13,7 @@ from kmtr.config.core import Section
 from kmtr.types import VIEWS
 
 MIN_TEMPERATURE = 0.01
-"""Of a learnt contrastive temperature: below it the softmax is all or nothing."""
+"""Least learnt contrastive temperature: below it the softmax is all or nothing."""
 
 MIN_ALIGNED_SUBJECTS = 8
 """InfoNCE against fewer negatives than this says next to nothing; refused."""
@@ -88,7 +88,7 @@ class Plan(Section):
 
 
 class Augment(Section):
-    """k-space-consistent; each drawn per subject and pass."""
+    """Augmentation consistent in k-space; each kind is drawn per subject and epoch."""
 
     shift: float = Field(0.0, ge=0, le=0.5, description="translation at most, share of the field of view")
     rotation_deg: float = Field(0.0, ge=0, le=180, description="in-plane rotation at most; not of undersampled sources")
@@ -100,7 +100,7 @@ class Augment(Section):
 
 class Sampling(Section):
     family: Literal["gaussian", "gaussian-wide", "equispaced", "kt-gaussian-acs", "file"] = Field(
-        "gaussian", description="k-t pattern family (README: Sampling); file: the patterns of sampling.file"
+        "gaussian", description="k-t pattern family (kmtr/tasks/README.md); file: the patterns of sampling.file"
     )
     file: str = Field("", description="pattern (.txt, .npy, .mat) of family file, on all nodes; its R is measured")
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R drawn per subject during training")
@@ -128,11 +128,11 @@ class Model(Section):
     depth: int = Field(12, gt=0, description="transformer blocks of an encoder")
     head_width: int = Field(64, gt=0, description="channels of an attention head")
     mlp_ratio: int = Field(4, gt=0, description="hidden width of the MLP over width")
-    decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked reconstruction")
-    decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked reconstruction")
+    decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked pretraining")
+    decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked pretraining")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
     encoder_inputs: Literal["kspace", "zerofilled", "both"] = Field(
-        "kspace", description="what the k-space encoder reads: visible lines, patches of their zero-filled image, both"
+        "kspace", description="input of the k-space encoder: visible lines, patches of their zero-filled image, both"
     )
     readout: Literal["kspace", "hybrid"] = Field(
         "kspace", description="a line along kx, or along x after the inverse FFT of what readout_fraction leaves"
@@ -143,7 +143,7 @@ class Model(Section):
     )
     coils: int = Field(0, ge=0, description="virtual coils of a line, told by the visible lines; 0: coils as stored")
     gauge: Literal["phase+gain", "gain", "none"] = Field(
-        "phase+gain", description="taken off before all else: phase of each slice and coil, gain of each subject"
+        "phase+gain", description="removed before all else: phase of each slice and coil, gain of each subject"
     )
     normalisation: Literal["population", "line", "none"] = Field(
         "population",
@@ -174,13 +174,13 @@ class Model(Section):
 
 
 class Masked(Section):
-    steps: int = Field(20_000, ge=0, description="optimizer steps of masked reconstruction (stage b)")
+    steps: int = Field(20_000, ge=0, description="optimizer steps of masked pretraining")
     mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of acquired lines hidden from the encoder")
     target: Literal["acquired", "all"] = Field(
         "acquired", description="lines predicted: acquired and hidden, or all that are not shown (what the source has)"
     )
     target_lines: float = Field(
-        0.0, ge=0, lt=1, description="share of those lines that is drawn for the loss, anew each pass; 0: all of them"
+        0.0, ge=0, lt=1, description="share of those lines that is drawn for the loss, anew each epoch; 0: all of them"
     )
     image_mask_ratio: float = Field(0.7, gt=0, lt=1, description="share of image patches hidden from the encoder")
     kspace_loss: Literal["mse", "l1", "hdr"] = Field("mse", description="loss on hidden normalised lines")
@@ -190,15 +190,18 @@ class Masked(Section):
 
 
 class Align(Section):
-    steps: int = Field(5_000, ge=0, description="optimizer steps of alignment (stage c)")
+    steps: int = Field(5_000, ge=0, description="optimizer steps of alignment")
     temperature: float = Field(0.1, gt=0, description="contrastive temperature of InfoNCE")
     learn_temperature: bool = Field(False, description="the temperature is where learning starts, 0.01 its least")
     chunk: int = Field(0, ge=0, description="anchors whose similarities are held at once; 0: all of a worker's")
-    static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on what does not move")
-    dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on what moves")
-    masked_weight: float = Field(1.0, ge=0, description="weight of stage b's loss, kept so motion isn't forgotten")
+    static_weight: float = Field(0.05, ge=0, description="weight of InfoNCE on the static part")
+    dynamic_weight: float = Field(0.2, ge=0, description="weight of InfoNCE on the dynamic part")
+    masked_weight: float = Field(
+        1.0, ge=0, description="weight of the masked loss, kept so that motion is not forgotten"
+    )
     guard: bool = Field(
-        True, description="stop where the probe falls below stage b's end (stage=both), and export stage b's encoder"
+        True,
+        description="stop where the probe falls below the end of masked pretraining (stage=both), export that encoder",
     )
     tolerance: float = Field(0.03, ge=0, description="R2 that a probe may lose before the guard stops")
     teacher: Literal["encoder", "components"] = Field(
@@ -237,7 +240,7 @@ class Workers:
 
     @property
     def elastic(self) -> bool:
-        """Whether the run follows the size of the cluster."""
+        """True if the run follows the size of the cluster."""
         return self.least < self.most
 
     def sizes(self, global_batch: int) -> tuple[int, ...]:

@@ -133,12 +133,12 @@ class RunConfig(Section):
 
     @property
     def has_image_encoder(self) -> bool:
-        """Whether a stage reads images by an encoder of their own, be it one that this run leaves out."""
+        """True if a stage has an image encoder, be it a stage that this run leaves out."""
         return bool(self.masked.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
 
     @property
     def has_components(self) -> bool:
-        """Whether components of the clean image are alignment's teacher."""
+        """True if components of the clean image are the teacher of alignment."""
         return self.align.steps > 0 and self.align.teacher == "components"
 
     @property
@@ -146,7 +146,7 @@ class RunConfig(Section):
         return self.masked_steps + self.align_steps
 
     def identity(self) -> dict[str, Any]:
-        """What a run is: dotted key -> value, as JSON has it, of all that changes its mathematics (data, order, method,
+        """Identity of a run: dotted key -> value (as in JSON) of all that changes its mathematics (data, order, method,
         optimizer, precision) and differs from its default.
 
         How it is executed (workers, ZeRO stage, accumulation, offload, loader) is no part of it: its numbers are the
@@ -168,7 +168,7 @@ class RunConfig(Section):
 
 
 IDENTITY_FORMAT = 1
-"""Of what `RunConfig.identity` holds: another number renames every run."""
+"""Format of `RunConfig.identity`: another number renames every run."""
 
 _IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "optimizer"}
 """Sections that change numbers."""

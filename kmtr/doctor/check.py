@@ -12,7 +12,7 @@ from kmtr.types import KmtrError
 
 @dataclass(frozen=True)
 class Check:
-    """What a check found: one line, and with warn or FAIL what to do."""
+    """Result of a check: one line, and with warn or FAIL what to do."""
 
     name: str
     state: Literal["ok", "warn", "FAIL"]
@@ -28,7 +28,7 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
 
 
 def summary(done: Sequence[Check]) -> dict[str, Any]:
-    """What the last line on stdout says of all checks."""
+    """Results of all checks, for the last line on stdout."""
     return {
         "checks": {check.name: check.state for check in done},
         "failed": [check.name for check in done if check.state == "FAIL"],

@@ -22,7 +22,7 @@ CLOCK_SKEW_S = 2.0
 
 
 def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
-    """What one node can do: runs there, as a Ray task. Every failure is a text, since all nodes are to be told of.
+    """Report of one node, made there by a Ray task. Every failure is a text, since all nodes are to be reported.
 
     Returns:
         ``storage`` and ``data`` (empty: fine), ``manifest`` (SHA-256), ``clock`` (s since 1970), ``memory`` and ``gpu``
@@ -50,7 +50,7 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
 
 
 def look_here(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What this machine says, where no cluster can be asked."""
+    """Report of this machine, where no cluster can be asked."""
     began = time.time()
     said = look(config.storage.root, config.data.root, token("here"))
     return {"this machine": said | {"token": token("here"), "asked": (began, time.time())}}
@@ -89,7 +89,7 @@ def token(node: str) -> str:
 
 
 def storage_shared(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
-    """Whether all nodes write to one storage.root: a file from each is read here, then removed."""
+    """Check that all nodes write to one storage.root: a file from each is read here, then removed."""
     wrong = []
     for name, answer in said.items():
         if "lost" in answer:
@@ -116,7 +116,7 @@ def storage_shared(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
 
 
 def nodes_alike(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
-    """Whether the nodes have one dataset, one set of versions, one time."""
+    """Check that the nodes have one dataset, one set of versions, one time."""
     answers = {name: answer for name, answer in said.items() if "lost" not in answer}
     wrong, odd = [f"{name} did not answer" for name in said if name not in answers], []
     for name, answer in answers.items():
@@ -138,7 +138,7 @@ def nodes_alike(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
 
 
 def room(config: RunConfig) -> Check:
-    """Whether the cluster has the CPUs and GPUs that the workers and their readers reserve."""
+    """Check that the cluster has the CPUs and GPUs that the workers and their readers reserve."""
     import ray
 
     train, data, have = config.train, config.data, ray.cluster_resources()

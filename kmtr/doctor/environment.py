@@ -39,7 +39,7 @@ def versions(project: Path) -> Check:
 
 
 def compiler() -> Check:
-    """What `train.compile` builds its kernels with; nothing else needs one."""
+    """Check for the C++ compiler with which `train.compile` builds its kernels; nothing else needs one."""
     cxx = os.environ.get("CXX", "c++")
     found = first_line(cxx, "--version")
     if found is None:

@@ -32,7 +32,7 @@ rest."""
 
 
 def tracking_store(config: RunConfig) -> Check:
-    """Whether a run can be created, found and deleted in MLflow."""
+    """Check that a run can be created, found and deleted in MLflow."""
     uri = tracking.tracking_uri(config)
     name = f"doctor-{SESSION}"
     began = time.perf_counter()
@@ -67,7 +67,7 @@ def dataset(config: RunConfig) -> Check:
 
 
 def shapes(config: RunConfig) -> Check:
-    """Whether the dataset has what the recipe reads, proved on two subjects."""
+    """Check that the dataset has the arrays that the recipe reads, by reading two subjects."""
     data = Dataset.open(config.data)
     check_shapes(config, data)
     reader = data.reader("train", config.data)
@@ -80,7 +80,7 @@ def shapes(config: RunConfig) -> Check:
 
 
 def plan(config: RunConfig) -> Check:
-    """Whether the steps can be dealt to the workers; all that the driver of a run refuses."""
+    """Check that the steps can be shared by the workers, and all else that the driver of a run refuses."""
     _, data = driver.resolve(config)
     train = config.train
     order = pipeline.plan_of(config, data)

@@ -1,1 +1,1 @@
-"""Evaluation of an encoder on held-out subjects, beside linear controls."""
+"""Evaluation of an encoder on held-out subjects, beside linear baselines."""

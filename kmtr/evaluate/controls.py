@@ -1,4 +1,4 @@
-"""Controls: what a linear map of the undersampled k-space, or no input at all, knows of the labels and of the masks.
+"""Baselines: linear maps from the undersampled k-space, or no input at all, to labels and segmentations.
 
 A claim of the encoder on a dataset has to beat these. Where they are near perfect the dataset is too easy, and nothing
 is shown by winning.
@@ -29,7 +29,7 @@ from kmtr.report.html import Cell, Table
 from kmtr.types import SEGMENTATION_CLASSES
 
 VERSION = 2
-"""Of what the controls are; 1 did not set apart what moves. A result of another version is made anew."""
+"""Version of the baselines; 1 did not separate static and dynamic part. A result of another one is made anew."""
 LOW_RESOLUTION = 16
 CENTRE = (4, 8)
 """Lines and samples along each, about the centre of k-space."""
@@ -57,7 +57,7 @@ def central(batch: Batch) -> np.ndarray:
 def low_resolution(batch: Batch) -> np.ndarray:
     """View-shared zero-filled magnitude images of 16 x 16 of every slice and frame, as `still_and_moving`.
 
-    METHOD calls this the control to beat.
+    A strong baseline, though it trains no network.
     """
     shared = view_shared(batch)
     size = tuple(min(LOW_RESOLUTION, n) for n in shared.shape[-2:])
@@ -94,7 +94,7 @@ class MaskScores:
 
 
 def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, int], None]) -> list[MaskScores]:
-    """Both controls at each `evaluate.accelerations`, on the subjects that `evaluate.score` takes; empty where fewer
+    """Both baselines at each `evaluate.accelerations`, on the subjects that `evaluate.score` takes; empty where fewer
     than 3 of either split are contoured, or sources differ in shape.
     """
     counts = {"train": config.evaluate.labels, "test": config.evaluate.subjects}
@@ -177,7 +177,7 @@ def _mean_dice(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 
 def mask_table(scores: list[MaskScores]) -> Table:
-    """A row per acceleration and control."""
+    """A row per acceleration and baseline."""
     rows: list[tuple[Cell, ...]] = []
     if scores:
         rows.append(("any", "", "mean mask", *_cells(scores[0].mean)))

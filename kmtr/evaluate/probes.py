@@ -1,4 +1,4 @@
-"""The ridge probe of frozen k-space embeddings on held-out subjects, beside the controls that a claim has to beat."""
+"""The ridge probe of frozen k-space embeddings on held-out subjects, beside the baselines that it has to beat."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
 
 
 def gain_table(scores: list[Scores], config: RunConfig) -> Table:
-    """Paired differences of R2 between the trained encoder and each control, over the same held-out subjects."""
+    """Paired differences of R2 between the trained encoder and each baseline, over the same held-out subjects."""
     targets = list(scores[0].probes[MEAN])
     rows: list[tuple[Cell, ...]] = []
     for s in scores:
@@ -158,7 +158,7 @@ def error_table(scores: list[Scores]) -> Table:
 
 
 def metrics_of(scores: list[Scores], config: RunConfig) -> dict[str, float]:
-    """What the last line says: R2 at the highest acceleration that training drew (else the first evaluated)."""
+    """Metrics of the last line: R2 at the highest acceleration that training drew (else the first evaluated)."""
     trained_at = [s for s in scores if s.acceleration in config.sampling.accelerations] or scores[:1]
     s = max(trained_at, key=lambda one: one.acceleration)
     metrics: dict[str, float] = {"acceleration": float(s.acceleration), "true_acceleration": s.true_acceleration}

@@ -1,4 +1,4 @@
-"""Report of an encoder on held-out subjects: tables, figures, HTML, metrics in MLflow; or of controls alone."""
+"""Report of an encoder on held-out subjects: tables, figures, HTML, metrics in MLflow; or of baselines alone."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def run_controls(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What the dataset gives away to a linear map, and to no input at all."""
+    """Scores of the linear baselines on a dataset, without an encoder."""
     sources = {probes.CENTRAL: controls.central, probes.RIDGE: controls.low_resolution}
     scores = probes.score(config, dataset, sources, Bar("controls: subjects"), torch.device("cpu"))
     masks = controls.score_masks(config, dataset, Bar("controls: masks"))
@@ -98,7 +98,7 @@ def run_controls(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
-    """What the result follows from: the same, and an earlier result is reused."""
+    """Hash of all that decides the result: where it is the same, an earlier result is reused."""
     weights = hashlib.file_digest((encoder / "encoder.safetensors").open("rb"), "sha256").hexdigest()
     read = {"views", "sax_slices", "frames", "matrix", "crop"}
     settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include=read)
@@ -108,7 +108,7 @@ def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
 
 
 def summary(config: RunConfig, dataset: Dataset, metrics: dict[str, float]) -> str:
-    """What was done and what came out, in words."""
+    """Data, method and result in words."""
     labelled = min(config.evaluate.labels, dataset.rows("train"))
     text = (
         f"Data: {dataset.source}. Pretrained on {dataset.rows('train')} training subjects without labels; the probe "

@@ -1,4 +1,4 @@
-"""How far embeddings are spread, or have collapsed."""
+"""Spread and collapse of embeddings."""
 
 from __future__ import annotations
 

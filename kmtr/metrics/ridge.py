@@ -55,7 +55,7 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
 
 
 def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """What `fit_ridge` on (`features`, `targets`) says of `others`, for many targets with one penalty.
+    """Predictions for `others` by `fit_ridge` on (`features`, `targets`), for many targets with one penalty.
 
     Weights are never formed, so that a target may be every pixel of an image.
 

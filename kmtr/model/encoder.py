@@ -1,4 +1,4 @@
-"""Encoders of both domains and the decoders of masked reconstruction: one shape, two vocabularies."""
+"""Encoders of both domains and the decoders of masked pretraining: one architecture, two kinds of tokens."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Position(nn.Module):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What an encoder made of each subject: its tokens, and one vector per slice and temporal position that is there.
+    """Output of an encoder per subject: its tokens, and one vector per slice and temporal position that is there.
 
     Attributes:
         lengths: of the tokens.
@@ -104,7 +104,7 @@ class Encoded:
         return empty.masked_scatter(~self.absent[..., None], self.vectors)
 
     def vector_of(self, places: Places) -> Int[Tensor, " token"]:
-        """Which of the vectors lies at the slice and time of each of these places."""
+        """Index of the vector at the slice and time of each of these places."""
         number = (~self.absent).flatten().cumsum(0) - 1
         return number[places.cell((self.absent.shape[1], self.absent.shape[2]))]
 
@@ -112,7 +112,7 @@ class Encoded:
 class Encoder(nn.Module):
     """Tokens -> transformer -> mean per (slice, t) -> one block over those frame vectors.
 
-    Pooling everything into one mean would lose the motion (METHOD's pilot), so (slice, t) is kept.
+    Pooling everything into one mean would lose the motion, so (slice, t) is kept.
 
     Args:
         vocabularies: grid and embedding of each kind of tokens that it reads.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many tokens each subject has.
+    """Number of tokens of each subject.
 
     Attributes:
         host: known to the host, so that no shape has to be asked from the device.
@@ -32,7 +32,7 @@ class Lengths:
 
     @staticmethod
     def of(kinds: Sequence[Bool[Tensor, "batch ..."]]) -> list[Lengths]:
-        """Of the chosen cells of several grids; the device is asked once for all of them."""
+        """Lengths of the chosen cells of several grids, with one transfer from the device for all of them."""
         counts = torch.stack([chosen.flatten(1).sum(1) for chosen in kinds])
         return [Lengths(tuple(host), each) for host, each in zip(counts.tolist(), counts, strict=True)]
 

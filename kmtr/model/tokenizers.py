@@ -165,14 +165,14 @@ class LineTokenizer:
         return lines * (self.rms[part] * 10 ** numbers[:, -1].real)[:, None, None]
 
     def _absent(self, extent: Int[Tensor, "token 3"]) -> Bool[Tensor, "token coil readout"]:
-        """What of a full token its slice has no data for: coils and, along kx, what a smaller matrix lacks."""
+        """True where a slice has no data for part of a token: missing coils and, along kx, a smaller matrix."""
         absent = torch.arange(self.coils, device=extent.device) >= extent[..., :1]
         if self.hybrid:
             return absent[..., None].expand(*absent.shape, self.samples)
         return absent[..., None] | ~centred(extent[..., 2], self.data.matrix[1])[..., None, self.kx]
 
     def _fills(self, batch: Acquisition) -> bool:
-        """Whether all subjects have the configuration's coils and all of the readout that enters a token."""
+        """True if all subjects have the configuration's coils and all of the readout that enters a token."""
         full = self.kx.stop - self.kx.start
         return batch.same and batch.kspace.shape[2] >= self.coils and batch.kspace.shape[5] >= full
 
@@ -277,7 +277,7 @@ class PatchTokenizer:
 
 
 def encoder_inputs(model: Model, lines: Tokens, zerofilled: Tokens | None) -> list[Tokens]:
-    """What the k-space encoder reads, in the order of its vocabularies (`model.encoder.line_encoder`)."""
+    """Tokens of the k-space encoder, in the order of its kinds of tokens (`model.encoder.line_encoder`)."""
     if zerofilled is None:
         return [lines]
     return [zerofilled] if model.encoder_inputs == "zerofilled" else [lines, zerofilled]

@@ -1,6 +1,6 @@
 """Augmentation of k-space that a scanner could have measured: lines and their pattern change together.
 
-Each kind is drawn from a stream of its own by (seed, visit, subject), some by slice too, so that it is the same for
+Each kind is drawn from a stream of its own by (seed, epoch, subject), some by slice too, so that it is the same for
 any number of workers. With k the signed index from the centre n // 2 and r the pixel likewise:
 
     mirror    x(r) -> x(-r)              k -> -k; in an even extent the line -n / 2 is its own mirror image
@@ -216,7 +216,7 @@ def _reverse(k: Int[Tensor, "*shape"], extent: Int[Tensor, "*rest"]) -> Int[Tens
 
 
 def _own(n: int, extent: Int[Tensor, " batch"]) -> Bool[Tensor, "batch {n}"]:
-    """What of an axis of n belongs to each subject."""
+    """True where an axis of n belongs to a subject: its own matrix, in the middle."""
     k = _signed(n, extent.device)
     return (k >= -(extent // 2)[:, None]) & (k < (extent - extent // 2)[:, None])
 

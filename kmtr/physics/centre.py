@@ -1,4 +1,4 @@
-"""Where the energy of k-space lies: around the middle, if it is k-space and its middle is where it is said to be.
+"""Place of the energy of k-space: around the middle, if it is k-space and its middle is where it is said to be.
 
 Three properties of measured k-space are used, none of which is a peak alone:
 
@@ -50,7 +50,7 @@ def reach(length: int) -> int:
 
 
 def problem(kspace: np.ndarray, sampled: np.ndarray | None = None) -> str:
-    """Why an array is no k-space around index ``n // 2``, as "expected ..., got ..."; empty: nothing speaks against it.
+    """Reason why an array is not k-space around ``n // 2``, as "expected ..., got ..."; empty: none.
 
     Args:
         kspace: complex ``slice coil t ky kx``, finite.
@@ -94,7 +94,7 @@ def profile(power: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def displacement(power: np.ndarray, middle: int, *, complete: bool) -> int | None:
-    """How far from `middle` the energy of a `profile` lies: 0 around it, None where no block stands out of the noise.
+    """Distance from `middle` to the energy of a `profile`: 0 around it, None where no block stands out of the noise.
 
     Args:
         power: ``n``, NaN where nothing was acquired.
@@ -128,7 +128,7 @@ def displacement(power: np.ndarray, middle: int, *, complete: bool) -> int | Non
 
 
 def transformed(kspace: np.ndarray, sampled: np.ndarray) -> str:
-    """What an array ``slice coil t ky kx`` is, where it is more concentrated after a Fourier transform; else empty.
+    """Name of what an array ``slice coil t ky kx`` is where a Fourier transform concentrates it; else empty.
 
     Concentration is the participation ratio of the energy over ky and kx, a ratio of moments, which sees a few strong
     samples through much noise. Coils and slices count alike; of many, `MOST_IMAGES` are taken.

@@ -18,7 +18,7 @@ SIDE = 16
 def static_dynamic(
     frames: Float[Tensor, "batch slice t channel"], absent: Bool[Tensor, "batch slice t"]
 ) -> tuple[Float[Tensor, "batch slice channel"], Float[Tensor, "batch slice channel2"]]:
-    """What stays and what moves of each slice: the temporal mean, and the first cosine and sine over the cycle.
+    """Static and dynamic part of each slice: the temporal mean, and the first cosine and sine over the cycle.
 
     Cine is gated: frame 0 is end-diastole, so the first harmonic holds the contraction. Computed in fp32.
     """

@@ -61,7 +61,7 @@ def crop_or_pad(x: Array, size: Sequence[int], axes: Sequence[int]) -> Array:
 
 
 def centred(size: torch.Tensor, length: int) -> torch.Tensor:
-    """Where `size` samples lie on an axis of `length` with the same centre ``n // 2``: bool ``... length``."""
+    """Places of `size` samples on an axis of `length` with the same centre ``n // 2``: bool ``... length``."""
     offset = torch.arange(length, device=size.device) - length // 2
     return (offset >= -(size // 2)[..., None]) & (offset < (size - size // 2)[..., None])
 

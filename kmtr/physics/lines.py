@@ -1,4 +1,4 @@
-"""What a line of k-space says apart from where the scanner's phase and gain happened to be.
+"""Lines of k-space without the arbitrary phase and gain of the scanner.
 
 What training, statistics and reconstruction share, all estimated from the lines that `visible` allows, so that nothing
 hidden or unacquired leaks:
@@ -8,7 +8,7 @@ hidden or unacquired leaks:
     static_part    mean of a line over the frames that saw it; its deviation from that mean is the dynamic part
     readout        the samples of a line that are used, along kx or, in hybrid space, along x
 
-METHOD's pilot: these two decide more than the network does.
+In pilot runs these two decided more than the network did.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from kmtr.types import InputError
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for: one more purpose never shifts the numbers of another."""
+    """Purpose of a stream of random numbers: one more purpose never shifts the numbers of another."""
 
     ANATOMY = 0
     APPEARANCE = 1

@@ -1,6 +1,6 @@
 """Random numbers as pure functions of what they are for: no state, the same on every device and in every batch.
 
-A draw depends on (seed, visit, subject key, purpose, index) alone. SplitMix64 (Steele, Lea and Flood 2014; finaliser:
+A draw depends on (seed, epoch, subject key, purpose, index) alone. SplitMix64 (Steele, Lea and Flood 2014; finaliser:
 Stafford's variant 13) is applied once to each of these in turn: every number seeds the stream from which the next one
 picks its place, so that a value never depends on how large an array is, only on its own index in it. All in integers
 that wrap around, hence bitwise alike on CPU and GPU.
@@ -38,7 +38,7 @@ def uniform(
 
     Args:
         seed: of the run, any integer (modulo 2^64).
-        visit: which pass over the subject this is.
+        visit: number of the epoch over the subject.
         key: of each subject (`sampling.subject_key`), as signed 64 bit.
         purpose: the stream, one of the constants of this module.
         shape: of one subject's draw. Element i depends on i and not on `shape`: a larger array only adds numbers.

@@ -1,6 +1,6 @@
 """k-t undersampling of Cartesian cine along ky, and what masked pretraining hides of it.
 
-Every pattern is a pure function of uniform numbers (`random.uniform`), so of (seed, visit, subject, slice): the same
+Every pattern is a pure function of uniform numbers (`random.uniform`), so of (seed, epoch, subject, slice): the same
 for any number of workers, after a restart, in any trial. In batches, on the device, without asking it anything back.
 """
 
@@ -53,7 +53,7 @@ def subject_key(subject_id: str) -> int:
 
 
 def check(lines: int, acceleration: int, acs_lines: int, family: str = "gaussian") -> None:
-    """Whether `pattern` can draw one of `lines` at this R: to be asked for every matrix size before training.
+    """Check that `pattern` can draw one of `lines` at this R: called for every matrix size before training.
 
     Raises:
         InputError: nothing but ACS lines would be sampled, or nothing at all.
@@ -78,7 +78,7 @@ def most_lines(lines: int, acceleration: int, acs_lines: int, family: str = "gau
 def draw_acceleration(
     accelerations: Sequence[int], seed: int, visit: Int[Tensor, " batch"], key: Int[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """The nominal R of each subject in this visit, uniform over the configured set."""
+    """The nominal R of each subject in this epoch, uniform over the configured set."""
     u = random.uniform(seed, visit, key, random.ACCELERATION, ())
     place = (u.double() * len(accelerations)).long()  # in fp32 the largest u would round up to the end
     drawn = torch.zeros_like(key)
@@ -186,13 +186,13 @@ FAMILIES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "equispaced": equispaced,
     "kt-gaussian-acs": kt_gaussian_acs,
 }
-"""What can be drawn, METHOD's families (a) to (d); family (e), ``file``, is `repeat` of what a file says."""
+"""Families that are drawn; patterns of the family ``file`` are `repeat` of those that a file holds."""
 
 
 def line_density(
     acceleration: Int[Tensor, " batch"], lines: Int[Tensor, " batch"], size: int
 ) -> Float[Tensor, "batch ky"]:
-    """Weights of the ``gaussian`` family over ky: SD = lines / 5 and a floor of 1 / (2 R) (METHOD: family a).
+    """Weights of the ``gaussian`` family over ky: SD = lines / 5 and a floor of 1 / (2 R).
 
     Args:
         lines: each subject's own, in the middle of `size`.
@@ -206,7 +206,7 @@ def line_density(
 
 
 def wide_density(lines: Int[Tensor, " batch"], size: int) -> Float[Tensor, "batch ky"]:
-    """Weights of ``gaussian-wide``: variance lines / 0.3, no floor (METHOD: family b); as `line_density`."""
+    """Weights of ``gaussian-wide``: variance lines / 0.3, no floor; as `line_density`."""
     offset, own = _own(lines, size)
     return torch.exp(-0.5 * offset.square() / (lines.double() / 0.3)[:, None]).where(own, 0.0)
 

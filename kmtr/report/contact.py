@@ -17,7 +17,7 @@ from kmtr.physics.fourier import ifft2c
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, Study, View
 
 CLASS_COLOURS = {1: "#ffd166", 2: "#06d6a0", 3: "#4cc9f0", 4: "#f78c6b", 5: "#c77dff"}
-"""Of the outlines, by segmentation value: bright on grey, and told apart without green against red."""
+"""Colours of the outlines, by segmentation value: bright on grey, and told apart without green against red."""
 
 SEXES = (("female", 0.0, "#d1495b"), ("male", 1.0, "#0b5cad"))
 

@@ -126,7 +126,7 @@ def reconstruction(
 
 
 def sampling(config: RunConfig, table: torch.Tensor | None = None) -> Figure:
-    """What the configured family samples: a column for each nominal R, with one slice's pattern over its share of ky.
+    """Patterns of the configured family: a column for each nominal R, with one slice's pattern over its density in ky.
 
     The share of frames in which a line is sampled is counted in patterns as training draws them, of the configuration's
     largest matrix; true R and ACS lines in the titles are counted too.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 DPI = 144
-"""Of the embedded pictures: sharp on a screen of high density and on paper."""
+"""Dots per inch of the embedded pictures: sharp on a screen of high density and on paper."""
 
 _LEADING_NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?")
 

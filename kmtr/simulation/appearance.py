@@ -1,4 +1,4 @@
-"""How bright tissues are in a balanced SSFP cine, and how much differs between subjects that no label knows of."""
+"""Brightness of tissues in a balanced SSFP cine, and variation between subjects that no label knows of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kmtr.types import InputError
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How much nuisance stands between the k-space and the labels; standard deviations unless said otherwise.
+    """Nuisance between k-space and labels; standard deviations unless said otherwise.
 
     Attributes:
         shift_mm, turn_deg: of a view in its plane; tilt_deg: of its plane about each of its two directions.
@@ -73,7 +73,7 @@ Lung and fluid, and all densities: plausible.
 """
 
 REPETITION_MS, FLIP_DEG = 2.7, 60.0
-"""Of a cine at 1.5 T; the echo is in the middle of the repetition time."""
+"""Repetition time and flip angle of a cine at 1.5 T; the echo is in the middle of the repetition time."""
 
 
 def balanced_ssfp(t1: float, t2: float, density: float, flip_deg: float, repetition_ms: float = REPETITION_MS) -> float:

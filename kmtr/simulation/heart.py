@@ -29,7 +29,7 @@ from kmtr.simulation.population import Anatomy, Region, bump_mean
 MYOCARDIAL_DENSITY = 1.05
 """g/mL."""
 LV_TRUNCATION = 0.3
-"""How far beyond its equator the LV's spheroid reaches to the base, in polar half-axes."""
+"""Extent of the LV's spheroid beyond its equator to the base, in polar half-axes."""
 ATRIAL_TRUNCATION = 0.6
 APEX_TO_WALL = 0.7
 """Thickness of the apex over that of the wall at the equator."""
@@ -119,7 +119,7 @@ def cycle(phase: np.ndarray, knots: tuple[float, ...], values: tuple[float, ...]
 
 
 def contraction(who: Anatomy, phase: np.ndarray) -> np.ndarray:
-    """How far the ventricles have emptied, in [0, 1]: 0 at end-diastole (phase 0), 1 from end-systole to filling.
+    """Emptying of the ventricles, in [0, 1]: 0 at end-diastole (phase 0), 1 from end-systole to filling.
 
     Ejection, isovolumic relaxation, early filling, diastasis, atrial kick.
     """
@@ -128,7 +128,7 @@ def contraction(who: Anatomy, phase: np.ndarray) -> np.ndarray:
 
 
 def atrial_filling(who: Anatomy, phase: np.ndarray) -> np.ndarray:
-    """How full the atria are, in [0, 1]: 0 at end-diastole, 1 when the ventricles begin to fill.
+    """Filling of the atria, in [0, 1]: 0 at end-diastole, 1 when the ventricles begin to fill.
 
     Reservoir, conduit (which gives more than the ventricle's early filling takes from them alone), diastasis, kick.
     """
@@ -316,7 +316,7 @@ def _first_order(f: np.ndarray, steep: np.ndarray, slope: np.ndarray) -> np.ndar
 
 
 def _rv_profile(who: Anatomy, angle: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How far the angle is beyond the RV's attachment (rad), q there, and q's derivative.
+    """Angle beyond the RV's attachment (rad), q there, and q's derivative.
 
     q = (1 - x^2)^2 (1 + skew x) with x the angle over the half-width: its integral does not depend on the skew, and the
     free wall leaves the LV tangentially.
@@ -372,7 +372,7 @@ def _ellipsoid(u: np.ndarray, v: np.ndarray, w: np.ndarray, body: np.ndarray) ->
 
 
 def reach(shape: Heart) -> tuple[float, float, float, float]:
-    """How far the ventricles and atria ever extend along -u, u, -v and v, mm."""
+    """Largest extent of ventricles and atria along -u, u, -v and v, mm."""
     angle = np.linspace(-math.pi, math.pi, 64, endpoint=False)
     columns = shape.frames(slice(None), 2)
     wall = walls(columns, np.cos(angle), np.sin(angle), columns.base * np.array([[0.3], [0.5], [0.7], [0.85], [1.0]]))

@@ -1,4 +1,4 @@
-"""What is known about a simulated subject: exact phenotypes, diseases drawn from a risk model, covariates."""
+"""Labels of a simulated subject: exact phenotypes, diseases drawn from a risk model, covariates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OWN: dict[str, dict[str, Spread]] = {
     "thickening_min_pct": {"male": (41.0, 9.0), "female": (47.0, 9.0)},
     "age_y": {"male": (60.0, 8.0), "female": (60.0, 8.0)},
 }
-"""As `REFERENCE`, of the simulated healthy themselves."""
+"""Values as in `REFERENCE`, of the simulated healthy themselves."""
 
 
 def labels(who: Anatomy) -> dict[str, float]:

@@ -21,9 +21,9 @@ from kmtr.types import VIEWS, InputError, Study, View
 
 SOURCE = "kmtr-phantom-2"
 FIELD_OF_VIEW_MM = 240.0
-"""Of the longer side of the image."""
+"""Field of view along the longer side of the image."""
 THICKNESS_MM = {"sax": 8.0, "lax_2ch": 6.0, "lax_3ch": 6.0, "lax_4ch": 6.0}
-"""Of a slice, as in UK Biobank's protocol (Petersen et al., J Cardiovasc Magn Reson 2016;18:8)."""
+"""Thickness of a slice, as in UK Biobank's protocol (Petersen et al., J Cardiovasc Magn Reson 2016;18:8)."""
 LAYERS = 3
 """Planes that a slice's thickness is averaged over."""
 LAX_ANGLE_DEG = {"lax_4ch": 0.0, "lax_3ch": 50.0, "lax_2ch": 92.0}
@@ -32,7 +32,7 @@ TOWARDS_RV_MM = 16.0
 """From the LV's axis to the middle of both ventricles, where a view is centred."""
 RV_WALL_MM, ATRIAL_WALL_MM = 2.5, 1.2
 TRUNK_V_MM = 36.0
-"""Of the pulmonary trunk where it leaves the base."""
+"""Place of the pulmonary trunk where it leaves the base."""
 FRAMES_AT_ONCE = 5
 """So that all arrays of a block stay in a core's cache."""
 
@@ -328,7 +328,7 @@ def _great_vessels(u: np.ndarray, v: np.ndarray, above: np.ndarray, s: Heart) ->
 
 
 def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Of vectors; numpy's hypot, which can't overflow, costs several times as much."""
+    """Length of vectors; numpy's hypot, which can't overflow, costs several times as much."""
     square = x * x
     square += y * y
     return np.sqrt(square, out=square)

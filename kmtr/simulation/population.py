@@ -1,4 +1,4 @@
-"""Who the simulated people are: (seed, index) -> Anatomy, all that shape, motion and labels follow from.
+"""The simulated population: (seed, index) -> Anatomy, all that shape, motion and labels follow from.
 
 Healthy hearts follow the reference values of UK Biobank by sex (`REFERENCE`), drawn together with a table of
 correlations. Six processes of disease then change the anatomy by a severity that most people have none of. Whether
@@ -76,8 +76,8 @@ _CORRELATED = {
     ("rav", "raef"): -0.3,
     ("rav", "heart_rate"): -0.2,
 }
-"""Of the healthy within a sex; others are 0. Plausible sizes (body size drives volumes and mass, chambers go together,
-larger chambers beat slower and eject a smaller part), no estimates of a study."""
+"""Correlations of the healthy within a sex; others are 0. Plausible sizes (body size drives volumes and mass, chambers
+go together, larger chambers beat slower and eject a smaller part), no estimates of a study."""
 
 PROCESSES = {"dcm": 0.09, "hcm": 0.09, "infarct": 0.12, "rv": 0.09, "load": 0.4, "atria": 0.12}
 """Processes of disease and the share of people that they touch at all, mostly mildly."""
@@ -256,8 +256,9 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
 def _regions(
     n: Iterator[float], hypertrophy: float, right: float, scar: float, slack: float, territory: tuple[float, float]
 ) -> tuple[Region, ...]:
-    """Of the LV's wall: septum, anterolateral and inferolateral wall differ in everybody; a scar in a coronary artery's
-    territory is thin and stands still. `slack` is the motion at which the squared radius stays as at end-diastole."""
+    """Regions of the LV's wall: septum, anterolateral and inferolateral wall differ in everybody; a scar in a coronary
+    artery's territory is thin and stands still. `slack` is the motion at which the squared radius stays as at
+    end-diastole."""
     muscle = 0.3 + 0.5 * hypertrophy  # the septum is the thickest part, the more so in HCM
     septum = Region(0.15 * next(n), 1.6, 0.6, 0.35, muscle + 0.22 * next(n), 0.08 * next(n), 0.28 * next(n))
     # A loaded right ventricle flattens it.

@@ -1,5 +1,7 @@
-"""What does not beat: chest wall, lungs, spine, diaphragm, liver, stomach, spleen, vessels. Simple smooth bodies in
-patient coordinates (mm: left, posterior, superior; the origin in the middle of the chest, at the height of the heart).
+"""Tissue around the heart that does not beat: chest wall, lungs, spine, diaphragm, liver, stomach, spleen, vessels.
+
+Simple smooth bodies in patient coordinates (mm: left, posterior, superior; the origin in the middle of the chest, at
+the height of the heart).
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def report(
     questions = "\n\n".join(f"{group.name}: {group.asks}" for group in asked(cohort.config))
     summary = (
         f"Every variant changes one choice of the recipe {cohort.config.recipe} and is pretrained for "
-        f"{study_config.ablation_steps} steps of stage b (alignment, image side: and "
-        f"{study_config.ablation_align_steps} of stage c), then scored by a ridge probe.\n\n{questions}"
+        f"{study_config.ablation_steps} steps of masked pretraining (alignment, image side: and "
+        f"{study_config.ablation_align_steps} of alignment), then scored by a ridge probe.\n\n{questions}"
     )
     caption = (
         f"Difference to the recipe's own choice with {budget} labels, 95 % intervals over held-out subjects; grey: "

@@ -1,4 +1,4 @@
-"""What pretraining is worth for few labels: predictions of many methods for the same held-out subjects, compared.
+"""Comparison of many methods at few labels, by their predictions for the same held-out subjects.
 
 Files of a study, each written once and whole, so that a study that was killed goes on where it stopped:
 
@@ -31,17 +31,17 @@ from kmtr.train import supervised
 from kmtr.types import InputError
 
 VERSION = 3
-"""Of what a study does; one of another version starts anew."""
+"""Version of a study; one of another version starts anew."""
 
 MOST_ROWS = 2000
-"""Of a ridge on copies: its time grows with their third power. Of more labelled subjects fewer copies are taken."""
+"""Rows of an augmented ridge at most: its time grows with their third power. More subjects get fewer copies."""
 
 CONTROLS: dict[str, probes.Features] = {"central": controls.central, "lowres": controls.low_resolution}
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """Who is labelled and who is held out, and what is known of them.
+    """Labelled and held-out subjects, with their labels.
 
     Attributes:
         config: of the reading: its patterns are everybody's.
@@ -127,7 +127,7 @@ _NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "controls", "gro
 
 
 def digest(config: RunConfig, run_name: str) -> str:
-    """What everything in a study follows from but its seeds, budgets and encoders, which name its files."""
+    """Hash of all that decides a study but its seeds, budgets and encoders, which name its files."""
     study = config.study.model_dump_json(exclude=_NAMED)
     reading = config.evaluate.model_dump_json(include={"accelerations", "subjects"}) + patterns.digest(config.sampling)
     said = f"{VERSION} {controls.VERSION} {run_name} {study} {reading} {config.seed}"
@@ -139,10 +139,10 @@ def digest(config: RunConfig, run_name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """Where features come from.
+    """Source of features.
 
     Attributes:
-        encoder: folder of an exported one; empty: the control of this name.
+        encoder: folder of an exported one; empty: the baseline of this name.
         untrained: its architecture with initial weights.
         seeds: whose labelled subjects need features.
         moved: labelled subjects are there in more copies, moved as training moves them.
@@ -161,7 +161,7 @@ class Source:
         return cohort.budgets if self.moved else cohort.budgets[-1:]
 
     def copies(self, cohort: Cohort, budget: int) -> int:
-        """Moved copies of each labelled subject."""
+        """Augmented copies of each labelled subject."""
         return min(cohort.config.study.copies, max(1, MOST_ROWS // budget - 1)) if self.moved else 0
 
     def rows(self, cohort: Cohort, budget: int) -> list[int]:
@@ -179,7 +179,7 @@ class Source:
 def write_features(cohort: Cohort, source: Source, acceleration: int, budget: int, device: str) -> None:
     """Features of a source at one R, of its labelled and of the held-out subjects, on validation's patterns.
 
-    The labelled ones' are ``subject copy feature``: as they are, then moved copies on patterns of their own.
+    The labelled ones' are ``subject copy feature``: as they are, then augmented copies on patterns of their own.
     """
     if source.encoder:
         make = probes.embedding(load_encoder(source.encoder, device, untrained=source.untrained))
@@ -198,7 +198,7 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, budget: in
 def _moved_copies(
     cohort: Cohort, rows: list[int], count: int, config: RunConfig, make: probes.Features, device: torch.device
 ) -> list[Float[np.ndarray, "subject feature"]]:
-    """Features of the first `count` visits of labelled subjects, as training sees them."""
+    """Features of the first `count` epochs of labelled subjects, as training sees them."""
     moving, reader = override(config, augmentation(config.study)), cohort.reader("train")
     copies: list[list[np.ndarray]] = [[] for _ in range(count)]
     for first in range(0, len(rows) if count else 0, probes.CHUNK):
@@ -247,7 +247,7 @@ def write_trained(
 ) -> None:
     """Train an encoder on the labels of a budget, from its weights or from scratch, and ask it at each R.
 
-    One model for all R, which every visit of a subject draws anew, as in pretraining.
+    One model for all R, which every epoch draws anew for a subject, as in pretraining.
     """
     study = cohort.config.study
     if scratch:
@@ -275,7 +275,7 @@ def write_trained(
 
 
 def augmentation(study: Study) -> dict[str, Any]:
-    """Changes that make subjects move between visits, by what no phenotype depends on."""
+    """Settings of augmentation between epochs, by what no phenotype depends on."""
     return {"augment.shift": study.shift, "augment.rotation_deg": study.rotation_deg}
 
 

@@ -1,4 +1,4 @@
-"""R2 against the number of labels: controls, pretraining's stages, fine-tuning and training from scratch."""
+"""R2 against the number of labels: baselines, pretraining's stages, fine-tuning and training from scratch."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ TITLES = {
     "mean": "predict the mean",
     "central": "ridge on central 4 x 8 samples",
     "lowres": "ridge on low-res image",
-    "lowres-moved": "ridge on low-res image, moved copies",
+    "lowres-moved": "ridge on low-res image, augmented",
     "untrained": "untrained encoder, probe",
-    "untrained-moved": "untrained encoder, probe on moved copies",
+    "untrained-moved": "untrained encoder, augmented probe",
     "scratch": "supervised from scratch",
-    "b": "stage b, probe",
-    "b-moved": "stage b, probe on moved copies",
-    "longer": "stage b for longer, probe",
-    "c": "stage c, probe",
-    "c-moved": "stage c, probe on moved copies",
-    "b-tuned": "stage b, fine-tuned",
-    "c-tuned": "stage c, fine-tuned",
+    "b": "masked pretraining, probe",
+    "b-moved": "masked pretraining, augmented probe",
+    "longer": "more masked pretraining, probe",
+    "c": "alignment, probe",
+    "c-moved": "alignment, augmented probe",
+    "b-tuned": "masked pretraining, fine-tuned",
+    "c-tuned": "alignment, fine-tuned",
 }
 """Methods in the order of the table."""
 
@@ -55,10 +55,10 @@ STYLES = {
     "b-tuned": (figures.COLOURS[0], "-"),
     "c-tuned": (figures.COLOURS[1], "-"),
 }
-"""Colour of what is learnt from; dashes for probes of it, dashes and dots for those on moved copies."""
+"""Colour of what is learnt from; dashes for probes, dashes and dots for augmented ones."""
 
 INSTEAD = {"c": "b", "c-moved": "b-moved", "c-tuned": "b-tuned"}
-"""What stands for a method of a seed whose alignment the guard stopped."""
+"""Method that stands for another one in a seed whose alignment the guard stopped."""
 
 COMPARED = (
     ("b", "untrained", ""),
@@ -112,7 +112,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def pretrain(
     config: RunConfig, dataset: Dataset, folder: Path, run_id: str
 ) -> tuple[dict[tuple[int, str], driver.Outcome], int]:
-    """Runs of every seed, ``c`` (both stages) and ``longer`` (stage b alone), and how many steps longer that is."""
+    """Runs of every seed, ``c`` (both stages) and ``longer`` (masked alone), and its steps beyond the recipe's."""
     outcomes = {}
     for seed in config.study.seeds:
         outcomes[seed, "c"] = _fit(named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, stages b and c")
@@ -137,8 +137,8 @@ def _fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> driver.
 
 
 def _longer_steps(config: RunConfig, folder: Path, outcomes: Mapping[tuple[int, str], driver.Outcome]) -> int:
-    """Steps of stage b that take alignment's time, by the subjects/s that the runs logged: one number for all seeds
-    (the median), rounded to 10, kept so that a later call has the same.
+    """Steps of masked pretraining that take alignment's time, by the subjects/s that the runs logged: one number for
+    all seeds (the median), rounded to 10, kept so that a later call has the same.
     """
     kept = folder / "longer.json"
     if kept.is_file():
@@ -277,13 +277,13 @@ def report(
     summary = (
         f"Mean R2 over {', '.join(short(t).upper() for t in cohort.targets)} on {len(cohort.held_out)} held-out "
         f"subjects, from {_listed(cohort.budgets)} labelled ones. Seeds {_listed(tuple(cohort.labelled))} change "
-        f"pretraining and the labelled subjects. Stage b: {config.masked.steps} steps; stage c: "
-        f"{config.align.steps}; stage b for longer: {config.masked.steps + longer_steps}. Fine-tuning takes "
+        f"pretraining and the labelled subjects. Masked pretraining: {config.masked.steps} steps; alignment: "
+        f"{config.align.steps}; more masked pretraining: {config.masked.steps + longer_steps}. Fine-tuning takes "
         f"{config.study.steps} steps, training from scratch {config.study.scratch_steps}, one model for all R; neither "
-        f"chooses its step by held-out labels. A probe has a model for each R; moved copies (up to "
-        f"{config.study.copies} of a subject) are shifted and rotated as in training.\n\n{guard}"
+        f"chooses its step by held-out labels. A probe has a model for each R; augmented subjects (up to "
+        f"{config.study.copies} copies each) are shifted and rotated as in training.\n\n{guard}"
     )
-    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: on moved copies."
+    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: augmented."
     last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
     print(f"study: {seconds:.0f} s")
     return last | {"differences": compared, "longer_steps": longer_steps}
@@ -336,7 +336,7 @@ def mean_table(
             by_budget = [scores[method, budget][r] for budget in cohort.budgets]
             means = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if seeds[method] > 1 else "") for s in by_budget]
             rows.append((int(r), title, *means, *(s[t] for t in lvef for s in by_budget)))
-    note = f"Longer: {longer_steps} more steps of stage b, alignment's time, {cohort.config.study.controls} seed(s)."
+    note = f"More: {longer_steps} steps, alignment's time, {cohort.config.study.controls} seed(s)."
     return Table(
         f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
         f"labels, mean over {there} seed(s){' ± SD' if there > 1 else ''}",

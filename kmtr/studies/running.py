@@ -1,4 +1,4 @@
-"""What both studies share: tasks over the cluster, and where their results go."""
+"""Parts that both studies share: tasks over the cluster, and where their results go."""
 
 from __future__ import annotations
 

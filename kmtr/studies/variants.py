@@ -1,4 +1,4 @@
-"""What the ablation compares: choices of pretraining, each against the recipe's own."""
+"""Variants that the ablation compares: choices of pretraining, each against the recipe's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Group:
     """Variants that answer one question.
 
     Attributes:
-        stage: ``masked``: what stage b leaves is scored; ``both``: what stage c after it leaves.
+        stage: the encoder that is scored: after masked pretraining (``masked``), or after alignment too (``both``).
         variants: name -> dotted keys that it changes. One that changes nothing of the recipe is the recipe itself, and
             no run of its own.
     """
@@ -71,7 +71,7 @@ GROUPS = (
     ),
     Group(
         "alignment",
-        "Which part of stage c matters?",
+        "Which part of alignment matters?",
         {
             "as it is": {},
             "static alone": {"align.dynamic_weight": 0.0},
@@ -112,7 +112,7 @@ def asked(config: RunConfig) -> tuple[Group, ...]:
 
 
 def check(groups: tuple[Group, ...], config: RunConfig) -> None:
-    """Whether all keys exist: a misspelt one would be a table full of failures.
+    """Check that all keys exist: a misspelt one would be a table full of failures.
 
     Raises:
         InputError: names group, variant and key.

@@ -1,4 +1,4 @@
-"""What is learnt: masked pretraining and alignment, each a function of an engine and the micro-batches of a step."""
+"""Tasks: masked pretraining and alignment, each a function of an engine and the micro-batches of a step."""
 
 from __future__ import annotations
 

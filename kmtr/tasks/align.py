@@ -17,7 +17,7 @@ from kmtr.tasks.losses import info_nce
 
 
 def step(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
-    """Stage c: InfoNCE over the global batch on static and dynamic embeddings per slice, and stage b's loss kept.
+    """Alignment: InfoNCE over the global batch on static and dynamic embeddings per slice, beside the masked loss.
 
     The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with
     several micro-batches without a graph, as GradCache does), the loss gives their gradients, then each micro-batch

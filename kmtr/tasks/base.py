@@ -1,4 +1,4 @@
-"""What all tasks share: the engine that they ask for, what a step logs, and sums over the workers.
+"""Base of all tasks: the engine that they need, the quantities that a step logs, and sums over the workers.
 
 A task is a function of an engine and the micro-batches of one step. It runs forward and backward so that the gradient
 is that of the mean over the GLOBAL batch, however it is divided over workers and micro-batches, and returns what to
@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step minimised: names as they are logged -> sum over this worker's subjects (or anchors),
+    """Terms that a step minimised: names as they are logged -> sum over this worker's subjects (or anchors),
     and their count.
     """
 

@@ -1,4 +1,4 @@
-"""What a model sees of a batch: visible and hidden lines and patches as tokens, made in fp32 outside the engine."""
+"""Inputs of a model from a batch: visible and hidden lines and patches as tokens, made in fp32 outside the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Inputs:
     Attributes:
         lines, line_targets: visible lines and those to predict; the visible ones never depend on any other.
         patches, patch_targets: visible and hidden image patches; None where only lines are asked for.
-        all_lines, all_patches: everything acquired, for alignment; None in stage b.
+        all_lines, all_patches: everything acquired, for alignment; None in masked pretraining.
         zerofilled, all_zerofilled: patches of what `lines` and `all_lines` show, where the k-space encoder reads them.
         cells, patch_cells: frame slots that hold data, in the frames of either domain.
         absent, absent_patches: those that do not.
@@ -108,7 +108,7 @@ class Preparer:
         )
 
     def draws(self, batch: Batch) -> Float[Tensor, "batch pass block 2"] | None:
-        """Uniform numbers of (seed, visit, subject), so that neither workers nor recomputation change them."""
+        """Uniform numbers of (seed, epoch, subject), so that neither workers nor recomputation change them."""
         model = self.config.model
         if batch.visit is None or not model.drop_path:
             return None
@@ -116,7 +116,7 @@ class Preparer:
         return random.uniform(self.config.seed, batch.visit, batch.key, random.DEPTH, shape)
 
     def on_grid(self, absent: Bool[Tensor, "batch slice t"], slots: tuple[int, ...], every: int = 1) -> Tensor:
-        """Which (slice, t) of the configuration's grid of frame vectors hold no data, bool ``batch slice t``."""
+        """True where a (slice, t) of the configuration's grid of frame vectors has no data, bool ``batch slice t``."""
         whole = absent.new_ones(len(absent), self.config.data.slices, self.config.data.frames // every)
         whole[:, torch.tensor(slots, device=absent.device), : absent.shape[2]] = absent
         return whole

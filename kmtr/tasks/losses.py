@@ -47,7 +47,7 @@ def masked_reconstruction(
 
 
 class Contrast(NamedTuple):
-    """What InfoNCE says of each anchor.
+    """InfoNCE of each anchor.
 
     Attributes:
         loss: in nats.

@@ -11,7 +11,7 @@ from kmtr.tasks.inputs import Preparer
 
 
 def step(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
-    """Stage b: loss on hidden lines plus `image_weight` times that on hidden patches."""
+    """Masked pretraining: loss on hidden lines plus `image_weight` times that on hidden patches."""
     total = Sums()
     for batch in micro:
         out = engine(prepare(batch, "masked"), "masked")

@@ -1,4 +1,4 @@
-"""What masked pretraining and alignment train: both encoders, their decoders and projections, with the losses."""
+"""Module of masked pretraining and alignment: both encoders, their decoders and projections, with the losses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Pretraining(nn.Module):
                     module.compiled()
 
     def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        """Per-subject losses ``kspace`` and ``image`` ``batch``; in stage c also ``z`` ``batch slice 4 channel``, and
+        """Per-subject losses ``kspace`` and ``image`` ``batch``; in alignment also ``z`` ``batch slice 4 channel``, and
         the ``temperature`` where it is learnt.
 
         z stacks (k-space static, k-space dynamic, image static, image dynamic), not yet normalised. Two stages of no
@@ -90,7 +90,7 @@ class Pretraining(nn.Module):
         return [head(x.to(encoded.vectors.dtype)) for head, x in pairs]
 
     def _encode(self, inputs: Inputs, kind: str, whole: bool = False) -> Encoded:
-        """What the encoder of its domain makes of one of `PASSES`; `whole`: at full depth."""
+        """One of `PASSES` through the encoder of its domain; `whole`: at full depth."""
         lines = kind.endswith("lines")
         encoder = self.kspace_encoder if lines else self.image_encoder
         cells = (inputs.cells, inputs.absent) if lines else (inputs.patch_cells, inputs.absent_patches)

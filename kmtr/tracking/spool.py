@@ -197,7 +197,7 @@ def replay(folder: str | Path, uri: str, timeout_s: float = 30.0) -> int:
 
 
 def history(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """What a spool recorded, shipped or not: metric -> (step, value) in order; empty where there is no spool."""
+    """Records of a spool, sent or not: metric -> (step, value) in order; empty where there is no spool."""
     path = Path(folder) / SPOOL
     curves: dict[str, list[tuple[int, float]]] = {}
     for _, record in _records(path, 0) if path.exists() else ():

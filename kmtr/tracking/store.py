@@ -1,4 +1,4 @@
-"""Where the MLflow store is and how it is reached: absolute addresses, short timeouts, no password in any message."""
+"""Address of the MLflow store, and access to it: absolute addresses, short timeouts, no password in any message."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def local_path(root: str) -> Path | None:
 
 
 def artifact_location(config: RunConfig, uri: str) -> str | None:
-    """Where a new experiment keeps its files: ``storage.root/artifacts``; None: a server decides.
+    """Place of the files of a new experiment: ``storage.root/artifacts``; None: a server decides.
 
     MLflow's own default for a database store is ``mlruns`` in the directory of whoever creates the experiment.
     """
@@ -165,7 +165,7 @@ def _version(file: Path) -> tuple[str | None, bool]:
 
 
 def _current(file: Path) -> bool:
-    """Whether a SQLite store is complete and of the installed MLflow."""
+    """True if a SQLite store is complete and of the installed MLflow."""
     from mlflow.store.db.utils import _get_latest_schema_revision  # as `mlflow db upgrade` does; no public name
 
     version, filled = _version(file)

@@ -1,4 +1,4 @@
-"""What a dataset's values must be, beyond being the bytes that were written: one shard at a time, then all together.
+"""Checks of a dataset's values, beyond being the bytes that were written: one shard at a time, then all together.
 
 `inspect` reads a shard, a row group at a time, and returns small arrays; `judge` looks at all of them. Findings are
 ``wrong`` (no training should see this) or ``doubtful`` (somebody should look). Subjects are named by their pseudonyms.
@@ -34,13 +34,13 @@ VOLUME_RATIO = 2.0
 """Between the LV's end-diastolic volume of the masks and the label, either way."""
 
 SPACING_MM = (0.3, 60.0)
-"""Of pixels."""
+"""Plausible spacing of pixels."""
 
 DISTANCE_MM = (0.3, 120.0)
 """Between slices: few ones, taken evenly, share the length of the heart."""
 
 LIKE_OTHERS = 0.2
-"""Of the field of view: the heart's masks farther from the middle of the cohort's are doubtful."""
+"""Fraction of the field of view: the heart's masks farther from the middle of the cohort's are doubtful."""
 
 ENOUGH = 20
 """Subjects with masks, to say where masks usually are."""
@@ -67,7 +67,7 @@ EXAMPLES = 5
 
 @dataclass
 class Findings:
-    """What was found; kinds that many subjects share are told once, with their number.
+    """Findings; kinds that many subjects share are told once, with their number.
 
     Attributes:
         wrong, doubtful: kind -> (where and what) of each case.
@@ -90,7 +90,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Contents:
-    """Of one shard, rows in file order.
+    """Content of one shard, rows in file order.
 
     Attributes:
         ids: pseudonyms.
@@ -377,7 +377,7 @@ def _place(table: pa.Table, row: int) -> tuple[float, float]:
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
-    """Of complex64 ``coil t y x``: float32 within a frame, float64 over all."""
+    """Sum of squares of complex64 ``coil t y x``: float32 within a frame, float64 over all."""
     frames = values.reshape(-1, values.shape[-2] * values.shape[-1])
     return math.fsum(float(np.vdot(frame, frame).real) for frame in frames)
 

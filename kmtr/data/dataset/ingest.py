@@ -92,7 +92,7 @@ def table_of(config: RunConfig, items: list[sources.Item]) -> list[dict[str, flo
 
 
 def made_by(config: RunConfig, format: str, ids: list[str], labels: list[dict[str, float]]) -> str:
-    """What decides the content, without the names of patients or their files."""
+    """Text of all that decides the content, without the names of patients or their files."""
     subjects = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
     i = config.ingest
     classes = f"classes={i.classes} " if i.classes else ""

@@ -28,7 +28,7 @@ class BadPage(ValueError):
 
 @dataclass(frozen=True)
 class Header:
-    """What a data page's header says.
+    """Header of a data page.
 
     Attributes:
         size: bytes of the header itself.
@@ -77,7 +77,7 @@ def parse_header(head: bytes) -> Header:
 
 
 def check(head: bytes, payload: memoryview, verify: bool) -> None:
-    """Whether a chunk's `head` (all before the payload) and `payload` are one whole page.
+    """Check that a chunk's `head` (all before the payload) and `payload` are one whole page.
 
     Raises:
         BadPage: sizes disagree, or with `verify` the checksum.
@@ -113,7 +113,7 @@ def locate(file: pq.ParquetFile, columns: list[str]) -> dict[str, np.ndarray]:
 
 
 def places_of(index: pa.Table, column: str) -> np.ndarray:
-    """What `locate` found, out of a shard's index: int64 ``row 2``."""
+    """Places that `locate` found, out of a shard's index: int64 ``row 2``."""
     return index.column(f"place_{column}").combine_chunks().flatten().to_numpy().reshape(-1, 2)
 
 

@@ -65,7 +65,7 @@ def current(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def check_version(metadata: dict[bytes, bytes] | None) -> str:
-    """What is wrong with the schema version that a file's metadata tells; empty: nothing."""
+    """Error in the schema version that a file's metadata tells; empty: none."""
     version = (metadata or {}).get(b"kmtr.schema_version", b"none").decode()
     return "" if version in map(str, range(1, SCHEMA_VERSION + 1)) else f"schema version {version}"
 
@@ -194,7 +194,7 @@ def raw_kspace(table: pa.Table, row: int, view: str) -> tuple[np.ndarray, float]
 
 
 def stored_dtype(schema: pa.Schema) -> np.dtype:
-    """Of k-space in a table or shard."""
+    """Type of k-space in a table or shard."""
     return np.dtype(schema.metadata[b"kmtr.dtype"].decode())
 
 

@@ -31,7 +31,7 @@ def simulated(item: int, config: RunConfig) -> Study:
 
 
 def made_by(config: RunConfig) -> str:
-    """What decides a simulated cohort's content: the same text, the same data."""
+    """Text of all that decides a simulated cohort's content: the same text, the same data."""
     d, s = config.data, config.simulate
     return (
         f"simulate {phantom.SOURCE} views={','.join(d.views)} sax_slices={d.sax_slices} frames={d.frames} "

@@ -236,7 +236,7 @@ def waste(
     cells: Cells = product,
     held: Sequence[float] | None = None,
 ) -> Waste:
-    """What an epoch pads: full batches at their own shape, what fills none at that of the bucket above.
+    """Padding of an epoch: full batches at their own shape, what fills none at that of the bucket above.
 
     Args:
         held: mean cells that hold data, per subject of each class; None: those of its shape.

@@ -15,7 +15,7 @@ BINS = 10
 
 @dataclass(frozen=True)
 class Mixing:
-    """Of one epoch. A full shuffle has 1.0 everywhere, but for chance.
+    """How well one epoch is mixed. A full shuffle has 1.0 everywhere, but for chance.
 
     Attributes:
         distance: mean steps between rows that are neighbours in the file, over those in a full shuffle.

@@ -20,14 +20,14 @@ from kmtr.physics.lines import compress, gauge, readout, static_part
 
 MAX_SUBJECTS = 256
 MIN_VARIANCE = 1e-6
-"""Of a component against the largest: below it lies rounding, which is not blown up."""
+"""Least variance of a component, over the largest: below it lies rounding, which is not amplified."""
 MIN_SUBJECTS_FOR_MEAN = 16
 """A mean over fewer hearts is those hearts: subtracting it would hide them from the model."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of canonical lines (see physics.lines), as tokens hold them, and of images scaled to unit RMS per subject.
+    """Dataset statistics of canonical lines (see physics.lines), as tokens hold them, and of images of unit RMS.
 
     Attributes (the readout is all of kx, or x of the band that tokens hold):
         static_mean: population mean of the static part.

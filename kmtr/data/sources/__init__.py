@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Options:
-    """How sources are read, beside what the files say.
+    """Options of reading, beside what the files say.
 
     Attributes:
         matrix: (ny, nx) that the image is cropped or zero-padded to about its centre, never rescaled. None: as stored.

@@ -1,4 +1,4 @@
-"""What contours must look like to mean what they are said to mean; told by their shape, and against the images.
+"""Meaning of contours: checked and told by their shape, and against the images.
 
 In a short axis the myocardium surrounds the LV cavity and nothing else: of the cavity's outline 98 to 100 % leads to
 myocardium in all contours of ACDC and Sunnybrook that were measured, of the right ventricle's 21 to 40 %, and of the
@@ -24,7 +24,7 @@ SURROUNDED = 0.5
 """Least share of a cavity's outline that leads to the myocardium around it."""
 
 CLEARLY = 0.25
-"""By so much more of its outline is the cavity surrounded than what a layout calls the cavity, or the layout counts."""
+"""Least excess of surrounded outline over that of the layout's cavity, as a share; below it the layout counts."""
 
 WITHIN, TOUCHES = 0.55, 0.15
 """Larger shares of the right ventricle's outline never lead to the LV's wall (a thin crescent: half), to its cavity."""
@@ -81,7 +81,7 @@ def surrounded(drawn: np.ndarray, inner: int, outer: int) -> float:
 
 
 def meaning(codes: np.ndarray, layout: Mapping[int, int], where: str) -> tuple[dict[int, int], str]:
-    """What the values of contours mean, by a layout unless their shape says otherwise; and a note if there is a doubt.
+    """Meaning of the values of contours, by a layout unless their shape says otherwise; and a note on any doubt.
 
     Args:
         codes: values as stored, ``slice t y x``.
@@ -185,7 +185,7 @@ def check_turned(magnitude: np.ndarray, classes: np.ndarray, where: str) -> None
 
 
 def contrast(images: np.ndarray, cavity: np.ndarray) -> float:
-    """By how much a cavity is brighter than a ring of `RING_PIXELS` around it, in standard deviations of both.
+    """Contrast of a cavity: brightness above a ring of `RING_PIXELS` around it, in standard deviations of both.
 
     Args:
         images: ``... y x``; cavity: bool, the same.

@@ -1,4 +1,4 @@
-"""What readers of magnitude cine share (nifti, dicom): orientation, contours, volumes, and the way to k-space.
+"""Parts that readers of magnitude cine share (nifti, dicom): orientation, contours, volumes, and the way to k-space.
 
 Orientation. An affine whose axes are oblique to the patient, as any real cardiac view is, is believed: the in-plane
 axes are exchanged and each axis flipped, whichever brings it nearest to these directions (`WANTED`), in which the
@@ -107,7 +107,7 @@ def oriented(
 
 
 def orientation(affine: np.ndarray, view: str = "sax") -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """Which stored dimensions (0, 1, 2) are z, y, x, and which of z, y, x are to be flipped; see the module.
+    """Stored dimensions (0, 1, 2) that are z, y, x, and those of z, y, x that are to be flipped; see the module.
 
     Args:
         affine: 4x4, voxel index -> mm in right-anterior-superior coordinates; the third column steps through slices.

@@ -100,7 +100,7 @@ def find(source: Path) -> list[Item]:
 
 
 def why_unused(path: Path) -> str:
-    """Why a MATLAB file that is no subject's is not read; empty: it is the pattern beside some k-space."""
+    """Reason why a MATLAB file that is no subject's is not read; empty: it is the pattern beside some k-space."""
     name = path.name.lower()
     if "mask" in name:
         read = (other for other in path.parent.glob("*.mat") if _FILE.fullmatch(other.name))

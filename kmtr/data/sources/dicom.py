@@ -57,12 +57,12 @@ GREY = ("MONOCHROME2", "MONOCHROME1")
 """Photometric interpretations of magnitudes; a palette has colours."""
 
 MOST_FRAMES = 10_000
-"""Of one subject."""
+"""Frames of one subject at most."""
 
 HEART_RATE_BPM = (20.0, 250.0)
 
 VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
-"""As they are kept; anything else in that field of a header could say who was scanned where."""
+"""Vendors as they are kept; anything else in that field of a header could say who was scanned where."""
 
 _ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -72,7 +72,7 @@ _DAMAGE = (
     AttributeError, EOFError, LookupError, OSError, OverflowError, RuntimeError, TypeError, ValueError,
     struct.error, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What pydicom and zipfile raise on bytes that they didn't expect."""
+"""Errors that pydicom and zipfile raise on bytes that they didn't expect."""
 
 
 # ----------------------------------------------------------------------------------------------------- which files
@@ -162,14 +162,14 @@ def _is_image(path: Path) -> bool:
 
 
 def _may_be_image(name: str) -> bool:
-    """By its ending, if any; names made of UIDs end in digits."""
+    """True if a file may be an image by its ending, if any; names made of UIDs end in digits."""
     ending = Path(name).suffix.lower()
     known = ending in ("", ".dcm", ".ima") or ending[1:].isdigit()
     return known and not name.startswith(".") and name != "DICOMDIR"
 
 
 def _starts_image(name: str, content: bytes) -> bool:
-    """Whether a file begins as DICOM does, with or without its meta header, or its name says that it should."""
+    """True if a file begins as DICOM does, with or without its meta header, or its name says that it should."""
     bare = content[:2] == b"\x08\0" and content[3:4] == b"\0"  # group 0008, as files without one begin
     return bare or content[128:132] == b"DICM" or name.lower().endswith((".dcm", ".ima"))
 

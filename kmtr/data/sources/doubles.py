@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kmtr.data.sources import Item
 
 Content = tuple[Literal["images", "contours"], str]
-"""What it is, and its digest."""
+"""Kind of content, and its digest."""
 
 PIECE_BYTES = 1 << 16
 VALUES = 16

@@ -34,7 +34,7 @@ MOST_READ = 1500
 PARTS = 8
 """Parts of them whose median counts (`centre.profile`): a spike spoils one."""
 UNTOLD = 0
-"""What `center_sample` is where a converter left it out."""
+"""Value of `center_sample` where a converter left it out."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where acquisitions lie in the matrix.
+    """Place of acquisitions in the matrix.
 
     Attributes:
         matrix: (ny, nx) that was encoded.
@@ -84,7 +84,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Energy:
-    """How the power of acquisitions lies, as `centre.profile` gives it.
+    """Power of acquisitions along an axis, as `centre.profile` gives it.
 
     Attributes:
         lines: by line, from the lowest number on.

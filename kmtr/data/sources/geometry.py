@@ -1,4 +1,4 @@
-"""Which dimension of a NIfTI image is what, and how far apart its voxels are, where the header's fields may disagree.
+"""Dimensions and spacing of a NIfTI image, where the header's fields may disagree.
 
 Dimensions. A file should hold (x, y, slice, t), but closest-canonical short axes have their slices in another
 dimension, and some software writes slices first or frames before slices. The slices lie along the dimension whose
@@ -55,7 +55,7 @@ VECTORS = (1003, 1004, 1005, 1006, 1007, 1009)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the dimensions of an image are to be turned, and where they then lie.
+    """Order of the dimensions of an image, and its place in space.
 
     Attributes:
         order: stored dimension of x, y, slice, t, of the array without dropped dimensions.
@@ -111,7 +111,7 @@ def placed(image: Any, axes: str, where: str) -> Geometry:
 
 
 def could_be(sizes: Sequence[float], counts: Sequence[int]) -> bool:
-    """Whether these are sizes of voxels of a cine, in mm: x, y, slice; a cropped image counts as well."""
+    """True if these are sizes of voxels of a cine, in mm: x, y, slice; a cropped image counts as well."""
     if not np.isfinite(sizes).all() or min(sizes) <= 0:
         return False
     in_plane = all(PIXEL_MM[0] <= size <= PIXEL_MM[1] for size in sizes[:2])
@@ -120,7 +120,7 @@ def could_be(sizes: Sequence[float], counts: Sequence[int]) -> bool:
 
 
 def unit_of_time(header: Any) -> str:
-    """What pixdim of the frames is called to be in: sec, msec, usec, or unknown."""
+    """Unit of the frames' pixdim, by the header: sec, msec, usec, or unknown."""
     return _unit(header, 1)
 
 
@@ -177,7 +177,7 @@ def _told(counts: Sequence[int], zooms: Sequence[float] | None, where: str) -> t
 
 
 def _apart(values: Sequence[float], factor: float) -> int | None:
-    """Which value is the greatest by a factor; None: none is."""
+    """Index of the value that is the greatest by a factor; None: none is."""
     first, second = np.argsort(values)[::-1][:2]
     return int(first) if values[first] >= factor * values[second] else None
 
@@ -193,7 +193,7 @@ def _sizes(header: Any, dimensions: int) -> tuple[float, ...]:
 
 
 def _tells(zooms: Sequence[float], shape: Sequence[int]) -> bool:
-    """Whether pixdim says more than an identity affine: sizes that are not all one."""
+    """True if pixdim says more than an identity affine: sizes that are not all one."""
     return any(zoom != 1.0 for zoom in zooms[:3]) and could_be(zooms[:3], shape)
 
 
@@ -236,7 +236,7 @@ def _in_millimetres(sizes: Sequence[float], unit: str, counts: Sequence[int]) ->
 
 
 def _is_whole(sizes: Sequence[float], counts: Sequence[int]) -> bool:
-    """Whether an image's longer side is that of one that nobody cropped."""
+    """True if an image's longer side is that of one that nobody cropped."""
     longer = max(size * count for size, count in zip(sizes[:2], counts[:2], strict=True))
     return FIELD_MM[0] <= longer <= FIELD_MM[1]
 

@@ -41,7 +41,7 @@ def opened(path: Path, where: str) -> Iterator[Any]:
 
 
 def members(group: Any, kind: str) -> dict[str, Any]:
-    """What lies in a group itself: name -> data set or group (`kind` is "Dataset" or "Group").
+    """Members of a group itself: name -> data set or group (`kind` is "Dataset" or "Group").
 
     Left out are links, and names that no line of text should show.
     """

@@ -103,7 +103,7 @@ _XML_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class _Header:
-    """What is read of a file's XML header.
+    """The part of a file's XML header that is read.
 
     Attributes:
         view: one of VIEWS; None: the names do not tell.
@@ -163,7 +163,7 @@ def find(source: Path) -> list[Item]:
 
 
 def why_unused(path: Path) -> str:
-    """Why a file that no item has is not read (`find`)."""
+    """Reason why a file that no item has is not read (`find`)."""
     return "HDF5 without ISMRMRD acquisitions (images, or k-space of another layout)"
 
 
@@ -290,7 +290,7 @@ def _heads(rows: Any, where: str, options: Options) -> np.ndarray:
 
 
 def _fits(have: np.dtype, wanted: np.dtype) -> bool:
-    """Whether a record has the wanted fields of the wanted kinds, at whatever offsets."""
+    """True if a record has the wanted fields of the wanted kinds, at whatever offsets."""
     if wanted.names:
         return set(wanted.names) <= set(have.names or ()) and all(_fits(have[n], wanted[n]) for n in wanted.names)
     return have.base.kind == wanted.base.kind and have.shape == wanted.shape

@@ -1,4 +1,4 @@
-"""Which NIfTI files belong to which subject: by their names, and single slices by where they lie.
+"""Subjects of NIfTI files: by their names, and single slices by where they lie.
 
 See `kmtr.data.sources.nifti` for the layouts.
 """
@@ -99,7 +99,7 @@ def find(source: Path) -> list[Item]:
 
 
 def why_unused(path: Path) -> str:
-    """Why a file below the source that no item has is not read."""
+    """Reason why a file below the source that no item has is not read."""
     if path.name.startswith("."):
         return "hidden files"
     if why := _why_no_cine(path):
@@ -114,12 +114,12 @@ def stem(path: Path) -> str:
 
 
 def is_contours(path: Path) -> bool:
-    """Whether a file is called as contours are."""
+    """True if a file has a name of contours."""
     return _CONTOURS.fullmatch(path.name) is not None
 
 
 def codes_of(image: Path) -> dict[int, int]:
-    """What the values of the contours beside a cine mean, by its name; `anatomy.meaning` asks their shape."""
+    """Meaning of the values of the contours beside a cine, by its name; `anatomy.meaning` looks at their shape."""
     return VENTRICLE_CODES if stem(image).endswith("_sa") else CHALLENGE_CODES
 
 
@@ -216,7 +216,7 @@ def _folder_items(folder: Path, paths: list[Path], source: Path) -> list[Item]:
 
 
 def _why_no_cine(path: Path) -> str:
-    """Why a file is no short-axis cine, by its name and what lies beside it; empty: it may be one."""
+    """Reason why a file is no short-axis cine, by its name and what lies beside it; empty: it may be one."""
     if not NIFTI.fullmatch(path.name):
         return "files of another ending than .nii and .nii.gz"
     if is_contours(path):
@@ -229,7 +229,7 @@ def _why_no_cine(path: Path) -> str:
 
 
 def _is_part(sidecar: Path) -> bool:
-    """Whether dcm2niix's description of an image says that it is no magnitude."""
+    """True if dcm2niix's description of an image says that it is no magnitude."""
     if not sidecar.is_file():
         return False
     with sidecar.open("rb") as file, suppress(ValueError, RecursionError):
@@ -246,7 +246,7 @@ def _is_part(sidecar: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Cine:
-    """What a header says of where a cine lies.
+    """Place of a cine, as its header tells.
 
     Attributes:
         shape: x, y, slice, t; None: the file can't be read.
@@ -300,7 +300,7 @@ def _depth(cine: _Cine) -> float:
 
 
 def _of_one_scan(one: _Cine, other: _Cine) -> bool:
-    """Whether two files show one heart: they lie on one line across their planes, as no two people do by chance.
+    """True if two files show one heart: they lie on one line across their planes, as no two people do by chance.
 
     An affine along the patient's axes is one that anybody may have: then the names must agree. They do where they
     differ in their numbers, or after words with a number in it (``P01_SAX_5``, ``P01_SAX_9``). Files that lie in the

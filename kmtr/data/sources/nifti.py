@@ -76,7 +76,7 @@ ELSEWHERE_VOXELS = 0.75
 
 
 ROUNDING = 1e-3
-"""By less than this the values of contours may miss a whole number, as a slope in the header leaves them."""
+"""Distance by which values of contours may miss a whole number, as a slope in the header leaves them."""
 
 MOST_COMPARED = 1 << 25
 """Voxels of an image beyond which nobody looks whether another subject has it too."""

@@ -19,14 +19,14 @@ from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, check_inside
 from kmtr.types import InputError
 
 MOST_BYTES = 1 << 20
-"""Of one polygon's file; Sunnybrook's have a few kB."""
+"""Size of one polygon's file at most; Sunnybrook's have a few kB."""
 
 _FILE = re.compile(r"IM-\d+-(?P<number>\d+)-(?P<kind>[io])contour-manual\.txt", re.IGNORECASE)
 _CLASS = {"o": LV_MYOCARDIUM, "i": LV_CAVITY}
 
 
 def is_contour(path: Path) -> bool:
-    """Whether a file is called as a contour is."""
+    """True if a file has a name of a contour."""
     return _FILE.fullmatch(path.name) is not None
 
 

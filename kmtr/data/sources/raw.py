@@ -1,4 +1,4 @@
-"""What the readers of raw k-space share."""
+"""Parts that the readers of raw k-space share."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from kmtr.data.sources.cine import WANTED
 from kmtr.types import InputError
 
 MIN_FRAMES = 8
-"""Of a cine; mapping sequences and scouts have fewer images of one slice."""
+"""Least frames of a cine; mapping sequences and scouts have fewer images of one slice."""
 
 PARALLEL = 0.999
 """Cosine between the axes of images of one stack."""
 
 MOST_STACKS = 200
-"""Of one subject: looking for the stack of a frame takes time in proportion."""
+"""Stacks of one subject at most: looking for the stack of a frame takes time in proportion."""
 
 SAME_PLANE_MM = 0.5
 
@@ -31,7 +31,7 @@ ACROSS = 0.75
 """Least cosine between a short axis' normal and the usual axis of the heart; an axial stack has 0.58."""
 
 ALONG = 0.2
-"""Of a long axis' normal at most, whatever it is called, where the heart lies as usual."""
+"""Largest cosine between a long axis' normal and the heart's usual axis, whatever the series is called."""
 
 IRREGULAR = 0.1
 """Largest difference among the distances between slices, as a share of the median."""
@@ -213,7 +213,7 @@ def _one(groups: Sequence[Any], *keywords: str, default: float = np.nan) -> floa
 
 
 def _groups(dataset: Any, number: int) -> list[Any]:
-    """Where to look for a frame's attribute: its own functional groups, those that all frames share, the file's."""
+    """Groups that may hold a frame's attribute: its own functional groups, those that all frames share, the file's."""
     found = []
     for name, n in (("PerFrameFunctionalGroupsSequence", number), ("SharedFunctionalGroupsSequence", 0)):
         items = dataset.get(name) or ()
@@ -275,7 +275,7 @@ def views(found: Sequence[Frame], where: str) -> tuple[dict[str, Stack], Counter
 
 
 def view_of(frame: Frame) -> tuple[str | None, str]:
-    """What a stack shows, by its orientation and then its description; None: nothing that is wanted, and why.
+    """View of a stack, by its orientation and then its description; None: none that is wanted, and why.
 
     Short axes lie across the heart's axis: a name that says otherwise (``sax from 4ch``) doesn't count, and one that
     says nothing else makes it doubtful.
@@ -297,7 +297,7 @@ def view_of(frame: Frame) -> tuple[str | None, str]:
 
 
 def _no_cine(stack: Stack) -> str:
-    """Why the images of a stack's slices are no frames of one heartbeat; empty: they may be."""
+    """Reason why the images of a stack's slices are no frames of one heartbeat; empty: they may be."""
     for plane in stack.slices:
         contrasts = np.array([frame.contrast for frame in plane])
         for values in contrasts.T:
@@ -340,7 +340,7 @@ def _joined(stacks: Sequence[Stack], where: str) -> tuple[Stack, list[Stack]]:
 
 
 def _continues(whole: Stack, other: Stack) -> bool:
-    """Whether the slices of another stack lie beside those of the first, at the same distance all along."""
+    """True if the slices of another stack lie beside those of the first, at the same distance all along."""
     a, b = whole.first, other.first
     if (a.axes * b.axes).sum(1).min() <= PARALLEL:
         return False
@@ -349,7 +349,7 @@ def _continues(whole: Stack, other: Stack) -> bool:
 
 
 def _centre(frame: Frame) -> np.ndarray:
-    """Of the image, mm."""
+    """Centre of the image, mm."""
     extent = (np.array(frame.shape) - 1) * frame.spacing_mm / 2
     return frame.position + extent[1] * frame.axes[0] + extent[0] * frame.axes[1]
 
