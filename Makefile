@@ -37,11 +37,12 @@ demo: setup
 
 ##  test         setup; then all tests
 test: setup
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray"
+	@$(PY) -m pytest -m ray
 
 ##  test-fast    setup; then the tests without Ray, under a minute
 test-fast: setup
-	@$(PY) -m pytest -m "not ray and not slow"
+	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 
 ##  lint         setup; then style, types and import layers
 lint: setup

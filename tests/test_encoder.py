@@ -211,3 +211,14 @@ def test_a_setting_that_was_not_there_yet_has_its_default(copy: Path, study: Stu
     before = load_encoder(copy)(study)
     rewrite(copy, settings={key: value for key, value in settings.items() if key != "model.drop_path"})
     np.testing.assert_array_equal(load_encoder(copy)(study), before)
+
+
+STORED = Path(__file__).parent / "stored"
+"""An encoder that was exported once, of a simulated cohort, and what it made of one subject: never written anew without
+a new format number."""
+
+
+def test_an_encoder_of_an_earlier_day_still_says_the_same(small: RunConfig) -> None:
+    encoder = load_encoder(STORED / "encoder")
+    expected = json.loads((STORED / "embedding.json").read_text())
+    np.testing.assert_allclose(encoder(simulated(40, small), acceleration=4), expected, rtol=1e-3, atol=1e-3)

@@ -23,6 +23,9 @@ from kmtr.train.loop import MASKED_ENCODER, train_worker
 from kmtr.train.progress import Display
 from kmtr.types import InputError, KmtrError
 
+SPOOL = "spool"
+"""Folder in the run's: records on their way to MLflow."""
+
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +70,7 @@ def fit(
     callbacks: list[Any] | None = None,
     tags: dict[str, str] | None = None,
 ) -> Outcome:
-    """Pretrain: stage b, then stage c, in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
+    """Pretrain in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
 
     Args:
         parent_id: MLflow run that this one is a child of (a search).
@@ -96,40 +99,21 @@ def fit(
         tags=tags,
     )
     tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
-    spool = folder / "spool"
-    progress = f"progress-{name}-{os.getpid()}-{time.time_ns()}"
-    job = {
+    job: dict[str, Any] = {
         "config": to_json(config),
         "folder": str(folder),
         "tables": {key: table.numpy() for key, table in tables.items()},
-        "tracking": {"uri": uri, "run_id": run_id, "spool": str(spool)},
-        "progress": progress,
+        "tracking": {"uri": uri, "run_id": run_id, "spool": str(folder / SPOOL)},
+        "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
     trainer = trainer_of(config, job, folder, callbacks or [])
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        with Display(progress, config.total_steps, quiet) as display:
+        with Display(job["progress"], config.total_steps, quiet) as display:
             result = trainer.fit()
-        returned = result.return_value
-        if not isinstance(returned, dict):
-            raise KmtrError(f"run {name}: the workers ended without a result")
-        if "error" in returned:
-            raise KmtrError(f"run {name}: {display.first_failure() or returned['error']}")
-        if result.checkpoint is None:
-            raise KmtrError(f"run {name}: it ended without a checkpoint")
-        encoder = folder / "encoder"
-        if returned["stopped"]:
-            _copy_tree(folder / MASKED_ENCODER, encoder)
-        else:
-            with result.checkpoint.as_directory() as last:
-                checkpoint.export_encoder_from(Path(last), encoder, config, tables)
-        spooled = tracking.Spool(spool, uri, run_id)
-        for file in sorted(encoder.iterdir()):
-            spooled.artifact(file, "encoder")
-        spooled.artifact(folder / "config.json")
-        unsent = spooled.close(60.0)
-        if unsent:
-            log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, spool)
+        returned = _returned(name, result, display)
+        encoder = _export(config, folder, returned, result.checkpoint, tables)
+        _send_files(config, folder, run_id, encoder)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         if returned["stopped"]:
             metrics["align_stopped"] = metrics["step"]
@@ -143,10 +127,56 @@ def fit(
         status = "KILLED"
         raise KmtrError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
     finally:
-        try:
-            tracking.end_run(uri, run_id, status)
-        except KmtrError as error:
-            log.warning("tracking: %s", error)
+        _end(uri, run_id, status, folder)
+
+
+def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
+    """What the workers returned (`loop.Worker.run`).
+
+    Raises:
+        KmtrError: they failed together, which Ray takes for an end.
+    """
+    returned = result.return_value
+    if not isinstance(returned, dict):
+        raise KmtrError(f"run {name}: the workers ended without a result")
+    if "error" in returned:
+        raise KmtrError(f"run {name}: {display.first_failure() or returned['error']}")
+    if result.checkpoint is None:
+        raise KmtrError(f"run {name}: it ended without a checkpoint")
+    return returned
+
+
+def _export(
+    config: RunConfig, folder: Path, returned: dict[str, Any], last: Any, tables: dict[str, torch.Tensor]
+) -> Path:
+    """The encoder that the run leaves: of its last checkpoint, or where the guard stopped, of masked pretraining."""
+    encoder = folder / "encoder"
+    if returned["stopped"]:
+        _copy_tree(folder / MASKED_ENCODER, encoder)
+    else:
+        with last.as_directory() as place:
+            checkpoint.export_encoder_from(Path(place), encoder, config, tables)
+    return encoder
+
+
+def _send_files(config: RunConfig, folder: Path, run_id: str, encoder: Path) -> None:
+    """Encoder and configuration to the run's artifacts, with all that is still to be sent."""
+    spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
+    for file in sorted(encoder.iterdir()):
+        spool.artifact(file, "encoder")
+    spool.artifact(folder / "config.json")
+    if unsent := spool.close(60.0):
+        log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, folder / SPOOL)
+
+
+def _end(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], folder: Path) -> None:
+    """End the MLflow run; one that failed sends first what its workers could not send any more."""
+    try:
+        if status != "FINISHED":
+            tracking.replay(folder / SPOOL, uri)
+        tracking.end_run(uri, run_id, status)
+    except KmtrError as error:
+        log.warning("tracking: %s", error)
 
 
 def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Any:

@@ -138,6 +138,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(cluster: None, config
     assert status == "FAILED"
 
 
+def test_too_many_skipped_steps_stop_the_run(cluster: None, config: RunConfig) -> None:
+    """The weights explode in the first step; from then on every gradient is left out, counted and logged."""
+    changes = {
+        "masked.learning_rate": 1e30,
+        "masked.warmup_steps": 0,
+        "masked.steps": 9,
+        "train.on_nonfinite": "skip",
+        "train.max_skipped": 2,
+        "train.deterministic": True,
+        "train.eval_every": 9,
+        "train.checkpoint_every": 9,
+    }
+    message, status = failed(override(config, changes))
+    assert "step 4: 3 steps had a gradient that is not finite, expected at most train.max_skipped=2" in message
+    assert status == "FAILED"
+    run_id = tracking.find_run(tracking.tracking_uri(config), config.tracking.experiment, run_name(changes, config))
+    assert run_id is not None
+    assert curve(config, run_id, "run/skipped_steps") == {2: [1.0], 3: [2.0], 4: [3.0]}
+
+
+def run_name(changes: dict[str, object], config: RunConfig) -> str:
+    resolved, dataset = driver.resolve(override(config, changes))
+    return driver.run_folder(resolved, dataset)[0]
+
+
 def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConfig, tmp_path: Path) -> None:
     root = tmp_path / "damaged"
     source = Path(config.data.root)

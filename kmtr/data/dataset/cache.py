@@ -124,8 +124,9 @@ class Cache:
             os.ftruncate(number, 0)
             for part in folder.glob("*.part"):
                 _remove_if_left(part)
-            files = sorted((s.st_mtime_ns, s.st_size, path) for path, s in _stats(folder, "*.file"))
+            # Parts first: one that becomes a file meanwhile counts twice, not never.
             excess = size - self._bound + sum(s.st_size for _, s in _stats(folder, "*.part"))
+            files = sorted((s.st_mtime_ns, s.st_size, path) for path, s in _stats(folder, "*.file"))
             excess += sum(nbytes for _, nbytes, _ in files)
             evicted = []
             for _, nbytes, path in files:
