@@ -42,6 +42,7 @@ class Classes:
 
 
 def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> Classes:
+    """The shapes that the subjects of a split need; those of other splits do not make its batches larger."""
     found: dict[Shape, int] = {}
     counts: list[int] = []
     totals: list[int] = []
@@ -53,7 +54,7 @@ def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> 
                 for count, number in shard.shapes:
                     rows[number] += count
         for number, subject in enumerate(manifest.subject_shapes):
-            if not rows[number]:  # only in other splits: it must not make training's batches larger
+            if not rows[number]:
                 continue
             at = of[d, number] = found.setdefault(shape_of(config, subject), len(found))
             if at == len(counts):
