@@ -20,8 +20,8 @@ from kmtr.config import Shards
 from kmtr.data.dataset import record, shards, splits, writing
 from kmtr.data.dataset.ingest import without_names
 from kmtr.data.dataset.manifest import has_dataset, read_manifest
+from kmtr.data.dataset.ray import Ledger, write_dataset
 from kmtr.data.dataset.retry import StoreError
-from kmtr.data.loader import pipeline
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
 
@@ -183,7 +183,7 @@ def test_a_subject_that_ends_its_process_is_refused_and_the_others_are_written(c
 
     said: list[tuple[int, int]] = []
     write = writes(tmp_path / "dirty", make, 8)
-    manifest, refused, cost = pipeline.write_dataset(write, lambda *done: said.append(done))
+    manifest, refused, cost = write_dataset(write, lambda *done: said.append(done))
     assert [entry["subject"] for entry in refused] == ["p-04"]
     assert "its process ended 3 times" in refused[0]["reason"]
     assert sum(manifest.rows(s) for s in splits.SPLITS) == 7
@@ -196,7 +196,7 @@ def test_a_subject_that_ends_its_process_is_refused_and_the_others_are_written(c
 
 def test_who_is_refused_for_crashes_stays_refused_when_the_shard_is_made_again() -> None:
     """Else n such subjects of one shard would cost 4^n - 1 processes."""
-    ledger = pipeline.Ledger()
+    ledger = Ledger()
     for _ in range(writing.CRASHES):
         assert ledger.begin(7) <= writing.CRASHES  # and then its process ends
     for _ in range(3):

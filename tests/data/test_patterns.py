@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -16,8 +18,8 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.loader.shapes import check_shapes
+from kmtr.data.sources.patterns import read_pattern
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics import sampling
 from kmtr.tasks import Preparer
@@ -255,3 +257,23 @@ def test_a_family_that_leaves_too_little_of_a_smaller_view_is_refused(small: Run
             continue
         with pytest.raises(InputError, match=r"sampling\.accelerations: sax: .*R = 8 leaves 4 of 32 lines"):
             check_shapes(config, Dataset.of(str(tmp_path)))
+
+
+def test_batches_need_none_of_what_reads_source_files(small: RunConfig) -> None:
+    """In a fresh interpreter without those packages and without Ray."""
+    code = """
+import sys
+sys.modules.update({name: None for name in ("h5py", "nibabel", "pydicom", "scipy.io", "ray")})
+import torch
+from kmtr.config import RunConfig
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+config = RunConfig.model_validate_json(sys.argv[1])
+dataset = Dataset.open(config.data)
+plan, reader = pipeline.plan_of(config, dataset), dataset.reader("train", config.data)
+batch = next(pipeline.batches(config, reader, plan, range(1), 0, 1)).to(torch.device("cpu"))
+print(len(batch), *sorted(name for name in sys.modules if name.startswith("kmtr.data.sources.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code, small.model_dump_json()], capture_output=True, text=True)
+    of_every_source = " ".join(f"kmtr.data.sources.{name}" for name in ("anatomy", "doubles", "payload", "pseudonyms"))
+    assert done.stdout == f"8 {of_every_source}\n", done.stderr

@@ -18,8 +18,8 @@ import pytest
 from kmtr.data.dataset import record, shards
 from kmtr.data.dataset.manifest import write_manifest
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.sources import Options, cine, discover, read
+from kmtr.data.sources.patterns import read_pattern
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import UNLABELLED, Study, View
 

@@ -11,7 +11,7 @@ from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig
 from kmtr.data.dataset import shards, splits, storage, writing
 from kmtr.data.dataset.manifest import Manifest, has_dataset, preflight, read_manifest
-from kmtr.data.loader import pipeline
+from kmtr.data.dataset.ray import write_dataset
 from kmtr.data.sources import Unused
 from kmtr.types import InputError, Study
 
@@ -58,7 +58,7 @@ def write(
     began = time.perf_counter()
     left = tuple(dataclasses.asdict(files) for files in unused)
     task = writing.WriteShards(root, writing.shard_jobs(assigned, s.rows), list(ids), make, s, source, left)
-    manifest, refused, cost = pipeline.write_dataset(task, Bar(f"{what}: subjects"))
+    manifest, refused, cost = write_dataset(task, Bar(f"{what}: subjects"))
     seconds = time.perf_counter() - began
     _say_refused(what, refused, len(ids))
     _say_report(what, writing.report(root))

@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from kmtr.config import Data
 from kmtr.data.dataset import pages, record, shards, storage
 from kmtr.data.dataset.cache import Cache, open_file
-from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, digest_of, merged, preflight, read_manifest
-from kmtr.data.loader.order import Source
+from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard, digest_of, preflight, read_manifest
 from kmtr.types import VIEWS, InputError
 
 OPEN_SHARDS = 256
@@ -107,27 +106,6 @@ class Dataset:
         """As `manifest.preflight`, of all."""
         for root, manifest in zip(self.roots, self.manifests, strict=True):
             preflight(root, manifest)
-
-    def sources(self, split: str, classes: dict[tuple[int, int], int], weights: Sequence[float] = ()) -> list[Source]:
-        """What the plan needs to know of each dataset's split.
-
-        Args:
-            classes: (dataset, index into its `Manifest.subject_shapes`) -> shape class.
-        """
-        found = []
-        for d, manifest in enumerate(self.manifests):
-            members = [shard for shard in manifest.shards if shard.split == split]
-            groups = merged(run for shard in members for run in shard.groups)
-            shapes = merged((rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes)
-            found.append(
-                Source(
-                    rows=sum(shard.rows for shard in members),
-                    groups=groups,
-                    shapes=shapes,
-                    weight=weights[d] if weights else 0.0,
-                )
-            )
-        return found
 
     def reader(self, split: str, data: Data, columns: Sequence[str] | None = None) -> Reader:
         return Reader(self, split, columns, data.verify_pages, data.cache, data.cache_gib)

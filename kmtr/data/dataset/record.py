@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from kmtr.data.dataset import pages
+from kmtr.data.sources.payload import check_payload
 from kmtr.types import LABELS, VIEWS, InputError, Study, View
 
 SCHEMA_VERSION = 3
@@ -68,29 +69,6 @@ def check_version(metadata: dict[bytes, bytes] | None) -> str:
     """Error in the schema version that a file's metadata tells; empty: none."""
     version = (metadata or {}).get(b"kmtr.schema_version", b"none").decode()
     return "" if version in map(str, range(1, SCHEMA_VERSION + 1)) else f"schema version {version}"
-
-
-PAYLOAD_BYTES = 2**31 - 1
-"""Largest payload of one view: Parquet counts the bytes of a value in 32 bits with a sign."""
-
-
-def check_payload(view: str, shape: Sequence[int], dtype: str) -> None:
-    """Refuse a view that no shard can hold, by the shape of its k-space alone.
-
-    Args:
-        view: what messages call it.
-        shape: slice, coil, t, ky, kx; dtype: as stored, one of float16 and float32.
-
-    Raises:
-        InputError: it has more than `PAYLOAD_BYTES` as stored.
-    """
-    size = 2 * math.prod(shape) * np.dtype(dtype).itemsize
-    if size > PAYLOAD_BYTES:
-        smaller = "; or store it with shards.dtype=float16" if dtype == "float32" and size // 2 <= PAYLOAD_BYTES else ""
-        raise InputError(
-            f"{view}: expected less than 2 GiB of k-space as stored, got {size / 2**30:.3g} GiB "
-            f"({' x '.join(map(str, shape))} in {dtype}); take fewer coils with ingest.coils{smaller}"
-        )
 
 
 def check_finite(study: Study) -> float:

@@ -27,6 +27,7 @@ from kmtr.data.dataset import record, shards, storage
 from kmtr.data.dataset.manifest import Manifest, Shard, write_manifest
 from kmtr.data.dataset.retry import StoreError
 from kmtr.data.dataset.splits import SPLITS
+from kmtr.data.sources.payload import check_payload
 from kmtr.types import InputError, KmtrError, Study
 
 CRASHES = 3
@@ -165,7 +166,7 @@ class WriteShards:
                     if study.subject_id != self.ids[item]:
                         raise KmtrError(f"expected the study of {self.ids[item]}, got that of {study.subject_id}")
                     for name, view in study.views.items():
-                        record.check_payload(name, view.kspace.shape, self.settings.dtype)
+                        check_payload(name, view.kspace.shape, self.settings.dtype)
                     record.check_finite(study)
                 except Exception as error:
                     refused.append(self._refusal(self.ids[item], error))

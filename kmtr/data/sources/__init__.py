@@ -24,8 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from kmtr.data.dataset.record import check_payload
 from kmtr.data.sources import anatomy, doubles
+from kmtr.data.sources.payload import check_payload
 from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
@@ -111,7 +111,7 @@ def check_stored(where: str, view: str, shape: Sequence[int], options: Options) 
         shape: slice, coil, t, ky, kx of the source; `options` may leave fewer coils and another matrix.
 
     Raises:
-        InputError: as `record.check_payload`.
+        InputError: as `payload.check_payload`.
     """
     slices, coils, frames, *matrix = shape
     coils = min(coils, options.coils) if options.coils else coils

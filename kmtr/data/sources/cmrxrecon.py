@@ -40,8 +40,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kmtr.data.loader.patterns import read_pattern
 from kmtr.data.sources import Item, Options, matlab
+from kmtr.data.sources.patterns import read_pattern
 from kmtr.data.sources.raw import (
     check_finite,
     check_oversampling,
