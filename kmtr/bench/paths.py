@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from kmtr.bench.peers import BATCH, SEED, Rows, measure
-from kmtr.cli import start_ray
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data import pipeline, shards
 from kmtr.data.plan import Plan, Source
 from kmtr.data.reader import Dataset
+from kmtr.ray_start import start_ray
 from kmtr.types import KmtrError
 
 OURS = ("threads", "ray")

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.cli import Bar
 from kmtr.data import shards, storage
+from kmtr.progress import Bar
 from kmtr.types import InputError
 
 CHUNK = 8 << 20

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig
 from kmtr.data import pipeline, shards, splits, storage, writing
 from kmtr.data.sources import Unused
+from kmtr.progress import Bar
+from kmtr.ray_start import start_ray
 from kmtr.types import InputError, Study
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.cli import Bar
 from kmtr.config import RunConfig
 from kmtr.data import content, pipeline, shards, storage
 from kmtr.data.damage import damages
@@ -21,6 +20,7 @@ from kmtr.data.plan import Plan
 from kmtr.data.proof import prove
 from kmtr.data.reader import Dataset
 from kmtr.data.splits import SPLITS
+from kmtr.progress import Bar
 from kmtr.report import contact, figures_kspace
 from kmtr.simulation.population import REFERENCE
 from kmtr.types import KmtrError

@@ -16,6 +16,7 @@ from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data import pipeline, statistics, storage
 from kmtr.data.reader import Dataset
+from kmtr.ray_start import refuse_missing_gpu
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import MASKED_ENCODER, train_worker
@@ -83,6 +84,7 @@ def fit(
     done = finished(folder)
     if done is not None:
         return done
+    refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
     (folder / "config.json").write_text(to_json(config))
     tables = fitted_tables(config, dataset, folder)

@@ -252,7 +252,7 @@ def test_collectives_are_on_the_clock_and_work_afterwards(small: RunConfig, tmp_
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, tmp_path: Path, stage: str) -> None:
-    changes = {"masked.image_weight": 0.0, "align.teacher": "components", "align.head_steps": 1, "train.workers": 1}
+    changes = {"masked.image_weight": 0.0, "align.head_steps": 1, "train.workers": 1}
     config = override(small, changes)
     asked, seen, parts = [], [], []
 
