@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -44,7 +45,8 @@ def main(
     """
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
-        print(help_text(usage))
+        with contextlib.suppress(BrokenPipeError):  # as under `| head`
+            print(help_text(usage), flush=True)
         return
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
