@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kmtr.config import RunConfig
-from kmtr.data import content, pipeline, shards, storage
+from kmtr.data import content, patterns, pipeline, shards, storage
 from kmtr.data.damage import damages
 from kmtr.data.mixing import Mixing, mixing
 from kmtr.data.plan import Plan
@@ -23,7 +23,7 @@ from kmtr.data.splits import SPLITS
 from kmtr.progress import Bar
 from kmtr.report import contact, figures_kspace
 from kmtr.simulation.population import REFERENCE
-from kmtr.types import KmtrError
+from kmtr.types import InputError, KmtrError
 
 SHOWN = 4
 """Subjects on the contact sheet."""
@@ -96,7 +96,7 @@ def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, con
     drawn = {
         "contact_sheet": contact.contact_sheet(studies, f"{len(studies)} random subjects of {what}"),
         "histograms": contact.histograms(labels, f"Labels of {what}", REFERENCE if simulated else None),
-        "sampling": figures_kspace.sampling(config),
+        "sampling": figures_kspace.sampling(config, patterns.table(config.sampling)),
     }
     store, base = storage.open_root(f"{storage.absolute(config.storage.root).rstrip('/')}/verify-{dataset.digest[:8]}")
     storage.make_folder(store, base)
@@ -156,9 +156,28 @@ def run(config: RunConfig) -> dict[str, Any]:
     size = sum(shard.bytes for manifest in dataset.manifests for shard in manifest.shards)
     print(f"verify: {files} shards, {size / 1e9:.2f} GB: as written")
     found_content = contents(dataset)
-    drawn = pictures(config, dataset, found_content)
-    said = report(found_content, dataset)
-    plan = pipeline.plan_of(config, dataset)
+    drawn: dict[str, str] = {}
+    plan, misfit = None, ""
+    try:
+        drawn = pictures(config, dataset, found_content)
+        plan = pipeline.plan_of(config, dataset)
+    except InputError as error:  # a fault of the settings, not of the dataset
+        misfit = str(error)
+    verified = {"data": list(dataset.roots), "digest": dataset.digest, "shards": files, "bytes": size}
+    verified |= report(found_content, dataset) | drawn
+    if plan is None:
+        print(f"verify: no order of training is proved, since these settings do not fit the dataset: {misfit}")
+        return verified | {"not_proved": misfit}
+    return verified | proved(config, dataset, plan)
+
+
+def proved(config: RunConfig, dataset: Dataset, plan: Plan) -> dict[str, Any]:
+    """Prove the order of training and print what it is like; what the last line says of it.
+
+    Raises:
+        KmtrError: the plan breaks a promise.
+        InputError: `verify.workers` do not share the global batch.
+    """
     numbers = worlds(config)
     make = partial(pipeline.plan_of, config, dataset)
     cursors = prove(make, numbers, config.verify.epochs, Bar("verify: steps of the plan"))
@@ -171,10 +190,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     quality = mixing(plan)
     print("\n".join([*shapes, *mixing_table(quality)]))
     return {
-        "data": list(dataset.roots),
-        "digest": dataset.digest,
-        "shards": files,
-        "bytes": size,
         "subjects": plan.subjects,
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": config.verify.epochs,
@@ -183,6 +198,4 @@ def run(config: RunConfig) -> dict[str, Any]:
         "batch_shapes": len(pipeline.shapes_of(plan)),
         "padding": round(padding, 4),
         "mixing": {name: round(value, 3) for name, value in vars(quality).items()},
-        **said,
-        **drawn,
     }
