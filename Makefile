@@ -12,11 +12,17 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 PORT ?= 5000
 ADDRESS ?= http://127.0.0.1:8265
 
+# A stamp holds the checksum of what was installed from, since a checkout makes every file new.
+PINS := $(shell cksum < pyproject.toml)
+ifneq ($(PINS),$(shell cat .venv/.installed 2>/dev/null))
+.PHONY: .venv/.installed
+endif
+
 ##  setup        install everything into .venv (3 to 4 minutes, once); PYTHON=python3.12 picks the interpreter
 setup: .venv/.installed
 
 # torch goes first and alone, so that its pin decides before another package's looser requirement does.
-.venv/.installed: pyproject.toml
+.venv/.installed:
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found: make setup PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "setup: expected Python >= 3.11, got $$($(PYTHON) -V): make setup PYTHON=python3.11" >&2; exit 2; }
@@ -25,7 +31,7 @@ setup: .venv/.installed
 	@$(PIP) "$(TORCH)"
 	@echo "setup: 2 of 2, kmtr and all it needs"
 	@$(PIP) --editable '.[dev]'
-	@touch $@
+	@echo "$(PINS)" > $@
 
 ##  demo         setup; then simulate, pretrain on two workers and evaluate: 9 minutes; the same command again resumes;
 ##               ARGS="key=value ..." are its settings, and ARGS= is the whole recipe, at twice the time
@@ -44,25 +50,30 @@ test: setup
 test-fast: setup
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 
-##  lint         setup; then style, types and import layers
+##  lint         setup; then style, types, import layers and sizes
 lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(PY) .ci/shape.py
 
 ##  bench        setup; then the speed of reading, beside other loaders in an environment of their own (runs/bench-env)
 bench: setup runs/bench-env/.installed
 	@$(PY) jobs/bench.py data
 
 PEERS := runs/bench-env/bin/python
-runs/bench-env/.installed: kmtr/bench/peers.txt pyproject.toml
+PEER_PINS := $(shell cat kmtr/bench/peers.txt pyproject.toml | cksum)
+ifneq ($(PEER_PINS),$(shell cat runs/bench-env/.installed 2>/dev/null))
+.PHONY: runs/bench-env/.installed
+endif
+runs/bench-env/.installed:
 	@test -x $(PEERS) || $(PYTHON) -m venv runs/bench-env
 	@echo "bench: 1 of 2, $(TORCH) for the peers"
 	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@echo "bench: 2 of 2, the peers of kmtr/bench/peers.txt"
 	@$(PEERS) -m pip install --quiet --disable-pip-version-check "$(TORCH)" --requirement kmtr/bench/peers.txt
-	@touch $@
+	@echo "$(PEER_PINS)" > $@
 
 ##  ui           MLflow on http://127.0.0.1:5000 over the runs in runs/mlflow.db; PORT=... takes another port
 ui: setup
@@ -77,9 +88,8 @@ job := $(firstword $(JOB))
 script := $(firstword $(wildcard jobs/$(job).py tune/$(job).py))
 given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(JOB)))
 unless_given = $(if $(call given,$(1)),,"$(1)=$(2)")
-data_root = $(shell $(PY) -c 'import sys; from pathlib import Path; from kmtr.config import RunConfig; \
-	from kmtr.config.recipes import RECIPES; print(Path(RECIPES.get(sys.argv[1], RunConfig)().data.root).absolute())' \
-	"$(word 2,$(JOB))")
+data_root = $(shell $(PY) -c 'import sys; from kmtr.config.submitted import data_root; print(data_root(sys.argv[1:]))' \
+	$(JOB))
 storage = $(or $(call given,storage.root),$(CURDIR)/runs)
 tracking = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(storage)/mlflow.db)
 submit: setup

@@ -1,21 +1,36 @@
-"""What every command shares: arguments, one-line errors, exit status, Ray, and the last line on stdout (JSON)."""
+"""What every command shares: arguments, one-line errors, exit status, and the last line on stdout (JSON)."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
+import shutil
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kmtr.config import RunConfig, keys, parse
+from kmtr.config import RunConfig, flatten, keys, parse
 from kmtr.config.recipes import RECIPES
+from kmtr.config.submitted import refuse_relative_under_submit
+from kmtr.ray_start import ray_logs, start_ray
 from kmtr.types import InputError, KmtrError
 
-NAMESPACE = "kmtr"
+__all__ = ["main", "recipe_config", "start_ray"]
+
+PATHS = (
+    "data.root",
+    "storage.root",
+    "shards.split_from",
+    "ingest.labels",
+    "sampling.file",
+    "evaluate.encoder",
+    "bench.folder",
+)
+"""Keys of folders and files that a command reads or writes."""
 
 
 def main(
@@ -30,7 +45,8 @@ def main(
     """
     words = sys.argv[1:]
     if "-h" in words or "--help" in words:
-        print(help_text(usage))
+        with contextlib.suppress(BrokenPipeError):  # as under `| head`
+            print(help_text(usage), flush=True)
         return
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
@@ -41,6 +57,8 @@ def main(
         _fail(str(error), 2)
     except KmtrError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _fail(of_the_system(error, paths_of(words)), 1)
     except KeyboardInterrupt:
         _fail("interrupted; the same command goes on from what is done", 1)
     logs = ray_logs()
@@ -57,6 +75,42 @@ def _fail(line: str, status: int) -> None:
     if status == 1 and logs:
         print(f"logs of all workers: {logs}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def paths_of(words: Sequence[str]) -> dict[str, str]:
+    """Key -> path, absolute, of the keys in `PATHS` that a command as it is typed has, given or by its recipe."""
+    recipe = next((RECIPES[word] for word in words if word in RECIPES), RunConfig)
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    found = {key: given.get(key, flatten(recipe())[key]) for key in PATHS}
+    return {key: os.path.abspath(os.path.expanduser(path)) for key, path in found.items() if path and "://" not in path}
+
+
+def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
+    """One line about a file that could not be read or written: the key whose path it belongs to, and what happened.
+
+    Args:
+        paths: key -> absolute path.
+    """
+    reason = (error.strerror or str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else str(error)
+    within = {key: path for key, path in paths.items() if path in where}
+    if not within and error.errno == errno.ENOSPC:
+        within = {key: path for key, path in paths.items() if _room(path) < MIN_ROOM}
+    if not within:
+        return f"{where}: {reason}" if error.filename else f"{type(error).__name__}: {reason}"
+    key = max(within, key=lambda key: len(within[key]))
+    return f"{key}: {within[key]} can not be used: {reason[:1].lower()}{reason[1:]}; choose another place by {key}=..."
+
+
+MIN_ROOM = 1 << 20
+"""Bytes; a disk with less is full."""
+
+
+def _room(path: str) -> int:
+    """Free bytes of the disk that a path is or would be on."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 def help_text(usage: str) -> str:
@@ -78,92 +132,3 @@ def recipe_config(words: Sequence[str], usage: str) -> RunConfig:
     config = parse(words[1:], words[0], RECIPES)
     refuse_relative_under_submit(config)
     return config
-
-
-def refuse_relative_under_submit(config: RunConfig) -> None:
-    """Under ``ray job submit`` the working directory is a throwaway upload: relative paths would be lost with it."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return
-    tracking = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-    paths = [("data.root", config.data.root), ("storage.root", config.storage.root)]
-    optional = {
-        "sampling.file": config.sampling.file,
-        "shards.split_from": config.shards.split_from,
-        "ingest.labels": config.ingest.labels,
-    }
-    paths += [(key, path) for key, path in optional.items() if path]
-    if tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):
-        paths.append(("tracking.uri", tracking.removeprefix("sqlite:///")))
-    for key, path in paths:
-        if "://" not in path and not os.path.isabs(path):
-            raise InputError(
-                f"{key}: expected an absolute path under ray job submit, since the working directory is a throwaway "
-                f"upload, got {path!r}; use make submit, or pass {key}=/absolute/path"
-            )
-
-
-def start_ray() -> None:
-    """Connect to the cluster that RAY_ADDRESS names or that a job runs in, else start a local Ray; both quietly."""
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("PYTHONPATH", _root())
-    import ray
-
-    if ray.is_initialized():
-        return
-    began = time.perf_counter()
-    try:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            namespace=NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=True,
-            include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
-        )
-    except Exception as error:  # Ray raises bare ones, as when a node is slow to start
-        raise KmtrError(f"ray: {str(error).splitlines()[0]}") from None
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    resources = ray.cluster_resources()
-    print(
-        f"ray: {len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs, "
-        f"ready in {time.perf_counter() - began:.0f} s",
-        flush=True,
-    )
-
-
-def ray_logs() -> str:
-    """Folder of Ray's, DeepSpeed's and torch's chatter; empty: no Ray was used."""
-    if "ray" not in sys.modules:
-        return ""
-    import ray
-
-    if not ray.is_initialized():
-        return ""
-    node = ray._private.worker._global_node
-    return os.path.join(node.get_session_dir_path(), "logs") if node is not None else ""
-
-
-def _root() -> str:
-    return os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-class Bar:
-    """Progress of counted work: a bar on a terminal, a line every tenth elsewhere."""
-
-    def __init__(self, what: str):
-        self.what, self.began, self.tenth = what, time.perf_counter(), -1
-
-    def __call__(self, done: int, total: int) -> None:
-        seconds = time.perf_counter() - self.began
-        text = f"{self.what} {done}/{total}  {done / max(seconds, 1e-9):.1f}/s"
-        if sys.stdout.isatty():
-            filled = int(30 * done / total)
-            end = "\n" if done == total else ""
-            print(f"\r\033[K[{'#' * filled}{'.' * (30 - filled)}] {text}", end=end, flush=True)
-        elif (tenth := 10 * done // total) > self.tenth:
-            self.tenth = tenth
-            print(f"  {text}", flush=True)

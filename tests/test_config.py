@@ -92,6 +92,7 @@ def test_a_wrong_value_names_its_key_and_what_came(key: str, value: str) -> None
         ({"train.eval_every": "15"}, "train.eval_every: expected a multiple of train.log_every=10, got 15"),
         ({"masked.steps": "0", "align.steps": "0"}, "expected at least one step"),
         ({"stage": "align", "align.steps": "0"}, "expected at least one step"),
+        ({"align.steps": "40"}, "align.steps: expected more than align.head_steps=40, in which the encoder does not"),
         ({"data.global_batch": "4"}, "alignment needs at least 8 distinct subjects"),
     ],
 )

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from jobs import ensure_packages  # noqa: F401  # first: goes on with the project's Python if need be
+
 # Before ray.tune is imported. Ctrl-C is ours to handle: Tune's own handler makes it look like an end.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed reports no score
@@ -37,8 +39,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from kmtr import tracking
-from kmtr.cli import main, recipe_config, start_ray
+from kmtr.cli import main, recipe_config
 from kmtr.config import RunConfig, from_json, override, to_json
+from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.report.style import COLOURS, INK
 from kmtr.tracking.store import reaching

@@ -81,7 +81,7 @@ def executed(inputs: Inputs) -> list[Counts]:
     return [Counts(*row) for row in zip(*lengths, strict=True)]
 
 
-def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[str, float]:
+def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[str, int]:
     """FLOPs of one subject in a step of a stage, forward and backward, by part.
 
     Args:
@@ -138,7 +138,7 @@ def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[s
     return {"encoders": encoders, "decoders": decoders, "contrastive": contrast}
 
 
-def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tensor]) -> tuple[int, float]:
+def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tensor]) -> tuple[int, int]:
     """FLOPs of one step of one process on `batch` as one micro-batch: operation by operation, and by the formula.
 
     Nothing is computed: operations are counted by the shapes of tensors that have no memory. Attention is counted as

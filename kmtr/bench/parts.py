@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from kmtr.data.loader.batch import Batch
 from kmtr.model.encoder import Encoded
 from kmtr.tasks import Inputs, Preparer
+from kmtr.train.step import Engine
 
 PARTS = {
     "data": "waiting for the next batch",
@@ -143,19 +144,14 @@ class _Mark(torch.autograd.Function):
         return (None, None, *gradients)
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """What a step asks of an engine."""
-
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def update(self, rates: Mapping[str, float]) -> bool: ...
-
-
 class Announced(Preparer):
-    """A preparer that tells `on` what begins."""
+    """A preparer that tells `on` what begins: a step asks for the readout before it copies a batch to the device."""
 
     on: Callable[[str], None] = staticmethod(lambda part: None)
+
+    def readout(self, stage: str) -> int | None:
+        self.on("patterns + FFT")
+        return super().readout(stage)
 
     def __call__(self, batch: Batch, stage: str) -> Inputs:
         self.on("patterns + FFT")

@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from kmtr.bench.peers import BATCH, SEED, Rows, measure
-from kmtr.cli import start_ray
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset import shards
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.order import Plan, Source
+from kmtr.ray_start import start_ray
 from kmtr.types import KmtrError
 
 OURS = ("threads", "ray")

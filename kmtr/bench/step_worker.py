@@ -6,7 +6,6 @@ All step through `Worker.step`, which is a step of kmtr.train.loop without loggi
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kmtr.bench import flops as count
-from kmtr.bench.parts import PARTS, Announced, Clock, Engine, OnTheClock, watched
+from kmtr.bench.parts import PARTS, Announced, Clock, OnTheClock, watched
 from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
@@ -36,11 +35,18 @@ from kmtr.tasks import STAGES, Inputs
 from kmtr.tasks.pretraining import Pretraining
 from kmtr.train.engine import ShardedEngine, parameter_groups
 from kmtr.train.loop import agree
-from kmtr.train.step import reduce
+from kmtr.train.step import Engine, TrainingStep
 from kmtr.types import KmtrError
 
 RATE = 1e-7
 """Learning rate: an update costs the same at any, and weights that hardly move keep the losses finite."""
+
+LEARNING = {
+    "masked.learning_rate": RATE,
+    "align.learning_rate": RATE,
+    "align.head_factor": 1.0,
+    "train.on_nonfinite": "stop",
+}
 
 WARM = 2
 """Steps of each before the first that counts."""
@@ -89,7 +95,7 @@ class Plain:
         trained = [p for p in self.module.parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(trained, self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rates[group["domain"]]
+            group["lr"] = rates[group["domain"]] * group["share"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         return True
@@ -113,6 +119,7 @@ class Worker:
     tell: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        self.config = override(self.config, LEARNING)
         self.prepare = Announced(self.config, self.tables, self.device)
 
     def batches(self, config: RunConfig) -> Iterator[HostBatch]:
@@ -128,7 +135,7 @@ class Worker:
     def step(
         self, engine: Engine, host: HostBatch, stage: str, config: RunConfig, on: Callable[[str], None] = lambda _: None
     ) -> None:
-        """A step of training.
+        """A step of training, as its loop takes it.
 
         Args:
             on: told which part begins.
@@ -137,17 +144,10 @@ class Worker:
             KmtrError: a loss is not finite.
         """
         agree(None, self.device)
-        on("patterns + FFT")
-        batch = host.to(self.device)
-        size = len(batch) // config.train.accumulation
-        micro = [batch[i : i + size] for i in range(0, len(batch), size)]
-
         self.prepare.on = on
-        means = reduce(STAGES[stage](engine, micro, self.prepare, config), self.device)
-        if not all(map(math.isfinite, means.values())):
-            raise KmtrError(f"{stage}: expected finite losses, got {means}")
-        frozen = stage == "align" and not config.align.train_image_encoder
-        engine.update({"kspace": RATE, "image": 0.0 if frozen else RATE, "heads": RATE})
+        # In alignment behind `align.head_steps`: from there on all learns that does in the longest part of the stage.
+        number = 0 if stage == "masked" else config.masked_steps + config.align.head_steps
+        TrainingStep(config, engine, self.prepare, self.device, self.world)(number, host)
 
     def timed(self, work: Callable[[], Any]) -> float:
         """Seconds, from when all processes are ready to when the device is done."""

@@ -92,6 +92,11 @@ class RunConfig(Section):
             )
         if self.total_steps == 0:
             raise ValueError("masked.steps, align.steps: expected at least one step in the chosen stage, got 0")
+        if 0 < self.align_steps <= self.align.head_steps:
+            raise ValueError(
+                f"align.steps: expected more than align.head_steps={self.align.head_steps}, in which the encoder does "
+                f"not learn, got {self.align_steps}"
+            )
         if self.align.learn_temperature and self.align.temperature <= MIN_TEMPERATURE:
             raise ValueError(
                 f"align.temperature: expected more than {MIN_TEMPERATURE}, the least that is learnt, got "

@@ -11,8 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from kmtr.cli import start_ray
 from kmtr.doctor.check import Check, first_line
+from kmtr.ray_start import start_ray
 
 SAME_EVERYWHERE = ("torch", "ray", "deepspeed", "pyarrow", "numpy", "mlflow")
 

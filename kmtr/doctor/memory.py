@@ -76,10 +76,10 @@ def state_bytes(
     if zero_stage == 2:
         if not offload:
             return State(count * w + share * (s + o) + bucketed * w, 0.0)
-        return State(count * w + bucketed * w + largest, host + share * s * (accumulates or bf16))
+        return State(float(count * w + bucketed * w + largest), host + share * s * (accumulates or bf16))
     gradients = count * (g + g * accumulates + s * bf16) + bucketed * w
     if offload:
-        return State(count * w + gradients + largest, host)
+        return State(float(count * w + gradients + largest), host)
     return State(count * w + (count * (g + s) if bf16 else gradients) + share * o, 0.0)
 
 

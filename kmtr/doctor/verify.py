@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.cli import Bar
 from kmtr.config import RunConfig
 from kmtr.data.dataset import content, record, storage
 from kmtr.data.dataset.damage import damages
 from kmtr.data.dataset.manifest import Manifest
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.dataset.splits import SPLITS
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import patterns, pipeline
 from kmtr.data.loader.mixing import Mixing, mixing
 from kmtr.data.loader.order import Plan
 from kmtr.data.loader.proof import prove
+from kmtr.progress import Bar
 from kmtr.report import contact, figures_kspace
 from kmtr.simulation.population import REFERENCE
-from kmtr.types import KmtrError
+from kmtr.types import InputError, KmtrError
 
 SHOWN = 4
 """Subjects on the contact sheet."""
@@ -98,7 +98,7 @@ def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, con
     drawn = {
         "contact_sheet": contact.contact_sheet(studies, f"{len(studies)} random subjects of {what}"),
         "histograms": contact.histograms(labels, f"Labels of {what}", REFERENCE if simulated else None),
-        "sampling": figures_kspace.sampling(config),
+        "sampling": figures_kspace.sampling(config, patterns.table(config.sampling)),
     }
     store, base = storage.open_root(f"{storage.absolute(config.storage.root).rstrip('/')}/verify-{dataset.digest[:8]}")
     storage.make_folder(store, base)
@@ -158,9 +158,28 @@ def run(config: RunConfig) -> dict[str, Any]:
     size = sum(shard.bytes for manifest in dataset.manifests for shard in manifest.shards)
     print(f"verify: {files} shards, {size / 1e9:.2f} GB: as written")
     found_content = contents(dataset)
-    drawn = pictures(config, dataset, found_content)
-    said = report(found_content, dataset)
-    plan = pipeline.plan_of(config, dataset)
+    drawn: dict[str, str] = {}
+    plan, misfit = None, ""
+    try:
+        drawn = pictures(config, dataset, found_content)
+        plan = pipeline.plan_of(config, dataset)
+    except InputError as error:  # a fault of the settings, not of the dataset
+        misfit = str(error)
+    verified = {"data": list(dataset.roots), "digest": dataset.digest, "shards": files, "bytes": size}
+    verified |= report(found_content, dataset) | drawn
+    if plan is None:
+        print(f"verify: no order of training is proved, since these settings do not fit the dataset: {misfit}")
+        return verified | {"not_proved": misfit}
+    return verified | proved(config, dataset, plan)
+
+
+def proved(config: RunConfig, dataset: Dataset, plan: Plan) -> dict[str, Any]:
+    """Prove the order of training and print what it is like; what the last line says of it.
+
+    Raises:
+        KmtrError: the plan breaks a promise.
+        InputError: `verify.workers` do not share the global batch.
+    """
     numbers = worlds(config)
     make = partial(pipeline.plan_of, config, dataset)
     cursors = prove(make, numbers, config.verify.epochs, Bar("verify: steps of the plan"))
@@ -173,10 +192,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     quality = mixing(plan)
     print("\n".join([*shapes, *mixing_table(quality)]))
     return {
-        "data": list(dataset.roots),
-        "digest": dataset.digest,
-        "shards": files,
-        "bytes": size,
         "subjects": plan.subjects,
         "steps_per_epoch": plan.steps_per_epoch,
         "epochs": config.verify.epochs,
@@ -185,6 +200,4 @@ def run(config: RunConfig) -> dict[str, Any]:
         "batch_shapes": len(pipeline.shapes_of(plan)),
         "padding": round(padding, 4),
         "mixing": {name: round(value, 3) for name, value in vars(quality).items()},
-        **said,
-        **drawn,
     }

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from kmtr import tracking
-from kmtr.cli import Bar
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
-from kmtr.encoder import load_encoder
+from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import controls, probes
 from kmtr.evaluate.probes import Scores
 from kmtr.metrics import bootstrap_r2
+from kmtr.progress import Bar
 from kmtr.report import figures
 from kmtr.report.html import text_table, write_report
 from kmtr.train import driver
@@ -38,6 +38,11 @@ def run(config: RunConfig) -> dict[str, Any]:
         if done is None:
             raise InputError(f"evaluate: run {name} is not finished; pretrain it first, or set evaluate.encoder=FOLDER")
         encoder_path = Path(done.encoder)
+    if not (encoder_path / WEIGHTS).is_file():
+        raise InputError(
+            f"evaluate.encoder: expected a folder with {WEIGHTS}, as pretraining writes it to RUN/encoder, got "
+            f"{encoder_path}"
+        )
     run_id = done.run_id if done is not None and not config.evaluate.encoder else ""
     target = folder / "report" if run_id else Path(config.storage.root) / "reports" / dataset.digest[:8]
     asked = fingerprint(config, encoder_path, dataset)
@@ -75,7 +80,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             print(f"tracking: not everything could be sent yet; kept in {target / 'spool'}")
     result = {"run_id": run_id, "report": str(report), "encoder": str(encoder_path), "metrics": metrics}
     last.write_text(json.dumps(result | {"asked": asked}))
-    print(f"report: {report}\nMLflow: {config.tracking.uri} (make ui)")
+    print(f"report: {report}\nMLflow: {tracking.where(config.tracking.uri)}")
     return result
 
 

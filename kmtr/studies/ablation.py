@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.probes import short
+from kmtr.progress import Bar
+from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kmtr.cli import start_ray
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.probes import short
+from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kmtr import tracking
-from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
+from kmtr.progress import Bar
+from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.studies.comparison import Cohort, Source, result_path, write_features, write_probes
 from kmtr.train import driver
@@ -150,7 +151,7 @@ def publish(
         spool.artifact(path, "study")
     if spool.close(30.0):
         print(f"tracking: not everything could be sent yet; kept in {spool.folder}")
-    print(f"report: {report}\nMLflow: {uri} (make ui)")
+    print(f"report: {report}\nMLflow: {tracking.where(uri)}")
     return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
 
 

@@ -5,6 +5,6 @@
 
 from kmtr.tracking.run import end_run, find_run, log_dataset, open_run
 from kmtr.tracking.spool import Spool, history, replay
-from kmtr.tracking.store import tracking_uri
+from kmtr.tracking.store import tracking_uri, where
 
-__all__ = ["Spool", "end_run", "find_run", "history", "log_dataset", "open_run", "replay", "tracking_uri"]
+__all__ = ["Spool", "end_run", "find_run", "history", "log_dataset", "open_run", "replay", "tracking_uri", "where"]

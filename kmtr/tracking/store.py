@@ -36,6 +36,15 @@ PATIENCE_S = 5.0
 _PASSWORD = re.compile(r"(?<=://)[^/\s@'\"]*@")
 
 
+UI_STORE = Path(__file__).parents[2] / "runs" / "mlflow.db"
+"""The SQLite file that `make ui` shows."""
+
+
+def where(uri: str) -> str:
+    """A store's address as it is printed: without a password, with the command that shows it where there is one."""
+    return redact(uri) + (" (make ui)" if uri == f"sqlite:///{UI_STORE}" else "")
+
+
 def tracking_uri(config: RunConfig) -> str:
     """``tracking.uri``, else MLFLOW_TRACKING_URI, else SQLite in ``storage.root``; SQLite paths become absolute.
 

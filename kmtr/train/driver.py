@@ -17,6 +17,7 @@ from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, statistics
+from kmtr.ray_start import refuse_missing_gpu
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import MASKED_ENCODER, train_worker
@@ -87,6 +88,7 @@ def fit(
     done = finished(folder)
     if done is not None:
         return done
+    refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
     (folder / "config.json").write_text(to_json(config))
     tables = fitted_tables(config, dataset, folder)

@@ -193,6 +193,7 @@ class Worker:
         logged = {f"{stage}/{name}": value for name, value in report.means.items()}
         logged |= {
             f"{stage}/learning_rate": report.rates["kspace"],
+            f"{stage}/learning_rate_heads": report.rates["heads"],
             f"{stage}/gradient_norm": self.engine.gradient_norm(),
             "epoch": float(self.plan.epoch(done - 1)),
         }

@@ -6,10 +6,11 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from kmtr.cli import start_ray
+from kmtr import tracking
 from kmtr.config import RunConfig
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.shapes import unreached
+from kmtr.ray_start import start_ray
 from kmtr.train import driver
 
 
@@ -39,5 +40,5 @@ def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
     outcome = driver.fit(config)
     print(f"pretrain: {name} finished in {time.perf_counter() - began:.0f} s")
-    print(f"  encoder   {outcome.encoder}\n  tracking  {config.tracking.uri} (make ui), run {outcome.run_id}")
+    print(f"  encoder   {outcome.encoder}\n  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
     return asdict(outcome)

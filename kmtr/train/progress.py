@@ -4,12 +4,13 @@ else is printed.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from types import TracebackType
 
-NAMESPACE = "kmtr"
+from kmtr.progress import Screen
+from kmtr.ray_start import NAMESPACE
+
 SHOWN = {
     "loss": "loss",
     "kspace_loss": "k-space",
@@ -80,7 +81,7 @@ class Display:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.total, self.quiet = total, quiet
-        self.terminal = sys.stdout.isatty()
+        self.screen = Screen(total, quiet=quiet)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
         self.mailbox = (
@@ -99,8 +100,7 @@ class Display:
     ) -> None:
         self._stop.set()
         self._thread.join(5)
-        if self.terminal:
-            sys.stdout.write("\r\033[K")
+        self.screen.close()
 
     def first_failure(self) -> str:
         """Why the run failed, by the worker that failed first."""
@@ -124,7 +124,7 @@ class Display:
                 if isinstance(item, tuple):
                     self._show(*item)
                 elif not self.quiet:
-                    self._line(item)
+                    self.screen.line(item)
             if stopping:
                 return
 
@@ -134,22 +134,16 @@ class Display:
         if any(name.startswith("val/") for name in metrics):
             shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k.startswith("val/")}
             text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if k.endswith(("_loss", "_r2")))
-            self._line(f"  step {step:>6}  validation   {text}")
+            self.screen.line(f"  step {step:>6}  validation   {text}")
             return
         if any(name.startswith("lost/") for name in metrics):
             lost = "  ".join(f"{name.removeprefix('lost/')} -{value:.3f}" for name, value in metrics.items())
-            self._line(f"  step {step:>6}  guard        {stage} costs what was learnt ({lost}): stopped, undone")
+            self.screen.line(f"  step {step:>6}  guard        {stage} costs what was learnt ({lost}): stopped, undone")
             return
         parts = [f"{shown} {metrics[f'{stage}/{n}']:.4f}" for n, shown in SHOWN.items() if f"{stage}/{n}" in metrics]
         speed = f"{metrics['subjects_per_s']:.1f} subjects/s  wait {100 * metrics['data_wait_fraction']:.0f} %"
-        text = f"  step {step:>6}/{self.total}  {stage}   {'  '.join(parts)}   {speed}"
-        if self.terminal:
-            filled = int(20 * step / self.total)
-            sys.stdout.write(f"\r\033[K[{'#' * filled}{'.' * (20 - filled)}]{text}")
-            sys.stdout.flush()
+        told = f"{stage}   {'  '.join(parts)}   {speed}"
+        if self.screen.terminal:
+            self.screen.move(step, told)
         else:
-            self._line(text)
-
-    def _line(self, text: str) -> None:
-        sys.stdout.write(("\r\033[K" if self.terminal else "") + text + "\n")
-        sys.stdout.flush()
+            self.screen.line(f"  step {step:>6}/{self.total}  {told}")

@@ -6,17 +6,29 @@ The loop of a run, the tests of golden losses and of equivalence, and the step b
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
-from kmtr.tasks import STAGES, Preparer, Step
-from kmtr.train.engine import ShardedEngine, learning_rates, stage_of
+from kmtr.tasks import STAGES, Inputs, Preparer, Step
+from kmtr.train.engine import learning_rates, stage_of
 from kmtr.types import KmtrError
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What a step asks of an engine: `train.engine.ShardedEngine`, or another that the benchmark compares with it."""
+
+    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def update(self, rates: Mapping[str, float]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,7 @@ class TrainingStep:
         world: number of workers that share the global batch.
     """
 
-    def __init__(
-        self, config: RunConfig, engine: ShardedEngine, prepare: Preparer, device: torch.device, world: int
-    ) -> None:
+    def __init__(self, config: RunConfig, engine: Engine, prepare: Preparer, device: torch.device, world: int) -> None:
         self.config, self.engine, self.prepare, self.device = config, engine, prepare, device
         self.micro_batch = config.data.global_batch // world // config.accumulation(world)
 

@@ -20,6 +20,7 @@ from kmtr.bench import reference as bench_reference
 from kmtr.bench import step as bench_step
 from kmtr.bench.parts import PARTS, Clock, OnTheClock, watched
 from kmtr.bench.reference import Padded, Positions, Reference
+from kmtr.bench.step_worker import Worker
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.loader.batch import Batch
@@ -44,8 +45,8 @@ class Alone:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def update(self, rates: Mapping[str, float]) -> None:
-        pass
+    def update(self, rates: Mapping[str, float]) -> bool:
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -244,6 +245,38 @@ def test_collectives_are_on_the_clock_and_work_afterwards(small: RunConfig, tmp_
         assert clock.seconds["communication"] == inside
     finally:
         dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------------------- step
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, tmp_path: Path, stage: str) -> None:
+    changes = {"masked.image_weight": 0.0, "align.head_steps": 1, "train.workers": 1}
+    config = override(small, changes)
+    asked, seen, parts = [], [], []
+
+    class Engine(Alone):
+        def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+            asked.append(stage)
+            return super().__call__(inputs, stage)
+
+        def update(self, rates: Mapping[str, float]) -> bool:
+            seen.append(rates)
+            return True
+
+    dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        worker = Worker(config, tables, (stage,), 0, 1, CPU, print)
+        host = next(worker.batches(worker.config))
+        worker.step(Engine(worker.model()), host, stage, worker.config, parts.append)
+    finally:
+        dist.destroy_process_group()
+    assert asked == [stage]
+    assert parts[:2] == ["patterns + FFT", "patterns + FFT"], "the copy to the device, which knows the readout"
+    (rates,) = seen
+    assert 0 < rates["kspace"] <= 1e-7
+    assert rates["heads"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- whole

@@ -432,3 +432,25 @@ def test_energy_of_k_space_is_around_its_middle_or_nowhere() -> None:
     assert content.central(np.ones((64, 64))) == 1
     assert content.central(np.roll(power, 32, 0)) < content.FAINT
     assert content.central(np.fft.fftshift(power)) < content.FAINT
+
+
+def test_a_pattern_from_a_file_is_drawn(small: RunConfig, dataset: str, tmp_path: Path) -> None:
+    pattern = np.zeros((4, 32), dtype=np.uint8)
+    pattern[:, ::4] = 1
+    np.save(tmp_path / "pattern.npy", pattern)
+    changes = ["sampling.family=file", f"sampling.file={tmp_path / 'pattern.npy'}"]
+    rates = [f"{section}.accelerations=4" for section in ("sampling", "evaluate")]
+    kept = [word for word in words(small, dataset) if ".accelerations=" not in word]
+    said = job.run([*kept, *changes, *rates, f"storage.root={tmp_path}"])
+    assert Path(said["sampling"]).is_file()
+    assert "not_proved" not in said
+
+
+def test_a_dataset_is_verified_without_settings_that_fit_training(
+    small: RunConfig, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [word for word in words(small, dataset) if not word.startswith("data.global_batch=")]
+    said = job.run([*kept, "data.global_batch=64", f"storage.root={tmp_path}"])
+    assert said["digest"] == Dataset.of(dataset).digest
+    assert said["not_proved"] in capsys.readouterr().out
+    assert "ef_of_masks_points" in said

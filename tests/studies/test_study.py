@@ -220,9 +220,10 @@ def test_a_misspelt_key_fails_loudly_and_an_impossible_variant_is_a_row(config: 
     impossible = Group("g", "?", {"odd": {"model.head_width": 7}})
     failed = ablation.variants_of(config, (impossible,))[-1]
     assert failed.failure.startswith("model.")
-    cohort_free = ablation.score(None, failed, 12)  # type: ignore[arg-type]
-    assert cohort_free["failure"] == failed.failure
-    assert "r2" not in cohort_free
+    nobody = Cohort(config, Path(), (), (), {}, [], {}, np.zeros((0, 0)))
+    row = ablation.score(nobody, failed, 12)
+    assert row["failure"] == failed.failure
+    assert "r2" not in row
 
 
 def test_commands_refuse_with_one_line() -> None:

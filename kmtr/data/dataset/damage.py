@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.cli import Bar
 from kmtr.data.dataset import record, shards, storage
 from kmtr.data.dataset.manifest import Shard, has_dataset, read_manifest
+from kmtr.progress import Bar
 from kmtr.types import InputError
 
 CHUNK = 8 << 20

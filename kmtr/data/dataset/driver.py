@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kmtr.cli import Bar, start_ray
 from kmtr.config import RunConfig
 from kmtr.data.dataset import shards, splits, storage, writing
 from kmtr.data.dataset.manifest import Manifest, has_dataset, preflight, read_manifest
 from kmtr.data.dataset.ray import write_dataset
 from kmtr.data.sources import Unused
+from kmtr.progress import Bar
+from kmtr.ray_start import start_ray
 from kmtr.types import InputError, Study
 
 

@@ -8,8 +8,8 @@ import os
 from functools import partial
 from typing import Any
 
-from kmtr.cli import refuse_relative_under_submit
 from kmtr.config import RunConfig, override
+from kmtr.config.submitted import refuse_relative_under_submit
 from kmtr.data import sources
 from kmtr.data.dataset import splits, storage, tables
 from kmtr.data.dataset.driver import write

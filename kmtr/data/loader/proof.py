@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kmtr.cli import Bar
 from kmtr.data.loader.order import Plan, Slot
+from kmtr.progress import Bar
 from kmtr.types import KmtrError
 
 STEPS_PER_CURSOR = 32

@@ -1,0 +1,84 @@
+"""A command ends with one line and a status, whatever happens to its files; paths that a cluster would lose."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kmtr import cli
+from kmtr.config.submitted import data_root
+
+
+def ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], raised: BaseException
+) -> tuple[int, str]:
+    """Status and the line on stderr of a command that raises."""
+
+    def run(_: list[str]) -> dict[str, Any]:
+        raise raised
+
+    monkeypatch.setattr(sys, "argv", ["job", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main("usage", run)
+    line, *more = capsys.readouterr().err.splitlines()
+    assert not more
+    return int(str(end.value.code)), line
+
+
+def system(number: int, path: Path | None = None) -> OSError:
+    return OSError(number, os.strerror(number), *([str(path)] if path else []))
+
+
+@pytest.mark.parametrize("key", ["data.root", "storage.root"])
+def test_a_file_that_cannot_be_written_names_its_key(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "read only"
+    error = system(errno.EROFS, place / "deep" / "file")
+    status, line = ended(monkeypatch, capsys, ["labels", "tiny", f"{key}={place}"], error)
+    assert status == 1
+    assert line == (f"error: {key}: {place} can not be used: read-only file system; choose another place by {key}=...")
+
+
+def test_a_full_disk_names_the_key_even_without_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_room", lambda path: 0 if path == str(tmp_path / "full") else 1 << 40)
+    words = ["tiny", f"storage.root={tmp_path / 'full'}", f"data.root={tmp_path / 'data'}"]
+    status, line = ended(monkeypatch, capsys, words, system(errno.ENOSPC))
+    assert status == 1
+    assert line.startswith(f"error: storage.root: {tmp_path / 'full'} can not be used: no space left on device")
+
+
+def test_a_recipe_s_own_folder_is_named_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = system(errno.EACCES, Path("runs/tiny/shards").absolute())
+    _, line = ended(monkeypatch, capsys, ["tiny"], error)
+    assert line.startswith("error: data.root: ")
+
+
+def test_any_other_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, line = ended(monkeypatch, capsys, [], system(errno.ENOENT, Path("/no/such/file")))
+    assert line == "error: /no/such/file: No such file or directory"
+    _, line = ended(monkeypatch, capsys, [], OSError("two\nlines"))
+    assert line == "error: OSError: two"
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("study labels tiny", "runs/tiny"),
+        ("study labels", "runs/tiny"),
+        ("study ablation base seed=1", "runs/base"),
+        ("pretrain large", "runs/large"),
+        ("ingest nifti /data", "runs/data"),
+    ],
+)
+def test_a_submitted_command_gets_its_recipe_s_data(words: str, folder: str) -> None:
+    assert data_root(words.split()) == Path(folder).absolute()
