@@ -62,10 +62,10 @@ def state_bytes(
         sizes: weights in each tensor of the model.
         accumulates: several micro-batches per step.
     """
-    count = sum(sizes)
+    count = float(sum(sizes))
     o = (12 if zero_stage else 8) + (4 if ema else 0)
     if zero_stage == 0:
-        return State(float(count * (4 + 4 + o)), 0.0)
+        return State(count * (4 + 4 + o), 0.0)
     w = g = 2 if bf16 else 4
     s = 4
     share, bucketed = count / workers, min(BUCKET, count)

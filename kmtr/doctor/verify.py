@@ -66,6 +66,8 @@ def report(found: Sequence[tuple[int, content.Contents]], dataset: Dataset) -> d
     parseval = max((inspected.parseval for inspected in everything), default=0.0)
     ef = content.ef_error(everything)
     print("\n".join(content.label_table(everything)))
+    if centreless := sum(inspected.centreless for inspected in everything):
+        print(f"verify: {centreless} frames of slices have no line near the centre of k-space: read all the same")
     for line in findings.lines(findings.doubtful):
         print(f"doubtful: {line}")
     for line in findings.lines(findings.wrong):
@@ -81,6 +83,7 @@ def report(found: Sequence[tuple[int, content.Contents]], dataset: Dataset) -> d
     return {
         "parseval": float(f"{parseval:.3g}"),
         "ef_of_masks_points": None if ef is None else round(ef, 2),
+        "frames_without_centre": centreless,
         "doubtful": {kind: len(cases) for kind, cases in findings.doubtful.items()},
     }
 

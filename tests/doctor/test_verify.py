@@ -32,6 +32,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader.order import Plan, Slot, Source
 from kmtr.data.loader.proof import prove
 from kmtr.doctor import verify
+from kmtr.physics.fourier import fft2c, ifft2c
 from kmtr.types import LABELS, InputError, KmtrError, Study, View
 
 SHARD = "shards/train-00001.parquet"
@@ -424,16 +425,6 @@ def test_masks_away_from_the_cohort_s_are_doubtful(tmp_path: Path) -> None:
     assert [case.partition(":")[0] for case in found.doubtful["masks are not where the cohort's are"]] == ["p-3"]
 
 
-def test_energy_of_k_space_is_around_its_middle_or_nowhere() -> None:
-    y, x = np.mgrid[-32:32, -32:32]
-    power = 1 / (1 + y**2 + x**2) ** 1.5
-    assert content.central(power) == 1
-    assert content.central(np.roll(power, 2, 0)) > content.FAINT
-    assert content.central(np.ones((64, 64))) == 1
-    assert content.central(np.roll(power, 32, 0)) < content.FAINT
-    assert content.central(np.fft.fftshift(power)) < content.FAINT
-
-
 def test_a_pattern_from_a_file_is_drawn(small: RunConfig, dataset: str, tmp_path: Path) -> None:
     pattern = np.zeros((4, 32), dtype=np.uint8)
     pattern[:, ::4] = 1
@@ -454,3 +445,38 @@ def test_a_dataset_is_verified_without_settings_that_fit_training(
     assert said["digest"] == Dataset.of(dataset).digest
     assert said["not_proved"] in capsys.readouterr().out
     assert "ef_of_masks_points" in said
+
+
+def smooth(number: int, **changes: Any) -> Study:
+    """`study` with the k-space of an object that fills half of the image, and a little noise; 64 x 64."""
+    rng = np.random.default_rng(number)
+    image = np.zeros((3, 1, 4, 64, 64), np.complex64)
+    image[..., 16:48, 20:44] = np.exp(0.3j)
+    noise = rng.standard_normal((*image.shape, 2)).astype(np.float32).view(np.complex64)[..., 0]
+    kspace = (fft2c(image) + 0.02 * noise).astype(np.complex64)
+    return study(number, **{"segmentation": None, "kspace": kspace} | changes)
+
+
+def test_k_space_that_is_none_or_elsewhere_is_doubtful(tmp_path: Path) -> None:
+    kspace = smooth(1).views["sax"].kspace
+    spoilt = {
+        "line": np.roll(kspace, 20, -2),
+        "corner": np.fft.fftshift(kspace, (-2, -1)),
+        "image": ifft2c(kspace),
+        "magnitude": np.abs(kspace).astype(np.complex64),
+    }
+    good = [smooth(2), smooth(3, kspace=np.roll(smooth(3).views["sax"].kspace, 1, -2)), study(4)]
+    found = found_in(tmp_path, {"train": [*good, *(smooth(9, name=name, kspace=k) for name, k in spoilt.items())]})
+    (cases,) = (cases for kind, cases in found.doubtful.items() if kind == "k-space that is none, or is elsewhere")
+    assert [case.partition(" in ")[0] for case in cases] == [f"p-{name}" for name in spoilt]
+
+
+def test_frames_without_a_central_line_are_counted_and_no_doubt(tmp_path: Path) -> None:
+    sampled = np.ones((3, 4, 64), bool)
+    sampled[1, 2, 24:40] = sampled[2, 0, 24:40] = False
+    kspace = smooth(1).views["sax"].kspace * sampled[:, None, ..., None]
+    write(tmp_path, {"train": [smooth(1, kspace=kspace, sampled=sampled), study(2)]})
+    dataset = Dataset.of(str(tmp_path))
+    inspected = verify.contents(dataset)
+    assert sum(shard.centreless for _, shard in inspected) == 2
+    assert not content.judge(inspected, dataset.manifests).doubtful

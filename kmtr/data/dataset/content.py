@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from kmtr.data.dataset import record, storage
 from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard
 from kmtr.data.dataset.tables import PLAUSIBLE
+from kmtr.physics import centre
 from kmtr.physics.fourier import ifft2c
 from kmtr.types import COVARIATES, DISEASES, LABELS, PHENOTYPES, SEGMENTATION_CLASSES, UNLABELLED, VIEWS
 
@@ -50,15 +51,6 @@ CELLS = 16
 
 THE_SAME = 0.9999
 """Correlation of these from which on two subjects' images are the same; of two scans of one heart it is less."""
-
-BLOCK = 16
-"""The central block of k-space reaches a 16th of each side from the middle."""
-
-FAINT = 0.5
-"""Energy of the central block over that of the strongest; below it the centre is elsewhere."""
-
-TELLING = 3.0
-"""Energy of the strongest block over the median: below it is noise."""
 
 FRAME_TIME_S = (0.002, 0.5)
 EXAMPLES = 5
@@ -101,6 +93,7 @@ class Contents:
         pictures: float32 ``row pixel``: coarse magnitudes of each subject, `_picture`.
         places: float64 ``row 2``: middle of the short axis' LV masks, as a share of the image along y and x.
         parseval: largest relative difference of energies.
+        centreless: frames without a line near the centre of k-space, over all slices.
         findings: about single subjects.
     """
 
@@ -113,6 +106,7 @@ class Contents:
     pictures: np.ndarray
     places: np.ndarray
     parseval: float
+    centreless: int
     findings: Findings
 
 
@@ -123,7 +117,7 @@ def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int
         DamagedShard: it can't be read (`jobs/verify.py` says more about that).
     """
     store, base = storage.open_root(root)
-    findings, worst = Findings(), 0.0
+    findings, worst, centreless = Findings(), 0.0, 0
     ids: list[str] = []
     prints: list[str] = []
     drawn: list[str] = []
@@ -138,8 +132,9 @@ def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int
                 for row in range(len(table)):
                     subject = str(table.column("subject_id")[row])
                     ids.append(subject)
-                    error, digest = _views(table, row, f"{subject} in {shard.name}", findings)
+                    error, frames, digest = _views(table, row, f"{subject} in {shard.name}", findings)
                     worst = max(worst, error)
+                    centreless += frames
                     prints.append(digest)
                     masks.append(_volumes(table, row))
                     drawn.append(_drawn(table, row))
@@ -162,6 +157,7 @@ def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int
         np.array(pictures).reshape(-1, CELLS * CELLS),
         np.array(places).reshape(-1, 2),
         worst,
+        centreless,
         findings,
     )
 
@@ -254,9 +250,11 @@ def _schema(found: pa.Schema) -> Iterator[str]:
         yield f"unknown column {name}"
 
 
-def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[float, str]:
-    """Checks all views of a subject; its largest relative difference of energies, and a hash of its k-space."""
-    digest, worst = hashlib.blake2b(digest_size=16), 0.0
+def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[float, int, str]:
+    """Checks all views of a subject; its largest relative difference of energies, its frames without a line near the
+    centre, and a hash of its k-space.
+    """
+    digest, worst, centreless = hashlib.blake2b(digest_size=16), 0.0, 0
     for view in VIEWS:
         what = f"{who}, {view}"
         try:
@@ -268,11 +266,15 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
             continue
         stored, _ = raw
         digest.update(stored.data)
-        worst = max(worst, _energy(stored, what, findings))
         slices, _, frames, ny, nx, _ = stored.shape
-        packed = table.column(f"acquired_{view}")[row].as_py()
+        packed, sampled = table.column(f"acquired_{view}")[row].as_py(), None
         if packed is not None and len(packed) != math.ceil(slices * frames * ny / 8):
             findings.wrong.setdefault("the pattern is not of the k-space's shape", []).append(what)
+        elif packed is not None:
+            sampled = shards.unpack(packed, (slices, frames, ny))
+        if (error := _energy(stored, what, findings)) is not None:
+            worst = max(worst, error)
+            centreless += _around_middle(stored, sampled, what, findings)
         _segmentation(table, row, view, (slices, frames, ny, nx), what, findings)
         spacing = table.column(f"spacing_mm_{view}")[row].as_py()
         limits = (DISTANCE_MM, SPACING_MM, SPACING_MM)
@@ -282,49 +284,34 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
         time = table.column(f"frame_time_s_{view}")[row].as_py()
         if time is not None and not FRAME_TIME_S[0] <= time <= FRAME_TIME_S[1]:
             findings.doubtful.setdefault(f"frame time outside of {FRAME_TIME_S} s", []).append(f"{what}: {time:.3g}")
-    return worst, digest.hexdigest()
+    return worst, centreless, digest.hexdigest()
 
 
-def _energy(stored: np.ndarray, what: str, findings: Findings) -> float:
-    """Relative difference of the energies of k-space and image (Parseval), slice by slice."""
-    worst, power = 0.0, np.zeros(stored.shape[3:5])
+def _energy(stored: np.ndarray, what: str, findings: Findings) -> float | None:
+    """Relative difference of the energies of k-space and image (Parseval), slice by slice; None: there is no energy."""
+    worst = 0.0
     for values in stored:
         kspace = values.astype(np.float32).view(np.complex64)[..., 0]
         here = _sum_of_squares(kspace)
         if not math.isfinite(here) or not np.isfinite(kspace).all():
             findings.wrong.setdefault("k-space holds values that are not finite", []).append(what)
-            return worst
-        power += _power(kspace)
+            return None
         image = ifft2c(kspace)
         worst = max(worst, abs(_sum_of_squares(image) - here) / here if here else 0.0)
     if not stored.any():
         findings.wrong.setdefault("k-space is nothing but zeros", []).append(what)
-    if (share := central(power)) < FAINT:
-        kind = "the energy of k-space is not around its middle"
-        findings.doubtful.setdefault(kind, []).append(f"{what}: {share:.0%} of the strongest block's")
+        return None
     if worst > PARSEVAL:
         findings.wrong.setdefault("energy of k-space and image differ", []).append(f"{what}: by {worst:.2g}")
     return worst
 
 
-def _power(kspace: np.ndarray) -> np.ndarray:
-    """Energy at each ``ky kx`` over coils, which count alike, and frames of complex ``coil t ky kx``."""
-    energy = np.square(np.abs(kspace)).sum(1, dtype=float)
-    of_coil = energy.sum((-2, -1), keepdims=True)
-    return np.divide(energy, of_coil, out=np.zeros_like(energy), where=of_coil > 0).sum(0)
-
-
-def central(power: np.ndarray) -> float:
-    """Energy of the central block of ``ky kx`` over that of the strongest block; 1 where none stands out of noise."""
-    blocks = power
-    for axis, length in enumerate(power.shape):
-        half = max(1, length // BLOCK)
-        blocks = np.sum([np.roll(blocks, shift, axis) for shift in range(-half, half + 1)], axis=0)
-    best = float(blocks.max())
-    if best <= TELLING * float(np.median(blocks)):
-        return 1.0
-    ny, nx = power.shape
-    return float(blocks[ny // 2, nx // 2]) / best
+def _around_middle(stored: np.ndarray, sampled: np.ndarray | None, what: str, findings: Findings) -> int:
+    """Doubts whether stored values are k-space around its middle; frames without a line near that."""
+    kspace = stored.astype(np.float32, copy=False).view(np.complex64)[..., 0]
+    if found := centre.problem(kspace, sampled):
+        findings.doubtful.setdefault("k-space that is none, or is elsewhere", []).append(f"{what}: {found}")
+    return 0 if sampled is None else centre.without_centre(sampled)
 
 
 def _drawn(table: pa.Table, row: int) -> str:

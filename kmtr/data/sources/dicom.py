@@ -263,8 +263,8 @@ def _damage(where: str) -> Iterator[None]:
         raise
     except optional("pydicom.errors").InvalidDicomError:
         raise InputError(
-            f"{where}: a file has no DICOM meta header (128 bytes, then DICM); if it is an image of an old exporter, "
-            "rewrite it (dcmconv of DCMTK), else take it out"
+            f"{where}: a DICOM file cannot be read: it has no meta header (128 bytes, then DICM); if it is an image of "
+            "an old exporter, rewrite it (dcmconv of DCMTK), else take it out"
         ) from None
     except _DAMAGE as error:
         raise InputError(f"{where}: a DICOM file cannot be read ({type(error).__name__}); fetch it again") from None
@@ -299,6 +299,8 @@ def _contents(files: Sequence[Path], where: str, options: Options) -> Iterator[t
 
 def _frames(content: bytes, where: str, options: Options) -> tuple[tuple[str, str], list[series.Frame], Counter[str]]:
     """Patient and study, the usable frames of one file, and why others are not: MR images in shades of grey are."""
+    if not content:
+        raise InputError(f"{where}: a DICOM file cannot be read: it is empty; fetch it again")
     if _DEFLATED in content:
         raise InputError(f"{where}: deflated DICOM is not supported; store it uncompressed")
     dataset = optional("pydicom").dcmread(BytesIO(content))
