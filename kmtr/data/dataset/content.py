@@ -271,7 +271,7 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
         if packed is not None and len(packed) != math.ceil(slices * frames * ny / 8):
             findings.wrong.setdefault("the pattern is not of the k-space's shape", []).append(what)
         elif packed is not None:
-            sampled = shards.unpack(packed, (slices, frames, ny))
+            sampled = record.unpack(packed, (slices, frames, ny))
         if (error := _energy(stored, what, findings)) is not None:
             worst = max(worst, error)
             centreless += _around_middle(stored, sampled, what, findings)
