@@ -50,6 +50,7 @@ def main(
         with contextlib.suppress(BrokenPipeError):  # as under `| head`
             print(help_text(usage), flush=True)
         return
+    print(f"{Path(sys.argv[0]).stem}: starting", flush=True)  # what it imports takes seconds
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
