@@ -7,10 +7,12 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kmtr.config import RunConfig, flatten, keys, parse
@@ -48,6 +50,7 @@ def main(
         with contextlib.suppress(BrokenPipeError):  # as under `| head`
             print(help_text(usage), flush=True)
         return
+    print(f"{Path(sys.argv[0]).stem}: starting", flush=True)  # what it imports takes seconds
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
@@ -91,15 +94,23 @@ def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
     Args:
         paths: key -> absolute path.
     """
-    reason = (error.strerror or str(error)).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else str(error)
-    within = {key: path for key, path in paths.items() if path in where}
-    if not within and error.errno == errno.ENOSPC:
+    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = os.strerror(error.errno).lower() if error.errno else said
+    quoted = re.search(r"'(/[^']*)'", said)  # Arrow's errors have no file name
+    where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
+    where = where or (quoted[1] if quoted else "")
+    within = {key: path for key, path in paths.items() if where and _related(where, path)}
+    if not where and error.errno == errno.ENOSPC:
         within = {key: path for key, path in paths.items() if _room(path) < MIN_ROOM}
     if not within:
-        return f"{where}: {reason}" if error.filename else f"{type(error).__name__}: {reason}"
+        return f"{where or type(error).__name__}: {reason}"
     key = max(within, key=lambda key: len(within[key]))
-    return f"{key}: {within[key]} can not be used: {reason[:1].lower()}{reason[1:]}; choose another place by {key}=..."
+    return f"{key}: {within[key]} can not be used: {reason}; choose another place by {key}=..."
+
+
+def _related(where: str, path: str) -> bool:
+    """Whether a file lies in the folder of a setting, or is a folder above it (not the root of all)."""
+    return Path(where).is_relative_to(path) or (where != "/" and Path(path).is_relative_to(where))
 
 
 MIN_ROOM = 1 << 20

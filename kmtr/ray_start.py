@@ -106,11 +106,15 @@ def wait_for(
 def refuse_missing_gpu(device: str) -> None:
     """Refuse ``train.device=cuda`` on a cluster without GPUs, before anything waits for one. Ray must be up.
 
+    Not where RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is set: there nodes with GPUs may still be starting.
+
     Raises:
         InputError: there is none.
     """
     import ray
 
+    if os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):
+        return
     if device == "cuda" and not ray.cluster_resources().get("GPU", 0):
         raise InputError(
             "train.device: expected GPUs in the Ray cluster for cuda, got none; use train.device=auto or cpu, or start "

@@ -12,6 +12,7 @@ import pytest
 
 from kmtr import cli
 from kmtr.config.submitted import data_root
+from kmtr.data import storage
 
 
 def ended(
@@ -63,9 +64,20 @@ def test_a_recipe_s_own_folder_is_named_too(
     assert line.startswith("error: data.root: ")
 
 
+def test_a_folder_that_can_t_be_made_names_the_key_of_what_is_to_lie_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    root = tmp_path / "file/deep/data"
+    with pytest.raises(OSError, match="Not a directory") as error:
+        storage.make_folder(*storage.open_root(str(root)))
+    _, line = ended(monkeypatch, capsys, ["tiny", f"data.root={root}"], error.value)
+    assert line == f"error: data.root: {root} can not be used: not a directory; choose another place by data.root=..."
+
+
 def test_any_other_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _, line = ended(monkeypatch, capsys, [], system(errno.ENOENT, Path("/no/such/file")))
-    assert line == "error: /no/such/file: No such file or directory"
+    assert line == "error: /no/such/file: no such file or directory"
     _, line = ended(monkeypatch, capsys, [], OSError("two\nlines"))
     assert line == "error: OSError: two"
 

@@ -85,8 +85,11 @@ def test_an_empty_address_is_none(tmp_path: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.usefixtures("cluster")
-def test_a_gpu_that_no_node_has_is_refused_in_one_line() -> None:
+def test_a_gpu_that_no_node_has_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", raising=False)
     ray_start.refuse_missing_gpu("cpu")
     ray_start.refuse_missing_gpu("auto")
     with pytest.raises(InputError, match=r"train\.device: expected GPUs in the Ray cluster for cuda, got none"):
         ray_start.refuse_missing_gpu("cuda")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # nodes are awaited
+    ray_start.refuse_missing_gpu("cuda")

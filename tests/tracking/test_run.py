@@ -13,7 +13,7 @@ import filelock
 import pytest
 
 from kmtr.config import RunConfig, override, run_keys
-from kmtr.tracking import end_run, find_run, log_dataset, open_run, store, tracking_uri
+from kmtr.tracking import end_run, find_run, log_dataset, open_run, store, tracking_uri, where
 from kmtr.tracking.store import artifact_location, client, redact
 from kmtr.types import InputError, KmtrError
 
@@ -208,3 +208,10 @@ def test_jobs_that_meet_an_empty_store_at_once_all_open_their_run(tmp_path: Path
     said = [job.communicate()[0].split() for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0]
     assert len({words[-1] for words in said}) == 3
+
+
+def test_make_ui_is_named_only_where_it_shows_the_store() -> None:
+    runs = Path(__file__).parents[2] / "runs"
+    assert where(f"sqlite:///{runs}/mlflow.db") == f"sqlite:///{runs}/mlflow.db (make ui)"
+    assert where("sqlite:////elsewhere/mlflow.db") == "sqlite:////elsewhere/mlflow.db"
+    assert where("https://me:secret@mlflow") == "https://***@mlflow"
