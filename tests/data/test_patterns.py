@@ -15,10 +15,10 @@ from cohort import simulated, write
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.shapes import check_shapes
+from kmtr.data.sources import patterns as pattern_files
 from kmtr.data.sources.patterns import read_pattern
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics import sampling
@@ -117,7 +117,7 @@ def test_text_and_headers_that_lie_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="plain"):
         read_pattern(tmp_path / "p.npy")
     with (tmp_path / "p.npy").open("wb") as file:
-        file.truncate(patterns.MOST_BYTES + 1)
+        file.truncate(pattern_files.MOST_BYTES + 1)
     with pytest.raises(InputError, match="at most 64 MiB"):
         read_pattern(tmp_path / "p.npy")
 
