@@ -183,7 +183,7 @@ def study(number: int, **changes: Any) -> Study:
     segmentation[:, :, 4:12, 4:12] = 1
     segmentation[:, 2, 4:8] = 0
     segmentation[0, 0, 0, number % 16] = 2
-    view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0), frame_time_s=0.2)
+    view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0))
     labels = {"lvedv_ml": 61.0, "lvesv_ml": 30.5, "lvsv_ml": 30.5, "lvef_pct": 50.0, "dcm": 0.0, "male": 1.0}
     kept = {key: value for key, value in changes.items() if key not in LABELS}
     labels |= {key: value for key, value in changes.items() if key in LABELS}
@@ -422,6 +422,17 @@ def test_masks_away_from_the_cohort_s_are_doubtful(tmp_path: Path) -> None:
     studies[3] = replace(studies[3], views={"sax": replace(view, segmentation=np.roll(view.segmentation, 4, -1))})
     found = found_in(tmp_path, {"train": studies})
     assert [case.partition(":")[0] for case in found.doubtful["masks are not where the cohort's are"]] == ["p-3"]
+
+
+def test_few_frames_of_a_heartbeat_are_no_doubt(tmp_path: Path) -> None:
+    """Taken evenly, they are far apart, and end-systole may lie between them."""
+    segmentation = study(1).views["sax"].segmentation
+    assert segmentation is not None
+    pair = {"kspace": study(1).views["sax"].kspace[:, :, :2], "segmentation": segmentation[:, ::2], "lvef_pct": 80.0}
+    ours = {"lvesv_ml": 12.2, "lvsv_ml": 48.8, **pair}
+    assert not found_in(tmp_path / "even", {"train": [study(1, frame_time_s=0.6, **ours)]}).doubtful
+    two = found_in(tmp_path / "chosen", {"train": [study(1, **ours)]}).doubtful
+    assert list(two) == ["lvef_pct is not the masks'"]
 
 
 def smooth(number: int, **changes: Any) -> Study:
