@@ -183,12 +183,16 @@ def _current(file: Path) -> bool:
 
 def _migrate(uri: str, file: Path) -> None:
     """Brings a store of an earlier MLflow up to date; its copy stays. An empty one is made by MLflow's own client."""
-    from mlflow.store.db.utils import _get_latest_schema_revision, _upgrade_db
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db.utils import _get_alembic_config, _get_latest_schema_revision, _upgrade_db
     from sqlalchemy import create_engine
 
     version, filled = _version(file)
     if version in (None, _get_latest_schema_revision()):
         return
+    known = ScriptDirectory.from_config(_get_alembic_config("sqlite://")).walk_revisions()
+    if version not in {script.revision for script in known}:
+        raise KmtrError(f"its schema {version} is not known to the installed MLflow, which is older")
     if filled:
         copy = file.with_name(f"{file.name}.{version}")
         with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(copy)) as target:

@@ -184,7 +184,7 @@ def study(number: int, **changes: Any) -> Study:
     segmentation[:, :, 4:12, 4:12] = 1
     segmentation[:, 2, 4:8] = 0
     segmentation[0, 0, 0, number % 16] = 2
-    view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0), frame_time_s=0.2)
+    view = View(kspace, segmentation=segmentation, spacing_mm=(20.0, 4.0, 4.0))
     labels = {"lvedv_ml": 61.0, "lvesv_ml": 30.5, "lvsv_ml": 30.5, "lvef_pct": 50.0, "dcm": 0.0, "male": 1.0}
     kept = {key: value for key, value in changes.items() if key not in LABELS}
     labels |= {key: value for key, value in changes.items() if key in LABELS}
@@ -445,6 +445,17 @@ def test_a_dataset_is_verified_without_settings_that_fit_training(
     assert said["digest"] == Dataset.of(dataset).digest
     assert said["not_proved"] in capsys.readouterr().out
     assert "ef_of_masks_points" in said
+
+
+def test_few_frames_of_a_heartbeat_are_no_doubt(tmp_path: Path) -> None:
+    """Taken evenly, they are far apart, and end-systole may lie between them."""
+    segmentation = study(1).views["sax"].segmentation
+    assert segmentation is not None
+    pair = {"kspace": study(1).views["sax"].kspace[:, :, :2], "segmentation": segmentation[:, ::2], "lvef_pct": 80.0}
+    ours = {"lvesv_ml": 12.2, "lvsv_ml": 48.8, **pair}
+    assert not found_in(tmp_path / "even", {"train": [study(1, frame_time_s=0.6, **ours)]}).doubtful
+    two = found_in(tmp_path / "chosen", {"train": [study(1, **ours)]}).doubtful
+    assert list(two) == ["lvef_pct is not the masks'"]
 
 
 def smooth(number: int, **changes: Any) -> Study:

@@ -191,9 +191,12 @@ def test_a_store_of_a_later_mlflow_is_one_line_and_stays_as_it_was(tmp_path: Pat
         made.execute("CREATE TABLE experiments (id INTEGER)")
         made.execute("INSERT INTO alembic_version VALUES ('fffffffffff1')")
         made.commit()
-    with pytest.raises(KmtrError, match="cannot be made or migrated") as caught:
+    before = (tmp_path / "mlflow.db").read_bytes()
+    with pytest.raises(KmtrError, match=r"cannot be made or migrated: .* schema fffffffffff1 is not known") as caught:
         client(uri)
     assert "\n" not in str(caught.value)
+    assert (tmp_path / "mlflow.db").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"mlflow.db", "mlflow.db.lock"}
 
 
 def test_jobs_that_meet_an_empty_store_at_once_all_open_their_run(tmp_path: Path) -> None:

@@ -52,7 +52,13 @@ CELLS = 16
 THE_SAME = 0.9999
 """Correlation of these from which on two subjects' images are the same; of two scans of one heart it is less."""
 
+FEW_FRAMES = 6
+"""Fewer, taken evenly over the heartbeat, may miss end-systole by more than `EF_POINTS`; from here on none did."""
+
 FRAME_TIME_S = (0.002, 0.5)
+HEARTBEAT_S = 2.0
+"""Of a slow heart: few frames, taken evenly, may be farther apart than `FRAME_TIME_S`, but share that."""
+
 EXAMPLES = 5
 """Findings of one kind that are listed one by one."""
 
@@ -282,7 +288,8 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
             kind = "spacing that no scan has"
             findings.doubtful.setdefault(kind, []).append(f"{what}: {spacing}")
         time = table.column(f"frame_time_s_{view}")[row].as_py()
-        if time is not None and not FRAME_TIME_S[0] <= time <= FRAME_TIME_S[1]:
+        longest = max(FRAME_TIME_S[1], HEARTBEAT_S / frames)
+        if time is not None and not FRAME_TIME_S[0] <= time <= longest:
             findings.doubtful.setdefault(f"frame time outside of {FRAME_TIME_S} s", []).append(f"{what}: {time:.3g}")
     return worst, centreless, digest.hexdigest()
 
@@ -392,7 +399,8 @@ def _volumes(table: pa.Table, row: int) -> tuple[float, float]:
     """LV end-diastolic volume (mL) and ejection fraction (%) by counting cavity pixels of the short axis.
 
     Of the frames that hold a cavity: most sources contour end-diastole and end-systole only. The gaps between slices
-    count as if the slices were that thick; fewer than three slices say nothing.
+    count as if the slices were that thick; fewer than three slices say nothing, and few frames at a known distance in
+    time, all of them contoured, nothing about the fraction: end-systole may lie between them.
     """
     unknown = (math.nan, math.nan)
     content = table.column("segmentation_sax")[row].as_py()
@@ -402,11 +410,12 @@ def _volumes(table: pa.Table, row: int) -> tuple[float, float]:
         return unknown
     cavity = np.frombuffer(content, np.uint8).reshape(shape[0], shape[2], -1) == SEGMENTATION_CLASSES.index("lv_cavity")
     pixels = cavity.sum((0, 2))
+    even = table.column("frame_time_s_sax")[row].as_py() is not None and bool(pixels.all())
     pixels = pixels[pixels > 0]
     if pixels.size < 2:
         return unknown
     volume = pixels.max() * math.prod(spacing) / 1000 if spacing else math.nan
-    return volume, 100 * (1 - pixels.min() / pixels.max())
+    return volume, math.nan if even and pixels.size < FEW_FRAMES else 100 * (1 - pixels.min() / pixels.max())
 
 
 # -------------------------------------------------------------------------------------------------- all subjects

@@ -5,7 +5,12 @@
     find(source) -> list[Item]                              which files belong to which subject
     read(item, where, subject_id, options) -> Study         `where` is what messages call the source
     why_unused(path) -> str                                 optional: why a file that no item has is not read (`unused`)
+    near(path) -> bool                                      optional: whether a file of another ending is counted there
+    reads(path) -> bool                                     optional: whether a file in an item's folder is read at all
     contents(item) -> list[doubles.Content]                 optional: by what a subject under two names is told
+
+What `find` asks of a file it asks by `looked`, so that one that cannot be read does not end the search: it counts as
+what its name says, and `read` refuses that subject alone.
 
 Nothing vanishes: files that belong to no subject are counted by `unused`, and what `read` leaves out of a subject's
 files it says in `Study.notes`. Both end in ``refused.json`` and in one line.
@@ -18,17 +23,19 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Literal, TypeVar
 
 from kmtr.data.sources import anatomy, doubles
 from kmtr.data.sources.payload import check_payload
 from kmtr.data.sources.pseudonyms import pseudonym
 from kmtr.physics.coils import combined, compress
 from kmtr.types import InputError, Study
+
+Told = TypeVar("Told")
 
 FORMATS = {
     "nifti": (".nii", ".nii.gz"),
@@ -131,7 +138,7 @@ def discover(format: str, source: str) -> list[Item]:
     if not path.exists():
         raise InputError(f"source: expected a file or folder, got {source!r}, which does not exist")
     found: dict[str, list[Item]] = {}
-    for item in sorted(reader.find(path)):
+    for item in sorted(_found(reader, path)):
         found.setdefault(item.subject, []).append(item)
     if all(len(items) > 1 for items in found.values()):
         raise InputError(
@@ -140,6 +147,21 @@ def discover(format: str, source: str) -> list[Item]:
         )
     single = [items[0] if len(items) == 1 else _twice(items) for items in found.values()]
     return doubles.marked(single, getattr(reader, "contents", doubles.of_files)) if len(single) > 1 else single
+
+
+def looked(look: Callable[[Path], Told], path: Path, otherwise: Told) -> Told:
+    """What `look` says of a file while subjects are looked for; `otherwise` where the file or a library fails."""
+    try:
+        return look(path)
+    except Exception:  # libraries have no common class; `read` meets it again and refuses that subject in one line
+        return otherwise
+
+
+def _found(reader: ModuleType, source: Path) -> list[Item]:
+    try:
+        return list(reader.find(source))
+    except OSError as error:  # of the source itself, or of a folder that went away meanwhile
+        raise InputError(f"{source}: it cannot be searched: {error.strerror or type(error).__name__}") from None
 
 
 @dataclass(frozen=True)
@@ -159,22 +181,27 @@ class Unused:
 def unused(format: str, source: str, items: Sequence[Item]) -> list[Unused]:
     """The files of `format` below a folder that no item has, by reason, most files first.
 
-    Counted are files with an ending of the format, or of the reader's ``NEAR`` (other images, not read), and links that
-    lead nowhere or to folders, which no search follows. A reader's ``why_unused(path)`` gives the reason; an empty one
-    means that the file is used after all, as a pattern beside its k-space is.
+    Counted are files with an ending of the format, or that the reader's ``near(path)`` accepts (other images), links
+    that lead nowhere or to folders, which no search follows, and folders that cannot be opened; in a folder that an
+    item has, of these, what the reader's ``reads(path)`` denies. A reader's
+    ``why_unused(path)`` gives the reason; an empty one means that the file is used after all, as a pattern beside its
+    k-space is.
     """
     reader, path = _reader(format), Path(source)
     why = getattr(reader, "why_unused", lambda path: "files of a name that this reader does not know")
-    endings = FORMATS[format] + getattr(reader, "NEAR", ())
+    near = getattr(reader, "near", lambda path: False)
+    reads = getattr(reader, "reads", lambda path: True)
     taken = {file for item in items for file in item.files}
     found: dict[str, list[int]] = {}
     for number, file in enumerate(sorted(path.rglob("*"), key=os.fspath), 1):
-        if file in taken or not taken.isdisjoint(file.parents):
+        if file in taken or (file.parent in taken and looked(reads, file, True)):
             continue
         if file.is_symlink() and not file.is_file():
             reason = "links to folders or to files that are not there"
-        elif file.is_file() and file.name.lower().endswith(endings):
-            reason = why(file)
+        elif file.is_dir():
+            reason = "" if os.access(file, os.R_OK | os.X_OK) else "folders that cannot be opened"
+        elif file.is_file() and (file.name.lower().endswith(FORMATS[format]) or looked(near, file, True)):
+            reason = looked(why, file, "files that cannot be opened")
         else:
             continue
         if reason:
@@ -226,6 +253,8 @@ def read(
         return with_coils(study, options.coils) if options and options.coils else study
     except MemoryError:
         raise InputError(f"{where}: needs more memory than there is; lower ingest.gib to refuse it earlier") from None
+    except OSError as error:  # without the file's name
+        raise InputError(f"{where}: a file cannot be read: {error.strerror or type(error).__name__}") from None
 
 
 def with_coils(study: Study, coils: int) -> Study:

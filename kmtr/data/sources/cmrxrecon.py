@@ -40,7 +40,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, matlab
+from kmtr.data.sources import Item, Options, check_stored, matlab
 from kmtr.data.sources.patterns import read_pattern
 from kmtr.data.sources.raw import (
     check_finite,
@@ -89,7 +89,7 @@ def find(source: Path) -> list[Item]:
         return [Item("cmrxrecon", _subject(source), (source,))]
     files: dict[Path, list[Path]] = defaultdict(list)
     for path in sorted(source.rglob("*.mat")):
-        if _FILE.fullmatch(path.name):
+        if _FILE.fullmatch(path.name) and path.is_file():
             files[path.parent].append(path)
     if not files:
         raise InputError(
@@ -141,15 +141,18 @@ def read_view(path: Path, where: str, options: Options) -> tuple[View, list[str]
     if not options.axes and len(names) == 3 and "slice" in names:
         slices = stored.shape[names.index("slice")]
         notes.append(f"{slices} slices of one frame; if these are frames of one slice, give axes= (ingest.axes=)")
-    kspace = _complex64(_arrange(stored, names), where, key)
+    matrix = options.matrix
+    if matrix is None and options.oversampling == "remove" and (factor := _oversampling(path)) > 1:
+        matrix = stored.shape[names.index("ky")], round(stored.shape[names.index("kx")] / factor)
+    arranged = _arrange(stored, names)
+    check_stored(where, key, (*arranged.shape[:3], *(matrix or arranged.shape[3:])), options)
+    kspace = _complex64(arranged, where, key)
     check_finite(kspace, where, key)
     sampled = _sampled(kspace, where, key)
     check_raw(kspace, sampled, where)
     if sampled is not None and (beside := _pattern_beside(path)) is not None:
         _check_pattern(sampled, beside, where)
-    matrix = options.matrix
-    if matrix is None and options.oversampling == "remove" and (factor := _oversampling(path)) > 1:
-        matrix = kspace.shape[-2], round(kspace.shape[-1] / factor)
+    if matrix is not None and matrix != options.matrix:
         power = np.sum([columns(ifftc(coil, (-1,))) for part in kspace for coil in part], axis=0)
         check_oversampling(power, matrix[1], where)
     if matrix is not None:

@@ -36,7 +36,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, check_stored, doubles, optional, polygons, series
+from kmtr.data.sources import Item, Options, check_size, check_stored, doubles, looked, optional, polygons, series
 from kmtr.data.sources.cine import Cine, oriented, plausible_frame_time, to_study
 from kmtr.types import InputError, Study
 
@@ -63,6 +63,12 @@ HEART_RATE_BPM = (20.0, 250.0)
 
 VENDORS = ("Siemens", "GE", "Philips", "Canon", "Toshiba", "Hitachi", "Fujifilm", "UIH")
 """Vendors as they are kept; anything else in that field of a header could say who was scanned where."""
+
+OTHER_IMAGES = (
+    ".nii", ".nii.gz", ".hdr", ".img", ".mha", ".nrrd", ".mat", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff",
+    ".tar", ".gz", ".xz", ".rar", ".7z",
+)  # fmt: skip
+"""Endings of files that may hold images of a heart in another way."""
 
 _ARCHIVE = re.compile(r"(?P<subject>.+)_(?P<field>2020[89])_(?P<visit>\d+)_(?P<array>\d+)\.zip")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
@@ -89,7 +95,7 @@ def find(source: Path) -> list[Item]:
             return _archive_items([source])
         if not _is_image(source):
             raise InputError(f"{source}: expected a DICOM image, a .zip of them, or a folder")
-        return [Item("dicom", _identity(source)[0] or source.resolve().parent.name, (source,))]
+        return [Item("dicom", looked(_identity, source, ("", ""))[0] or source.resolve().parent.name, (source,))]
     images: dict[Path, Path] = {}
     contours, archives = [], []
     for name, folders, files in os.walk(source):
@@ -127,7 +133,7 @@ def _folder_items(source: Path, images: dict[Path, Path], contours: list[Path]) 
     folders: dict[str, list[Path]] = defaultdict(list)
     studies: dict[str, set[str]] = defaultdict(set)
     for folder, first in images.items():
-        subject, study = _identity(first)
+        subject, study = looked(_identity, first, ("", ""))
         below = folder.relative_to(source).parts
         subject = subject or (below[0] if below else source.resolve().name)
         folders[subject].append(folder)
@@ -144,21 +150,51 @@ def _folder_items(source: Path, images: dict[Path, Path], contours: list[Path]) 
 
 def _aliases(source: Path) -> dict[str, str]:
     """PatientID -> the name that contours know it by, from tables at the top of the source."""
-    found: dict[str, str] = {}
-    for path in sorted(source.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8-sig", errors="replace") as file, suppress(csv.Error):  # of others
-            rows = csv.DictReader(file)
-            of = {name.lower().replace("_", ""): name for name in rows.fieldnames or () if name}
-            if {"patientid", "originalid"} <= set(of):
-                found |= {row[of["patientid"]]: row[of["originalid"]] for row in rows}
-    return found
+    tables = [looked(_alias_table, path, {}) for path in sorted(source.glob("*.csv"))]
+    return {patient: name for table in tables for patient, name in table.items()}
+
+
+def _alias_table(path: Path) -> dict[str, str]:
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        rows = csv.DictReader(file)
+        of = {name.lower().replace("_", ""): name for name in rows.fieldnames or () if name}
+        if not {"patientid", "originalid"} <= set(of):
+            return {}
+        return {row[of["patientid"]]: row[of["originalid"]] for row in rows}
+
+
+def why_unused(path: Path) -> str:
+    """Why a file that no item reads is not read."""
+    if polygons.is_contour(path):
+        return "contours of nobody whose images are there"
+    if path.name.startswith("."):
+        return "hidden files"
+    if path.suffix.lower() == ".zip":
+        return "archives of a later visit, or a second one of a visit"
+    return "files that hold no DICOM image"
+
+
+def near(path: Path) -> bool:
+    """Whether a file without the endings of DICOM is counted where nobody reads it: contours, images of any kind."""
+    return polygons.is_contour(path) or path.name.lower().endswith(OTHER_IMAGES) or _may_be_image(path.name)
+
+
+def reads(path: Path) -> bool:
+    """Whether a file in the folder of an item is read."""
+    return _is_image(path) or polygons.is_contour(path)
 
 
 def _is_image(path: Path) -> bool:
-    if not _may_be_image(path.name) or not path.is_file():
-        return False
+    return (
+        _may_be_image(path.name)
+        and path.is_file()
+        and (_starts_image(path.name, b"") or _starts_image(path.name, looked(_beginning, path, b"")))
+    )
+
+
+def _beginning(path: Path) -> bytes:
     with path.open("rb") as file:
-        return _starts_image(path.name, file.read(132))
+        return file.read(132)
 
 
 def _may_be_image(name: str) -> bool:
@@ -175,18 +211,15 @@ def _starts_image(name: str, content: bytes) -> bool:
 
 
 def _identity(path: Path) -> tuple[str, str]:
-    """PatientID and StudyInstanceUID; empty where the file doesn't tell (or is damaged: `read` will say so)."""
+    """PatientID and StudyInstanceUID; empty where the file doesn't tell."""
     filereader = optional("pydicom.filereader")
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     if _DEFLATED in head:
         return "", ""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dataset = filereader.read_partial(BytesIO(head), lambda tag, vr, length: tag > 0x0020000D)
-            return str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
-    except (*_DAMAGE, optional("pydicom.errors").InvalidDicomError):
-        return "", ""
+    with warnings.catch_warnings(action="ignore"):
+        dataset = filereader.read_partial(BytesIO(head), lambda tag, vr, length: tag > 0x0020000D)
+        return str(dataset.get("PatientID") or "").strip(), str(dataset.get("StudyInstanceUID") or "")
 
 
 def contents(item: Item) -> list[doubles.Content]:

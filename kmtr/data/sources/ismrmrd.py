@@ -46,7 +46,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, check_size, encoding, hdf5, optional
+from kmtr.data.sources import Item, Options, check_size, check_stored, encoding, hdf5, looked, optional
 from kmtr.data.sources.raw import (
     check_finite,
     check_oversampling,
@@ -138,7 +138,7 @@ class _Recording:
 
 
 def find(source: Path) -> list[Item]:
-    """Subjects in a file or folder; see the module for the layout. A file that cannot be opened is a problem's item.
+    """Subjects in a file or folder; see the module for the layout. A file that cannot be opened is somebody's.
 
     Raises:
         InputError: nothing found.
@@ -146,20 +146,17 @@ def find(source: Path) -> list[Item]:
     if source.is_file():
         return [Item("ismrmrd", _subject(source), (source,))]
     files: dict[str, list[Path]] = defaultdict(list)
-    problems: dict[str, str] = {}
     for path in sorted(source.rglob("*")):
-        if path.suffix.lower() not in (".h5", ".mrd") or not path.is_file():
-            continue
-        try:
-            with hdf5.opened(path, "a file of it") as file:
-                if not _groups(file):
-                    continue
-        except InputError as error:
-            problems[_subject(path)] = str(error)
-        files[_subject(path)].append(path)
+        if path.suffix.lower() in (".h5", ".mrd") and path.is_file() and looked(_has_acquisitions, path, True):
+            files[_subject(path)].append(path)
     if not files:
         raise InputError(f"{source}: looked for .h5 and .mrd files with ISMRMRD acquisitions at any depth, found none")
-    return [Item("ismrmrd", name, tuple(paths), problems.get(name, "")) for name, paths in files.items()]
+    return [Item("ismrmrd", name, tuple(paths)) for name, paths in files.items()]
+
+
+def _has_acquisitions(path: Path) -> bool:
+    with hdf5.opened(path, "") as file:
+        return bool(_groups(file))
 
 
 def why_unused(path: Path) -> str:
@@ -376,6 +373,7 @@ def _gridded(
     (ny, nx), line_of, first, start, length = grid.matrix, grid.line, grid.first, grid.start, grid.length
     kept = grid.samples if options.oversampling == "remove" else nx
     check_size(where, "k-space", (len(slices), coils, frames, ny, max(kept, nx // 4)), 8, options)
+    check_stored(where, "k-space", (len(slices), coils, frames, ny, kept), options)
     kspace = np.empty((len(slices), coils, frames, ny, kept), np.complex64)
     times = np.zeros((len(slices), frames, ny), np.int64)
     power = np.zeros(nx)

@@ -12,7 +12,6 @@ import struct
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, optional
+from kmtr.data.sources import Item, looked, optional
 from kmtr.data.sources.anatomy import LA, LV_CAVITY, LV_MYOCARDIUM, RA, RV
 from kmtr.data.sources.geometry import shape_4d
 from kmtr.types import InputError
@@ -104,7 +103,11 @@ def why_unused(path: Path) -> str:
         return "hidden files"
     if why := _why_no_cine(path):
         return why
-    return "images of one frame" if _cine(path) is None else "images beside a layout that knows no such name"
+    return (
+        "images of one frame"
+        if looked(_cine, path, _Cine(path)) is None
+        else "images beside a layout that knows no such name"
+    )
 
 
 def stem(path: Path) -> str:
@@ -209,7 +212,7 @@ def _folder_items(folder: Path, paths: list[Path], source: Path) -> list[Item]:
         return [_biobank_item(list(biobank.values()))]
     items = _named_items(paths, FRAME) + _named_items(paths, MNMS2)
     taken = {path for item in items for path in item.files}
-    cines = [_cine(path) for path in paths if path not in taken and not _why_no_cine(path)]
+    cines = [looked(_cine, path, _Cine(path)) for path in paths if path not in taken and not _why_no_cine(path)]
     scans = _scans([cine for cine in cines if cine is not None])
     below = "" if folder == source or len(scans) > 1 else folder.name
     return items + [_cine_item(scan[0].path) if len(scan) == 1 else _scan_item(scan, below) for scan in scans]
@@ -223,7 +226,7 @@ def _why_no_cine(path: Path) -> str:
         return "contours without an image that they are called after"
     if _LONG_AXIS.search(path.name):
         return "long axes"
-    if _PARTS.search(path.name) or _is_part(path.with_name(f"{stem(path)}.json")):
+    if _PARTS.search(path.name) or looked(_is_part, path.with_name(f"{stem(path)}.json"), False):
         return "phase, real or imaginary images"
     return ""
 
@@ -232,13 +235,11 @@ def _is_part(sidecar: Path) -> bool:
     """True if dcm2niix's description of an image says that it is no magnitude."""
     if not sidecar.is_file():
         return False
-    with sidecar.open("rb") as file, suppress(ValueError, RecursionError):
+    with sidecar.open("rb") as file:
         described = json.loads(file.read(1 << 20))
-        if isinstance(described, dict):
-            words = described.get("ImageType")
-            kinds = {str(word).upper() for word in (words if isinstance(words, list) else [words])}
-            return bool(kinds & {"P", "PHASE", "R", "REAL", "I", "IMAGINARY"})
-    return False
+    words = described.get("ImageType") if isinstance(described, dict) else None
+    kinds = {str(word).upper() for word in (words if isinstance(words, list) else [words])}
+    return bool(kinds & {"P", "PHASE", "R", "REAL", "I", "IMAGINARY"})
 
 
 # ----------------------------------------------------------------------------------- slices of one scan in many files
@@ -266,11 +267,8 @@ class _Cine:
 
 
 def _cine(path: Path) -> _Cine | None:
-    """None: fewer than four dimensions. What can't be opened counts as a cine: `read` refuses it, and only it."""
-    try:
-        image = open_image(path, "")
-    except InputError:
-        return _Cine(path)
+    """None: fewer than four dimensions. What can't be opened counts as a cine (by `looked`)."""
+    image = open_image(path, "")
     shape = shape_4d(image)
     if len(shape) < 4:
         return _Cine(path) if WHOLE.fullmatch(path.name) else None

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.data.sources import Item, Options, anatomy, check_size, doubles
+from kmtr.data.sources import Item, Options, anatomy, check_size, check_stored, doubles
 from kmtr.data.sources.cine import Cine, orientation, oriented, plausible_frame_time, to_study
 from kmtr.data.sources.geometry import Geometry, check_time, placed, shape_4d, unit_of_time
 from kmtr.data.sources.layouts import (
@@ -57,7 +57,7 @@ from kmtr.data.sources.layouts import (
 )  # fmt: skip
 from kmtr.types import InputError, Study
 
-__all__ = ["SOURCE", "contents", "find", "read", "why_unused"]
+__all__ = ["SOURCE", "contents", "find", "near", "read", "why_unused"]
 
 SOURCE = "nifti/3"
 
@@ -102,6 +102,11 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
     return to_study(subject_id, cines, labels, SOURCE, options, where)
 
 
+def near(path: Path) -> bool:
+    """Whether a file of another format holds images; it is counted as not used."""
+    return path.name.lower().endswith(NEAR)
+
+
 def contents(item: Item) -> list[doubles.Content]:
     """Digests of the first image's first frame, whichever way it is turned, and of all contours; see `doubles`."""
     found: list[doubles.Content] = []
@@ -142,6 +147,7 @@ def _read_cine(
 ) -> Cine:
     """A 4D image and its contours, whose values mean `layout`."""
     image = _open_4d(path, where)
+    _check_stored(image, shape_4d(image)[3], view, where, options)
     codes = None if contours is None else _codes(contours, image, shape_4d(image), where, options)
     return _oriented(image, _voxels(image, where, options), codes, layout, view, where, options)
 
@@ -225,6 +231,7 @@ def _read_frames(
     """
     if whole:
         image = _open_4d(whole, where)
+        _check_stored(image, shape_4d(image)[3], view, where, options)
         magnitude = _voxels(image, where, options)
         numbers = list(range(1, magnitude.shape[3] + 1))
         for number in sorted(set(contours) & set(frames)):
@@ -241,6 +248,7 @@ def _read_frames(
         images = [open_image(frames[number], where) for number in numbers]
         if len({image.shape for image in images}) != 1 or len(images[0].shape) != 3:
             raise InputError(f"{where}: expected 3D frames of one shape, got {sorted({i.shape for i in images})}")
+        _check_stored(images[0], len(images), view, where, options)
         image, magnitude = images[0], np.stack([_voxels(image, where, options) for image in images], -1)
     if not set(contours) <= set(numbers):
         raise InputError(f"{where}: contours of frame {max(set(contours) - set(numbers))}, which has no image")
@@ -279,6 +287,14 @@ def _open_4d(path: Path, where: str) -> Any:
     if len(shape_4d(image)) != 4:
         raise InputError(f"{where}: expected a 4D image (x, y, z, t), got {len(image.shape)}D {image.shape}")
     return image
+
+
+def _check_stored(image: Any, frames: int, view: str, where: str, options: Options) -> None:
+    """`sources.check_stored` of an image that is not read yet, of as many frames."""
+    check_size(where, "image", image.shape, 8, options)
+    stored = (*shape_4d(image)[:3], frames)
+    x, y, slices, t = (stored[n] for n in placed(image, options.axes, where).order)
+    check_stored(where, view, (slices, 1, t, y, x), options)
 
 
 def _voxels(image: Any, where: str, options: Options) -> np.ndarray:
