@@ -12,7 +12,7 @@ import pytest
 
 from kmtr import cli
 from kmtr.config.submitted import data_root
-from kmtr.data import storage
+from kmtr.data.dataset import storage
 
 
 def ended(
