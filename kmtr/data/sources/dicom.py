@@ -150,7 +150,8 @@ def _folder_items(source: Path, images: dict[Path, Path], contours: list[Path]) 
 
 def _aliases(source: Path) -> dict[str, str]:
     """PatientID -> the name that contours know it by, from tables at the top of the source."""
-    tables = [looked(_alias_table, path, {}) for path in sorted(source.glob("*.csv"))]
+    none: dict[str, str] = {}
+    tables = [looked(_alias_table, path, none) for path in sorted(source.glob("*.csv"))]
     return {patient: name for table in tables for patient, name in table.items()}
 
 

@@ -105,7 +105,7 @@ def why_unused(path: Path) -> str:
         return why
     return (
         "images of one frame"
-        if looked(_cine, path, _Cine(path)) is None
+        if looked(_cine, path, _unreadable(path)) is None
         else "images beside a layout that knows no such name"
     )
 
@@ -212,7 +212,7 @@ def _folder_items(folder: Path, paths: list[Path], source: Path) -> list[Item]:
         return [_biobank_item(list(biobank.values()))]
     items = _named_items(paths, FRAME) + _named_items(paths, MNMS2)
     taken = {path for item in items for path in item.files}
-    cines = [looked(_cine, path, _Cine(path)) for path in paths if path not in taken and not _why_no_cine(path)]
+    cines = [looked(_cine, path, _unreadable(path)) for path in paths if path not in taken and not _why_no_cine(path)]
     scans = _scans([cine for cine in cines if cine is not None])
     below = "" if folder == source or len(scans) > 1 else folder.name
     return items + [_cine_item(scan[0].path) if len(scan) == 1 else _scan_item(scan, below) for scan in scans]
@@ -279,6 +279,10 @@ def _cine(path: Path) -> _Cine | None:
         return _Cine(path, shape)
     centre = affine @ (*((n - 1) / 2 for n in shape[:3]), 1)
     return _Cine(path, shape, tuple(map(float, lengths)), affine[:3, :3] / lengths, centre[:3])
+
+
+def _unreadable(path: Path) -> _Cine | None:
+    return _Cine(path)
 
 
 def _scans(cines: Sequence[_Cine]) -> list[list[_Cine]]:
