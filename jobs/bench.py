@@ -1,5 +1,5 @@
 """python jobs/bench.py data [RECIPE] [key=value ...]      speed of reading beside other loaders, on the same bytes
-python jobs/bench.py step [RECIPE] [key=value ...]      speed of a training step beside the lab's settings and DDP
+python jobs/bench.py step [RECIPE] [key=value ...]      speed of a training step beside the settings of ViTa and DDP
 
 data                                                   each loader's rate, first batch, longest wait, memory;
                                                        the recipe (base, unless given) says what a row is

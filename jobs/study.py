@@ -1,9 +1,9 @@
 """python jobs/study.py labels [RECIPE] [key=value ...]      what pretraining is worth for 100, 200, 1,000 labels
-python jobs/study.py ablation [RECIPE] [key=value ...]      which choices of stage b and stage c matter
+python jobs/study.py ablation [RECIPE] [key=value ...]      which choices of pretraining and alignment matter
 
-labels      for every seed: pretrains (stage b, c, and b for longer), then R2 on held-out subjects of ridges, an
+labels      for every seed: pretrains (masked, aligned, masked for longer), then R2 on held-out subjects of ridges, an
             untrained encoder, training from scratch, probes and fine-tuning, at every evaluate.accelerations; probes
-            also with moved copies of the labelled subjects, as training sees them
+            also with augmented copies of the labelled subjects, as training sees them
 ablation    pretrains the variants of kmtr/studies/variants.py for study.ablation_steps and scores each by the probe
 
 Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never done again. Tables, a

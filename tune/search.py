@@ -4,7 +4,7 @@ Every trial is a pretraining run of its own (a child run in MLflow), scored by t
 Trials report at each checkpoint, so a search checkpoints exactly when it validates: train.eval_every decides for
 both, and with it how often ASHA looks. From search.grace_steps on, ASHA stops a trial whose score is below the median
 of those that came as far, and looks again at 2, 4, ... times as many steps. All trials are validated at
-evaluate.accelerations, whatever R they train at. The temperature acts in stage c only: with search.grace_steps below
+evaluate.accelerations, whatever R they train at. The temperature acts in alignment only: with search.grace_steps below
 masked.steps, trials are also stopped before they reach it.
 
 The same command resumes: finished and stopped trials are kept; more search.trials go on from the same ones.

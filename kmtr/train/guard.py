@@ -1,7 +1,7 @@
 """The guard of alignment: it must not cost what masked reconstruction had learnt.
 
 Low InfoNCE and perfect retrieval say nothing about value: static anatomy identifies a subject, so alignment can throw
-the motion away (METHOD's pilot: LVEF's R2 fell from .83 to .08 while retrieval rose to 1.00). What counts is the probe.
+the motion away (in a pilot LVEF's R2 fell from .83 to .08 while retrieval rose to 1.00). What counts is the probe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Validation during pretraining: stage b's loss, the ridge probe on frozen embeddings, and a figure."""
+"""Validation during pretraining: the loss of masked pretraining, the ridge probe on frozen embeddings, and a figure."""
 
 from __future__ import annotations
 
