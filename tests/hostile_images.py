@@ -200,8 +200,8 @@ def archive_truncated(folder: Path) -> Path:
 for name, said, build in (
     ("dicom_truncated_header", "2 patients|cannot be read", with_file("bad.dcm", lambda whole: whole[:300])),
     ("dicom_truncated_pixels", "cannot be read", with_file("bad.dcm", lambda whole: whole[:-50])),
-    ("dicom_zero_size", "no DICOM meta header", with_file("bad.dcm", lambda whole: b"")),
-    ("dicom_is_text", "no DICOM meta header", with_file("bad.dcm", lambda whole: b"not DICOM" * 99)),
+    ("dicom_zero_size", "cannot be read", with_file("bad.dcm", lambda whole: b"")),
+    ("dicom_is_text", "cannot be read", with_file("bad.dcm", lambda whole: b"not DICOM" * 99)),
     ("dicom_is_no_archive", "cannot be read", lambda f: written(f / "a.zip", b"PK\3\4" + bytes(500))),
     ("dicom_nested_without_end", "2 patients|cannot be read",
      with_file("bad.dcm", lambda whole: whole[:300] + nested(100_000))),

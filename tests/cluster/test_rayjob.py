@@ -294,9 +294,9 @@ def test_one_training_worker_per_gpu(job: dict[str, Any], config: RunConfig) -> 
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         gpus += group["replicas"] * int(limits["nvidia.com/gpu"])
         cpus += group["replicas"] * int(limits["cpu"])
-    assert gpus == config.train.workers
+    assert gpus == config.train.workers.most
     assert config.train.device == "cuda"
-    assert config.train.workers * config.train.cpus_per_worker < cpus, "no CPU is left for Ray Data's readers"
+    assert config.train.workers.most * config.train.cpus_per_worker < cpus, "no CPU is left for Ray Data's readers"
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
     assert head["rayStartParams"]["num-cpus"] == "0"
     assert "nvidia.com/gpu" not in head["template"]["spec"]["containers"][0]["resources"]["limits"]
