@@ -62,7 +62,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     began = time.perf_counter()
     groups = asked(config)
     check(groups, config)
-    config, dataset = driver.resolve(override(config, base_of(config, "both") | {"comparison.seeds": seeds_of(config)}))
+    config, dataset = driver.resolve(override(config, base_of(config, "both") | {"study.seeds": seeds_of(config)}))
     run_name, _ = driver.run_folder(named(config, {}), dataset)
     name = f"ablation-{config.recipe}-{comparison.digest(config, run_name)}"
     folder = Path(config.storage.root) / "study" / name
@@ -126,7 +126,7 @@ def _with_references(variants: Sequence[Variant]) -> list[Variant]:
 
 
 def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], parent: str) -> None:
-    """Train what is not finished, `comparison.concurrent` at a time, and note every outcome or failure."""
+    """Train what is not finished, `study.concurrent` at a time, and note every outcome or failure."""
     everything = _with_references(variants)
     waiting: dict[str, RunConfig] = {}
     for variant in everything:
