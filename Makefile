@@ -46,7 +46,7 @@ test: setup
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray"
 	@$(PY) -m pytest -m ray
 
-##  test-fast    setup; then the tests without Ray, under a minute
+##  test-fast    setup; then the tests without Ray and without the slow ones
 test-fast: setup
 	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not slow"
 
