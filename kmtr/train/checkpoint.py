@@ -35,6 +35,7 @@ class Progress:
     Attributes:
         step: optimizer steps done, skipped ones included: the place in the data's order and in the schedule.
         skipped: of those, steps whose gradient was not finite.
+        metrics: of the last validation; a run that was killed behind its last step still ends with them.
         reference: validation metrics at the end of masked reconstruction, for alignment's guard.
         stopped: the guard ended alignment.
         layouts: [first step, how it was executed] of each change (`layout_of`), the present one last.
@@ -42,6 +43,7 @@ class Progress:
 
     step: int = 0
     skipped: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     stopped: bool = False
     layouts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)

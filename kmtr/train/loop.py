@@ -102,7 +102,7 @@ class Worker:
         self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
         self.tell = Sender(job["progress"]) if self.rank == 0 else None
         self.progress = self._restored()
-        self.metrics: dict[str, float] = self.progress.reference if self.progress.stopped else {}
+        self.metrics = self.progress.reference if self.progress.stopped else self.progress.metrics
         self.watch = _Watch()
 
     def _restored(self) -> Progress:
@@ -207,6 +207,7 @@ class Worker:
         progress, done = self.progress, self.progress.step
         with self.engine.averaged():
             self.metrics, figure = self.validate(self.engine)
+        progress.metrics = self.metrics
         if self.spool and self.tell:
             self.spool.metrics(done, self.metrics)
             self.tell.put(done, stage, self.metrics)

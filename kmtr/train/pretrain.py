@@ -23,7 +23,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"pretrain: {name} is finished, reused (run.fresh=true starts anew)")
         return asdict(done)
     print(
-        f"pretrain: {name}: {dataset.rows('train')} subjects, {config.masked_steps} steps of reconstruction and "
+        f"pretrain: {name}: {dataset.rows('train')} subjects, {config.masked_steps} steps of masked pretraining and "
         f"{config.align_steps} of alignment, batch {config.data.global_batch} on {config.train.workers} worker(s), "
         f"ZeRO-{config.train.zero_stage}, {'bf16' if config.train.bf16 else 'fp32'}",
         flush=True,

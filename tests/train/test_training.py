@@ -20,6 +20,7 @@ from kmtr.data.dataset.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver
+from kmtr.train.folder import RESULT
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import KmtrError
 
@@ -87,6 +88,9 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     again = driver.fit(config, quiet=True)
     assert again.reused
     assert again.run_id == outcome.run_id
+    (folder / RESULT).unlink()  # as if the driver had been killed behind the last step
+    ended = driver.fit(override(config, {"train.workers": 1, "train.zero_stage": 3}), quiet=True)
+    assert (ended.reused, ended.metrics) == (False, outcome.metrics)
     encoder = load_encoder(outcome.encoder)
     reader = Reader(dataset, "test")
     embedding = encoder(record.to_study(reader.read([0])), acceleration=4)
