@@ -1,4 +1,4 @@
-"""What every command shares: arguments, one-line errors, exit status, and the last line on stdout (JSON)."""
+"""Shared by all commands: arguments, one-line errors, exit status, and the last line on stdout (JSON)."""
 
 from __future__ import annotations
 

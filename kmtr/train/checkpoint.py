@@ -24,13 +24,13 @@ from kmtr.train.engine import ShardedEngine
 from kmtr.train.state import CheckpointError
 
 FORMAT = 1
-"""Of what a checkpoint holds; one of another format is refused."""
+"""Format number of a checkpoint; another is refused."""
 HEAD = "checkpoint.json"
 
 
 @dataclass
 class Progress:
-    """How far a run is, and what it must remember.
+    """Progress of a run, and its memory across restarts.
 
     Attributes:
         step: optimizer steps done, skipped ones included: the place in the data's order and in the schedule.
@@ -50,7 +50,7 @@ class Progress:
 
 
 def layout_of(config: RunConfig, world: int) -> dict[str, Any]:
-    """How a run is executed by so many workers: what may change when it resumes, since its numbers stay the same."""
+    """Execution of a run by so many workers: what may change when it resumes, since its numbers stay the same."""
     train = config.train
     return {
         "workers": world,
@@ -123,7 +123,7 @@ def states(folder: Path) -> list[Path]:
 
 
 def read_head(folder: Path) -> dict[str, Any]:
-    """What `save` wrote of the checkpoint as a whole.
+    """Head of a checkpoint, as `save` wrote it.
 
     Raises:
         CheckpointError: there is none, or it is of another format.

@@ -133,7 +133,7 @@ def fit(
 
 
 def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
-    """What the workers returned (`loop.Worker.run`).
+    """The answer of the workers (`loop.Worker.run`).
 
     Raises:
         KmtrError: they failed together, which Ray takes for an end.

@@ -18,7 +18,7 @@ RESULT, IDENTITY = "result.json", "identity.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left.
+    """Result of a finished run.
 
     Attributes:
         run_id: of the MLflow run.
@@ -60,7 +60,7 @@ def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
 
 
 def identity_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What the run is, as its folder keeps it."""
+    """Identity of the run, as its folder keeps it."""
     return {"format": IDENTITY_FORMAT, "dataset": _digest(config, dataset), "settings": config.identity()}
 
 

@@ -254,7 +254,7 @@ def deterministic() -> None:
 
 
 def together(call: Callable[[], T], device: torch.device, watch: _Watch | None = None) -> T:
-    """What `call` returns, or on all workers the error of the first that has one: nobody waits for one that gave up.
+    """Result of `call`, or on all workers the error of the first that has one: nobody waits for one that gave up.
 
     Args:
         watch: that the time until `call` returned is told to.

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines and a bar in the driver, sent by rank 0 through an actor. Nothing
+"""Progress of a run for a person: lines and a bar in the driver, sent by rank 0 through an actor. Nothing
 else is printed.
 """
 

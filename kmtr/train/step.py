@@ -24,7 +24,7 @@ from kmtr.types import KmtrError
 
 @runtime_checkable
 class Engine(Protocol):
-    """What a step asks of an engine: `train.engine.ShardedEngine`, or another that the benchmark compares with it."""
+    """The engine of a step: `train.engine.ShardedEngine`, or another that the benchmark compares with it."""
 
     def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
     def backward(self, loss: Tensor) -> None: ...
@@ -33,7 +33,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """What a step did.
+    """Record of one optimizer step.
 
     Attributes:
         stage: that it belongs to.
