@@ -57,7 +57,7 @@ class Piece:
 
 
 class Held:
-    """Weights and AdamW state that a DeepSpeed engine holds in this worker, fp32, in any ZeRO stage, with or without offload.
+    """fp32 weights and AdamW state of a DeepSpeed engine in this worker, in any ZeRO stage, with or without offload.
 
     Without ZeRO the weights themselves are updated (bf16 is autocast there, see `engine`), whole in every worker; to
     write them is divided among the workers.
