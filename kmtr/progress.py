@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Screen:
-    """Lines of text on stdout, and below them, on a terminal, a bar that is moved.
+    """Lines of text on stdout, and below them, on a terminal, a bar.
 
     Args:
         total: where the bar ends.

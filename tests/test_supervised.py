@@ -13,7 +13,7 @@ from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.encoder import KSpaceEncoder
 from kmtr.train import supervised
-from kmtr.train.supervised import Labelled, Regressor, Training, visits
+from kmtr.train.supervised import Labelled, Regressor, Training, epochs_of
 
 CPU = torch.device("cpu")
 TARGETS = ("lvedv_ml", "lvef_pct")
@@ -69,7 +69,7 @@ def test_augmentation_moves_subjects_between_visits(small: RunConfig, reader: Re
     augmented = override(small, {"augment.shift": 0.05, "augment.rotation_deg": 10})
     moving = Labelled.read(reader, [0, 1], augmented, TARGETS)
     index = np.arange(2)
-    first, second = (moving.batch(index, np.full(2, visit), CPU).kspace for visit in (0, 1))
+    first, second = (moving.batch(index, np.full(2, epoch), CPU).kspace for epoch in (0, 1))
     assert not torch.allclose(first.abs(), second.abs())
     torch.testing.assert_close(still.batch(index, index, CPU).kspace, still.batch(index, 5 + index, CPU).kspace)
 
@@ -122,9 +122,9 @@ def test_the_same_training_gives_the_same_numbers(
 
 
 def test_every_pass_visits_everybody_once_and_draws_another_pattern(labelled: Labelled) -> None:
-    index, visit = map(np.concatenate, zip(*(visits(3, step, 5, SUBJECTS) for step in range(12)), strict=True))
-    for epoch in range(5):
-        assert sorted(index[visit == epoch]) == list(range(SUBJECTS))
+    index, epoch = map(np.concatenate, zip(*(epochs_of(3, step, 5, SUBJECTS) for step in range(12)), strict=True))
+    for number in range(5):
+        assert sorted(index[epoch == number]) == list(range(SUBJECTS))
     assert index[:SUBJECTS].tolist() != index[SUBJECTS : 2 * SUBJECTS].tolist()
     same = np.zeros(2, np.int64)
     two = labelled.batch(same, np.array([0, 1]), CPU)

@@ -131,7 +131,7 @@ class Study(Section):
         ge=0,
         description="study.py labels: more masked pretraining, baseline of alignment; 0: as many as take its time",
     )
-    controls: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that baseline")
+    longer_seeds: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that baseline")
     batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
     warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
     steps: int = Field(300, gt=0, description="optimizer steps of fine-tuning, one model for all R")

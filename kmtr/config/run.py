@@ -142,7 +142,7 @@ class Model(Section):
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
     coils: int = Field(0, ge=0, description="virtual coils of a line, told by the visible lines; 0: coils as stored")
-    gauge: Literal["phase+gain", "gain", "none"] = Field(
+    remove: Literal["phase+gain", "gain", "none"] = Field(
         "phase+gain", description="removed before all else: phase of each slice and coil, gain of each subject"
     )
     normalisation: Literal["population", "line", "none"] = Field(

@@ -131,13 +131,13 @@ def gain_table(scores: list[Scores], config: RunConfig) -> Table:
     targets = list(scores[0].probes[MEAN])
     rows: list[tuple[Cell, ...]] = []
     for s in scores:
-        for control in (UNTRAINED, RIDGE):
+        for name in (UNTRAINED, RIDGE):
             cells = []
             for target in targets:
-                trained, other = s.probes[TRAINED][target], s.probes[control][target]
+                trained, other = s.probes[TRAINED][target], s.probes[name][target]
                 low, high = paired_bootstrap(trained, other, config.evaluate.bootstrap)
                 cells.append(f"{trained.r2 - other.r2:+.3f} [{low:+.3f}, {high:+.3f}]")
-            rows.append((s.acceleration, f"over {control}", *cells))
+            rows.append((s.acceleration, f"over {name}", *cells))
     return Table(
         "Gain of the trained encoder (difference of R2, paired 95 % bootstrap; above 0 = the encoder wins)",
         ("R", "gain", *(short(t).upper() for t in targets)),

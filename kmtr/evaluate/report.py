@@ -16,7 +16,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
 from kmtr.encoder import WEIGHTS, load_encoder
-from kmtr.evaluate import controls, probes
+from kmtr.evaluate import baselines, probes
 from kmtr.evaluate.probes import Scores
 from kmtr.metrics import bootstrap_r2
 from kmtr.progress import Bar
@@ -30,7 +30,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Evaluate, print and keep, or find that it was done; what the last line on stdout says."""
     config, dataset = driver.resolve(config)
     if config.evaluate.encoder == "none":
-        return run_controls(config, dataset)
+        return run_baselines(config, dataset)
     name, folder = driver.run_folder(config, dataset)
     done = driver.finished(folder)
     encoder_path = Path(config.evaluate.encoder) if config.evaluate.encoder else None
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     sources = {
         probes.TRAINED: probes.embedding(load_encoder(encoder_path, device)),
         probes.UNTRAINED: probes.embedding(load_encoder(encoder_path, device, untrained=True)),
-        probes.RIDGE: controls.low_resolution,
+        probes.RIDGE: baselines.low_resolution,
     }
     scores = probes.score(config, dataset, sources, Bar("evaluate: subjects"), torch.device(device))
     tables = [probes.r2_table(scores, config), probes.gain_table(scores, config), probes.error_table(scores)]
@@ -84,12 +84,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     return result
 
 
-def run_controls(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+def run_baselines(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Scores of the linear baselines on a dataset, without an encoder."""
-    sources = {probes.CENTRAL: controls.central, probes.RIDGE: controls.low_resolution}
-    scores = probes.score(config, dataset, sources, Bar("controls: subjects"), torch.device("cpu"))
-    masks = controls.score_masks(config, dataset, Bar("controls: masks"))
-    tables = [probes.r2_table(scores, config)] + ([controls.mask_table(masks)] if masks else [])
+    sources = {probes.CENTRAL: baselines.central, probes.RIDGE: baselines.low_resolution}
+    scores = probes.score(config, dataset, sources, Bar("baselines: subjects"), torch.device("cpu"))
+    masks = baselines.score_masks(config, dataset, Bar("baselines: masks"))
+    tables = [probes.r2_table(scores, config)] + ([baselines.mask_table(masks)] if masks else [])
     print("\n\n".join(map(text_table, tables)))
     r2 = {
         name: {str(s.acceleration): {t: round(p.r2, 4) for t, p in s.probes[name].items()} for s in scores}
@@ -108,7 +108,7 @@ def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
     read = {"views", "sax_slices", "frames", "matrix", "crop"}
     settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include=read)
     settings += config.sampling.model_dump_json(exclude={"file"}) + patterns.digest(config.sampling)
-    settings += f" controls {controls.VERSION}"
+    settings += f" baselines {baselines.VERSION}"
     return hashlib.sha256(f"{weights} {dataset.digest} {settings} {config.seed}".encode()).hexdigest()
 
 

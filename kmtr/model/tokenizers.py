@@ -13,7 +13,7 @@ from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, gather
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import compress, compression, gauge, mix, readout, readout_inverse, static_part
+from kmtr.physics.lines import compress, compression, mix, phase_gain, readout, readout_inverse, static_part
 
 LINE_TABLES = ("static_mean", "static_sd", "dynamic_sd")
 FAINTEST = 1e-4
@@ -111,7 +111,7 @@ class LineTokenizer:
         """
         visible = known if visible is None else visible
         kspace = compress(batch.kspace, visible, self.model.coils, self.samples)
-        factor = gauge(kspace, visible, self.model.gauge, self.samples)
+        factor = phase_gain(kspace, visible, self.model.remove, self.samples)
         missing, height = self.coils - kspace.shape[2], kspace.shape[4]
         central = crop_or_pad(kspace, (min(self.samples, kspace.shape[5]),), (-1,))
         static = static_part(central, known)
@@ -207,7 +207,7 @@ class LineTokenizer:
         static = static_part(lines, visible)[:, :, :, None]
         filled = torch.where(seen & (self.model.line_parts != "whole"), static, 0).expand(lines.shape).clone()
         row, (z, t, ky) = places.lengths.subject, places.index.unbind(-1)
-        scale = gauge(lines, visible, self.model.gauge, self.samples)[row, z][..., None]
+        scale = phase_gain(lines, visible, self.model.remove, self.samples)[row, z][..., None]
         fixed, moving = self.parts(values, places.index)
         known = seen[row, z, 0, 0, ky] & (self.model.line_parts != "whole")
         central = filled[..., self.kx]

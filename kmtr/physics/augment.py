@@ -38,7 +38,7 @@ def augment(
     extent: Int[Tensor, "batch 2"],
     config: Augment,
     seed: int,
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     key: Int[Tensor, " batch"],
     given: Bool[Tensor, " batch"],
 ) -> tuple[Complex[Tensor, "batch slice coil t ky kx"], Bool[Tensor, "batch slice t ky"]]:
@@ -48,7 +48,7 @@ def augment(
         kspace: as the source acquired it, zero elsewhere; left as it is.
         acquired: lines with data: False in padding and beyond the extent, as noise goes wherever it is True.
         extent: each subject's own (ny, nx), in the middle of the array.
-        seed, visit, key: as of `random.uniform`.
+        seed, epoch, key: as of `random.uniform`.
         given: undersampled by its scanner. Such a subject is not rotated, since its lines would no longer be lines.
 
     Returns:
@@ -57,7 +57,7 @@ def augment(
     slices, coils, nx = *kspace.shape[1:3], kspace.shape[-1]
 
     def draw(purpose: int, *shape: int) -> Tensor:
-        return random.uniform(seed, visit, key, purpose, shape)
+        return random.uniform(seed, epoch, key, purpose, shape)
 
     if config.flip:
         kspace, acquired = mirror(kspace, acquired, extent, draw(random.FLIP, 2) < 0.5)
@@ -82,7 +82,7 @@ def augment(
         samples = acquired.sum((2, 3))[:, :, None] * extent[:, 1, None, None] * live
         rms = (energy.sum((1, 2)) / samples.sum((1, 2)).clamp(min=1)).sqrt()
         level = draw(random.NOISE_LEVEL) * config.noise * rms
-        kspace = _add_noise(kspace, acquired[:, :, None] & heard[..., None, None], extent, level, seed, visit, key)
+        kspace = _add_noise(kspace, acquired[:, :, None] & heard[..., None, None], extent, level, seed, epoch, key)
     return kspace, acquired
 
 
@@ -185,7 +185,7 @@ def _add_noise(
     extent: Int[Tensor, "batch 2"],
     level: Float[Tensor, " batch"],
     seed: int,
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     key: Int[Tensor, " batch"],
 ) -> Complex[Tensor, "batch slice coil t ky kx"]:
     """Complex normal noise of standard deviation `level` on `lines`, within the extent of the readout."""
@@ -193,7 +193,7 @@ def _add_noise(
     origin = (0, 0, 0, shape[-2] // 2, shape[-1] // 2)
     noisy = kspace.clone()
     for part in _parts(kspace):
-        noise = random.complex_normal(seed, visit[part], key[part], random.NOISE, shape, origin)
+        noise = random.complex_normal(seed, epoch[part], key[part], random.NOISE, shape, origin)
         scale = level[part, None, None] * _own(shape[-1], extent[part, 1])[:, None]
         noisy[part] += noise.mul_(lines[part][..., None] * scale[:, None, None, None])
     return noisy

@@ -4,7 +4,7 @@ What training, statistics and reconstruction share, all estimated from the lines
 hidden or unacquired leaks:
 
     compress       the coils of a slice as the few virtual ones of most energy
-    gauge          phase of each slice and coil, gain of each subject; k-space divided by it is called canonical
+    phase_gain          phase of each slice and coil, gain of each subject; k-space divided by it is called canonical
     static_part    mean of a line over the frames that saw it; its deviation from that mean is the dynamic part
     readout        the samples of a line that are used, along kx or, in hybrid space, along x
 
@@ -67,7 +67,7 @@ def compress(
     return mix(kspace, compression(kspace, visible, coils, samples)) if coils else kspace
 
 
-def gauge(
+def phase_gain(
     kspace: Complex[Tensor, "batch slice coil t ky kx"],
     visible: Bool[Tensor, "batch slice t ky"],
     fixes: Literal["phase+gain", "gain", "none"] = "phase+gain",

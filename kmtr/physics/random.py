@@ -28,7 +28,7 @@ _LAST_SHIFT = 31
 
 def uniform(
     seed: int,
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     key: Int[Tensor, " batch"],
     purpose: int,
     shape: Sequence[int],
@@ -38,32 +38,32 @@ def uniform(
 
     Args:
         seed: of the run, any integer (modulo 2^64).
-        visit: number of the epoch over the subject.
+        epoch: number of the epoch over the subject.
         key: of each subject (`sampling.subject_key`), as signed 64 bit.
         purpose: the stream, one of the constants of this module.
         shape: of one subject's draw. Element i depends on i and not on `shape`: a larger array only adds numbers.
         origin: index counted from, per axis of `shape`; all zero by default. Where a subject sits in the middle of an
             axis, as along ky, its numbers stay with it in a larger array if the axis counts from its centre n // 2.
     """
-    return _unit(_hash(seed, visit, key, purpose, shape, origin), 40)
+    return _unit(_hash(seed, epoch, key, purpose, shape, origin), 40)
 
 
 def normal(
     seed: int,
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     key: Int[Tensor, " batch"],
     purpose: int,
     shape: Sequence[int],
     origin: Sequence[int] = (),
 ) -> Float[Tensor, " batch *shape"]:
     """Standard normal numbers, the real parts of `complex_normal` at unit variance."""
-    radius, angle = _polar(_hash(seed, visit, key, purpose, shape, origin))
+    radius, angle = _polar(_hash(seed, epoch, key, purpose, shape, origin))
     return angle.cos_().mul_(radius).mul_(math.sqrt(2))
 
 
 def complex_normal(
     seed: int,
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     key: Int[Tensor, " batch"],
     purpose: int,
     shape: Sequence[int],
@@ -74,7 +74,7 @@ def complex_normal(
     Magnitudes end at 4.1 (2^-24 is the least uniform number); logarithm and cosine may differ between devices in the
     last bit.
     """
-    return torch.polar(*_polar(_hash(seed, visit, key, purpose, shape, origin)))
+    return torch.polar(*_polar(_hash(seed, epoch, key, purpose, shape, origin)))
 
 
 def _polar(bits: Int[Tensor, "*shape"]) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
@@ -89,11 +89,11 @@ def _unit(bits: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
 
 
 def _hash(
-    seed: int, visit: Tensor, key: Tensor, purpose: int, shape: Sequence[int], origin: Sequence[int]
+    seed: int, epoch: Tensor, key: Tensor, purpose: int, shape: Sequence[int], origin: Sequence[int]
 ) -> Int[Tensor, " batch *shape"]:
     """64 random bits per element. Only the last axis is hashed at full size."""
     stream = torch.full_like(key, _signed(seed))
-    for place in (torch.full_like(key, purpose), key, visit):
+    for place in (torch.full_like(key, purpose), key, epoch):
         stream = _mix_(stream + (place + 1) * _signed(_STEP))
     for size, start in zip(shape, origin or (0,) * len(shape), strict=True):
         place = torch.arange(-start, size - start, device=key.device)

@@ -76,10 +76,10 @@ def most_lines(lines: int, acceleration: int, acs_lines: int, family: str = "gau
 
 
 def draw_acceleration(
-    accelerations: Sequence[int], seed: int, visit: Int[Tensor, " batch"], key: Int[Tensor, " batch"]
+    accelerations: Sequence[int], seed: int, epoch: Int[Tensor, " batch"], key: Int[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
     """The nominal R of each subject in this epoch, uniform over the configured set."""
-    u = random.uniform(seed, visit, key, random.ACCELERATION, ())
+    u = random.uniform(seed, epoch, key, random.ACCELERATION, ())
     place = (u.double() * len(accelerations)).long()  # in fp32 the largest u would round up to the end
     drawn = torch.zeros_like(key)
     for i, acceleration in enumerate(accelerations):  # a table would have to be copied to the device

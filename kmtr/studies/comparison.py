@@ -24,7 +24,7 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import patterns, pipeline
 from kmtr.data.loader.order import permutation
 from kmtr.encoder import WEIGHTS, load_encoder
-from kmtr.evaluate import controls, probes
+from kmtr.evaluate import baselines, probes
 from kmtr.metrics import probe
 from kmtr.physics.sampling import VALIDATION
 from kmtr.train import supervised
@@ -36,7 +36,7 @@ VERSION = 3
 MOST_ROWS = 2000
 """Rows of an augmented ridge at most: its time grows with their third power. More subjects get fewer copies."""
 
-CONTROLS: dict[str, probes.Features] = {"central": controls.central, "lowres": controls.low_resolution}
+BASELINES: dict[str, probes.Features] = {"central": baselines.central, "lowres": baselines.low_resolution}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _labels(reader: Reader, rows: list[int], targets: Sequence[str]) -> np.ndarr
     return np.stack([meta.column(name).to_numpy().astype(np.float64) for name in targets], axis=1)
 
 
-_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "controls", "groups", "concurrent"}
+_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "longer_seeds", "groups", "concurrent"}
 """Settings of a study that the names of its files tell, or that change no result."""
 
 
@@ -130,7 +130,7 @@ def digest(config: RunConfig, run_name: str) -> str:
     """Hash of all that decides a study but its seeds, budgets and encoders, which name its files."""
     study = config.study.model_dump_json(exclude=_NAMED)
     reading = config.evaluate.model_dump_json(include={"accelerations", "subjects"}) + patterns.digest(config.sampling)
-    said = f"{VERSION} {controls.VERSION} {run_name} {study} {reading} {config.seed}"
+    said = f"{VERSION} {baselines.VERSION} {run_name} {study} {reading} {config.seed}"
     return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
@@ -145,24 +145,24 @@ class Source:
         encoder: folder of an exported one; empty: the baseline of this name.
         untrained: its architecture with initial weights.
         seeds: whose labelled subjects need features.
-        moved: labelled subjects are there in more copies, moved as training moves them.
+        augmented: labelled subjects are there in more copies, augmented as training does.
     """
 
     name: str
     encoder: str = ""
     untrained: bool = False
     seeds: tuple[int, ...] = ()
-    moved: bool = False
+    augmented: bool = False
 
     def budgets(self, cohort: Cohort) -> tuple[int, ...]:
         """Numbers of labelled subjects that have a file each: all in one where nothing moves, else each in its own,
         since the more there are, the fewer copies.
         """
-        return cohort.budgets if self.moved else cohort.budgets[-1:]
+        return cohort.budgets if self.augmented else cohort.budgets[-1:]
 
     def copies(self, cohort: Cohort, budget: int) -> int:
         """Augmented copies of each labelled subject."""
-        return min(cohort.config.study.copies, max(1, MOST_ROWS // budget - 1)) if self.moved else 0
+        return min(cohort.config.study.copies, max(1, MOST_ROWS // budget - 1)) if self.augmented else 0
 
     def rows(self, cohort: Cohort, budget: int) -> list[int]:
         return sorted({row for seed in self.seeds for row in cohort.labelled[seed][:budget]})
@@ -184,18 +184,18 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, budget: in
     if source.encoder:
         make = probes.embedding(load_encoder(source.encoder, device, untrained=source.untrained))
     else:
-        make = CONTROLS[source.name]
+        make = BASELINES[source.name]
     rows, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
     found = {"rows": np.array(rows)}
     for split, wanted in (("train", rows), ("test", cohort.held_out)):
         read = pipeline.read_in_order(cohort.reader(split), wanted, probes.CHUNK, config, cohort.targets, VALIDATION)
         found[split] = np.concatenate([make(host.to(on)) for host in read])
-    moved = _moved_copies(cohort, rows, source.copies(cohort, budget), config, make, on)
-    found["train"] = np.stack([found["train"], *moved], 1)
+    augmented = _augmented_copies(cohort, rows, source.copies(cohort, budget), config, make, on)
+    found["train"] = np.stack([found["train"], *augmented], 1)
     _save(source.path(cohort, acceleration, budget), found)
 
 
-def _moved_copies(
+def _augmented_copies(
     cohort: Cohort, rows: list[int], count: int, config: RunConfig, make: probes.Features, device: torch.device
 ) -> list[Float[np.ndarray, "subject feature"]]:
     """Features of the first `count` epochs of labelled subjects, as training sees them."""
@@ -203,8 +203,8 @@ def _moved_copies(
     copies: list[list[np.ndarray]] = [[] for _ in range(count)]
     for first in range(0, len(rows) if count else 0, probes.CHUNK):
         some = supervised.Labelled.read(reader, rows[first : first + probes.CHUNK], moving, cohort.targets)
-        for visit, parts in enumerate(copies):
-            parts.append(make(some.batch(np.arange(len(some)), np.full(len(some), visit), device)))
+        for epoch, parts in enumerate(copies):
+            parts.append(make(some.batch(np.arange(len(some)), np.full(len(some), epoch), device)))
     return [np.concatenate(parts) for parts in copies]
 
 
@@ -224,7 +224,7 @@ def write_probes(cohort: Cohort, source: Source, method: str, seed: int) -> None
         for within in source.budgets(cohort):
             with np.load(source.path(cohort, acceleration, within)) as found:
                 rows, train, test = found["rows"], found["train"], found["test"]
-            for budget in open_ones if not source.moved else [b for b in open_ones if b == within]:
+            for budget in open_ones if not source.augmented else [b for b in open_ones if b == within]:
                 mine = train[np.searchsorted(rows, cohort.labelled[seed][:budget])]
                 for j, target in enumerate(cohort.labels[seed][:budget].T):
                     # It is asked of every held-out subject; which of them are labelled, R2 looks up itself.

@@ -27,15 +27,15 @@ TITLES = {
     "mean": "predict the mean",
     "central": "ridge on central 4 x 8 samples",
     "lowres": "ridge on low-res image",
-    "lowres-moved": "ridge on low-res image, augmented",
+    "lowres-augmented": "ridge on low-res image, augmented",
     "untrained": "untrained encoder, probe",
-    "untrained-moved": "untrained encoder, augmented probe",
+    "untrained-augmented": "untrained encoder, augmented probe",
     "scratch": "supervised from scratch",
     "b": "masked pretraining, probe",
-    "b-moved": "masked pretraining, augmented probe",
+    "b-augmented": "masked pretraining, augmented probe",
     "longer": "more masked pretraining, probe",
     "c": "alignment, probe",
-    "c-moved": "alignment, augmented probe",
+    "c-augmented": "alignment, augmented probe",
     "b-tuned": "masked pretraining, fine-tuned",
     "c-tuned": "alignment, fine-tuned",
 }
@@ -44,32 +44,32 @@ TITLES = {
 STYLES = {
     "central": (figures.COLOURS[5], ":"),
     "lowres": (figures.COLOURS[5], "--"),
-    "lowres-moved": (figures.COLOURS[5], "-"),
+    "lowres-augmented": (figures.COLOURS[5], "-"),
     "untrained": (figures.COLOURS[3], ":"),
     "scratch": (figures.COLOURS[3], "-"),
     "b": (figures.COLOURS[0], "--"),
-    "b-moved": (figures.COLOURS[0], "-."),
+    "b-augmented": (figures.COLOURS[0], "-."),
     "longer": (figures.COLOURS[4], "--"),
     "c": (figures.COLOURS[1], "--"),
-    "c-moved": (figures.COLOURS[1], "-."),
+    "c-augmented": (figures.COLOURS[1], "-."),
     "b-tuned": (figures.COLOURS[0], "-"),
     "c-tuned": (figures.COLOURS[1], "-"),
 }
 """Colour of what is learnt from; dashes for probes, dashes and dots for augmented ones."""
 
-INSTEAD = {"c": "b", "c-moved": "b-moved", "c-tuned": "b-tuned"}
+INSTEAD = {"c": "b", "c-augmented": "b-augmented", "c-tuned": "b-tuned"}
 """Method that stands for another one in a seed whose alignment the guard stopped."""
 
 COMPARED = (
     ("b", "untrained", ""),
     ("b-tuned", "scratch", ""),
     ("b-tuned", "lowres", ""),
-    ("b-tuned", "lowres-moved", ""),
-    ("c-tuned", "lowres-moved", ""),
+    ("b-tuned", "lowres-augmented", ""),
+    ("c-tuned", "lowres-augmented", ""),
     ("c-tuned", "b-tuned", ""),
-    ("b-moved", "untrained-moved", ""),
-    ("c-moved", "lowres-moved", ""),
-    ("c-tuned", "c-moved", ""),
+    ("b-augmented", "untrained-augmented", ""),
+    ("c-augmented", "lowres-augmented", ""),
+    ("c-tuned", "c-augmented", ""),
     ("c", "longer", ""),
     ("c", "b", ""),
     ("c", "b", "lvef_pct"),
@@ -118,7 +118,7 @@ def pretrain(
         outcomes[seed, "c"] = _fit(named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, stages b and c")
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
     steps = config.masked.steps + more
-    for seed in config.study.seeds[: config.study.controls]:
+    for seed in config.study.seeds[: config.study.longer_seeds]:
         changes = {"seed": seed, "stage": "masked", "masked.steps": steps}
         outcomes[seed, "longer"] = _fit(
             named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of stage b alone"
@@ -169,17 +169,20 @@ def sources(
 ) -> dict[tuple[int, str], Source]:
     """Features of every probe."""
     seeds = tuple(cohort.labelled)
-    found = {(seed, name): Source(name, seeds=seeds) for seed in seeds for name in comparison.CONTROLS}
+    found = {(seed, name): Source(name, seeds=seeds) for seed in seeds for name in comparison.BASELINES}
     for (seed, method), encoder in encoders.items():
         name = _file_name(method, longer_steps)
         found[seed, name] = Source(f"{name}-{seed}", encoder, seeds=(seed,))
         if method == "b":
             found[seed, "untrained"] = Source(f"untrained-{seed}", encoder, untrained=True, seeds=(seed,))
     wanted = {
-        (seed, method.removesuffix("-moved")): method for seed in seeds for method in TITLES if "-moved" in method
+        (seed, method.removesuffix("-augmented")): method
+        for seed in seeds
+        for method in TITLES
+        if "-augmented" in method
     }
     return found | {
-        (key[0], wanted[key]): replace(source, moved=True) for key, source in found.items() if key in wanted
+        (key[0], wanted[key]): replace(source, augmented=True) for key, source in found.items() if key in wanted
     }
 
 
@@ -328,7 +331,7 @@ def mean_table(
 ) -> Table:
     """Mean R2 with its SD over seeds, and LVEF's apart: a row per R and method."""
     there = len(cohort.labelled)
-    seeds = dict.fromkeys(TITLES, there) | {"longer": min(there, cohort.config.study.controls)}
+    seeds = dict.fromkeys(TITLES, there) | {"longer": min(there, cohort.config.study.longer_seeds)}
     lvef = ("lvef_pct",) if "lvef_pct" in cohort.targets else ()
     rows: list[tuple[Cell, ...]] = []
     for r in map(str, cohort.accelerations):
@@ -336,7 +339,7 @@ def mean_table(
             by_budget = [scores[method, budget][r] for budget in cohort.budgets]
             means = [f"{s['mean']:.3f}" + (f" ± {s['sd']:.3f}" if seeds[method] > 1 else "") for s in by_budget]
             rows.append((int(r), title, *means, *(s[t] for t in lvef for s in by_budget)))
-    note = f"More: {longer_steps} steps, alignment's time, {cohort.config.study.controls} seed(s)."
+    note = f"More: {longer_steps} steps, alignment's time, {cohort.config.study.longer_seeds} seed(s)."
     return Table(
         f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
         f"labels, mean over {there} seed(s){' ± SD' if there > 1 else ''}",

@@ -110,10 +110,10 @@ class Preparer:
     def draws(self, batch: Batch) -> Float[Tensor, "batch pass block 2"] | None:
         """Uniform numbers of (seed, epoch, subject), so that neither workers nor recomputation change them."""
         model = self.config.model
-        if batch.visit is None or not model.drop_path:
+        if batch.epoch is None or not model.drop_path:
             return None
         shape = (len(PASSES), model.depth, 2)
-        return random.uniform(self.config.seed, batch.visit, batch.key, random.DEPTH, shape)
+        return random.uniform(self.config.seed, batch.epoch, batch.key, random.DEPTH, shape)
 
     def on_grid(self, absent: Bool[Tensor, "batch slice t"], slots: tuple[int, ...], every: int = 1) -> Tensor:
         """True where a (slice, t) of the configuration's grid of frame vectors has no data, bool ``batch slice t``."""

@@ -5,7 +5,7 @@ the standardised embedding. Beginning at the head of a ridge probe (Kumar 2022) 
 fits the training subjects almost exactly, and leaves the encoder little to learn from.
 
 The last weights count, not the best of a held-out part: a tenth of 100 labels is too few to choose by, and would be
-labels that this method alone goes without. The learning rate falls to zero instead, and every visit of a subject draws
+labels that this method alone goes without. The learning rate falls to zero instead, and every pass over a subject draws
 another pattern and, with `augment.*`, another shift and rotation, which is what holds overfitting back.
 """
 
@@ -53,7 +53,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labelled subjects as they lie in memory; patterns and augmentation are drawn at every visit.
+    """Labelled subjects as they lie in memory; patterns and augmentation are drawn in every epoch.
 
     Attributes:
         host: all of them, of the configuration's full shape.
@@ -63,7 +63,7 @@ class Labelled:
 
     @staticmethod
     def read(reader: Reader, rows: list[int], config: RunConfig, targets: tuple[str, ...]) -> Labelled:
-        """The subjects in these rows; R is drawn per visit from `sampling.accelerations`."""
+        """The subjects in these rows; R is drawn per epoch from `sampling.accelerations`."""
         return Labelled(collate(reader.samples(rows), config, None, 0, targets, PATTERN))
 
     def __len__(self) -> int:
@@ -77,18 +77,18 @@ class Labelled:
     def batch(
         self,
         index: Int[np.ndarray, " batch"],
-        visit: Int[np.ndarray, " batch"],
+        epoch: Int[np.ndarray, " batch"],
         device: torch.device,
         readout: int | None = None,
     ) -> Batch:
-        """These subjects on this visit each; `readout` as for `HostBatch.to`."""
+        """These subjects in this epoch each; `readout` as for `HostBatch.to`."""
         chosen = torch.from_numpy(index)
         meta = {name: values[chosen] for name, values in self.host.meta.items()}
-        meta["visit"] = torch.from_numpy(visit)
+        meta["epoch"] = torch.from_numpy(epoch)
         return replace(self.host, stored=self.host.stored[chosen], meta=meta, real=len(index)).to(device, readout)
 
     def in_order(self, device: torch.device, readout: int | None = None) -> Iterator[Batch]:
-        """All of them once, on their first visit."""
+        """All of them once, in their first epoch."""
         for first in range(0, len(self), CHUNK):
             index = np.arange(first, min(first + CHUNK, len(self)))
             yield self.batch(index, np.zeros_like(index), device, readout)
@@ -183,9 +183,9 @@ def train(
         rate = training.learning_rate * warm_cosine(step, training.steps, training.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        index, visit = visits(config.seed, step, size, len(labelled))
+        index, epoch = epochs_of(config.seed, step, size, len(labelled))
         optimizer.zero_grad(set_to_none=True)
-        batch = labelled.batch(index, visit, regressor.device, regressor.encoder.readout)
+        batch = labelled.batch(index, epoch, regressor.device, regressor.encoder.readout)
         loss = regressor.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(regressor.parameters(), config.optimizer.clip_norm)
@@ -198,13 +198,13 @@ def train(
     return losses
 
 
-def visits(seed: int, step: int, size: int, subjects: int) -> tuple[np.ndarray, np.ndarray]:
+def epochs_of(seed: int, step: int, size: int, subjects: int) -> tuple[np.ndarray, np.ndarray]:
     """Subjects of a step and which pass over them each is on: the passes are one endless chain of permutations."""
     place = np.arange(step * size, (step + 1) * size)
-    visit = place // subjects
-    orders = {int(v): permutation(seed, int(v), subjects) for v in np.unique(visit)}
-    index = np.array([orders[int(v)][p % subjects] for p, v in zip(place, visit, strict=True)])
-    return index, visit
+    epoch = place // subjects
+    orders = {int(v): permutation(seed, int(v), subjects) for v in np.unique(epoch)}
+    index = np.array([orders[int(v)][p % subjects] for p, v in zip(place, epoch, strict=True)])
+    return index, epoch
 
 
 def predict_rows(

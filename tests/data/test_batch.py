@@ -119,12 +119,12 @@ def test_draws_do_not_depend_on_the_company(small: RunConfig, reader: Reader, ba
 def test_epochs_seeds_and_purposes_draw_anew(small: RunConfig, reader: Reader, batch: Batch) -> None:
     samples = reader.samples(range(8))
     for other in (
-        collate(samples, small, visit=1),
+        collate(samples, small, epoch=1),
         collate(samples, override(small, {"seed": 1})),
         collate(samples, small, purpose=sampling.VALIDATION),
     ):
         assert not torch.equal(other.to(CPU).sampled, batch.sampled)
-    assert not torch.equal(collate(samples, small, visit=1).to(CPU).hidden_patches, batch.hidden_patches)
+    assert not torch.equal(collate(samples, small, epoch=1).to(CPU).hidden_patches, batch.hidden_patches)
 
 
 def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study) -> None:
@@ -159,7 +159,7 @@ def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig
 def test_a_share_of_the_target_lines_is_drawn_anew_each_pass(small: RunConfig, reader: Reader, target: str) -> None:
     whole = override(small, {"masked.target": target})
     few = override(whole, {"masked.target_lines": 0.3})
-    first, second = (collate(reader.samples(range(8)), few, visit=visit).to(CPU) for visit in (0, 1))
+    first, second = (collate(reader.samples(range(8)), few, epoch=epoch).to(CPU) for epoch in (0, 1))
     every = collate(reader.samples(range(8)), whole).to(CPU)
     assert torch.equal(first.hidden, every.hidden)
     assert not (first.targets & ~every.targets).any()
@@ -220,7 +220,7 @@ def test_workers_shares_make_the_global_batch(small: RunConfig, reader: Reader, 
     steps = range(2, 5)  # of epochs 0 and 1
     ranks = [list(pipeline.batches(small, reader, plan, steps, rank, world)) for rank in range(world)]
     for position, step in enumerate(steps):
-        whole = collate(reader.samples(plan.batch(step).row), small, visit=plan.epoch(step)).to(CPU)
+        whole = collate(reader.samples(plan.batch(step).row), small, epoch=plan.epoch(step)).to(CPU)
         parts = [batches[position].to(CPU) for batches in ranks]
         tensors = [f.name for f in fields(Batch) if isinstance(getattr(whole, f.name), torch.Tensor)]
         assert same(replace(whole, **{name: torch.cat([getattr(p, name) for p in parts]) for name in tensors}), whole)

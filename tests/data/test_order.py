@@ -83,7 +83,7 @@ def slots(plan: Plan, epoch: int) -> list[Slot]:
 
 
 def same(a: Slot, b: Slot) -> bool:
-    arrays = ("row", "visit", "repeated")
+    arrays = ("row", "epoch", "repeated")
     return all(np.array_equal(getattr(a, n), getattr(b, n)) for n in arrays) and (a.bucket, a.real) == (
         b.bucket,
         b.real,
@@ -91,13 +91,13 @@ def same(a: Slot, b: Slot) -> bool:
 
 
 def drawn(plan: Plan, epochs: range) -> Counter[tuple[int, int]]:
-    """(row, visit) -> how often, repeats left out."""
+    """(row, epoch) -> how often, repeats left out."""
     found: Counter[tuple[int, int]] = Counter()
     for epoch in epochs:
         for slot in slots(plan, epoch):
             real = ~slot.repeated
             assert real.sum() == slot.real
-            found.update(zip(slot.row[real].tolist(), slot.visit[real].tolist(), strict=True))
+            found.update(zip(slot.row[real].tolist(), slot.epoch[real].tolist(), strict=True))
     return found
 
 
@@ -108,7 +108,7 @@ def drawn(plan: Plan, epochs: range) -> Counter[tuple[int, int]]:
 def test_an_epoch_holds_every_row_once(plan: Plan, epoch: int) -> None:
     found = drawn(plan, range(epoch, epoch + 1))
     assert set(found.values()) == {1}
-    assert {visit for _, visit in found} == {epoch}
+    assert {passed for _, passed in found} == {epoch}
     missing = set(range(plan.subjects)) - {row for row, _ in found}
     assert len(found) + len(missing) == plan.subjects
     if plan.tail == "drop":
@@ -126,7 +126,7 @@ def test_by_weight_every_row_comes_once_a_pass_of_its_own_source(plan: Plan) -> 
     assert sum(found.values()) == epochs * plan.steps_per_epoch * plan.global_batch
     first = 0
     for s, draws in zip(plan.sources, plan.draws, strict=True):
-        own = Counter(visit for row, visit in found if first <= row < first + s.rows)
+        own = Counter(epoch for row, epoch in found if first <= row < first + s.rows)
         whole, rest = divmod(epochs * draws, s.rows)
         assert own == {v: n for v, n in [*((v, s.rows) for v in range(whole)), (whole, rest)] if n}
         first += s.rows
@@ -189,7 +189,7 @@ def test_the_global_batch_is_the_same_at_every_number_of_workers(plan: Plan, ste
         parts = shares(plan, step, world)
         assert {len(part) for part in parts} == {plan.global_batch // world}  # every rank has every step
         assert {(part.bucket, part.real) for part in parts} == {(whole.bucket, whole.real)}
-        for name in ("row", "visit", "repeated"):
+        for name in ("row", "epoch", "repeated"):
             np.testing.assert_array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(whole, name))
 
 

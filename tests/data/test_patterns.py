@@ -149,8 +149,8 @@ def of_file(small: RunConfig, pattern: np.ndarray, tmp_path: Path) -> RunConfig:
 
 def test_every_slice_is_sampled_as_the_file_says(of_file: RunConfig, reader: Reader, pattern: np.ndarray) -> None:
     check_shapes(of_file, reader.dataset)
-    for visit in (0, 3):
-        batch = collate(reader.samples(range(4)), of_file, visit=visit).to(CPU)
+    for epoch in (0, 3):
+        batch = collate(reader.samples(range(4)), of_file, epoch=epoch).to(CPU)
         np.testing.assert_array_equal(batch.sampled, np.broadcast_to(pattern[[0, 1, 2, 0]], (4, 3, 4, 32)))
         assert not (batch.hidden & ~batch.sampled).any()
         assert float(sampling.true_acceleration(batch.sampled, batch.existing)) == pytest.approx(32 / 9)
@@ -216,16 +216,16 @@ def test_families_do_not_depend_on_how_subjects_are_dealt_or_padded(
     small: RunConfig, reader: Reader, family: str, tmp_path: Path
 ) -> None:
     config = override(small, {"sampling.family": family})
-    whole = collate(reader.samples(range(8)), config, visit=2).to(CPU)
+    whole = collate(reader.samples(range(8)), config, epoch=2).to(CPU)
     for world in (2, 4):
         parts: list[Batch] = [
-            collate(reader.samples(range(rank, 8, world)), config, visit=2).to(CPU) for rank in range(world)
+            collate(reader.samples(range(rank, 8, world)), config, epoch=2).to(CPU) for rank in range(world)
         ]
         for rank, part in enumerate(parts):
             assert part.sampled.equal(whole.sampled[rank::world])
             assert part.hidden.equal(whole.hidden[rank::world])
     wide = override(config, {"data.matrix": (48, 48)})
-    padded = collate(reader.samples(range(8)), wide, visit=2).to(CPU)
+    padded = collate(reader.samples(range(8)), wide, epoch=2).to(CPU)
     assert padded.sampled[..., 8:40].equal(whole.sampled)
     assert not padded.sampled[..., :8].any()
     assert not padded.sampled[..., 40:].any()

@@ -219,7 +219,7 @@ def test_a_dataset_travels_as_its_paths_and_must_stay_the_same(copy: Path) -> No
 
 
 def test_a_batch_survives_its_transport(wide: RunConfig, large: str) -> None:
-    batch = collate(Dataset.of(large).reader("train", wide.data).samples([0, 3, 5]), wide, visit=2, labels=["lvedv_ml"])
+    batch = collate(Dataset.of(large).reader("train", wide.data).samples([0, 3, 5]), wide, epoch=2, labels=["lvedv_ml"])
     back = unpack(pack(batch), wide)
     assert back.stored.equal(batch.stored)
     assert back.meta.keys() == batch.meta.keys()

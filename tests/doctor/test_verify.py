@@ -364,7 +364,7 @@ class Short(Plan):
 
     def share(self, step: int, rank: int, world: int) -> Slot:
         slot = super().share(step, rank, world)
-        return replace(slot, row=slot.row[1:], visit=slot.visit[1:], repeated=slot.repeated[1:]) if rank else slot
+        return replace(slot, row=slot.row[1:], epoch=slot.epoch[1:], repeated=slot.repeated[1:]) if rank else slot
 
 
 class Lossy(Plan):

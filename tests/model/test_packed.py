@@ -347,9 +347,9 @@ def test_stochastic_depth_is_a_function_of_seed_visit_and_subject(
     assert whole.shape == (8, len(PASSES), 2, 2)
     for i in (0, 5):
         assert torch.equal(prepare.draws(batch[i : i + 1]), whole[i : i + 1])
-    assert batch.visit is not None
-    assert not torch.equal(prepare.draws(replace(batch, visit=batch.visit + 1)), whole)
-    assert prepare.draws(replace(batch, visit=None)) is None, "validation"
+    assert batch.epoch is not None
+    assert not torch.equal(prepare.draws(replace(batch, epoch=batch.epoch + 1)), whole)
+    assert prepare.draws(replace(batch, epoch=None)) is None, "validation"
     assert prepare(batch, "masked").draws is not None
     assert Preparer(small, tables, CPU).draws(batch) is None
 

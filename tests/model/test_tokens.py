@@ -20,7 +20,7 @@ from kmtr.model.packing import gather
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import fftc
-from kmtr.physics.lines import compress, compression, gauge, mix, static_part
+from kmtr.physics.lines import compress, compression, mix, phase_gain, static_part
 from kmtr.tasks import Preparer
 
 CPU = torch.device("cpu")
@@ -31,9 +31,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "whole": {"model.line_parts": "whole"},
     "hybrid": {"model.readout": "hybrid"},
     "hybrid, whole": {"model.readout": "hybrid", "model.line_parts": "whole"},
-    "per line": {"model.normalisation": "line", "model.gauge": "gain"},
+    "per line": {"model.normalisation": "line", "model.remove": "gain"},
     "per line, whole": {"model.normalisation": "line", "model.line_parts": "whole"},
-    "raw": {"model.normalisation": "none", "model.gauge": "none"},
+    "raw": {"model.normalisation": "none", "model.remove": "none"},
     "both": {"model.encoder_inputs": "both"},
     "virtual coil": {"model.coils": 1, "model.normalisation": "none"},
 }
@@ -119,7 +119,7 @@ def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
     assert equal(after.lines, before.lines)
     assert not torch.equal(after.line_targets.values, before.line_targets.values)
     fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
-    factor = gauge(batch.kspace, visible, samples=config.model.readout_samples(config.data.matrix[1]))
+    factor = phase_gain(batch.kspace, visible, samples=config.model.readout_samples(config.data.matrix[1]))
     canonical = batch.kspace / factor[..., None, None, None]
     row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
     mean = canonical.mean(3)[row, z, :, ky]  # over all frames, which the source has
@@ -148,7 +148,7 @@ def test_tokens_lead_back_to_their_lines(
     tokens = tokenizer(uneven, known=uneven.sampled, chosen=uneven.sampled)
     assert tokens.values.shape[-1] == LineTokenizer.features(config.data, config.model)
     samples = config.model.readout_samples(config.data.matrix[1])
-    factor = gauge(uneven.kspace, uneven.sampled, config.model.gauge, samples)
+    factor = phase_gain(uneven.kspace, uneven.sampled, config.model.remove, samples)
     canonical = uneven.kspace / factor[..., None, None, None]
     fixed, moving = tokenizer.parts(tokens.values, tokens.index)
     row, (z, t, ky) = tokens.lengths.subject, tokens.index.unbind(-1)
@@ -231,14 +231,14 @@ def test_lines_that_are_normalised_one_by_one_have_unit_rms_and_keep_its_logarit
 def test_raw_lines_differ_from_the_source_by_one_factor(
     small: RunConfig, tables: Tables, batch: Batch, parts: str
 ) -> None:
-    config = override(small, {"model.normalisation": "none", "model.gauge": "none", "model.line_parts": parts})
+    config = override(small, {"model.normalisation": "none", "model.remove": "none", "model.line_parts": parts})
     tokenizer = LineTokenizer(config.data, config.model, tables, CPU)
     every = torch.ones_like(batch.sampled)
     lines = batch.kspace[:, :, 0, :, :, 8:24].flatten(0, 3)
     values = torch.view_as_complex(tokenizer(batch, every, every).values.unflatten(1, (-1, 16, 2))).sum(1)
     factor = (values / lines).real.median()
     torch.testing.assert_close(values, lines * factor, rtol=1e-4, atol=1e-5)
-    config = override(config, {"model.gauge": "phase+gain"})
+    config = override(config, {"model.remove": "phase+gain"})
     values = LineTokenizer(config.data, config.model, tables, CPU)(batch, every, every).values
     assert values.square().sum(1).mean() / (16 * (2 if parts == "static+dynamic" else 1)) == pytest.approx(1, abs=0.3)
 

@@ -57,7 +57,7 @@ def run(
     arguments = {
         "acquired": full(kspace, extent),
         "seed": 7,
-        "visit": torch.zeros(size, dtype=torch.int64),
+        "epoch": torch.zeros(size, dtype=torch.int64),
         "key": torch.arange(size) + 100,
         "given": torch.zeros(size, dtype=torch.bool),
     }
@@ -277,7 +277,7 @@ def test_the_company_changes_nothing_and_no_energy_leaves_the_pattern(config: Au
     acquired[given] &= torch.rand(2, 2, 2, 16, generator=torch.Generator().manual_seed(0)) < 0.5
     acquired[0, :, 1] = False  # a padded frame
     kspace = noise(5, *SHAPE, 16, 16) * inside * acquired[:, :, None, :, :, None]
-    arguments = {"visit": torch.tensor([0, 1, 0, 1, 2]), "key": torch.tensor([5, 6, 7, -8, 9]), "given": given}
+    arguments = {"epoch": torch.tensor([0, 1, 0, 1, 2]), "key": torch.tensor([5, 6, 7, -8, 9]), "given": given}
     arguments["acquired"] = acquired
     out, pattern = run(kspace, config, extent, **arguments)
     assert out.isfinite().all()
@@ -286,7 +286,7 @@ def test_the_company_changes_nothing_and_no_energy_leaves_the_pattern(config: Au
         alone, alone_pattern = run(kspace[rows], config, extent[rows], **{k: v[rows] for k, v in arguments.items()})
         torch.testing.assert_close(alone, out[rows], atol=1e-5, rtol=1e-5)
         assert alone_pattern.equal(pattern[rows])
-    for change in ({"seed": 8}, {"visit": arguments["visit"] + 1}, {"key": arguments["key"] + 1}):
+    for change in ({"seed": 8}, {"epoch": arguments["epoch"] + 1}, {"key": arguments["key"] + 1}):
         other, _ = run(kspace, config, extent, **(arguments | change))
         assert ((other - out).abs().amax((1, 2, 3, 4, 5)) > 1e-3).all()
 
@@ -304,7 +304,7 @@ def test_a_larger_array_changes_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_augments_alike() -> None:
     kspace, extent = noise(4, *SHAPE, 16, 16), extents((16, 16)).expand(4, 2)
-    size = {"visit": torch.zeros(4, dtype=torch.int64), "key": torch.arange(4), "given": torch.zeros(4).bool()}
+    size = {"epoch": torch.zeros(4, dtype=torch.int64), "key": torch.arange(4), "given": torch.zeros(4).bool()}
     size["acquired"] = full(kspace, extent)
     out, pattern = run(kspace, ALL, extent, **size)
     gpu, gpu_pattern = run(kspace.cuda(), ALL, extent.cuda(), **{k: v.cuda() for k, v in size.items()})

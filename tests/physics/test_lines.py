@@ -11,11 +11,11 @@ from torch import Tensor
 from kmtr.data.loader.batch import Batch
 from kmtr.physics import coils
 from kmtr.physics.fourier import crop_or_pad, fftc
-from kmtr.physics.lines import compress, compression, gauge, mix, readout, readout_inverse, static_part
+from kmtr.physics.lines import compress, compression, mix, phase_gain, readout, readout_inverse, static_part
 
 
 def canonical(kspace: Tensor, visible: Tensor) -> Tensor:
-    return kspace / gauge(kspace, visible)[..., None, None, None]
+    return kspace / phase_gain(kspace, visible)[..., None, None, None]
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_phase_of_a_slice_and_coil_and_gain_of_a_subject_drop_out(kspace: Tensor
 
 
 def test_a_part_of_the_gauge_leaves_the_other(kspace: Tensor, visible: Tensor) -> None:
-    whole, gain = gauge(kspace, visible), gauge(kspace, visible, "gain")
+    whole, gain = phase_gain(kspace, visible), phase_gain(kspace, visible, "gain")
     torch.testing.assert_close(gain, whole.abs() + 0j)
-    assert torch.equal(gauge(kspace, visible, "none"), torch.ones(2, 3, 2, dtype=torch.complex64))
+    assert torch.equal(phase_gain(kspace, visible, "none"), torch.ones(2, 3, 2, dtype=torch.complex64))
 
 
 def test_canonical_k_space_has_no_phase_in_its_centre_and_unit_gain(kspace: Tensor) -> None:
@@ -63,14 +63,14 @@ def test_gain_depends_little_on_which_central_lines_are_seen(batch: Batch) -> No
     few[:, :, :, 15:17] = False
     few[:, :, ::2, 15] = True
     few[:, :, ::2, 16] = True
-    whole, part = (gauge(batch.kspace, v)[:, 0, 0].abs() for v in (everything, few))
+    whole, part = (phase_gain(batch.kspace, v)[:, 0, 0].abs() for v in (everything, few))
     torch.testing.assert_close(part, whole, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("rubbish", [1e30, float("inf"), float("nan")])
 def test_what_is_not_visible_is_never_looked_at(kspace: Tensor, visible: Tensor, rubbish: float) -> None:
     spoilt = torch.where(visible[:, :, None, :, :, None], kspace, torch.tensor(complex(rubbish, rubbish)))
-    torch.testing.assert_close(gauge(spoilt, visible), gauge(kspace, visible), rtol=0, atol=0)
+    torch.testing.assert_close(phase_gain(spoilt, visible), phase_gain(kspace, visible), rtol=0, atol=0)
     torch.testing.assert_close(compression(spoilt, visible, 2), compression(kspace, visible, 2), rtol=0, atol=0)
     seen = visible[:, :, None, :, :, None].expand_as(kspace)
     torch.testing.assert_close(compress(spoilt, visible, 2)[seen], compress(kspace, visible, 2)[seen], rtol=0, atol=0)
@@ -89,7 +89,7 @@ def test_the_static_part_is_the_mean_over_the_frames_that_saw_a_line(kspace: Ten
 def test_a_subject_without_a_central_line_keeps_its_numbers_finite(kspace: Tensor, visible: Tensor) -> None:
     visible[0] = False
     assert canonical(kspace, visible).isfinite().all()
-    assert (gauge(kspace, visible)[0].abs() == 1).all()
+    assert (phase_gain(kspace, visible)[0].abs() == 1).all()
 
 
 @pytest.mark.parametrize("hybrid", [False, True])

@@ -46,43 +46,43 @@ def test_the_stream_gives_the_published_numbers() -> None:
 
 
 @given(st.integers(-(2**70), 2**70), I64, I64, st.integers(-5, 300), st.integers(-300, 300))
-def test_the_tensor_arithmetic_is_that_of_integers(seed: int, visit: int, key: int, i: int, j: int) -> None:
-    bits = _hash(seed, of(visit), of(key), NOISE, (1, 1), (-i, -j))
+def test_the_tensor_arithmetic_is_that_of_integers(seed: int, epoch: int, key: int, i: int, j: int) -> None:
+    bits = _hash(seed, of(epoch), of(key), NOISE, (1, 1), (-i, -j))
     state = seed & MASK
-    for place in (NOISE, key, visit, i, j):
+    for place in (NOISE, key, epoch, i, j):
         state = splitmix(state, place)
     assert bits.item() & MASK == state
-    u = uniform(seed, of(visit), of(key), NOISE, (1, 1), (-i, -j)).item()
+    u = uniform(seed, of(epoch), of(key), NOISE, (1, 1), (-i, -j)).item()
     assert u == ((state >> 40) | 1) / 2**24
     assert 0 < u < 1
 
 
 def test_a_draw_depends_on_neither_the_company_nor_the_extents_of_the_array() -> None:
-    visit, key = of(3, 0, 3, 7), of(5, -1, 2**62, 5)
-    whole = uniform(1, visit, key, PATTERN, (3, 4, 32), (0, 0, 16))
+    epoch, key = of(3, 0, 3, 7), of(5, -1, 2**62, 5)
+    whole = uniform(1, epoch, key, PATTERN, (3, 4, 32), (0, 0, 16))
     order = torch.tensor([2, 0, 3])
-    assert whole[order].equal(uniform(1, visit[order], key[order], PATTERN, (3, 4, 32), (0, 0, 16)))
-    assert whole[:, :2, :3].equal(uniform(1, visit, key, PATTERN, (2, 3, 32), (0, 0, 16)))
-    assert whole[:, :, :, 4:-4].equal(uniform(1, visit, key, PATTERN, (3, 4, 24), (0, 0, 12)))
-    assert uniform(1, visit, key, PATTERN, ()).shape == (4,)
+    assert whole[order].equal(uniform(1, epoch[order], key[order], PATTERN, (3, 4, 32), (0, 0, 16)))
+    assert whole[:, :2, :3].equal(uniform(1, epoch, key, PATTERN, (2, 3, 32), (0, 0, 16)))
+    assert whole[:, :, :, 4:-4].equal(uniform(1, epoch, key, PATTERN, (3, 4, 24), (0, 0, 12)))
+    assert uniform(1, epoch, key, PATTERN, ()).shape == (4,)
 
 
 def test_every_part_of_the_key_draws_anew() -> None:
-    def draw(seed: int = 0, visit: int = 0, key: int = 9, purpose: int = PATTERN) -> Tensor:
-        return uniform(seed, of(visit), of(key), purpose, (64,)).flatten()
+    def draw(seed: int = 0, epoch: int = 0, key: int = 9, purpose: int = PATTERN) -> Tensor:
+        return uniform(seed, of(epoch), of(key), purpose, (64,)).flatten()
 
-    drawn = [draw(), draw(seed=1), draw(visit=1), draw(key=8), draw(purpose=SHIFT), draw(seed=1, key=8)]
+    drawn = [draw(), draw(seed=1), draw(epoch=1), draw(key=8), draw(purpose=SHIFT), draw(seed=1, key=8)]
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
             assert (a == b).sum() == 0
 
 
-# 1e6 draws, arranged along a different axis each time: indices, keys, visits, seeds.
+# 1e6 draws, arranged along a different axis each time: indices, keys, epochs, seeds.
 ARRANGED = {
     "index": lambda: uniform(0, of(0), of(1), PATTERN, (1_000_000,)),
     "table": lambda: uniform(0, of(0), of(1), PATTERN, (1000, 1000)),
     "key": lambda: uniform(0, torch.zeros_like(many(10**6)), many(10**6), PATTERN, ()),
-    "visit": lambda: uniform(0, many(10**6), torch.zeros_like(many(10**6)), PATTERN, ()),
+    "epoch": lambda: uniform(0, many(10**6), torch.zeros_like(many(10**6)), PATTERN, ()),
     "seed": lambda: torch.cat([uniform(seed, many(1000), many(1000), PATTERN, ()) for seed in range(1000)]),
 }
 
@@ -142,6 +142,6 @@ def test_normal_numbers_have_their_moments() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_draws_bitwise_the_same() -> None:
-    visit, key = many(32), many(32) * 0x9E3779B97F4A7
-    cpu = uniform(5, visit, key, PATTERN, (3, 4, 64), (0, 0, 32))
-    assert uniform(5, visit.cuda(), key.cuda(), PATTERN, (3, 4, 64), (0, 0, 32)).cpu().equal(cpu)
+    epoch, key = many(32), many(32) * 0x9E3779B97F4A7
+    cpu = uniform(5, epoch, key, PATTERN, (3, 4, 64), (0, 0, 32))
+    assert uniform(5, epoch.cuda(), key.cuda(), PATTERN, (3, 4, 64), (0, 0, 32)).cpu().equal(cpu)

@@ -29,9 +29,9 @@ def of(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def numbers(seed: int, visit: Tensor, key: Tensor, *shape: int, purpose: int = PATTERN) -> Tensor:
+def numbers(seed: int, epoch: Tensor, key: Tensor, *shape: int, purpose: int = PATTERN) -> Tensor:
     """As training draws them: ky counts from the centre."""
-    return random.uniform(seed, visit, key, purpose, shape, (0, 0, shape[-1] // 2))
+    return random.uniform(seed, epoch, key, purpose, shape, (0, 0, shape[-1] // 2))
 
 
 def pattern(
@@ -71,25 +71,25 @@ def test_exactly_the_budget_of_lines_always_the_acs_and_nothing_beyond(
 @given(st.integers(0, 2**32 - 1), st.lists(st.tuples(KEYS, st.integers(1, 8), st.integers(20, 48)), min_size=1))
 def test_a_pattern_does_not_depend_on_the_company(seed: int, subjects: list[tuple]) -> None:
     subjects = [s for s in subjects if enough(s[2], s[1], 2)] or [((0, 0, 0), 2, 20)]
-    visits, keys = zip(*((visit, key) for (_, visit, key), _, _ in subjects), strict=True)
+    epochs, keys = zip(*((epoch, key) for (_, epoch, key), _, _ in subjects), strict=True)
     accelerations, lines = zip(*((r, n) for _, r, n in subjects), strict=True)
-    u = numbers(seed, of(*visits), of(*keys), 2, 3, 48)
+    u = numbers(seed, of(*epochs), of(*keys), 2, 3, 48)
     together = gaussian(u, of(*accelerations), of(*lines), 2)
-    for row, ((_, visit, key), r, n) in enumerate(subjects):
+    for row, ((_, epoch, key), r, n) in enumerate(subjects):
         start = 24 - n // 2
-        assert together[row, ..., start : start + n].equal(pattern((seed, visit, key), 2, 3, n, r, 2))
+        assert together[row, ..., start : start + n].equal(pattern((seed, epoch, key), 2, 3, n, r, 2))
 
 
 @given(KEYS)
 def test_a_pattern_is_a_pure_function_of_its_key(key: tuple[int, int, int]) -> None:
-    def draw(seed: int, visit: int, subject: int, purpose: int = PATTERN) -> bytes:
-        u = numbers(seed, of(visit), of(subject), 3, 4, 64, purpose=purpose)
+    def draw(seed: int, epoch: int, subject: int, purpose: int = PATTERN) -> bytes:
+        u = numbers(seed, of(epoch), of(subject), 3, 4, 64, purpose=purpose)
         return gaussian(u, of(4), of(64)).numpy().tobytes()
 
-    seed, visit, subject = key
+    seed, epoch, subject = key
     assert draw(*key) == draw(*key)
-    others = {draw(seed + 1, visit, subject), draw(seed, visit + 1, subject), draw(*key, purpose=HIDDEN_LINES)}
-    others.add(draw(seed, visit, subject ^ 1))
+    others = {draw(seed + 1, epoch, subject), draw(seed, epoch + 1, subject), draw(*key, purpose=HIDDEN_LINES)}
+    others.add(draw(seed, epoch, subject ^ 1))
     assert draw(*key) not in others
     assert len(others) == 4
     slices = pattern(key, 6, 4, 64, 4)
@@ -147,11 +147,11 @@ def test_an_acceleration_of_one_samples_all_own_lines_and_too_high_a_one_is_refu
 
 @given(KEYS, st.floats(0.01, 0.99), st.floats(0, 1))
 def test_hiding_takes_a_rounded_share_and_leaves_one(key: tuple[int, int, int], ratio: float, share: float) -> None:
-    seed, visit, subject = key[0], of(key[1], 0), of(key[2], 0)
-    candidates = numbers(seed, visit, subject, 4, 3, 16) < share
+    seed, epoch, subject = key[0], of(key[1], 0), of(key[2], 0)
+    candidates = numbers(seed, epoch, subject, 4, 3, 16) < share
     candidates[0, :2] = False
     candidates[0, 1, 0, 5] = True
-    hidden = hide(numbers(seed, visit, subject, 4, 3, 16, purpose=HIDDEN_LINES), candidates, ratio)
+    hidden = hide(numbers(seed, epoch, subject, 4, 3, 16, purpose=HIDDEN_LINES), candidates, ratio)
     assert hidden.shape == candidates.shape
     assert not (hidden & ~candidates).any()
     for available, taken in zip(

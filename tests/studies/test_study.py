@@ -137,7 +137,7 @@ def test_everything_is_computed_once(
             for budget in cohort.budgets:
                 comparison.write_mean(cohort, seed, budget)
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
-    # Controls are shared by the seeds; moved copies are made for each budget.
+    # Baselines are shared by the seeds; augmented copies are made for each budget.
     assert called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
     assert called.count("study: probes") == 2 * 2 + 2 * 2 + 2 + 1 + (2 + 2 + 2 + 1)
     assert called.count("trainings") == (2 + 2 + 1) * budgets
@@ -155,11 +155,11 @@ def test_everything_is_computed_once(
     assert len(labels.mean_table(cohort, scores, "", 10).rows) == accelerations * len(labels.TITLES)
 
 
-def test_moved_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -> None:
-    plain, moved = Source("lowres", seeds=(0,)), Source("lowres", seeds=(0,), moved=True)
-    assert plain.path(cohort, 4, 24) != moved.path(cohort, 4, 24)
+def test_augmented_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -> None:
+    plain, augmented = Source("lowres", seeds=(0,)), Source("lowres", seeds=(0,), augmented=True)
+    assert plain.path(cohort, 4, 24) != augmented.path(cohort, 4, 24)
     found = []
-    for source in (plain, moved):
+    for source in (plain, augmented):
         comparison.write_features(cohort, source, 4, 24, "cpu")
         with np.load(source.path(cohort, 4, 24)) as file:
             found.append(dict(file))

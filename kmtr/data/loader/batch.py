@@ -33,7 +33,7 @@ class Batch:
         slots: slice slot of the configuration that each slice of the batch is.
         real: subjects of the GLOBAL batch that are not repeated.
         same: whether coils and readout of all subjects fill the batch.
-        visit: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
+        epoch: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
     """
 
     kspace: Complex[Tensor, "batch slice coil t ky kx"]
@@ -50,7 +50,7 @@ class Batch:
     slots: tuple[int, ...]
     real: int
     same: bool
-    visit: Int[Tensor, " batch"] | None = None
+    epoch: Int[Tensor, " batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.key)

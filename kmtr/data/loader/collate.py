@@ -29,7 +29,7 @@ def collate(
     samples: Samples,
     config: RunConfig,
     shape: Shape | None = None,
-    visit: int | np.ndarray = 0,
+    epoch: int | np.ndarray = 0,
     labels: Sequence[str] = (),
     purpose: int = sampling.PATTERN,
     repeated: np.ndarray | None = None,
@@ -40,7 +40,7 @@ def collate(
 
     Args:
         shape: of the batch; the configuration's full shape where not given.
-        visit: which pass over the data this is, of all or of each sample; seeds every draw.
+        epoch: which pass over the data this is, of all or of each sample; seeds every draw.
         purpose: the stream of the pattern; validation has its own, drawn anew for no epoch.
         repeated: samples that only fill up the batch.
         real: see `HostBatch`; all of these samples where not given.
@@ -71,7 +71,7 @@ def collate(
         "extent": filled.extent,
         "labels": np.array(named, np.float32).reshape(len(labels), size).T.copy(),
         "key": np.array(keys, np.uint64).view(np.int64),
-        "visit": np.broadcast_to(np.asarray(visit, np.int64), size).copy(),
+        "epoch": np.broadcast_to(np.asarray(epoch, np.int64), size).copy(),
         "repeated": np.zeros(size, bool) if repeated is None else repeated,
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}

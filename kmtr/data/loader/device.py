@@ -24,7 +24,7 @@ class HostBatch:
     Attributes:
         stored: float16 or float32 ``batch slice coil t ky kx 2``.
         meta: ``scale``, ``acquired`` (of the source), ``given`` (slices whose source was undersampled), ``padded``,
-            ``extent``, ``labels``, ``key``, ``visit``, ``repeated``.
+            ``extent``, ``labels``, ``key``, ``epoch``, ``repeated``.
         shape: of the batch.
         real: subjects of the global batch that are not repeated.
         purpose: the stream of the pattern.
@@ -55,14 +55,14 @@ class HostBatch:
         meta = {name: tensor.to(device, non_blocking=True) for name, tensor in self.meta.items()}
         values = stored.to(device, non_blocking=True).float() * meta["scale"].view(-1, *[1] * (stored.ndim - 1))
         kspace, acquired, given = torch.view_as_complex(values), meta["acquired"], meta["given"]
-        config, key, visit = self.config, meta["key"], meta["visit"]
+        config, key, epoch = self.config, meta["key"], meta["epoch"]
         if self.purpose == sampling.PATTERN:
             kspace, acquired = augment(
-                kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, visit, key, given.any(1)
+                kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, epoch, key, given.any(1)
             )
         slots = slots_of(config.data, self.shape[0])
         sampled, hidden, targets, patches = draw(
-            config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, visit, self.purpose
+            config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, epoch, self.purpose
         )
         return Batch(
             kspace=kspace,
@@ -79,7 +79,7 @@ class HostBatch:
             slots=slots,
             real=self.real,
             same=self._same,
-            visit=visit if self.purpose == sampling.PATTERN else None,
+            epoch=epoch if self.purpose == sampling.PATTERN else None,
         )
 
     @property
@@ -102,7 +102,7 @@ def draw(
     padded: Bool[Tensor, "batch slice t"],
     slots: tuple[int, ...],
     key: Int[Tensor, " batch"],
-    visit: Int[Tensor, " batch"],
+    epoch: Int[Tensor, " batch"],
     purpose: int,
 ) -> tuple[
     Bool[Tensor, "batch slice t ky"],
@@ -110,7 +110,7 @@ def draw(
     Bool[Tensor, "batch slice t ky"],
     Bool[Tensor, "batch slice pt py px"],
 ]:
-    """Pattern, hidden and target lines, hidden patches of each subject: functions of (seed, visit, subject) alone.
+    """Pattern, hidden and target lines, hidden patches of each subject: functions of (seed, epoch, subject) alone.
 
     Slices are numbered as in the configuration's full shape and lines from the centre, so that a subject gets the same
     numbers in a batch of any shape. A source that was undersampled by its scanner (`given`) keeps its own pattern.
@@ -121,10 +121,10 @@ def draw(
     grid, centre = (data.slices, frames, lines), (0, 0, lines // 2)
 
     def numbers(stream: int) -> Float[Tensor, "batch slice t ky"]:
-        return random.uniform(seed, visit, key, stream, grid, centre)[:, rows]
+        return random.uniform(seed, epoch, key, stream, grid, centre)[:, rows]
 
     if (table := patterns.table(config.sampling)) is None:
-        r = sampling.draw_acceleration(config.sampling.accelerations, seed, visit, key)
+        r = sampling.draw_acceleration(config.sampling.accelerations, seed, epoch, key)
         drawn = _drawn(config.sampling, numbers(purpose), r, ny)
     else:
         drawn = sampling.repeat(table.to(acquired.device), acquired.shape)
@@ -136,7 +136,7 @@ def draw(
         targets = sampling.hide(numbers(sampling.TARGET_LINES), targets, goal.target_lines)
     pt, py, px = config.model.patch
     patches = (frames // pt, data.matrix[0] // py, data.matrix[1] // px)
-    u = random.uniform(seed, visit, key, sampling.HIDDEN_PATCHES, (data.slices, *patches))[:, rows]
+    u = random.uniform(seed, epoch, key, sampling.HIDDEN_PATCHES, (data.slices, *patches))[:, rows]
     present = ~padded.unflatten(2, (-1, pt)).all(-1)
     candidates = present[..., None, None].expand(u.shape)
     return sampled, hidden, targets, sampling.hide(u, candidates, goal.image_mask_ratio)

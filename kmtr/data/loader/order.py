@@ -79,14 +79,14 @@ class Slot:
 
     Attributes:
         row: numbers through all sources, source 0's rows first.
-        visit: which pass over its source this is (one source: the epoch).
+        epoch: how often its source was passed over before (one source: the epoch of the run).
         repeated: only fills up a padded tail; no loss may count it.
         bucket: index of the batch shape.
         real: rows of the global batch that are not repeated.
     """
 
     row: Int64[np.ndarray, " batch"]
-    visit: Int64[np.ndarray, " batch"]
+    epoch: Int64[np.ndarray, " batch"]
     repeated: Bool[np.ndarray, " batch"]
     bucket: int
     real: int
@@ -218,9 +218,9 @@ class Plan:
             which = np.arange(self.global_batch) * real // self.global_batch
             draw = order.tail[which[mine]]
             repeated = (np.diff(which, prepend=-1) == 0)[mine]
-        return Slot(order.row[draw].astype(np.int64), self._visit(epoch, draw), repeated, bucket, real)
+        return Slot(order.row[draw].astype(np.int64), self._epochs(epoch, draw), repeated, bucket, real)
 
-    def _visit(self, epoch: int, draw: Int[np.ndarray, " batch"]) -> Int64[np.ndarray, " batch"]:
+    def _epochs(self, epoch: int, draw: Int[np.ndarray, " batch"]) -> Int64[np.ndarray, " batch"]:
         ends = np.cumsum(self.draws)
         source = np.searchsorted(ends, draw, side="right")
         draws, rows = np.array(self.draws)[source], np.array([s.rows for s in self.sources])[source]
@@ -266,15 +266,15 @@ class Plan:
         """Rows of one source in this epoch, numbered within it."""
         rows, first, done = self.sources[number].rows, epoch * self.draws[number], 0
         while done < len(out):
-            visit, skip = divmod(first + done, rows)
+            before, skip = divmod(first + done, rows)
             count = min(rows - skip, len(out) - done)
-            out[done : done + count] = self._pass(number, visit)[skip : skip + count]
+            out[done : done + count] = self._pass(number, before)[skip : skip + count]
             done += count
 
-    def _pass(self, number: int, visit: int) -> Int[np.ndarray, " row"]:
+    def _pass(self, number: int, before: int) -> Int[np.ndarray, " row"]:
         """All rows of one source: row groups permuted, and the rows in each."""
         source = self.sources[number]
-        rng = _rng(self.seed, _GROUPS, visit, number)
+        rng = _rng(self.seed, _GROUPS, before, number)
         if source.single:
             return rng.permutation(source.rows)
         sizes = source.group_sizes()

@@ -162,7 +162,7 @@ class MakeBatch:
             self.reader.samples(slot.row),
             self.config,
             shapes_of(self.plan)[slot.bucket],
-            slot.visit,
+            slot.epoch,
             self.labels,
             repeated=slot.repeated,
             real=slot.real,
@@ -184,7 +184,7 @@ def read_in_order(
     labels: Sequence[str] = (),
     purpose: int = sampling.VALIDATION,
 ) -> Iterator[HostBatch]:
-    """Batches of up to `size` subjects of the configuration's full shape in the order given, draws of visit 0: for
+    """Batches of up to `size` subjects of the configuration's full shape in the order given, draws of epoch 0: for
     statistics, validation, evaluation.
     """
     numbers = list(rows)

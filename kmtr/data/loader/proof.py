@@ -34,7 +34,7 @@ def prove(make: Callable[[], Plan], workers: Sequence[int], epochs: int, bar: Ba
     for step in range(steps):
         whole = plan.batch(step)
         digests.append(_digest([whole]))
-        drawn.append(np.stack([whole.row, whole.visit])[:, ~whole.repeated])
+        drawn.append(np.stack([whole.row, whole.epoch])[:, ~whole.repeated])
         for world in workers:
             _same(plan, step, world, digests[step])
         if (step + 1) % plan.steps_per_epoch == 0:
@@ -77,6 +77,6 @@ def _never_twice(plan: Plan, drawn: np.ndarray) -> None:
 
 
 def _digest(parts: Sequence[Slot]) -> str:
-    said = [np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "visit", "repeated")]
+    said = [np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "epoch", "repeated")]
     ends = repr(sorted({(part.bucket, part.real) for part in parts}))
     return hashlib.blake2b(b"".join(array.tobytes() for array in said) + ends.encode(), digest_size=16).hexdigest()

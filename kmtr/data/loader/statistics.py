@@ -16,7 +16,7 @@ from kmtr.data.loader.order import permutation
 from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import compress, gauge, readout, static_part
+from kmtr.physics.lines import compress, phase_gain, readout, static_part
 
 MAX_SUBJECTS = 256
 MIN_VARIANCE = 1e-6
@@ -79,7 +79,7 @@ def fit(config: RunConfig, reader: Reader) -> Statistics:
         inside = coils[..., None] & known
         visible = batch.kspace.abs().sum((2, -1)) > 0  # all that the source acquired
         kspace = compress(batch.kspace, visible, model.coils, model.readout_samples(nx))
-        factor = gauge(kspace, visible, model.gauge, model.readout_samples(nx))
+        factor = phase_gain(kspace, visible, model.remove, model.readout_samples(nx))
         lines = readout(kspace / factor[..., None, None, None], samples, hybrid)
         static = static_part(lines, visible)
         seen = visible[:, :, None, :, :, None] & inside[:, :, :, None, None]

@@ -1,4 +1,4 @@
-"""The controls: what they see of the k-space, and that the masks' score is what counting says."""
+"""The linear baselines: what they see of the k-space, and that the masks' score is what counting says."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.order import permutation
-from kmtr.evaluate import controls, probes
+from kmtr.evaluate import baselines, probes
 
 
 def test_features_ignore_gain_and_phase_and_all_that_was_not_sampled(batch: Batch) -> None:
-    for features in (controls.central, controls.low_resolution):
+    for features in (baselines.central, baselines.low_resolution):
         plain = features(batch)
         assert plain.shape[0] == len(batch)
         assert plain.any()
@@ -32,12 +32,12 @@ def _with(batch: Batch, kspace: torch.Tensor) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def scores(small: RunConfig) -> list[controls.MaskScores]:
+def scores(small: RunConfig) -> list[baselines.MaskScores]:
     config = override(small, {"evaluate.accelerations": (1, 4)})
-    return controls.score_masks(config, Dataset.open(config.data), lambda done, total: None)
+    return baselines.score_masks(config, Dataset.open(config.data), lambda done, total: None)
 
 
-def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, scores: list[controls.MaskScores]) -> None:
+def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, scores: list[baselines.MaskScores]) -> None:
     """LV cavity only, subject by subject with sets of pixels."""
     masks: dict[str, list[np.ndarray]] = {}
     for split, count in (("train", 24), ("test", 12)):
@@ -56,17 +56,17 @@ def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, scores: l
     np.testing.assert_array_equal(scores[0].mean, scores[1].mean)
 
 
-def test_the_image_says_more_of_the_masks_than_no_input(scores: list[controls.MaskScores]) -> None:
+def test_the_image_says_more_of_the_masks_than_no_input(scores: list[baselines.MaskScores]) -> None:
     assert [s.acceleration for s in scores] == [1, 4]
     assert scores[0].true_acceleration == 1 < scores[1].true_acceleration
     assert scores[0].ridge.mean() > scores[0].mean.mean()
-    rows = controls.mask_table(scores).rows
+    rows = baselines.mask_table(scores).rows
     assert [row[2] for row in rows] == ["mean mask", "ridge on zero-filled image", "ridge on zero-filled image"]
 
 
 def test_probes_of_the_controls(small: RunConfig) -> None:
     config = override(small, {"evaluate.accelerations": (1,), "evaluate.targets": ("lvedv_ml", "wall_thickness_mm")})
-    sources = {probes.CENTRAL: controls.central, probes.RIDGE: controls.low_resolution}
+    sources = {probes.CENTRAL: baselines.central, probes.RIDGE: baselines.low_resolution}
     (s,) = probes.score(config, Dataset.open(config.data), sources, lambda done, total: None, torch.device("cpu"))
     assert set(s.probes) == {probes.CENTRAL, probes.RIDGE, probes.MEAN}
     assert set(s.probes[probes.CENTRAL]) == {"lvedv_ml", "wall_thickness_mm"}
@@ -75,6 +75,6 @@ def test_probes_of_the_controls(small: RunConfig) -> None:
 
 def test_a_class_that_nobody_has_is_no_score() -> None:
     mask = np.array([[[0, 1, 2, 3]]], np.uint8)
-    scores = controls._mean_dice(mask, mask)
+    scores = baselines._mean_dice(mask, mask)
     np.testing.assert_array_equal(scores, [1, 1, 1, np.nan, np.nan])
-    assert controls._cells(scores) == ["1.000", "1.000", "1.000", "-", "-", "1.000"]
+    assert baselines._cells(scores) == ["1.000", "1.000", "1.000", "-", "-", "1.000"]

@@ -23,7 +23,7 @@ from kmtr.data.loader.collate import choose
 from kmtr.data.loader.order import permutation
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
-from kmtr.physics.lines import gauge, static_part
+from kmtr.physics.lines import phase_gain, static_part
 from kmtr.physics.sampling import VALIDATION
 from kmtr.report.html import Cell, Table
 from kmtr.types import SEGMENTATION_CLASSES
@@ -42,13 +42,13 @@ def view_shared(batch: Batch) -> Complex[Tensor, "batch slice coil t ky kx"]:
 
     Phase and gain are removed first.
     """
-    kspace = batch.kspace / gauge(batch.kspace, batch.sampled)[..., None, None, None]
+    kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
     return torch.where(batch.sampled[:, :, None, :, :, None], kspace, static_part(kspace, batch.sampled)[:, :, :, None])
 
 
 def central(batch: Batch) -> np.ndarray:
     """The central 4 x 8 complex samples of every slice and frame, zero where not sampled, as `still_and_moving`."""
-    kspace = batch.kspace / gauge(batch.kspace, batch.sampled)[..., None, None, None]
+    kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
     kept = torch.where(batch.sampled[:, :, None, :, :, None], kspace, 0)
     ky, kx = (slice(n // 2 - size // 2, n // 2 + size // 2) for n, size in zip(kept.shape[-2:], CENTRE, strict=True))
     return still_and_moving(torch.view_as_real(kept[..., ky, kx].contiguous()).movedim(2, 3), batch.padded)
@@ -185,7 +185,7 @@ def mask_table(scores: list[MaskScores]) -> Table:
         rows.append((s.acceleration, f"{s.true_acceleration:.2f}", "ridge on zero-filled image", *_cells(s.ridge)))
     return Table(
         "Dice at the frame with the largest LV cavity, mean over held-out subjects",
-        ("R", "true R", "control", *SEGMENTATION_CLASSES[1:], "mean"),
+        ("R", "true R", "baseline", *SEGMENTATION_CLASSES[1:], "mean"),
         tuple(rows),
     )
 
