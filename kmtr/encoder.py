@@ -29,12 +29,8 @@ from kmtr.data.dataset.record import schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.model.encoder import line_encoder
-from kmtr.model.packing import gather
-from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, encoder_inputs
 from kmtr.physics import sampling
-from kmtr.physics.cycle import static_dynamic
-from kmtr.physics.lines import CENTRE
+from kmtr.systems import system
 from kmtr.types import InputError, Study
 
 WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
@@ -52,17 +48,15 @@ class KSpaceEncoder:
         self.config, self.tables, self.device = config, tables, device
         with torch.random.fork_rng(devices=[]):  # the initial weights are those of training, the caller's state stays
             torch.manual_seed(config.seed)
-            self.module = line_encoder(config.data, config.model).to(device).eval()
+            self.module = system("kspace").module(config).to(device).eval()
         if weights is not None:
             self.module.load_state_dict(weights)
-        self.lines = LineTokenizer(config.data, config.model, tables, device)
-        self.patches = PatchTokenizer(config.data, config.model, tables, device)
+        self.reader = system("kspace").reader(config, tables, device)
 
     @property
-    def readout(self) -> int:
-        """Central kx samples of a batch that are looked at."""
-        imaged = self.config.model.encoder_inputs != "kspace"
-        return self.config.data.matrix[1] if imaged else max(self.lines.samples, CENTRE)
+    def readout(self) -> int | None:
+        """Central kx samples of a batch that are looked at; None: all."""
+        return self.reader.readout
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
@@ -75,12 +69,12 @@ class KSpaceEncoder:
         Args:
             bf16: the transformer under autocast; tokens and the embedding stay fp32.
         """
-        seen, model = batch.sampled, self.config.model
-        lines = self.lines(batch, known=seen, chosen=seen)
-        zerofilled = None if model.encoder_inputs == "kspace" else self.patches.zerofilled(batch, seen)
+        with torch.no_grad():
+            reading = self.reader(batch, learns=False).settle()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            encoded = self.module(encoder_inputs(model, lines, zerofilled), gather(~batch.padded), batch.padded)
-        return torch.cat(static_dynamic(encoded.frames, encoded.absent), dim=-1).flatten(1)
+            features = self.module(*reading.arguments)
+        vector: Tensor = features.vector
+        return vector
 
     def __call__(self, study: Study, acceleration: int | None = None) -> np.ndarray:
         """Embedding of one study, float32 ``feature``.

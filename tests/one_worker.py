@@ -15,8 +15,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.tasks import STAGES, Inputs, Preparer, Step
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import STAGES, Inputs, Model, Preparer, Step, accumulate
 
 CPU = torch.device("cpu")
 
@@ -24,11 +23,11 @@ CPU = torch.device("cpu")
 class PlainEngine:
     """What tasks ask of an engine: gradients are averaged over micro-batches, here, and workers, in `average`."""
 
-    def __init__(self, module: Pretraining, micro: int):
+    def __init__(self, module: Model, micro: int):
         self.module, self.micro = module, micro
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        return self.module(inputs, stage)
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+        return self.module(inputs, predict)
 
     def backward(self, loss: Tensor) -> Any:
         (loss / self.micro).backward()
@@ -46,10 +45,10 @@ class PlainEngine:
 def step(config: RunConfig, stage: str, batch: Batch, micro: int, tables: dict[str, Tensor], world: int) -> dict:
     """Gradients of one step, and means of what is logged, over all workers."""
     torch.manual_seed(0)
-    engine = PlainEngine(Pretraining(config), micro)
+    engine = PlainEngine(Model(config), micro)
     size = len(batch) // micro
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-    logged: Step = STAGES[stage](engine, parts, Preparer(config, tables, CPU), config)
+    logged: Step = accumulate(engine, parts, Preparer(config, tables, CPU), STAGES[stage](config))
     gradients = engine.average(world)
     both = torch.stack([torch.stack([logged.sums[name], logged.counts[name]]) for name in logged.sums])
     if world > 1:

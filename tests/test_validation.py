@@ -12,8 +12,7 @@ from one_worker import CPU, PlainEngine
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.tasks import Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model, Preparer
 from kmtr.train.validation import Validation
 
 
@@ -25,7 +24,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def said(config: RunConfig, tables: dict[str, torch.Tensor], module: Pretraining) -> dict[str, float]:
+def said(config: RunConfig, tables: dict[str, torch.Tensor], module: Model) -> dict[str, float]:
     validate = Validation(config, Dataset.open(config.data), Preparer(config, tables, CPU), 0, 1, CPU)
     return validate(PlainEngine(module.eval(), 1))[0]
 
@@ -34,7 +33,7 @@ def test_collapse_is_seen_with_labels_and_without(
     alone: None, small: RunConfig, tables: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    module = Pretraining(small)
+    module = Model(small)
     probed = said(small, tables, module)
     parts = ("", "_static", "_dynamic")
     assert {f"val/{target}_r2{part}" for target in ("lvedv", "lvef", "lvm") for part in parts} <= probed.keys()
@@ -47,6 +46,6 @@ def test_collapse_is_seen_with_labels_and_without(
     assert bare == pytest.approx({name: value for name, value in probed.items() if "r2" not in name})
 
     with torch.no_grad():
-        for weight in module.kspace_encoder.parameters():
+        for weight in module.systems["kspace"].parameters():
             weight.zero_()
     assert said(small, tables, module)["val/embedding_deviation"] < 1e-6

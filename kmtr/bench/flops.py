@@ -7,8 +7,8 @@ Forward and backward of a product are three products; two where one of its sides
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
-from kmtr.model.packing import Lengths, Places
+from kmtr.model.packing import Places
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import GatedLinear
-from kmtr.tasks import STAGES, Inputs, Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.systems import Reading
+from kmtr.tasks import STAGES, Inputs, Model, Preparer, Stage, accumulate
+from kmtr.tasks.masked import hidden_lines, hidden_patches
 
 RANK = GatedLinear(1, 1, 2).rank
 BOTH, ONE, FORWARD = 3, 2, 1
@@ -47,13 +48,14 @@ class Counts:
 def useful(batch: Batch, config: RunConfig) -> list[Counts]:
     """Tokens of each subject, by what its batch holds."""
     present = ~batch.padded.unflatten(2, (-1, config.model.patch[0])).all(-1)
-    patches = present[..., None, None].expand(batch.hidden_patches.shape)
+    withheld, (hidden, targets) = hidden_patches(config, batch), hidden_lines(config, batch)
+    patches = present[..., None, None].expand(withheld.shape)
     kinds = (
-        batch.sampled & ~batch.hidden,
-        batch.targets,
+        batch.sampled & ~hidden,
+        targets,
         batch.sampled,
-        patches & ~batch.hidden_patches,
-        patches & batch.hidden_patches,
+        patches & ~withheld,
+        patches & withheld,
         patches,
         ~batch.padded,
         present,
@@ -63,22 +65,33 @@ def useful(batch: Batch, config: RunConfig) -> list[Counts]:
     return [Counts(*row) for row in table.tolist()]
 
 
-def executed(inputs: Inputs) -> list[Counts]:
-    """FLOPs computed for each subject of a micro-batch."""
-    kinds = (
-        inputs.lines,
-        inputs.line_targets,
-        inputs.all_lines,
-        inputs.patches,
-        inputs.patch_targets,
-        inputs.all_patches,
-        inputs.cells,
-        inputs.patch_cells,
-        inputs.zerofilled,
-    )
-    none = (0,) * len(inputs.absent)
-    lengths = (none if places is None else places.lengths.host for places in kinds)
-    return [Counts(*row) for row in zip(*lengths, strict=True)]
+def executed(inputs: Inputs, config: RunConfig) -> list[Counts]:
+    """Tokens computed for each subject of a micro-batch."""
+    found: dict[str, Places] = {}
+    lines, zerofilled = config.model.encoder_inputs != "zerofilled", config.model.encoder_inputs != "kspace"
+    names = {"masked": ("visible", "targets"), "masked_images": ("visible_patches", "hidden_patches")}
+    for task, (shown, targets) in names.items():
+        if asked := inputs.tasks.get(task):
+            found |= {shown: asked.shown.arguments[0][0], targets: asked.targets}
+    if asked := inputs.tasks.get("align"):
+        found["sampled"] = asked.lines.arguments[0][0]
+        if asked.teacher.system == "image":
+            found["patches"] = asked.teacher.arguments[0][0]
+    for reading in _readings(inputs):
+        if reading.system != "components":
+            found["cells" if reading.system == "kspace" else "patch_cells"] = reading.arguments[1]
+        if reading.system == "kspace" and zerofilled:
+            found["zerofilled"] = reading.arguments[0][-1]
+    if not lines:
+        found = {name: places for name, places in found.items() if name not in ("visible", "sampled")}
+    some = next(iter(found.values()))
+    none = (0,) * len(some.lengths.host)
+    table = [found[field.name].lengths.host if field.name in found else none for field in fields(Counts)]
+    return [Counts(*row) for row in zip(*table, strict=True)]
+
+
+def _readings(inputs: Inputs) -> list[Reading]:
+    return [value for asked in inputs.tasks.values() for value in vars(asked).values() if isinstance(value, Reading)]
 
 
 def formula(config: RunConfig, stage: str, n: Counts, candidates: int) -> dict[str, int]:
@@ -145,49 +158,47 @@ def counted(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Tenso
     plain products, since the backward pass of a fused kernel computes some twice.
     """
     config = override(config, {"train.compile": False})
-    prepare = _Prepared(config, tables, batch, stage)
+    prepare = _Prepared(config, tables, batch, STAGES[stage](config))
     with torch.device("meta"):
-        engine = _Alone(Pretraining(config))
+        engine = _Alone(Model(config))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            STAGES[stage](engine, [_shapes_of(batch)], prepare, config)
-    subjects = [formula(config, stage, n, candidates=len(batch)) for n in executed(prepare.inputs)]
+            accumulate(engine, [_shapes_of(batch)], prepare, STAGES[stage](config))
+    subjects = [formula(config, stage, n, candidates=len(batch)) for n in executed(prepare.inputs, config)]
     return counter.get_total_flops(), sum(sum(parts.values()) for parts in subjects)
 
 
 class _Prepared(Preparer):
     """The inputs of one batch, without memory, whatever it is asked for."""
 
-    def __init__(self, config: RunConfig, tables: dict[str, Tensor], batch: Batch, stage: str):
+    def __init__(self, config: RunConfig, tables: dict[str, Tensor], batch: Batch, stage: Stage):
         super().__init__(config, tables, batch.kspace.device)
         self.inputs = _shapes_of(super().__call__(batch, stage))
 
-    def __call__(self, batch: Batch, stage: str) -> Inputs:
+    def __call__(self, batch: Batch, stage: Stage) -> Inputs:
         return self.inputs
 
 
-Record = TypeVar("Record", bound=Inputs | Batch | Places | Lengths)
-
-
-def _shapes_of(record: Record) -> Record:
-    """The same with tensors that have no memory."""
-    changes: dict[str, Any] = {}
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            changes[field.name] = value.to("meta")
-        elif isinstance(value, Places | Lengths):
-            changes[field.name] = _shapes_of(value)
-    return replace(record, **changes)
+def _shapes_of(value: Any) -> Any:
+    """The same with tensors that have no memory, in records, sequences and mappings too."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, dict):
+        return {name: _shapes_of(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_shapes_of(each) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _shapes_of(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 class _Alone:
     """An engine of one process that updates nothing."""
 
-    def __init__(self, module: Pretraining):
+    def __init__(self, module: Model):
         self.module = module
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = self.module(inputs, stage)
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+        out: dict[str, dict[str, Tensor]] = self.module(inputs, predict)
         return out
 
     def backward(self, loss: Tensor) -> None:

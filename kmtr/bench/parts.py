@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kmtr.data.loader.batch import Batch
-from kmtr.model.encoder import Encoded
-from kmtr.tasks import Inputs, Preparer
+from kmtr.model.encoder import Decoder, Encoded, Encoder
+from kmtr.tasks import Inputs, Preparer, Stage
 from kmtr.train.step import Engine
 
 PARTS = {
@@ -78,13 +78,12 @@ class Clock:
 
 @contextmanager
 def watched(clock: Clock, module: nn.Module) -> Iterator[None]:
-    """Encoders and decoders of a `Pretraining` and all collectives turn the clock."""
+    """Encoders and decoders of a `tasks.Model` and all collectives turn the clock."""
     handles = []
-    for name in ("kspace_encoder", "image_encoder", "kspace_decoder", "image_decoder"):
-        part = f"{name.partition('_')[2]}s"
-        child = dict(module.named_children()).get(name)
-        if child is None:  # no images are read
+    for child in module.modules():
+        if not isinstance(child, Encoder | Decoder):
             continue
+        part = "encoders" if isinstance(child, Encoder) else "decoders"
 
         def enter(_: nn.Module, __: Any, part: str = part) -> None:
             clock(part)
@@ -149,11 +148,11 @@ class Announced(Preparer):
 
     on: Callable[[str], None] = staticmethod(lambda part: None)
 
-    def readout(self, stage: str) -> int | None:
+    def readout(self, stage: Stage) -> int | None:
         self.on("patterns + FFT")
         return super().readout(stage)
 
-    def __call__(self, batch: Batch, stage: str) -> Inputs:
+    def __call__(self, batch: Batch, stage: Stage) -> Inputs:
         self.on("patterns + FFT")
         inputs = super().__call__(batch, stage)
         self.on("rest")
@@ -166,10 +165,10 @@ class OnTheClock:
     def __init__(self, engine: Engine, clock: Clock):
         self.engine, self.clock = engine, clock
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
         self.clock("rest")
-        out = self.engine(inputs, stage)
-        self.clock("contrastive" if stage == "align" else "rest")  # what comes between embedding and backward
+        out = self.engine(inputs, predict)
+        self.clock("contrastive" if "align" in out else "rest")  # what comes between embedding and backward
         return out
 
     def backward(self, loss: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,9 +21,12 @@ from kmtr.config import Model, RunConfig
 from kmtr.model.encoder import Grid, Position
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.physics.cycle import static_dynamic
-from kmtr.tasks import Inputs
+from kmtr.systems import Reading
+from kmtr.tasks import Inputs, tasks_of
+from kmtr.tasks import Model as Ours
+from kmtr.tasks.base import LOSS
 from kmtr.tasks.losses import masked_reconstruction
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks.masked import Asked
 from kmtr.types import InputError
 
 HEAD = 205
@@ -167,50 +170,62 @@ class Autoencoder(nn.Module):
 
 
 class Reference(nn.Module):
-    """Called as `objectives.Pretraining`, with the same terms."""
+    """Called as `tasks.Model`, with the same terms."""
 
     def __init__(self, config: RunConfig, positions: Positions, widening: float):
         super().__init__()
         data, model = config.data, config.model
         self.config, self.positions = config, positions
-        self.kspace = Autoencoder(Grid.lines(data), LineTokenizer.features(data, model), model, widening)
-        widths: tuple[int, ...] = (model.width, 2 * model.width)
-        if config.has_image_encoder:
-            self.image = Autoencoder(Grid.patches(data, model), PatchTokenizer.features(model), model, widening)
+        # Named as the parts of our model, since learning rates go by these names.
+        self.systems = nn.ModuleDict()
+        self.systems["kspace"] = Autoencoder(Grid.lines(data), LineTokenizer.features(data, model), model, widening)
+        tasks = tasks_of(config)
+        widths: tuple[int, ...] = (model.width, 2 * model.width) if "align" in tasks else ()
+        if "image" in {name for task in tasks.values() for name in task.systems}:
+            features = PatchTokenizer.features(model)
+            self.systems["image"] = Autoencoder(Grid.patches(data, model), features, model, widening)
+        if config.align.teacher == "encoder":
             widths *= 2
-        self.heads = nn.ModuleList(nn.Linear(width, model.projection) for width in widths)
+        projections = nn.ModuleList(nn.Linear(width, model.projection) for width in widths)
+        self.heads = nn.ModuleDict({"align": projections})
 
-    def forward(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = {}
-        loss = self.config.masked.kspace_loss
-        aligned, frozen = stage == "align", stage == "align" and not self.config.align.train_image_encoder
-        if not aligned or self.config.align.masked_weight:
-            out["kspace"] = self._reconstruct(self.kspace, inputs.lines, inputs.line_targets, self.positions, loss)
-        if inputs.patches and inputs.patch_targets and self.config.masked.image_weight and not frozen:
-            out["image"] = self._reconstruct(self.image, inputs.patches, inputs.patch_targets, "all")
-        if aligned and inputs.all_lines is not None:
-            every = Padded.of(inputs.all_lines)
-            parts = list(static_dynamic(self.kspace.pooled(self.kspace.encode(every), every), inputs.absent))
-            if inputs.all_patches is not None:
-                shown = Padded.of(inputs.all_patches)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-                    patches = self.image.pooled(self.image.encode(shown), shown)
-                parts += static_dynamic(patches, inputs.absent_patches)
-            z = [head(x) for head, x in zip(self.heads, parts, strict=True)]
-            out["z"] = torch.stack(z if inputs.clean is None else [*z, *inputs.clean.unbind(2)], dim=2)
+    def forward(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+        out: dict[str, dict[str, Tensor]] = {}
+        if asked := inputs.tasks.get("masked"):
+            out["masked"] = self._reconstruct("kspace", asked, self.positions, self.config.masked.kspace_loss)
+        if asked := inputs.tasks.get("masked_images"):
+            out["masked_images"] = self._reconstruct("image", asked, "all")
+        if asked := inputs.tasks.get("align"):
+            parts, absent = self._parts(asked.lines)
+            components = asked.teacher.system == "components"
+            if not components:
+                parts += self._parts(asked.teacher)[0]
+            heads: Any = self.heads["align"]
+            z = [head(x) for head, x in zip(heads, parts, strict=True)]
+            z += asked.teacher.arguments[0].unbind(2) if components else []
+            out["align"] = {"z": torch.stack(z, dim=2), "present": ~absent.all(-1)}
         return out
+
+    def _parts(self, reading: Reading) -> tuple[list[Tensor], Tensor]:
+        """Static and dynamic part of what an encoder makes of all tokens; (slice, t) without data."""
+        (tokens,), _, absent, _ = reading.arguments
+        model: Any = self.systems[reading.system]
+        every = Padded.of(tokens)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and reading.learns):
+            return list(static_dynamic(model.pooled(model.encode(every), every), absent)), absent
 
     def _reconstruct(
         self,
-        model: Autoencoder,
-        seen: Tokens,
-        asked: Tokens,
+        system: str,
+        asked: Asked,
         positions: Positions,
-        loss: Literal["mse", "l1", "hdr"] = "mse",
-    ) -> Float[Tensor, " batch"]:
-        visible, targets = Padded.of(seen), Padded.of(asked)
+        kind: Literal["mse", "l1", "hdr"] = "mse",
+    ) -> dict[str, Tensor]:
+        model: Any = self.systems[system]
+        wanted, (seen,) = asked.targets, asked.shown.arguments[0]
+        visible, targets = Padded.of(seen), Padded.of(wanted)
         values = model.decode(model.encode(visible), visible, targets, positions)[~targets.padded]
-        return masked_reconstruction(values, asked.values, asked.lengths.counts, loss, asked.blank)
+        return {LOSS: masked_reconstruction(values, wanted.values, wanted.lengths.counts, kind, wanted.blank)}
 
 
 def count(module: nn.Module) -> int:
@@ -219,7 +234,7 @@ def count(module: nn.Module) -> int:
 
 def our_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
-        return count(Pretraining(config))
+        return count(Ours(config))
 
 
 def widening_of(config: RunConfig) -> float:

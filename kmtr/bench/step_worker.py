@@ -31,8 +31,7 @@ from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.device import HostBatch
-from kmtr.tasks import STAGES, Inputs
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import STAGES, Inputs, Model, accumulate
 from kmtr.train.engine import ShardedEngine, parameter_groups
 from kmtr.train.loop import agree
 from kmtr.train.step import Engine, TrainingStep
@@ -83,9 +82,9 @@ class Plain:
             parameter.grad = None
         self.wrapped = DistributedDataParallel(self.module)
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
         with torch.autocast(self.device.type, torch.bfloat16) if self.config.train.bf16 else nullcontext():
-            out: dict[str, Tensor] = self.wrapped(inputs, stage)
+            out: dict[str, dict[str, Tensor]] = self.wrapped(inputs, predict)
         return out
 
     def backward(self, loss: Tensor) -> None:
@@ -128,9 +127,9 @@ class Worker:
         reader = dataset.reader("train", config.data)
         return pipeline.batches(config, reader, plan, range(MANY), self.rank, self.world)
 
-    def model(self) -> Pretraining:
+    def model(self) -> Model:
         torch.manual_seed(self.config.seed)
-        return Pretraining(self.config)
+        return Model(self.config)
 
     def step(
         self, engine: Engine, host: HostBatch, stage: str, config: RunConfig, on: Callable[[str], None] = lambda _: None
@@ -290,7 +289,7 @@ def _beside_ddp(worker: Worker, stage: str) -> dict[str, Any]:
     batches = worker.batches(config)
     theirs = Plain(worker.model(), config, worker.device)
     micro = next(batches).to(worker.device)[: config.data.global_batch // worker.world // config.train.accumulation]
-    STAGES[stage](theirs, [micro], worker.prepare, config)
+    accumulate(theirs, [micro], worker.prepare, STAGES[stage](config))
     theirs.distribute()
     ours = ShardedEngine(worker.model(), config, worker.world, worker.device)
     engines: dict[str, Engine] = {"ours": ours, "ddp": theirs}

@@ -10,7 +10,7 @@ import torch
 from kmtr.bench.flops import RANK, Counts
 from kmtr.config import RunConfig
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model
 from kmtr.train.engine import BUCKET
 
 PERSISTENT = 100_000
@@ -18,9 +18,9 @@ PERSISTENT = 100_000
 
 
 def parameters(config: RunConfig) -> list[int]:
-    """Weights in each tensor of the pretraining module, counted without memory for them."""
+    """Weights in each tensor of a run's model, counted without memory for them."""
     with torch.device("meta"):
-        return [p.numel() for p in Pretraining(config).parameters()]
+        return [p.numel() for p in Model(config).parameters()]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.model.transformer import Block, GatedLinear, sincos
+from kmtr.physics.cycle import static_dynamic
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,29 @@ class Encoded:
         empty = self.vectors.new_zeros(*self.absent.shape, self.vectors.shape[-1])
         return empty.masked_scatter(~self.absent[..., None], self.vectors)
 
+    @property
+    def vector(self) -> Float[Tensor, "batch channel"]:
+        """Static and dynamic part of every slice of the configuration, fp32: the embedding of a subject."""
+        return torch.cat(static_dynamic(self.frames, self.absent), dim=-1).flatten(1)
+
     def vector_of(self, places: Places) -> Int[Tensor, " token"]:
         """Index of the vector at the slice and time of each of these places."""
         number = (~self.absent).flatten().cumsum(0) - 1
         return number[places.cell((self.absent.shape[1], self.absent.shape[2]))]
+
+
+def on_grid(
+    absent: Bool[Tensor, "batch slot frame"], slots: Sequence[int], shape: tuple[int, int]
+) -> Bool[Tensor, "batch slice t"]:
+    """The (slice, t) without data on the whole grid of frame vectors, for a batch of fewer slices or frames.
+
+    Args:
+        slots: slice of the grid that each slice of the batch is.
+        shape: of the grid.
+    """
+    whole = absent.new_ones(len(absent), *shape)
+    whole[:, torch.tensor(slots, device=absent.device), : absent.shape[2]] = absent
+    return whole
 
 
 class Encoder(nn.Module):

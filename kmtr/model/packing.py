@@ -6,16 +6,18 @@ know where a subject ends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,35 @@ class Lengths:
         """Row of the batch that each token belongs to."""
         rows = torch.arange(len(self.host), device=self.counts.device)
         return torch.repeat_interleave(rows, self.counts, output_size=self.total)
+
+
+@dataclass(frozen=True)
+class Pending(Generic[T]):
+    """Something of chosen cells that is made once the host knows how many there are.
+
+    Each question makes the host wait for the device, so that what belongs together is asked together: `joint`.
+
+    Attributes:
+        cells: True where chosen, of any grids.
+        make: lengths of `cells`, in their order -> what is made.
+    """
+
+    cells: tuple[Bool[Tensor, "batch ..."], ...]
+    make: Callable[[Sequence[Lengths]], T]
+
+    def settle(self) -> T:
+        """Ask the device once, and make it."""
+        return self.make(Lengths.of(self.cells) if self.cells else [])
+
+
+def joint(parts: Mapping[str, Pending[Any]]) -> Pending[dict[str, Any]]:
+    """All of them by their names, with one question."""
+
+    def make(lengths: Sequence[Lengths]) -> dict[str, Any]:
+        left = iter(lengths)
+        return {name: part.make([next(left) for _ in part.cells]) for name, part in parts.items()}
+
+    return Pending(tuple(cells for part in parts.values() for cells in part.cells), make)
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,24 @@
-"""Tasks: masked pretraining and alignment, each a function of an engine and the micro-batches of a step."""
+"""Tasks: what is learnt on systems, and the stages that train weighted sets of them (README.md)."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
-from kmtr.config import RunConfig
-from kmtr.data.loader.batch import Batch
-from kmtr.tasks import align, masked
-from kmtr.tasks.base import Engine, Step
-from kmtr.tasks.inputs import Inputs, Preparer
-from kmtr.tasks.stages import image_encoder_learns, masks_images, reads_images
-
-STAGES: dict[str, Callable[[Engine, Sequence[Batch], Preparer, RunConfig], Step]] = {
-    "masked": masked.step,
-    "align": align.step,
-}
+from kmtr.tasks.base import Inputs, Step, Task
+from kmtr.tasks.model import Model
+from kmtr.tasks.prepare import Preparer
+from kmtr.tasks.registry import TASKS, tasks_of
+from kmtr.tasks.stages import STAGES, Stage, stage_of, stages_of
+from kmtr.tasks.step import Engine, accumulate
 
 __all__ = [
     "STAGES",
+    "TASKS",
     "Engine",
     "Inputs",
+    "Model",
     "Preparer",
+    "Stage",
     "Step",
-    "image_encoder_learns",
-    "masks_images",
-    "reads_images",
+    "Task",
+    "accumulate",
+    "stage_of",
+    "stages_of",
+    "tasks_of",
 ]

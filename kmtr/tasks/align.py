@@ -2,54 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from kmtr.config import RunConfig
+from kmtr.config import MIN_TEMPERATURE, RunConfig
 from kmtr.data.loader.batch import Batch
-from kmtr.tasks.base import Engine, Step, Sums, gather, share, weigh, world
-from kmtr.tasks.inputs import Preparer
+from kmtr.model.encoder import Encoded
+from kmtr.model.packing import Pending, joint
+from kmtr.physics.cycle import static_dynamic
+from kmtr.systems import Reading
+from kmtr.systems.components import Fixed
+from kmtr.tasks.base import Encode, Link, Sums, Task, gather, world
 from kmtr.tasks.losses import info_nce
 
 
-def step(engine: Engine, micro: Sequence[Batch], prepare: Preparer, config: RunConfig) -> Step:
-    """Alignment: InfoNCE over the global batch on static and dynamic embeddings per slice, beside the masked loss.
+@dataclass(frozen=True)
+class Asked:
+    """Both sides of a pair: all acquired lines, and the whole image as the teacher sees it."""
+
+    lines: Reading
+    teacher: Reading
+
+
+class Projections(nn.Module):
+    """Maps of static and dynamic part of each side into the space of alignment, and the temperature where it is
+    learnt.
+    """
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        model, align = config.model, config.align
+        width = {"static": model.width, "dynamic": 2 * model.width}
+        if align.learn_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(align.temperature - MIN_TEMPERATURE)]))
+        sides = ("kspace", "image") if align.teacher == "encoder" else ("kspace",)
+        self.sides = nn.ModuleDict(
+            {side: nn.ModuleDict({part: nn.Linear(w, model.projection) for part, w in width.items()}) for side in sides}
+        )
+
+    def forward(self, side: str, encoded: Encoded) -> list[Tensor]:
+        """Projections of the static and the dynamic part, each ``batch slice channel``."""
+        heads: Any = self.sides[side]
+        parts = zip(("static", "dynamic"), static_dynamic(encoded.frames, encoded.absent), strict=True)
+        return [heads[part](x.to(encoded.vectors.dtype)) for part, x in parts]
+
+
+class Align(Task):
+    """k-space and image of a subject and slice near each other, and far from those of all other subjects.
 
     The negatives are the whole global batch at any number of workers and micro-batches: embeddings come first (with
     several micro-batches without a graph, as GradCache does), the loss gives their gradients, then each micro-batch
     passes its gradient on through ``sum(z * dz)``. Memory per worker grows with local x global.
     """
-    total = Sums()
-    inputs = [prepare(batch, "align") for batch in micro]
-    with torch.set_grad_enabled(len(micro) == 1):
-        outs = [engine(x, "align") for x in inputs]
-    z = torch.cat([out["z"] for out in outs])
-    learnt = outs[0].get("temperature")
-    temperature = None if learnt is None else learnt.detach().requires_grad_()
-    present = ~torch.cat([x.absent for x in inputs]).all(-1) & ~torch.cat([b.repeated for b in micro])[:, None]
-    key = torch.cat([batch.key for batch in micro])
-    leaf = z.detach().float().requires_grad_()
-    contrast = contrastive(leaf, present, key, config, total, temperature)
-    dz, *rest = torch.autograd.grad(contrast, [leaf] if temperature is None else [leaf, temperature])
-    weight = config.align.masked_weight
-    first = 0
-    for i, batch in enumerate(micro):
-        out = outs[0] if len(micro) == 1 else engine(inputs[i], "align")
-        rows = slice(first, first + len(batch))
-        first += len(batch)
-        loss = (out["z"].float() * dz[rows]).sum() * world() * len(micro)
-        if rest:
-            loss = loss + out["temperature"] * rest[0] * world()  # each micro-batch passes on its share of one gradient
-        if "kspace" in out:
-            total.add("kspace_loss", out["kspace"], ~batch.repeated)
-            kept = weigh(out, {"kspace": weight, "image": weight * config.masked.image_weight})
-            loss = loss + (kept * ~batch.repeated).sum() * share(batch, len(micro))
-        engine.backward(loss)
-    return total.step()
+
+    name, label = "align", "contrastive"
+    couples = True
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        return "kspace", self.teacher
+
+    @property
+    def teacher(self) -> str:
+        """The system on the image side."""
+        return "image" if self.config.align.teacher == "encoder" else "components"
+
+    def head(self) -> nn.Module:
+        return Projections(self.config)
+
+    def ask(self, batch: Batch, readers: Mapping[str, Any], frozen: frozenset[str] = frozenset()) -> Pending[Asked]:
+        both = joint(
+            {
+                "lines": readers["kspace"](batch, number=2, learns="kspace" not in frozen),
+                "teacher": readers[self.teacher](batch, number=3, learns=self.teacher not in frozen),
+            }
+        )
+        return Pending(both.cells, lambda lengths: Asked(**both.make(lengths)))
+
+    def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        """``z`` ``batch slice 4 channel``, not yet normalised: (k-space static, k-space dynamic, image static, image
+        dynamic); ``present`` ``batch slice``; the ``temperature`` where it is learnt.
+        """
+        encoded, teacher = encode(asked.lines), encode(asked.teacher)
+        z = head("kspace", encoded)
+        z += teacher.parts.to(z[0].dtype).unbind(2) if isinstance(teacher, Fixed) else head("image", teacher)
+        out = {"z": torch.stack(z, dim=2), "present": ~encoded.absent.all(-1)}
+        if self.config.align.learn_temperature:
+            # Learnt as a logarithm, as in CLIP (Radford 2021), above a floor that never stops its gradient.
+            out["temperature"] = MIN_TEMPERATURE + head.log_temperature[0].float().exp()
+        return out
+
+    def couple(self, outputs: Sequence[dict[str, Tensor]], micro: Sequence[Batch], log: Sums) -> Link:
+        z = torch.cat([out["z"] for out in outputs])
+        learnt = outputs[0].get("temperature")
+        temperature = None if learnt is None else learnt.detach().requires_grad_()
+        repeated, key = torch.cat([b.repeated for b in micro]), torch.cat([b.key for b in micro])
+        present = torch.cat([out["present"] for out in outputs]) & ~repeated[:, None]
+        leaf = z.detach().float().requires_grad_()
+        contrast = contrastive(leaf, present, key, self.config, log, temperature)
+        dz, *rest = torch.autograd.grad(contrast, [leaf] if temperature is None else [leaf, temperature])
+        parts = dz.split([len(batch) for batch in micro])
+
+        def link(number: int, out: dict[str, Tensor]) -> Tensor:
+            loss = (out["z"].float() * parts[number]).sum() * world() * len(micro)
+            if rest:
+                loss = loss + out["temperature"] * rest[0] * world()  # its share of one gradient
+            return loss
+
+        return link
 
 
 def contrastive(

@@ -1,30 +1,101 @@
-"""Base of all tasks: the engine that they need, the quantities that a step logs, and sums over the workers.
+"""Base of all tasks: what is learnt, on which systems, with what head and which loss.
 
-A task is a function of an engine and the micro-batches of one step. It runs forward and backward so that the gradient
-is that of the mean over the GLOBAL batch, however it is divided over workers and micro-batches, and returns what to
-log. The engine is anything with ``engine(inputs, stage)`` and ``engine.backward(loss)`` that averages gradients over
-workers and accumulated micro-batches, as DeepSpeed's does.
+A task says once all that concerns it: what it asks of a batch, what it hides, its head, its loss. A stage trains a
+weighted set of tasks (`stages`), `accumulate` makes the gradients of a step of them.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
+from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
-from kmtr.tasks.inputs import Inputs
+from kmtr.model.packing import Pending
+from kmtr.systems import Reader, Reading
+
+Encode = Callable[[Reading], Any]
+"""Reading -> features of the system that it is for (`systems.Features`, or the system's own type)."""
+
+Link = Callable[[int, dict[str, Tensor]], Tensor]
+"""Number of a micro-batch and a task's output for it -> its part of a loss that couples subjects, summed over them."""
 
 
-@runtime_checkable
-class Engine(Protocol):
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+@dataclass(frozen=True)
+class Inputs:
+    """One micro-batch as the model sees it: name of a task -> what `Task.ask` made for it."""
 
-    def backward(self, loss: Tensor) -> Any: ...
+    tasks: dict[str, Any]
+
+
+class Task(ABC):
+    """One thing that is learnt.
+
+    Attributes:
+        name: in the configuration, of its head and of its output.
+        systems: names of those that it trains, in the order in which their weights are drawn.
+        label: its loss is logged as ``<label>_loss``.
+        couples: the loss of a subject depends on the others of the global batch: `couple` takes the place of `LOSS`.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+    couples: ClassVar[bool] = False
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+
+    @property
+    @abstractmethod
+    def systems(self) -> tuple[str, ...]: ...
+
+    def readout(self, readers: Mapping[str, Reader]) -> int | None:
+        """Central kx samples of a batch that the task looks at; None: all."""
+        return widest(readers[name].readout for name in self.systems)
+
+    @abstractmethod
+    def head(self) -> nn.Module:
+        """The part of the model that only this task has."""
+
+    @abstractmethod
+    def ask(self, batch: Batch, readers: Mapping[str, Any], frozen: frozenset[str]) -> Pending[Any]:
+        """What the task needs of a batch: readings, and targets; made without gradient, in fp32.
+
+        Args:
+            frozen: systems that do not learn.
+        """
+
+    @abstractmethod
+    def forward(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:
+        """Inside the engine: `LOSS` ``batch``, and what else there is to log or to `couple`.
+
+        Args:
+            asked: what `ask` made.
+        """
+
+    def predict(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:
+        """Inside the engine: the predictions themselves, where there is more to them than a loss."""
+        raise NotImplementedError(f"{self.name} predicts nothing")
+
+    def couple(self, outputs: Sequence[dict[str, Tensor]], micro: Sequence[Batch], log: Sums) -> Link:
+        """Part of each micro-batch in a loss over the global batch, given the outputs for all of them."""
+        raise NotImplementedError(f"{self.name} couples no subjects")
+
+
+LOSS = "loss"
+"""Key of a task's loss per subject in its output."""
+
+
+def widest(samples: Any) -> int | None:
+    """The most central samples of several askers; None, which is all of them, where one asks for all."""
+    found = list(samples)
+    return None if None in found else max(found)
 
 
 @dataclass(frozen=True)
@@ -53,16 +124,6 @@ class Sums:
         return Step(self.sums, self.counts)
 
 
-def share(batch: Batch, micro: int) -> float:
-    """Factor from a sum over a micro-batch to the global mean, given that the engine averages over both."""
-    return world() * micro / batch.real
-
-
-def weigh(out: dict[str, Tensor], weights: dict[str, float]) -> Float[Tensor, " batch"]:
-    terms = [out[name] * weight for name, weight in weights.items() if name in out]
-    return torch.stack(terms).sum(0)
-
-
 class _Gather(torch.autograd.Function):
     """All workers' tensors concatenated along the first axis; its adjoint sums what every worker did with our part."""
 
@@ -86,4 +147,5 @@ def gather(x: Tensor) -> Tensor:
 
 
 def world() -> int:
+    """Number of workers that share the global batch."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -1,21 +1,77 @@
-"""Encoders and inputs of each stage, defined once."""
+"""Stages: weighted sets of tasks, trained one after the other; what each trains and what stays frozen is said here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
 from kmtr.config import RunConfig
+from kmtr.config.run import Align, Masked
 
 
-def image_encoder_learns(config: RunConfig, stage: str) -> bool:
-    """True if the image encoder is trained in a stage; else it is a teacher, frozen, that sees whole images."""
-    return stage != "align" or config.align.train_image_encoder
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run.
+
+    Attributes:
+        name: before the names of what it logs.
+        tasks: name -> weight of its loss.
+        settings: steps, learning rate and warm-up.
+        frozen: systems that do not learn in it.
+        fresh: tasks whose heads begin with it: they learn at `head_factor` times the rate, and for the first
+            `head_steps` steps they alone, without warm-up, since until they say something their gradient would only
+            disturb the rest.
+    """
+
+    name: str
+    tasks: Mapping[str, float]
+    settings: Masked | Align
+    frozen: frozenset[str] = frozenset()
+    fresh: frozenset[str] = frozenset()
+    head_factor: float = 1.0
+    head_steps: int = 0
 
 
-def masks_images(config: RunConfig, stage: str) -> bool:
-    """True if hidden image patches are predicted in a stage."""
-    return bool(config.masked.image_weight) and image_encoder_learns(config, stage)
+def masked(config: RunConfig) -> Stage:
+    """Masked pretraining of k-space, and with `masked.image_weight` of images beside it."""
+    weights = {"masked": 1.0, "masked_images": config.masked.image_weight}
+    return Stage("masked", {name: weight for name, weight in weights.items() if weight}, config.masked)
 
 
-def reads_images(config: RunConfig, stage: str) -> bool:
-    """True if an encoder reads clean images in a stage."""
-    teaches = stage == "align" and (config.align.teacher == "encoder" or config.align.train_image_encoder)
-    return teaches or masks_images(config, stage)
+def align(config: RunConfig) -> Stage:
+    """Alignment, with the loss of masked pretraining kept. Its teacher is frozen unless it is to learn as well, which
+    then keeps its own masked loss.
+    """
+    settings = config.align
+    learns = settings.train_image_encoder
+    weights = {"align": 1.0, "masked": settings.masked_weight}
+    weights["masked_images"] = settings.masked_weight * config.masked.image_weight * learns
+    frozen = frozenset() if learns else frozenset({"image"})
+    return Stage(
+        "align",
+        {name: weight for name, weight in weights.items() if weight},
+        settings,
+        frozen,
+        frozenset({"align"}),
+        settings.head_factor,
+        settings.head_steps,
+    )
+
+
+STAGES: dict[str, Callable[[RunConfig], Stage]] = {"masked": masked, "align": align}
+
+
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages of a run, in their order."""
+    steps = {"masked": config.masked_steps, "align": config.align_steps}
+    return tuple(make(config) for name, make in STAGES.items() if steps[name])
+
+
+def stage_of(config: RunConfig, step: int) -> tuple[Stage, int]:
+    """Stage of a step of the run, and the step within it."""
+    first = 0
+    for stage in stages_of(config):
+        if step < first + stage.settings.steps:
+            return stage, step - first
+        first += stage.settings.steps
+    raise ValueError(f"step: expected less than {first}, got {step}")

@@ -142,7 +142,7 @@ def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: d
     """The k-space encoder of a checkpoint, of its EMA where the run keeps one, as `kmtr.load_encoder` reads it."""
     model = read_head(folder)["model"]
     kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
-    export_encoder(target, config, state.whole(states(folder), kind, model, "kspace_encoder"), tables)
+    export_encoder(target, config, state.whole(states(folder), kind, model, "systems.kspace"), tables)
 
 
 def _same_model(stored: dict[str, list[int]], built: dict[str, list[int]]) -> None:

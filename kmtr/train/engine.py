@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
-from kmtr.tasks import Inputs
-from kmtr.tasks.stages import image_encoder_learns
+from kmtr.tasks import STAGES, Inputs, stage_of, tasks_of
 from kmtr.train import state
 from kmtr.train.average import Average
 from kmtr.train.state import Held
@@ -32,7 +31,7 @@ def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, A
     forward pass is autocast: see `ShardedEngine`.
     """
     train = config.train
-    bucket = min(BUCKET, parameters)
+    bucket = min(BUCKET, parameters + parameters % 2)  # ZeRO wants an even number
     zero: dict[str, Any] = {
         "stage": train.zero_stage,
         "reduce_bucket_size": bucket,
@@ -62,28 +61,31 @@ def settings(config: RunConfig, world_size: int, parameters: int) -> dict[str, A
     return found
 
 
-DOMAINS = {
-    "image_encoder": "image",
-    "image_decoder": "image",
-    "kspace_heads": "heads",
-    "image_heads": "heads",
-    "log_temperature": "heads",
-}
-"""Domain of the parts of `tasks.pretraining.Pretraining` that are not k-space's."""
+def domains(config: RunConfig) -> dict[str, str]:
+    """Part of the model, as ``systems.kspace`` or ``heads.masked`` -> domain that it takes its learning rate from: a
+    head its own where it is fresh in some stage, else that of the system that it stands on.
+    """
+    tasks = tasks_of(config).values()
+    fresh = {name for stage in STAGES.values() for name in stage(config).fresh}
+    systems = {f"systems.{name}": name for task in tasks for name in task.systems}
+    return systems | {
+        f"heads.{task.name}": f"heads.{task.name}" if task.name in fresh else task.systems[0] for task in tasks
+    }
 
 
 def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Groups by domain, decay and share of the learning rate.
+    """Groups by domain (`domains`), decay and share of the learning rate.
 
-    Domains (of `learning_rates`) are ``kspace``, ``image`` and ``heads``, which are alignment's projections. Matrices
-    decay; biases, norms, gates and embeddings of view types do not. With `optimizer.layer_decay` d, block l of an
-    encoder's L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at the
-    whole.
+    Matrices decay; biases, norms, gates and embeddings of view types do not. With `optimizer.layer_decay` d, block l of
+    an encoder's L (the embedding is l = -1) learns at d^(L - l) of the rate (BEiT, Bao 2022); all behind its blocks at
+    the whole.
     """
     groups: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
+    of = domains(config)
     for name, parameter in module.named_parameters():
         decays = parameter.ndim >= 2 and not name.endswith(("gate", "view.weight"))
-        domain = next((domain for prefix, domain in DOMAINS.items() if name.startswith(prefix)), "kspace")
+        part = ".".join(name.split(".")[:2])
+        domain = of.get(part, part)
         share = config.optimizer.layer_decay ** (config.model.depth - _block(name, config.model.depth))
         groups.setdefault((domain, decays, share), []).append(parameter)
     weight_decay = config.optimizer.weight_decay
@@ -95,19 +97,12 @@ def parameter_groups(module: nn.Module, config: RunConfig) -> list[dict[str, Any
 
 def _block(name: str, depth: int) -> int:
     """Number of the encoder's block that a parameter belongs to: -1 before them, `depth` behind them and elsewhere."""
-    encoder, _, rest = name.partition(".")
-    if encoder not in ("kspace_encoder", "image_encoder"):
+    if not name.startswith("systems."):
         return depth
+    rest = name.split(".", 2)[2]
     if rest.startswith(("embed.", "position.")):
         return -1
     return int(rest.split(".")[1]) if rest.startswith("blocks.") else depth
-
-
-def stage_of(config: RunConfig, step: int) -> tuple[str, int]:
-    """Stage of a step, and the step within it."""
-    if step < config.masked_steps:
-        return "masked", step
-    return "align", step - config.masked_steps
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -117,29 +112,24 @@ def learning_rate(config: RunConfig, step: int) -> float:
     to there it is the same for a run of any length (warmup-stable-decay, Hu 2024).
     """
     stage, local = stage_of(config, step)
-    part = config.masked if stage == "masked" else config.align
+    how = stage.settings
     if config.optimizer.schedule == "plateau":
-        warm = min(1.0, (local + 1) / max(part.warmup_steps, 1))
-        left = (part.steps - local) / max(config.optimizer.cooldown * part.steps, 1)
-        return part.learning_rate * min(warm, left)
-    return part.learning_rate * warm_cosine(local, part.steps, part.warmup_steps)
+        warm = min(1.0, (local + 1) / max(how.warmup_steps, 1))
+        left = (how.steps - local) / max(config.optimizer.cooldown * how.steps, 1)
+        return how.learning_rate * min(warm, left)
+    return how.learning_rate * warm_cosine(local, how.steps, how.warmup_steps)
 
 
 def learning_rates(config: RunConfig, step: int) -> dict[str, float]:
-    """Learning rate of each domain of `parameter_groups`.
-
-    In alignment the projections learn at `align.head_factor` times the rate, and for the first `align.head_steps` steps
-    they alone, without warm-up: until they say something their gradient would only disturb the encoder. A teacher that
-    is not trained has rate 0.
-    """
+    """Learning rate of each of the `domains`; 0 of a system that its stage keeps frozen."""
     stage, local = stage_of(config, step)
-    rate, align = learning_rate(config, step), config.align
-    if stage == "masked":
-        return {"kspace": rate, "image": rate, "heads": rate}
-    if local < align.head_steps:
-        return {"kspace": 0.0, "image": 0.0, "heads": align.learning_rate * align.head_factor}
-    image = rate if image_encoder_learns(config, stage) else 0.0
-    return {"kspace": rate, "image": image, "heads": rate * align.head_factor}
+    every, fresh = set(domains(config).values()), {f"heads.{name}" for name in stage.fresh}
+    if local < stage.head_steps:
+        first = stage.settings.learning_rate * stage.head_factor
+        return {domain: first if domain in fresh else 0.0 for domain in every}
+    rate = learning_rate(config, step)
+    rates = {domain: 0.0 if domain in stage.frozen else rate for domain in every}
+    return rates | dict.fromkeys(fresh, rate * stage.head_factor)
 
 
 def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
@@ -190,9 +180,9 @@ class ShardedEngine:
         self._pending = False
         self._norm: Tensor | float = float("nan")
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
         with self._autocast:
-            return self.wrapped(inputs, stage)
+            return self.wrapped(inputs, predict)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradient; that of a loss which is not finite is not finite either."""

@@ -21,8 +21,7 @@ from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.device import HostBatch
-from kmtr.tasks import Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, guard, validation
 from kmtr.train.checkpoint import Progress, layout_of
@@ -95,7 +94,7 @@ class Worker:
         self.reader = dataset.reader("train", config.data)
         self.plan = pipeline.plan_of(config, dataset)
         prepare = Preparer(config, self.tables, device)
-        self.engine = ShardedEngine(Pretraining(config), config, self.world, device)
+        self.engine = ShardedEngine(Model(config), config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.Validation(config, dataset, prepare, self.rank, self.world, device)
         tracking = job["tracking"]
@@ -192,8 +191,12 @@ class Worker:
         stage, done = report.stage, self.progress.step
         logged = {f"{stage}/{name}": value for name, value in report.means.items()}
         logged |= {
-            f"{stage}/learning_rate": report.rates["kspace"],
-            f"{stage}/learning_rate_heads": report.rates["heads"],
+            f"{stage}/learning_rate": report.rates[next(iter(self.validate.prepare.readers))],
+            **{
+                f"{stage}/learning_rate_{domain.replace('.', '_')}": rate
+                for domain, rate in report.rates.items()
+                if domain.startswith("heads.")
+            },
             f"{stage}/gradient_norm": self.engine.gradient_norm(),
             "epoch": float(self.plan.epoch(done - 1)),
         }

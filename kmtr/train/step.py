@@ -17,8 +17,8 @@ from torch import Tensor
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
-from kmtr.tasks import STAGES, Inputs, Preparer, Step
-from kmtr.train.engine import learning_rates, stage_of
+from kmtr.tasks import Inputs, Preparer, Step, accumulate, stage_of
+from kmtr.train.engine import learning_rates
 from kmtr.types import KmtrError
 
 
@@ -26,7 +26,7 @@ from kmtr.types import KmtrError
 class Engine(Protocol):
     """The engine of a step: `train.engine.ShardedEngine`, or another that the benchmark compares with it."""
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]: ...
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]: ...
     def backward(self, loss: Tensor) -> None: ...
     def update(self, rates: Mapping[str, float]) -> bool: ...
 
@@ -37,7 +37,7 @@ class Report:
 
     Attributes:
         stage: that it belongs to.
-        means: what the objective logged, as means over the global batch.
+        means: what the tasks logged, as means over the global batch.
         rates: learning rate of each domain.
         applied: the weights changed; False: the gradient was not finite, and they are as they were.
         batch: this worker's part of the global batch, on the device.
@@ -51,7 +51,7 @@ class Report:
 
 
 class TrainingStep:
-    """Host batch -> device -> objective, forward and backward -> a look at the numbers -> update.
+    """Host batch -> device -> tasks, forward and backward -> a look at the numbers -> update.
 
     Args:
         world: number of workers that share the global batch.
@@ -71,16 +71,16 @@ class TrainingStep:
         stage, _ = stage_of(self.config, step)
         batch = host.to(self.device, self.prepare.readout(stage))
         micro = [batch[i : i + self.micro_batch] for i in range(0, len(batch), self.micro_batch)]
-        means = reduce(STAGES[stage](self.engine, micro, self.prepare, self.config), self.device)
+        means = reduce(accumulate(self.engine, micro, self.prepare, stage), self.device)
         stops = self.config.train.on_nonfinite == "stop"
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         if wrong and stops:
-            raise KmtrError(_not_finite(step, stage, f"{wrong[0]} is {means[wrong[0]]}"))
+            raise KmtrError(_not_finite(step, stage.name, f"{wrong[0]} is {means[wrong[0]]}"))
         rates = learning_rates(self.config, step)
         applied = self.engine.update(rates)
         if not applied and stops:
-            raise KmtrError(_not_finite(step, stage, "gradient is not finite although its loss is"))
-        return Report(stage, means, rates, applied, batch)
+            raise KmtrError(_not_finite(step, stage.name, "gradient is not finite although its loss is"))
+        return Report(stage.name, means, rates, applied, batch)
 
 
 def _not_finite(step: int, stage: str, what: str) -> str:

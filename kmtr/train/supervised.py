@@ -106,7 +106,7 @@ class Regressor(nn.Module):
     def __init__(self, encoder: KSpaceEncoder, labels: Float[np.ndarray, "subject target"], bf16: bool = False):
         super().__init__()
         self.encoder, self.device = encoder, encoder.device
-        self.kspace_encoder = encoder.module  # named as in pretraining, whose parameter groups go by names
+        self.systems = nn.ModuleDict({"kspace": encoder.module})  # named as in training: parameter groups go by names
         self.bf16 = bf16
         features = 3 * encoder.config.model.width * encoder.config.data.slices
         self.mean, self.sd = moments(labels)

@@ -19,7 +19,9 @@ from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
 from kmtr.report import figures_kspace as figures
-from kmtr.tasks import Engine, Preparer
+from kmtr.tasks import STAGES, Engine, Preparer
+from kmtr.tasks.base import LOSS
+from kmtr.tasks.model import EMBEDDING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,11 +71,11 @@ class Validation:
         metrics: dict[str, float] = {}
         if len(self.rows["val"]) == 0:
             return metrics, None
-        losses = []
+        losses, stage = [], STAGES["masked"](self.config)
+        names = [self.prepare.tasks[name].label for name in stage.tasks]
         for batch in self._batches("val"):
-            out = engine(self.prepare(batch, "masked"), "masked")
-            losses.append(torch.stack([out[name] for name in sorted(out)]))
-            names = sorted(out)
+            out = engine(self.prepare(batch, stage))
+            losses.append(torch.stack([out[name][LOSS] for name in stage.tasks]))
         total = (torch.cat(losses, dim=1) * self._counted("val")).sum(1).double()
         dist.all_reduce(total)
         for name, value in zip(names, total.tolist(), strict=True):
@@ -126,7 +128,7 @@ class Validation:
         """Embeddings ``subject feature`` and labels ``subject label`` of a split, in the order of its rows."""
         features, labels = [], []
         for batch in self._batches(split):
-            features.append(engine(self.prepare.queries(batch), "embed")["embedding"].float())
+            features.append(engine(self.prepare.embedding(batch))[EMBEDDING]["vector"])
             labels.append(batch.labels)
         mine = torch.cat([torch.cat(features), torch.cat(labels)], dim=1)
         parts = [torch.empty_like(mine) for _ in range(self.world)]
@@ -145,8 +147,8 @@ class Validation:
         queried = torch.zeros_like(batch.sampled)
         queried[:, z] = batch.existing[:, z]
         inputs = self.prepare.queries(batch, queried)
-        values = engine(inputs, "predict")["values"]
-        filled = self.prepare.lines.fill(batch.kspace, batch.sampled, values, inputs.line_targets)
+        values, targets = engine(inputs, predict=True)["masked"]["values"], inputs.tasks["masked"].targets
+        filled = self.prepare.readers["kspace"].lines.fill(batch.kspace, batch.sampled, values, targets)
         if self.rank != 0:
             return None
         frames = slice(0, int(present[z]))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from inside import prepared, shown
 from torch import Tensor
 
 from jobs import bench
@@ -24,8 +25,7 @@ from kmtr.bench.step_worker import Worker
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.loader.batch import Batch
-from kmtr.tasks import STAGES, Inputs, Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import STAGES, Inputs, Model, Preparer, accumulate
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ class Alone:
     def __init__(self, module: torch.nn.Module):
         self.wrapped = self.module = module
 
-    def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-        out: dict[str, Tensor] = self.module(inputs, stage)
+    def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+        out: dict[str, dict[str, Tensor]] = self.module(inputs, predict)
         return out
 
     def backward(self, loss: Tensor) -> None:
@@ -113,9 +113,9 @@ def test_the_formula_is_what_is_computed(
 
 def test_what_is_computed_is_what_the_batch_holds(small: RunConfig, tables: Tables, batch: Batch) -> None:
     config = override(small, {"align.train_image_encoder": True})  # so that all kinds of tokens are there
-    inputs = Preparer(config, tables, CPU)(batch, "align")
+    inputs = prepared(Preparer(config, tables, CPU), batch, "align")
     counts = bench_flops.useful(batch, config)
-    assert counts == bench_flops.executed(inputs), "nothing is computed on padding"
+    assert counts == bench_flops.executed(inputs, config), "nothing is computed on padding"
     assert len({n.visible for n in counts}) > 1
     assert all(n.visible + n.targets == n.sampled for n in counts)
     assert all(n.visible_patches + n.hidden_patches == n.patches for n in counts)
@@ -130,7 +130,7 @@ def test_the_reference_has_our_parameters(recipe: str) -> None:
     with torch.device("meta"):
         reference = Reference(config, "all", bench_reference.widening_of(config))
     assert bench_reference.count(reference) == pytest.approx(bench_reference.our_parameters(config), rel=0.05)
-    maps = reference.get_submodule("kspace.blocks.0.attention.qkv").get_parameter("weight")
+    maps = reference.get_submodule("systems.kspace.blocks.0.attention.qkv").get_parameter("weight")
     assert len(maps) % (3 * 205) == 0
 
 
@@ -149,9 +149,9 @@ def test_the_reference_predicts_targets_from_visible_tokens(
     small: RunConfig, tables: Tables, batch: Batch, positions: Positions
 ) -> None:
     torch.manual_seed(0)
-    model = Reference(small, positions, 1.0).kspace
+    model = Reference(small, positions, 1.0).systems["kspace"]
     torch.nn.init.normal_(model.mask_token)
-    inputs = Preparer(small, tables, CPU)(batch, "masked")
+    inputs = shown(prepared(Preparer(small, tables, CPU), batch, "masked"))
     seen, targets = Padded.of(inputs.lines), Padded.of(inputs.line_targets)
     assert torch.equal(seen.values[~seen.padded], inputs.lines.values)
 
@@ -178,13 +178,13 @@ def test_the_reference_minimises_the_same_terms(
     small: RunConfig, tables: Tables, batch: Batch, stage: str, positions: Positions
 ) -> None:
     prepare = Preparer(small, tables, CPU)
-    reference, ours = Reference(small, positions, 1.0), Pretraining(small)
-    theirs = STAGES[stage](Alone(reference), [batch], prepare, small)
-    wanted = STAGES[stage](Alone(ours), [batch], prepare, small)
+    reference, ours = Reference(small, positions, 1.0), Model(small)
+    theirs = accumulate(Alone(reference), [batch], prepare, STAGES[stage](small))
+    wanted = accumulate(Alone(ours), [batch], prepare, STAGES[stage](small))
     assert theirs.sums.keys() == wanted.sums.keys()
     assert {k: float(v) for k, v in theirs.counts.items()} == {k: float(v) for k, v in wanted.counts.items()}
-    trained = {name.partition(".")[0] for name, p in reference.named_parameters() if p.grad is not None}
-    assert trained == ({"kspace", "image"} if stage == "masked" else {"kspace", "heads"})
+    trained = {name.split(".")[1] for name, p in reference.named_parameters() if p.grad is not None}
+    assert trained == ({"kspace", "image"} if stage == "masked" else {"kspace", "align"})
 
 
 # ------------------------------------------------------------------------------------------------------------- clock
@@ -196,23 +196,23 @@ def test_the_clock_loses_nothing_and_changes_nothing(
 ) -> None:
     prepare = Preparer(small, tables, CPU)
 
-    def gradients(step: Callable[[Pretraining], object]) -> list[Tensor | None]:
+    def gradients(step: Callable[[Model], object]) -> list[Tensor | None]:
         torch.manual_seed(0)
-        module = Pretraining(small)
+        module = Model(small)
         step(module)
         return [p.grad for p in module.parameters()]
 
-    plain = gradients(lambda module: STAGES[stage](Alone(module), [batch], prepare, small))
+    plain = gradients(lambda module: accumulate(Alone(module), [batch], prepare, STAGES[stage](small)))
     clock = Clock(CPU)
     elapsed = 0.0
 
-    def step(module: Pretraining) -> None:
+    def step(module: Model) -> None:
         nonlocal elapsed
         engine = OnTheClock(Alone(module), clock)
         with watched(clock, module):
             clock.start()
             began = time.perf_counter()
-            STAGES[stage](engine, [batch], prepare, small)
+            accumulate(engine, [batch], prepare, STAGES[stage](small))
             engine.update({})
             clock("rest")
             elapsed = time.perf_counter() - began
@@ -233,7 +233,7 @@ def test_collectives_are_on_the_clock_and_work_afterwards(small: RunConfig, tmp_
     dist.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         clock, x, parts = Clock(CPU), torch.ones(3), [torch.zeros(3)]
-        with watched(clock, Pretraining(small)):
+        with watched(clock, Model(small)):
             dist.all_reduce(x)
             dist.all_gather(parts, x)
             dist.barrier()
@@ -257,9 +257,9 @@ def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, t
     asked, seen, parts = [], [], []
 
     class Engine(Alone):
-        def __call__(self, inputs: Inputs, stage: str) -> dict[str, Tensor]:
-            asked.append(stage)
-            return super().__call__(inputs, stage)
+        def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+            asked.append(set(inputs.tasks))
+            return super().__call__(inputs, predict)
 
         def update(self, rates: Mapping[str, float]) -> bool:
             seen.append(rates)
@@ -272,11 +272,11 @@ def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, t
         worker.step(Engine(worker.model()), host, stage, worker.config, parts.append)
     finally:
         dist.destroy_process_group()
-    assert asked == [stage]
+    assert asked == [set(STAGES[stage](config).tasks)]
     assert parts[:2] == ["patterns + FFT", "patterns + FFT"], "the copy to the device, which knows the readout"
     (rates,) = seen
     assert 0 < rates["kspace"] <= 1e-7
-    assert rates["heads"] > 0
+    assert rates["heads.align"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- whole

@@ -22,6 +22,7 @@ from kmtr.data.loader.collate import choose, collate
 from kmtr.data.loader.shapes import check_shapes
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
+from kmtr.tasks.masked import hidden_lines, hidden_patches
 from kmtr.types import InputError, Study, View
 
 CPU = torch.device("cpu")
@@ -90,24 +91,24 @@ def test_what_is_missing_is_padded_and_never_sampled(small: RunConfig, study: St
     short = Study("p-1", {"sax": numbered(1, 3)})
     batch = batch_of(small, short, study)
     assert batch.padded[0].tolist() == [[False, False, False, True], [True] * 4, [True] * 4]
-    for name in ("kspace", "sampled", "hidden"):
-        values = getattr(batch, name)[0]
-        values = values[:, 0] if name == "kspace" else values
+    hidden, _ = hidden_lines(small, batch)
+    for values in (batch.kspace[0, :, 0], batch.sampled[0], hidden[0]):
         assert not values[batch.padded[0]].any()
     assert (batch.sampled[0, 0, :3].sum(-1) >= 8).all()
     present = ~batch.padded[0].unflatten(-1, (2, 2)).all(-1)  # slice pt
-    assert not batch.hidden_patches[0][~present].any()
+    assert not hidden_patches(small, batch)[0][~present].any()
     assert not batch.padded[1].any()
 
 
 def test_draws_have_the_configured_counts(batch: Batch, small: RunConfig) -> None:
     assert set(batch.sampled.sum(-1).flatten().tolist()) == {8, 16}  # of 32 lines at R = 4 and 2
-    assert not (batch.hidden & ~batch.sampled).any()
-    share = batch.hidden.sum((2, 3)) / batch.sampled.sum((2, 3))
+    hidden, patches = hidden_lines(small, batch)[0], hidden_patches(small, batch)
+    assert not (hidden & ~batch.sampled).any()
+    share = hidden.sum((2, 3)) / batch.sampled.sum((2, 3))
     torch.testing.assert_close(share, torch.full_like(share, 0.5), atol=0.02, rtol=0)
-    patches = batch.hidden_patches.float().mean((2, 3, 4))
-    torch.testing.assert_close(patches, torch.full_like(patches, 0.7), atol=0.02, rtol=0)
-    assert batch.hidden_patches.shape == (8, 3, 2, 4, 4)
+    assert patches.shape == (8, 3, 2, 4, 4)
+    withheld = patches.float().mean((2, 3, 4))
+    torch.testing.assert_close(withheld, torch.full_like(withheld, 0.7), atol=0.02, rtol=0)
 
 
 def test_draws_do_not_depend_on_the_company(small: RunConfig, reader: Reader, batch: Batch) -> None:
@@ -124,7 +125,9 @@ def test_epochs_seeds_and_purposes_draw_anew(small: RunConfig, reader: Reader, b
         collate(samples, small, purpose=sampling.VALIDATION),
     ):
         assert not torch.equal(other.to(CPU).sampled, batch.sampled)
-    assert not torch.equal(collate(samples, small, epoch=1).to(CPU).hidden_patches, batch.hidden_patches)
+    again = collate(samples, small, epoch=1).to(CPU)
+    assert not torch.equal(hidden_patches(small, again), hidden_patches(small, batch))
+    assert not torch.equal(hidden_lines(small, replace(batch, epoch=again.epoch))[0], hidden_lines(small, batch)[0])
 
 
 def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study) -> None:
@@ -134,7 +137,7 @@ def test_an_undersampled_source_keeps_its_pattern(small: RunConfig, study: Study
     np.testing.assert_array_equal(batch.sampled[0, :2], pattern[[1, 3]][:, ::2])
     drawn = batch_of(small, Study("p-1", {"sax": numbered(5, 8), "lax_4ch": study.views["lax_4ch"]}))
     assert torch.equal(batch.sampled[0, 2], drawn.sampled[0, 2])  # the other view's draw stays
-    assert not (batch.hidden & ~batch.sampled).any()
+    assert not (hidden_lines(small, batch)[0] & ~batch.sampled).any()
 
 
 def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig, reader: Reader, study: Study) -> None:
@@ -142,17 +145,19 @@ def test_targets_are_the_hidden_lines_or_all_that_are_not_shown(small: RunConfig
     samples = reader.samples(range(8))
     for config in (small, override(small, {"sampling.accelerations": (1,)})):
         batch = collate(samples, config).to(CPU)
-        assert torch.equal(batch.targets, batch.hidden)
+        assert torch.equal(*hidden_lines(config, batch))
         assert torch.equal(batch.acquired, batch.existing)
     full = collate(samples, override(every, {"sampling.accelerations": (1,)})).to(CPU)
-    assert torch.equal(full.targets, full.hidden)  # nothing is left out at R = 1
+    assert torch.equal(*hidden_lines(every, full))  # nothing is left out at R = 1
     batch = collate(samples, every).to(CPU)
-    assert torch.equal(batch.targets, batch.existing & ~(batch.sampled & ~batch.hidden))
+    hidden, targets = hidden_lines(every, batch)
+    assert torch.equal(targets, batch.existing & ~(batch.sampled & ~hidden))
     pattern = np.random.default_rng(0).random((2, 4, 32)) < 0.3
     given = Study("p-1", {"sax": View(study.views["sax"].kspace, sampled=pattern), "lax_4ch": study.views["lax_4ch"]})
     batch = batch_of(every, given)
-    assert torch.equal(batch.targets[:, :2], batch.hidden[:, :2])  # what the scanner left out nobody knows
-    assert torch.equal(batch.targets[:, 2], (batch.existing & ~batch.sampled | batch.hidden)[:, 2])
+    hidden, targets = hidden_lines(every, batch)
+    assert torch.equal(targets[:, :2], hidden[:, :2])  # what the scanner left out nobody knows
+    assert torch.equal(targets[:, 2], (batch.existing & ~batch.sampled | hidden)[:, 2])
 
 
 @pytest.mark.parametrize("target", ["acquired", "all"])
@@ -161,11 +166,14 @@ def test_a_share_of_the_target_lines_is_drawn_anew_each_pass(small: RunConfig, r
     few = override(whole, {"masked.target_lines": 0.3})
     first, second = (collate(reader.samples(range(8)), few, epoch=epoch).to(CPU) for epoch in (0, 1))
     every = collate(reader.samples(range(8)), whole).to(CPU)
-    assert torch.equal(first.hidden, every.hidden)
-    assert not (first.targets & ~every.targets).any()
-    assert torch.equal(first.targets.sum((2, 3)), (every.targets.sum((2, 3)).double() * 0.3).round().long())
-    assert not torch.equal(first.targets, second.targets)
-    assert same(collate(reader.samples([5]), few).to(CPU), first[5:6])
+    (hidden, drawn), (all_hidden, targets) = hidden_lines(few, first), hidden_lines(whole, every)
+    assert torch.equal(hidden, all_hidden)
+    assert not (drawn & ~targets).any()
+    assert torch.equal(drawn.sum((2, 3)), (targets.sum((2, 3)).double() * 0.3).round().long())
+    assert not torch.equal(drawn, hidden_lines(few, second)[1])
+    alone = collate(reader.samples([5]), few).to(CPU)
+    assert same(alone, first[5:6])
+    assert torch.equal(hidden_lines(few, alone)[1], drawn[5:6])
 
 
 def test_cropping_k_space_is_cropping_the_image(small: RunConfig, study: Study) -> None:

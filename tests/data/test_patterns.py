@@ -12,6 +12,7 @@ import pytest
 import scipy.io
 import torch
 from cohort import simulated, write
+from inside import prepared, shown
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
@@ -23,6 +24,7 @@ from kmtr.data.sources.patterns import read_pattern
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics import sampling
 from kmtr.tasks import Preparer
+from kmtr.tasks.masked import hidden_lines
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")
@@ -152,7 +154,7 @@ def test_every_slice_is_sampled_as_the_file_says(of_file: RunConfig, reader: Rea
     for epoch in (0, 3):
         batch = collate(reader.samples(range(4)), of_file, epoch=epoch).to(CPU)
         np.testing.assert_array_equal(batch.sampled, np.broadcast_to(pattern[[0, 1, 2, 0]], (4, 3, 4, 32)))
-        assert not (batch.hidden & ~batch.sampled).any()
+        assert not (hidden_lines(of_file, batch)[0] & ~batch.sampled).any()
         assert float(sampling.true_acceleration(batch.sampled, batch.existing)) == pytest.approx(32 / 9)
 
 
@@ -223,7 +225,7 @@ def test_families_do_not_depend_on_how_subjects_are_dealt_or_padded(
         ]
         for rank, part in enumerate(parts):
             assert part.sampled.equal(whole.sampled[rank::world])
-            assert part.hidden.equal(whole.hidden[rank::world])
+            assert hidden_lines(config, part)[0].equal(hidden_lines(config, whole)[0][rank::world])
     wide = override(config, {"data.matrix": (48, 48)})
     padded = collate(reader.samples(range(8)), wide, epoch=2).to(CPU)
     assert padded.sampled[..., 8:40].equal(whole.sampled)
@@ -237,11 +239,12 @@ def test_tokens_are_the_lines_whatever_their_number(
 ) -> None:
     config = of_file if family == "file" else override(small, {"sampling.family": family})
     batch = collate(reader.samples(range(8)), config).to(CPU)
-    inputs = Preparer(config, tables, CPU)(batch, "align")
+    inputs = shown(prepared(Preparer(config, tables, CPU), batch, "align"))
+    hidden, _ = hidden_lines(config, batch)
     assert inputs.all_lines is not None
     for tokens, lines in (
-        (inputs.lines, batch.sampled & ~batch.hidden),
-        (inputs.line_targets, batch.hidden),
+        (inputs.lines, batch.sampled & ~hidden),
+        (inputs.line_targets, hidden),
         (inputs.all_lines, batch.sampled),
     ):
         assert tokens.lengths.counts.equal(lines.sum((1, 2, 3)))

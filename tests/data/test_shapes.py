@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cohort import write
+from inside import prepared, shown, terms
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
@@ -19,8 +20,8 @@ from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.shapes import cells_in, full_shape, shape_of, slots_of
-from kmtr.tasks import STAGES, Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import STAGES, Inputs, Model, Preparer, accumulate
+from kmtr.tasks.masked import hidden_lines
 from kmtr.types import InputError, Study, View
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
     reader = scans.reader("train", mixed.data)
     prepare = Preparer(mixed, statistics.fit(mixed, reader).tensors(), CPU)
     torch.manual_seed(0)
-    model = Pretraining(mixed)
+    model = Model(mixed)
     differs = 0
     atol = 1e-4 if "model.coils" in changes else 1e-5  # eigenvectors feel the order of a sum
     for row in range(12):
@@ -111,17 +112,15 @@ def test_a_subject_is_the_same_in_a_batch_of_any_shape(
         tight, loose = (collate(samples, mixed, shape).to(CPU) for shape in (shape_of(mixed, subject), None))
         differs += tight.kspace.shape != loose.kspace.shape
         assert int(tight.sampled.sum()) == int(loose.sampled.sum())
-        assert int(tight.hidden.sum()) == int(loose.hidden.sum())
+        assert int(hidden_lines(mixed, tight)[0].sum()) == int(hidden_lines(mixed, loose)[0].sum())
         for stage in ("masked", "align"):
             with torch.no_grad():
-                ours, theirs = (model(prepare(batch, stage), stage) for batch in (tight, loose))
+                ours, theirs = (terms(model, prepare, batch, stage) for batch in (tight, loose))
             for name in ours:
-                present = ~prepare(tight, stage).absent.all(-1)
+                present = ~shown(prepared(prepare, tight, stage)).absent.all(-1)
                 a, b = (x[name][present] if name == "z" else x[name] for x in (ours, theirs))
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
-        lines, same = prepare(tight, "align").all_lines, prepare(loose, "align").all_lines
-        assert lines is not None
-        assert same is not None
+        lines, same = (shown(prepared(prepare, batch, "align")).all_lines for batch in (tight, loose))
         torch.testing.assert_close(lines.values, same.values, rtol=1e-4, atol=atol)
         assert torch.equal(lines.index, loose.sampled.nonzero()[:, 1:])  # the same places of the full grid
     assert differs >= 6
@@ -157,16 +156,16 @@ def gradients(config: RunConfig, stage: str, batch: Batch, tables: dict[str, Ten
     class Plain:
         def __init__(self) -> None:
             torch.manual_seed(0)
-            self.module = Pretraining(config)
+            self.module = Model(config)
 
-        def __call__(self, inputs: object, stage: str) -> dict[str, Tensor]:
-            return self.module(inputs, stage)
+        def __call__(self, inputs: Inputs, predict: bool = False) -> dict[str, dict[str, Tensor]]:
+            return self.module(inputs, predict)
 
         def backward(self, loss: Tensor) -> None:
             loss.backward()
 
     engine = Plain()
-    logged = STAGES[stage](engine, [batch], Preparer(config, tables, CPU), config)
+    logged = accumulate(engine, [batch], Preparer(config, tables, CPU), STAGES[stage](config))
     assert float(logged.counts["kspace_loss"]) == batch.real
     return {n: p.grad for n, p in engine.module.named_parameters() if p.grad is not None}
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from inside import prepared, shown
 
 from kmtr.bench import flops
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
 from kmtr.doctor import check, cluster, environment, memory, recipe
-from kmtr.tasks import Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model, Preparer
 
 pytestmark = pytest.mark.slow
 
@@ -216,8 +216,8 @@ def test_activations_are_what_autograd_keeps(
     """Bytes of the tensors that the graph saves, weights and inputs left out: within 25 %."""
     steps = {"stage": stage, "data.global_batch": 8, "train.workers": 1}
     config = override(small, {"model.width": 64, "model.decoder_width": 64} | steps | changes)
-    module = Pretraining(config)
-    inputs = Preparer(config, tables, torch.device("cpu"))(batch, stage)
+    module = Model(config)
+    inputs = prepared(Preparer(config, tables, torch.device("cpu")), batch, stage)
     known = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -228,19 +228,19 @@ def test_activations_are_what_autograd_keeps(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = module(inputs, stage)
+        kept = module(inputs)
     held = sum(storage.nbytes() for storage in saved.values())
-    expected = memory.activation_bytes(config, flops.executed(inputs))
+    expected = memory.activation_bytes(config, flops.executed(inputs, config))
     if config.model.checkpointing:  # one block is whole only while it is run again
         block = (9 + 2 * config.model.mlp_ratio) * config.model.width * 4
-        expected -= block * sum(inputs.lines.lengths.host)
+        expected -= block * sum(shown(inputs).lines.lengths.host)
     assert kept
     assert expected == pytest.approx(held, rel=0.25)
 
 
 def test_memory_and_disk_that_do_not_suffice(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = memory.parameters(config)
-    assert sum(sizes) == sum(p.numel() for p in Pretraining(config).parameters())
+    assert sum(sizes) == sum(p.numel() for p in Model(config).parameters())
     said = answers(config, ("a",))
     train = config.train
     state = memory.state_bytes(sizes, 2, train.zero_stage, train.bf16).device

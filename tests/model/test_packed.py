@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inside import flat, prepared, shown
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
@@ -24,10 +25,10 @@ from kmtr.model.packing import Lengths, Places, attend, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import Block
 from kmtr.physics.cycle import static_dynamic
-from kmtr.tasks import Preparer
-from kmtr.tasks.inputs import PASSES
+from kmtr.systems.base import depth_draws
+from kmtr.tasks import Model, Preparer
 from kmtr.tasks.losses import masked_reconstruction
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks.masked import hidden_lines
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")
@@ -47,10 +48,8 @@ def uneven(batch: Batch) -> Batch:
     padded[3] = True
     sampled = batch.sampled & ~padded[..., None]
     kspace = batch.kspace.masked_fill(padded[:, :, None, :, None, None], 0)
-    patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    hidden = batch.hidden & sampled
-    lines = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
-    changed = replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **lines)
+    acquired = batch.acquired & ~padded[..., None]
+    changed = replace(batch, padded=padded, kspace=kspace, acquired=acquired, sampled=sampled)
     assert len({int(n) for n in changed.sampled.sum((1, 2, 3))}) > 3
     return changed
 
@@ -138,12 +137,12 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5 * largest, msg=name)
 
 
-def terms(module: Pretraining, prepare: Preparer, batch: Batch, stage: str) -> dict[str, Tensor]:
+def terms(module: Model, prepare: Preparer, batch: Batch, stage: str) -> dict[str, Tensor]:
     """All that `stage` says of each subject; of an absent slice nothing is asked."""
-    inputs = prepare(batch, stage)
-    out = module(inputs, stage)
+    inputs = prepared(prepare, batch, stage)
+    out = flat(module(inputs))
     if "z" in out:
-        out["z"] = out["z"].masked_fill(inputs.absent.all(-1)[..., None, None], 0.0)
+        out["z"] = out["z"].masked_fill(shown(inputs).absent.all(-1)[..., None, None], 0.0)
     return out
 
 
@@ -159,7 +158,7 @@ def test_packed_is_one_by_one_is_masked(
     """Three ways: all subjects packed; each subject alone; and packed with attention as one masked softmax."""
     config = override(small, changes | {"align.train_image_encoder": True})
     torch.manual_seed(0)
-    module, prepare = Pretraining(config), Preparer(config, tables, CPU)
+    module, prepare = Model(config), Preparer(config, tables, CPU)
 
     def result(out: dict[str, Tensor]) -> dict[str, Tensor]:
         weighted = torch.cat([x.flatten() * torch.linspace(0.5, 2, x.numel()) for x in out.values()])
@@ -175,7 +174,7 @@ def test_packed_is_one_by_one_is_masked(
 
 def test_no_subject_hears_of_another(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     torch.manual_seed(0)
-    module, prepare = Pretraining(small).eval(), Preparer(small, tables, CPU)
+    module, prepare = Model(small).eval(), Preparer(small, tables, CPU)
     kspace = uneven.kspace.clone()
     kspace[2] = kspace[2] * -3 + 1
     with torch.no_grad():
@@ -189,13 +188,13 @@ def test_no_subject_hears_of_another(small: RunConfig, tables: Tables, uneven: B
 def test_hidden_lines_and_padding_never_reach_the_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     """What it says of the visible lines is the same bit for bit whatever was hidden, unsampled or padded."""
     torch.manual_seed(0)
-    module, prepare = Pretraining(small), Preparer(small, tables, CPU)
-    visible = (uneven.sampled & ~uneven.hidden)[:, :, None, :, :, None]
+    module, prepare = Model(small), Preparer(small, tables, CPU)
+    visible = (uneven.sampled & ~hidden_lines(small, uneven)[0])[:, :, None, :, :, None]
     spoilt = torch.where(visible, uneven.kspace, torch.full_like(uneven.kspace, complex(1e4, torch.nan)))
     encoded = []
     for kspace in (uneven.kspace, spoilt):
-        inputs = prepare(replace(uneven, kspace=kspace), "masked")
-        encoded.append(module.kspace_encoder([inputs.lines], inputs.cells, inputs.absent))
+        inputs = shown(prepared(prepare, replace(uneven, kspace=kspace), "masked"))
+        encoded.append(module.systems["kspace"]([inputs.lines], inputs.cells, inputs.absent))
     assert torch.equal(encoded[0].tokens, encoded[1].tokens)
     assert torch.equal(encoded[0].vectors, encoded[1].vectors)
     assert not encoded[0].frames[uneven.padded].any()
@@ -205,8 +204,8 @@ def test_hidden_lines_and_padding_never_reach_the_encoder(small: RunConfig, tabl
 def test_the_order_of_tokens_means_nothing(small: RunConfig, tables: Tables, uneven: Batch, domain: str) -> None:
     """A subject's tokens permuted, its encoded tokens are permuted; its frame vectors stay."""
     torch.manual_seed(0)
-    module, inputs = Pretraining(small), Preparer(small, tables, CPU)(uneven, "masked")
-    encoder = module.kspace_encoder if domain == "lines" else module.image_encoder
+    module, inputs = Model(small), shown(prepared(Preparer(small, tables, CPU), uneven, "masked"))
+    encoder = module.systems["kspace" if domain == "lines" else "image"]
     where = (inputs.cells, inputs.absent) if domain == "lines" else (inputs.patch_cells, inputs.absent_patches)
     tokens = getattr(inputs, domain)
     order = torch.cat([place[torch.randperm(len(place))] for place in _split(torch.arange(len(tokens.index)), tokens)])
@@ -230,8 +229,7 @@ def test_several_vocabularies_are_one_sequence(small: RunConfig, tables: Tables,
     prepare = Preparer(small, tables, CPU)
 
     def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = prepare(batch, "masked")
-        assert inputs.patches is not None
+        inputs = shown(prepared(prepare, batch, "masked"))
         encoded = encoder([inputs.lines, inputs.patches], inputs.cells, inputs.absent)
         assert encoded.lengths.host == tuple(
             a + b for a, b in zip(inputs.lines.lengths.host, inputs.patches.lengths.host, strict=True)
@@ -250,11 +248,11 @@ def test_what_the_k_space_encoder_reads_may_be_lines_patches_or_both(
     """One vector per frame slot of the lines in any case, packed as one by one, and losses with a gradient."""
     config = override(small, {"model.encoder_inputs": inputs})
     torch.manual_seed(0)
-    module, prepare = Pretraining(config), Preparer(config, tables, CPU)
+    module, prepare = Model(config), Preparer(config, tables, CPU)
 
     def run(batch: Batch) -> tuple[Tensor, Tensor]:
-        made = prepare(batch, "masked")
-        return module(made, "masked")["kspace"], module(prepare.queries(batch), "embed")["embedding"]
+        vector = module(prepare.embedding(batch))["embedding"]["vector"]
+        return terms(module, prepare, batch, "masked")["kspace"], vector
 
     loss, embedding = run(uneven)
     alone = [torch.cat(parts) for parts in zip(*(run(uneven[i : i + 1]) for i in range(8)), strict=True)]
@@ -262,16 +260,16 @@ def test_what_the_k_space_encoder_reads_may_be_lines_patches_or_both(
     torch.testing.assert_close(embedding, alone[1], rtol=0, atol=1e-5)
     assert embedding.shape == (8, 3 * 3 * small.model.width)
     loss.sum().backward()
-    embeds = [p.grad for name, p in module.named_parameters() if name.startswith("kspace_encoder.embed.")]
+    embeds = [p.grad for name, p in module.named_parameters() if name.startswith("systems.kspace.embed.")]
     assert all(grad is not None and grad.any() for grad in embeds)
 
 
 def test_a_patch_counts_in_each_frame_that_it_covers(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     config = override(small, {"model.encoder_inputs": "zerofilled"})
-    inputs = Preparer(config, tables, CPU)(uneven, "masked")
+    inputs = shown(prepared(Preparer(config, tables, CPU), uneven, "masked"))
     tokens = inputs.zerofilled
     assert tokens is not None
-    encoder = Pretraining(config).kspace_encoder
+    encoder = Model(config).systems["kspace"]
     assert encoder.spans == [2]
     x = torch.randn(len(tokens.index), 5)
     means = encoder._pool(x, tokens, 2, inputs.cells)
@@ -284,8 +282,8 @@ def test_a_patch_counts_in_each_frame_that_it_covers(small: RunConfig, tables: T
 
 def test_frame_vectors_lie_on_their_grid(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     torch.manual_seed(0)
-    inputs = Preparer(small, tables, CPU)(uneven, "masked")
-    encoded = Pretraining(small).kspace_encoder([inputs.lines], inputs.cells, inputs.absent)
+    inputs = shown(prepared(Preparer(small, tables, CPU), uneven, "masked"))
+    encoded = Model(small).systems["kspace"]([inputs.lines], inputs.cells, inputs.absent)
     assert torch.equal(encoded.frames[~inputs.absent], encoded.vectors)
     assert not encoded.frames[inputs.absent].any()
     row, (z, t, _) = inputs.line_targets.lengths.subject, inputs.line_targets.index.unbind(-1)
@@ -313,9 +311,9 @@ def test_stochastic_depth_leaves_out_whole_branches_of_a_subject(
 ) -> None:
     config = override(small, {"model.depth": 3, "model.drop_path": 0.5})
     torch.manual_seed(0)
-    encoder = Pretraining(config).kspace_encoder
+    encoder = Model(config).systems["kspace"]
     assert encoder.rates == [0.0, 0.25, 0.5]
-    inputs = Preparer(config, tables, CPU)(uneven, "masked")
+    inputs = shown(prepared(Preparer(config, tables, CPU), uneven, "masked"))
     run = partial(encoder, [inputs.lines], inputs.cells, inputs.absent)
     never, always = torch.ones(8, 3, 2), torch.zeros(8, 3, 2)
     mixed = torch.where(torch.arange(8)[:, None, None] == 2, always, never)
@@ -342,16 +340,20 @@ def test_stochastic_depth_is_a_function_of_seed_visit_and_subject(
 ) -> None:
     config = override(small, {"model.depth": 2, "model.drop_path": 0.5})
     prepare = Preparer(config, tables, CPU)
-    whole = prepare.draws(batch)
+    whole = depth_draws(config, batch, 2)
     assert whole is not None
-    assert whole.shape == (8, len(PASSES), 2, 2)
+    assert whole.shape == (8, 2, 2)
     for i in (0, 5):
-        assert torch.equal(prepare.draws(batch[i : i + 1]), whole[i : i + 1])
+        assert torch.equal(depth_draws(config, batch[i : i + 1], 2), whole[i : i + 1])
     assert batch.epoch is not None
-    assert not torch.equal(prepare.draws(replace(batch, epoch=batch.epoch + 1)), whole)
-    assert prepare.draws(replace(batch, epoch=None)) is None, "validation"
-    assert prepare(batch, "masked").draws is not None
-    assert Preparer(small, tables, CPU).draws(batch) is None
+    assert not torch.equal(depth_draws(config, replace(batch, epoch=batch.epoch + 1), 2), whole)
+    assert not torch.equal(depth_draws(config, batch, 0), whole), "each pass has its own"
+    assert depth_draws(config, replace(batch, epoch=None), 2) is None, "validation"
+    assert torch.equal(shown(prepared(prepare, batch, "align")).all_lines.lengths.counts, batch.sampled.sum((1, 2, 3)))
+    inputs = prepared(prepare, batch, "align").tasks["align"]
+    assert torch.equal(inputs.lines.arguments[-1], whole)
+    assert inputs.teacher.arguments[-1] is None, "what is frozen is whole"
+    assert depth_draws(small, batch, 2) is None
 
 
 @pytest.mark.parametrize("stage", ["masked", "align"])
@@ -362,13 +364,13 @@ def test_stochastic_depth_draws_the_same_when_a_block_is_run_again(
     for checkpointing in (False, True):
         config = override(small, {"model.depth": 3, "model.drop_path": 0.9, "model.checkpointing": checkpointing})
         torch.manual_seed(0)
-        module = Pretraining(config)
-        out = module(Preparer(config, tables, CPU)(batch, stage), stage)
+        module = Model(config)
+        out = flat(module(prepared(Preparer(config, tables, CPU), batch, stage)))
         results.append(out | gradients(module, torch.cat([x.flatten() for x in out.values()])))
     close(*results)
-    whole = Pretraining(override(small, {"model.depth": 3}))
+    whole = Model(override(small, {"model.depth": 3}))
     whole.load_state_dict(module.state_dict())
-    assert not torch.equal(whole(Preparer(small, tables, CPU)(batch, stage), stage)["kspace"], out["kspace"])
+    assert not torch.equal(flat(whole(prepared(Preparer(small, tables, CPU), batch, stage)))["kspace"], out["kspace"])
 
 
 @pytest.mark.parametrize("width", [4, 20, 264])
@@ -393,7 +395,7 @@ def test_compiled_is_eager_and_other_lengths_compile_nothing() -> None:
 
 
 def test_compiling_changes_no_name_of_a_weight(small: RunConfig) -> None:
-    plain, compiled = (Pretraining(override(small, {"train.compile": how})) for how in (False, True))
+    plain, compiled = (Model(override(small, {"train.compile": how})) for how in (False, True))
     assert list(plain.state_dict()) == list(compiled.state_dict())
     blocks = [module for module in compiled.modules() if isinstance(module, Block)]
     assert len(blocks) == 2 * (small.model.depth + 1 + small.model.decoder_depth)

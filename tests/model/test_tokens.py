@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inside import prepared, shown
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
@@ -22,6 +23,7 @@ from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import fftc
 from kmtr.physics.lines import compress, compression, mix, phase_gain, static_part
 from kmtr.tasks import Preparer
+from kmtr.tasks.masked import hidden_lines, hidden_patches
 
 CPU = torch.device("cpu")
 Tables = dict[str, Tensor]
@@ -55,10 +57,8 @@ def uneven(batch: Batch) -> Batch:
     padded[0, :, 3] = True
     sampled[0][padded[0]] = False
     kspace[0].transpose(1, 2)[padded[0]] = 0
-    hidden = batch.hidden & sampled
-    patches = batch.hidden_patches & ~padded.unflatten(2, (-1, 2)).all(-1)[..., None, None]
-    changes = {"acquired": batch.acquired & ~padded[..., None], "sampled": sampled, "hidden": hidden, "targets": hidden}
-    return replace(batch, padded=padded, kspace=kspace, hidden_patches=patches, **changes)
+    acquired = batch.acquired & ~padded[..., None]
+    return replace(batch, padded=padded, kspace=kspace, acquired=acquired, sampled=sampled)
 
 
 def equal(a: Tokens | None, b: Tokens | None) -> bool:
@@ -88,21 +88,21 @@ def test_hidden_and_unsampled_lines_never_reach_the_encoder(
     variant: tuple[RunConfig, Tables], uneven: Batch, stage: str
 ) -> None:
     prepare = Preparer(*variant, CPU)
-    before = prepare(uneven, stage)
-    visible = uneven.sampled & ~uneven.hidden
-    for what, spoilt in (("hidden", uneven.hidden), ("unsampled", ~uneven.sampled)):
+    before = shown(prepared(prepare, uneven, stage))
+    hidden, _ = hidden_lines(variant[0], uneven)
+    visible = uneven.sampled & ~hidden
+    for what, spoilt in (("hidden", hidden), ("unsampled", ~uneven.sampled)):
         kspace = torch.where(spoilt[:, :, None, :, :, None], uneven.kspace * -3e3 + 7j, uneven.kspace)
-        after = prepare(replace(uneven, kspace=kspace), stage)
+        after = shown(prepared(prepare, replace(uneven, kspace=kspace), stage))
         assert equal(after.lines, before.lines), what
-        if before.zerofilled is not None:
-            assert equal(after.zerofilled, before.zerofilled), what
-        assert torch.equal(after.lines.index, visible.nonzero()[:, 1:])
+        assert equal(after.zerofilled, before.zerofilled), what
+        if variant[0].model.encoder_inputs != "zerofilled":
+            assert torch.equal(after.lines.index, visible.nonzero()[:, 1:])
         changed = not torch.equal(after.line_targets.values, before.line_targets.values)
         assert changed == (what == "hidden")
         if stage == "align":
             assert equal(after.all_lines, before.all_lines) == (what == "unsampled")
-            if before.all_zerofilled is not None:
-                assert equal(after.all_zerofilled, before.all_zerofilled) == (what == "unsampled")
+            assert equal(after.all_zerofilled, before.all_zerofilled) == (what == "unsampled")
 
 
 def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
@@ -111,14 +111,14 @@ def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
     config = override(small, {"masked.target": "all", "model.readout_fraction": 1.0})
     batch = collate(reader.samples(range(8)), config).to(CPU)
     prepare = Preparer(config, tables, CPU)
-    before = prepare(batch, "masked")
-    visible = batch.sampled & ~batch.hidden
+    before = shown(prepared(prepare, batch, "masked"))
+    visible = batch.sampled & ~hidden_lines(config, batch)[0]
     assert torch.equal(before.line_targets.index, (~visible).nonzero()[:, 1:])
     spoilt = torch.where(visible[:, :, None, :, :, None], batch.kspace, batch.kspace * -3e3 + 7j)
-    after = prepare(replace(batch, kspace=spoilt), "masked")
+    after = shown(prepared(prepare, replace(batch, kspace=spoilt), "masked"))
     assert equal(after.lines, before.lines)
     assert not torch.equal(after.line_targets.values, before.line_targets.values)
-    fixed, moving = prepare.lines.parts(before.line_targets.values, before.line_targets.index)
+    fixed, moving = prepare.readers["kspace"].lines.parts(before.line_targets.values, before.line_targets.index)
     factor = phase_gain(batch.kspace, visible, samples=config.model.readout_samples(config.data.matrix[1]))
     canonical = batch.kspace / factor[..., None, None, None]
     row, (z, t, ky) = before.line_targets.lengths.subject, before.line_targets.index.unbind(-1)
@@ -130,10 +130,11 @@ def test_lines_that_only_the_source_has_are_targets_and_nothing_else(
 def test_hidden_patches_never_reach_the_image_encoder(small: RunConfig, tables: Tables, uneven: Batch) -> None:
     tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
     images = tokenizer.images(uneven)
-    spoilt = uneven.hidden_patches.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
+    hidden = hidden_patches(small, uneven)
+    spoilt = hidden.repeat_interleave(2, 2).repeat_interleave(8, 3).repeat_interleave(8, 4)
     others = torch.where(spoilt, images * 100 + 5, images)
-    assert equal(tokenizer(uneven, others, ~uneven.hidden_patches), tokenizer(uneven, images, ~uneven.hidden_patches))
-    assert not equal(tokenizer(uneven, others, uneven.hidden_patches), tokenizer(uneven, images, uneven.hidden_patches))
+    assert equal(tokenizer(uneven, others, ~hidden), tokenizer(uneven, images, ~hidden))
+    assert not equal(tokenizer(uneven, others, hidden), tokenizer(uneven, images, hidden))
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
@@ -268,7 +269,7 @@ def test_tokens_of_virtual_coils_do_not_depend_on_how_coils_are_mixed_or_on_what
 ) -> None:
     config = override(array[0], {"model.readout": readout})
     tokenizer, batch = LineTokenizer(config.data, config.model, flat(config), CPU), array[1]
-    visible = batch.sampled & ~batch.hidden
+    visible = batch.sampled & ~hidden_lines(config, batch)[0]
 
     def lines(kspace: Tensor) -> Tokens:
         return tokenizer(replace(batch, kspace=kspace), visible, visible)
@@ -324,7 +325,7 @@ def test_patches_make_up_the_image(small: RunConfig, tables: Tables, batch: Batc
     tokenizer = PatchTokenizer(small.data, small.model, tables, CPU)
     images = tokenizer.images(batch)
     assert abs(float(images.square().mean()) - 1) < 0.5
-    tokens = tokenizer(batch, images, torch.ones_like(batch.hidden_patches))
+    tokens = tokenizer(batch, images, torch.ones_like(hidden_patches(small, batch)))
     back = torch.zeros_like(images)
     pt, py, px = small.model.patch
     for values, row, (z, t, y, x) in zip(

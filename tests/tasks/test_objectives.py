@@ -11,16 +11,16 @@ import pytest
 import torch
 import torch.multiprocessing
 from cohort import simulated, write
+from inside import terms
 from one_worker import CPU, PlainEngine, step
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.loader.batch import Batch
-from kmtr.tasks import Preparer, base
+from kmtr.tasks import Model, Preparer, base
 from kmtr.tasks.align import contrastive
 from kmtr.tasks.base import Sums
-from kmtr.tasks.pretraining import Pretraining
 from kmtr.types import InputError, Study
 
 Tables = dict[str, Tensor]
@@ -83,21 +83,22 @@ def test_one_process_equals_many(folder: Path, number: int, world: int) -> None:
 def test_stages_train_what_they_should(folder: Path) -> None:
     def trained(number: int) -> set[str]:
         result = load_file(folder / f"1-{number}.safetensors")
-        return {k.split(".")[0] for k, g in result.items() if not k.startswith("logged.") and g.any()}
+        names = [k for k, g in result.items() if not k.startswith("logged.") and g.any()]
+        return {".".join(name.split(".")[:2]) for name in names}
 
-    kspace, image = {"kspace_encoder", "kspace_decoder"}, {"image_encoder", "image_decoder"}
-    heads = {"kspace_heads", "image_heads"}
+    kspace, image = {"systems.kspace", "heads.masked"}, {"systems.image", "heads.masked_images"}
+    heads = {"heads.align"}
     assert trained(0) == kspace | image
     assert trained(3) == kspace | heads  # the image encoder is a frozen teacher
     assert trained(6) == kspace | image | heads
-    assert trained(9) == {"kspace_encoder"} | heads
+    assert trained(9) == {"systems.kspace"} | heads
 
 
 def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tables, batch: Batch) -> None:
     torch.manual_seed(0)
-    module = Pretraining(small)
+    module = Model(small)
     with torch.no_grad():
-        out = module(Preparer(small, tables, CPU)(batch, "masked"), "masked")
+        out = terms(module, Preparer(small, tables, CPU), batch, "masked")
     result = step(small, "masked", batch, 2, tables, 1)
     torch.testing.assert_close(result["logged.kspace_loss"], out["kspace"].mean())
     torch.testing.assert_close(result["logged.image_loss"], out["image"].mean())
@@ -107,8 +108,8 @@ def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tabl
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(small: RunConfig, tables: Tables, batch: Batch) -> None:
     """Against autograd on the plainest formula."""
     torch.manual_seed(0)
-    module = Pretraining(small)
-    out = module(Preparer(small, tables, CPU)(batch, "masked"), "masked")
+    module = Model(small)
+    out = terms(module, Preparer(small, tables, CPU), batch, "masked")
     (out["kspace"] + out["image"]).mean().backward()
     result = step(small, "masked", batch, 4, tables, 1)
     for name, parameter in module.named_parameters():
@@ -174,16 +175,16 @@ def test_a_learnt_temperature_starts_as_configured_and_never_loses_its_gradient(
     small: RunConfig, tables: Tables, batch: Batch
 ) -> None:
     config = override(small, {"align.learn_temperature": True, "align.temperature": 0.07})
-    module = Pretraining(config)
-    inputs = Preparer(config, tables, CPU)(batch, "align")
-    assert module(inputs, "align")["temperature"].item() == pytest.approx(0.07)
+    module = Model(config)
+    prepare = Preparer(config, tables, CPU)
+    assert terms(module, prepare, batch, "align")["temperature"].item() == pytest.approx(0.07)
     with torch.no_grad():
-        module.log_temperature.fill_(-9.0)  # far past what Adam could reach
-    learnt = module(inputs, "align")["temperature"]
+        module.heads["align"].log_temperature.fill_(-9.0)  # far past what Adam could reach
+    learnt = terms(module, prepare, batch, "align")["temperature"]
     learnt.backward()
     assert 0.01 < learnt.item() < 0.0102
-    assert module.log_temperature.grad is not None
-    assert float(module.log_temperature.grad) > 0
+    assert module.heads["align"].log_temperature.grad is not None
+    assert float(module.heads["align"].log_temperature.grad) > 0
     with pytest.raises(InputError, match=r"align.temperature: expected more than 0.01"):
         override(small, {"align.learn_temperature": True, "align.temperature": 0.01})
 
@@ -214,7 +215,7 @@ def test_a_padded_slice_is_neither_anchor_nor_negative(
 def test_an_engine_is_what_tasks_ask_for(small: RunConfig) -> None:
     from kmtr.tasks import Engine
 
-    assert isinstance(PlainEngine(Pretraining(small), 1), Engine)
+    assert isinstance(PlainEngine(Model(small), 1), Engine)
 
 
 # ------------------------------------------------------------------------------------------------- autograd functions

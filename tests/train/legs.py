@@ -23,8 +23,7 @@ from torch import Tensor
 from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
-from kmtr.tasks import Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model, Preparer
 from kmtr.train import checkpoint
 from kmtr.train.checkpoint import Progress
 from kmtr.train.engine import ShardedEngine
@@ -64,7 +63,7 @@ def drive(leg: Leg, tables: dict[str, Tensor], rank: int, world: int) -> Steps:
     dataset = Dataset.open(config.data)
     reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
     torch.manual_seed(leg.seed)
-    engine = ShardedEngine(Pretraining(config), config, world, CPU)
+    engine = ShardedEngine(Model(config), config, world, CPU)
     progress = Progress(step=leg.start)
     if leg.source:
         progress = checkpoint.verify(Path(leg.source), engine.shapes(), config, rank, world)

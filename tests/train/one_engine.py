@@ -44,11 +44,12 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kspace_encoder = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
-        self.image_encoder = nn.Linear(WIDTH, WIDTH)
+        kspace = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.systems = nn.ModuleDict({"kspace": kspace, "image": nn.Linear(WIDTH, WIDTH)})
 
-    def forward(self, inputs: Tensor, stage: str) -> dict[str, Tensor]:
-        return {"y": self.image_encoder(self.kspace_encoder(inputs.to(self.image_encoder.weight.dtype)))}
+    def forward(self, inputs: Tensor, predict: bool = False) -> dict[str, Tensor]:
+        last = self.systems["image"]
+        return {"y": last(self.systems["kspace"](inputs.to(last.weight.dtype)))}
 
 
 SIZES = [p.numel() for p in Net().parameters()]
@@ -89,9 +90,9 @@ def step(engine: ShardedEngine, number: int, rank: int, before: list[Tensor] | N
     most = 0
     for micro in range(2):
         generator = torch.Generator().manual_seed(100 * number + 10 * micro + rank)
-        engine.backward(engine(torch.randn(1, WIDTH, generator=generator), "masked")["y"].float().square().mean())
+        engine.backward(engine(torch.randn(1, WIDTH, generator=generator))["y"].float().square().mean())
         most = 0 if before is None else max(most, settled(before))
-    engine.update(dict.fromkeys(("kspace", "image", "heads"), 1e-2))
+    engine.update(dict.fromkeys(("kspace", "image", "heads.align"), 1e-2))
     return most
 
 
@@ -100,7 +101,7 @@ def weights(engine: ShardedEngine) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {}
-    for name, weight in engine.wrapped.module.kspace_encoder.named_parameters():
+    for name, weight in engine.wrapped.module.systems["kspace"].named_parameters():
         whole = safe_get_full_fp32_param(weight) if engine.held.stage else weight
         found[name] = whole.detach().clone()
     return found
@@ -109,7 +110,7 @@ def weights(engine: ShardedEngine) -> dict[str, Tensor]:
 def outputs(engine: ShardedEngine) -> Tensor:
     """What the engine computes with the weights that it has now."""
     with torch.no_grad():
-        return engine(torch.eye(WIDTH), "predict")["y"].float()
+        return engine(torch.eye(WIDTH), predict=True)["y"].float()
 
 
 def case(config: RunConfig, rank: int, world: int) -> dict[str, Any]:

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kmtr.config import RunConfig, override
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.tasks import Model
 from kmtr.train.engine import learning_rate, learning_rates, parameter_groups
 
 
 def rates(config: RunConfig) -> dict[str, tuple[float, float]]:
     """Parameter -> (share of the learning rate, weight decay)."""
-    module = Pretraining(config)
+    module = Model(config)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = parameter_groups(module, config)
     found = {names[id(p)]: (g["share"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -22,15 +22,15 @@ def rates(config: RunConfig) -> dict[str, tuple[float, float]]:
 
 def test_matrices_decay_and_lower_blocks_learn_slower(small: RunConfig) -> None:
     found = rates(override(small, {"optimizer.layer_decay": 0.5, "model.depth": 3, "optimizer.weight_decay": 0.05}))
-    for domain in ("kspace", "image"):
-        shares = [found[f"{domain}_encoder.{part}"][0] for part in ("position.0.view.weight", "blocks.0.mlp.0.weight")]
-        shares += [found[f"{domain}_encoder.blocks.{i}.attention.query.weight"][0] for i in (1, 2)]
+    for domain, head in (("kspace", "masked"), ("image", "masked_images")):
+        shares = [found[f"systems.{domain}.{part}"][0] for part in ("position.0.view.weight", "blocks.0.mlp.0.weight")]
+        shares += [found[f"systems.{domain}.blocks.{i}.attention.query.weight"][0] for i in (1, 2)]
         assert shares == [0.5**4, 0.5**3, 0.5**2, 0.5**1]
-        assert found[f"{domain}_encoder.frame_block.mlp.0.weight"] == (1.0, 0.05)
-        assert found[f"{domain}_decoder.blocks.0.mlp.0.bias"] == (1.0, 0.0)
-    assert found["kspace_encoder.embed.0.linear.linear.weight"] == (0.5**4, 0.05)
+        assert found[f"systems.{domain}.frame_block.mlp.0.weight"] == (1.0, 0.05)
+        assert found[f"heads.{head}.blocks.0.mlp.0.bias"] == (1.0, 0.0)
+    assert found["systems.kspace.embed.0.linear.linear.weight"] == (0.5**4, 0.05)
     for name in ("embed.0.linear.gate", "position.0.view.weight", "norm.weight", "blocks.0.norm_mlp.bias"):
-        assert found[f"kspace_encoder.{name}"][1] == 0
+        assert found[f"systems.kspace.{name}"][1] == 0
     assert {share for share, _ in rates(small).values()} == {1.0}
 
 
@@ -62,12 +62,12 @@ def test_projections_learn_alone_first_and_a_teacher_that_is_not_trained_never(s
     first = config.masked_steps
     assert len(set(learning_rates(config, first - 1).values())) == 1
     for step in range(first, first + 3):
-        assert learning_rates(config, step) == {"kspace": 0.0, "image": 0.0, "heads": pytest.approx(1e-3)}
+        assert learning_rates(config, step) == {"kspace": 0.0, "image": 0.0, "heads.align": pytest.approx(1e-3)}
     found = learning_rates(config, first + 3)
     assert found["kspace"] == learning_rate(config, first + 3) > 0
-    assert found["heads"] == pytest.approx(5 * found["kspace"])
+    assert found["heads.align"] == pytest.approx(5 * found["kspace"])
     assert found["image"] == 0.0
     trained = learning_rates(override(config, {"align.train_image_encoder": True}), first + 3)
     assert trained["image"] == trained["kspace"]
-    domains = {g["domain"] for g in parameter_groups(Pretraining(config), config)}
+    domains = {g["domain"] for g in parameter_groups(Model(config), config)}
     assert domains == set(found)

@@ -230,7 +230,7 @@ def test_the_encoder_is_made_of_the_pieces(
         averages[ema] = load_encoder(tmp_path / str(ema)).module.state_dict()
     model = checkpoint.read_head(folder)["model"]
     plain = state.whole(
-        checkpoint.states(found.folder / "checkpoints" / "zero0-fp32-a"), "weight", model, "kspace_encoder"
+        checkpoint.states(found.folder / "checkpoints" / "zero0-fp32-a"), "weight", model, "systems.kspace"
     )
     assert set(plain) <= set(averages[0.0])
     for name, weight in plain.items():
@@ -287,7 +287,7 @@ def test_a_missing_piece_is_named(copy: Path) -> None:
     with pytest.raises(
         checkpoint.CheckpointError, match=r"^checkpoint: weight of .*expected \d+ numbers from 0 on, found"
     ):
-        state.whole([copy / "state-rank00.safetensors"], "weight", model, "kspace_encoder")
+        state.whole([copy / "state-rank00.safetensors"], "weight", model, "systems.kspace")
 
 
 def test_offload_needs_a_sharded_optimizer(small: RunConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor
 
@@ -22,9 +23,6 @@ class Batch:
         kspace: as stored (augmented where asked for), everything the source acquired; zeros where padded.
         acquired: lines that the source has.
         sampled: those of them that the (simulated) scanner acquired.
-        hidden: sampled lines withheld from the encoder in masked pretraining.
-        targets: lines that masked pretraining predicts: hidden ones, or also those that only the source has.
-        hidden_patches: image patches withheld from the image encoder; images have the configuration's full matrix.
         padded: slots of slice and frame that hold no data.
         extent: coils, ny and nx of each slice.
         labels: float, NaN = unknown; in the order of the labels that were asked for.
@@ -39,9 +37,6 @@ class Batch:
     kspace: Complex[Tensor, "batch slice coil t ky kx"]
     acquired: Bool[Tensor, "batch slice t ky"]
     sampled: Bool[Tensor, "batch slice t ky"]
-    hidden: Bool[Tensor, "batch slice t ky"]
-    targets: Bool[Tensor, "batch slice t ky"]
-    hidden_patches: Bool[Tensor, "batch slice pt py px"]
     padded: Bool[Tensor, "batch slice t"]
     extent: Int[Tensor, "batch slice 3"]
     labels: Float[Tensor, "batch label"]
@@ -60,6 +55,11 @@ class Batch:
             f.name: v[index] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
         return replace(self, **tensors)
+
+    @property
+    def passes(self) -> Int[Tensor, " batch"]:
+        """`epoch`, 0 where nothing is drawn anew: what a task's own draws are of."""
+        return torch.zeros_like(self.key) if self.epoch is None else self.epoch
 
     @property
     def existing(self) -> Bool[Tensor, "batch slice t ky"]:

@@ -41,7 +41,7 @@ class HostBatch:
         return len(self.stored)
 
     def to(self, device: torch.device, readout: int | None = None) -> Batch:
-        """One (pinned) copy; cast, scale, augmentation, pattern and hiding where the batch will live.
+        """One (pinned) copy; cast, scale, augmentation and pattern where the batch will live.
 
         Args:
             readout: central kx samples that are needed; None: all, as images do. What is not needed is not even cast.
@@ -61,16 +61,11 @@ class HostBatch:
                 kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, epoch, key, given.any(1)
             )
         slots = slots_of(config.data, self.shape[0])
-        sampled, hidden, targets, patches = draw(
-            config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, epoch, self.purpose
-        )
+        sampled = draw(config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, epoch, self.purpose)
         return Batch(
             kspace=kspace,
             acquired=acquired,
             sampled=sampled,
-            hidden=hidden,
-            targets=targets,
-            hidden_patches=patches,
             padded=meta["padded"],
             extent=meta["extent"],
             labels=meta["labels"],
@@ -104,42 +99,22 @@ def draw(
     key: Int[Tensor, " batch"],
     epoch: Int[Tensor, " batch"],
     purpose: int,
-) -> tuple[
-    Bool[Tensor, "batch slice t ky"],
-    Bool[Tensor, "batch slice t ky"],
-    Bool[Tensor, "batch slice t ky"],
-    Bool[Tensor, "batch slice pt py px"],
-]:
-    """Pattern, hidden and target lines, hidden patches of each subject: functions of (seed, epoch, subject) alone.
+) -> Bool[Tensor, "batch slice t ky"]:
+    """Pattern of each subject: a function of (seed, epoch, subject) alone.
 
     Slices are numbered as in the configuration's full shape and lines from the centre, so that a subject gets the same
     numbers in a batch of any shape. A source that was undersampled by its scanner (`given`) keeps its own pattern.
     """
-    data, seed = config.data, config.seed
     frames, lines = acquired.shape[2:]
-    rows = torch.tensor(slots, device=acquired.device)
-    grid, centre = (data.slices, frames, lines), (0, 0, lines // 2)
-
-    def numbers(stream: int) -> Float[Tensor, "batch slice t ky"]:
-        return random.uniform(seed, epoch, key, stream, grid, centre)[:, rows]
-
     if (table := patterns.table(config.sampling)) is None:
-        r = sampling.draw_acceleration(config.sampling.accelerations, seed, epoch, key)
-        drawn = _drawn(config.sampling, numbers(purpose), r, ny)
+        grid, centre = (config.data.slices, frames, lines), (0, 0, lines // 2)
+        rows = torch.tensor(slots, device=acquired.device)
+        r = sampling.draw_acceleration(config.sampling.accelerations, config.seed, epoch, key)
+        u = random.uniform(config.seed, epoch, key, purpose, grid, centre)[:, rows]
+        drawn = _drawn(config.sampling, u, r, ny)
     else:
         drawn = sampling.repeat(table.to(acquired.device), acquired.shape)
-    sampled = torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
-    goal = config.masked
-    hidden = sampling.hide(numbers(sampling.HIDDEN_LINES), sampled, goal.mask_ratio)
-    targets = hidden if goal.target == "acquired" else acquired & ~sampled | hidden
-    if goal.target_lines:
-        targets = sampling.hide(numbers(sampling.TARGET_LINES), targets, goal.target_lines)
-    pt, py, px = config.model.patch
-    patches = (frames // pt, data.matrix[0] // py, data.matrix[1] // px)
-    u = random.uniform(seed, epoch, key, sampling.HIDDEN_PATCHES, (data.slices, *patches))[:, rows]
-    present = ~padded.unflatten(2, (-1, pt)).all(-1)
-    candidates = present[..., None, None].expand(u.shape)
-    return sampled, hidden, targets, sampling.hide(u, candidates, goal.image_mask_ratio)
+    return torch.where(given[..., None, None], acquired, drawn) & existing(padded, ny, lines)
 
 
 def _drawn(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from inside import prepared, shown, terms
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
@@ -14,10 +14,9 @@ from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import statistics
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.model.teacher import PARTS, Components
 from kmtr.physics.cycle import SIDE, clean_parts
-from kmtr.tasks import STAGES, Preparer
-from kmtr.tasks.pretraining import Pretraining
+from kmtr.systems.components import PARTS, ComponentReader
+from kmtr.tasks import STAGES, Model, Preparer
 from kmtr.train.driver import resolve
 from kmtr.types import InputError
 
@@ -43,7 +42,7 @@ def test_components_are_centred_uncorrelated_half_white_and_of_unit_variance(
     taught: RunConfig, fitted: dict[str, Tensor], reader: Reader
 ) -> None:
     batch = everybody(taught, reader)
-    found = Components(fitted, CPU)(batch)
+    found = ComponentReader(fitted, CPU).of(batch)
     assert found.shape == (len(reader), taught.data.slices, len(PARTS), taught.model.projection)
     assert not (batch.padded.all(-1)).any(), "all slots are filled, so that plain moments are the population's"
     for number, values in enumerate(clean_parts(batch.kspace, batch.padded)):
@@ -62,15 +61,10 @@ def test_components_are_centred_uncorrelated_half_white_and_of_unit_variance(
 def test_a_batch_of_fewer_slices_has_its_components_in_its_slots(
     taught: RunConfig, fitted: dict[str, Tensor], reader: Reader
 ) -> None:
-    teacher, batch = Components(fitted, CPU), everybody(taught, reader)
+    teacher, batch = ComponentReader(fitted, CPU).of, everybody(taught, reader)
     whole = teacher(batch)
-    part = SimpleNamespace(
-        kspace=batch.kspace[:, 1:],
-        padded=batch.padded[:, 1:],
-        extent=batch.extent[:, 1:],
-        slots=batch.slots[1:],
-        same=True,
-    )
+    rows = {name: getattr(batch, name)[:, 1:] for name in ("kspace", "acquired", "sampled", "padded", "extent")}
+    part = replace(batch, slots=batch.slots[1:], **rows)
     some = teacher(part)
     assert not some[:, 0].any()
     kept = clean_parts(part.kspace, part.padded)[0], clean_parts(batch.kspace, batch.padded)[0][:, 1:]
@@ -85,10 +79,10 @@ def test_what_is_not_sampled_reaches_the_teacher_and_no_token(
     taught: RunConfig, fitted: dict[str, Tensor], batch: Batch
 ) -> None:
     prepare = Preparer(taught, fitted, CPU)
-    before = prepare(batch, "align")
+    before = shown(prepared(prepare, batch, "align"))
     noise = torch.randn_like(batch.kspace.real) * batch.kspace.abs().amax()
     dirty = torch.where(batch.sampled[:, :, None, :, :, None], batch.kspace, batch.kspace + noise)
-    after = prepare(replace(batch, kspace=dirty), "align")
+    after = shown(prepared(prepare, replace(batch, kspace=dirty), "align"))
     assert before.all_lines is not None
     assert after.all_lines is not None
     assert before.clean is not None
@@ -103,27 +97,28 @@ def test_only_the_central_readout_is_needed(taught: RunConfig, fitted: dict[str,
     prepare = Preparer(config, statistics.tables(config, reader), CPU)
     host = collate(reader.samples(range(8)), config)
     torch.manual_seed(0)
-    module = Pretraining(config)
+    module = Model(config)
     for stage in STAGES:
-        readout = prepare.readout(stage)
+        readout = prepare.readout(STAGES[stage](config))
         assert readout is not None
         assert readout < 32 or stage == "align"
         with torch.no_grad():
-            whole = module(prepare(host.to(CPU), stage), stage)
-            cropped = module(prepare(host.to(CPU, readout), stage), stage)
+            whole = terms(module, prepare, host.to(CPU), stage)
+            cropped = terms(module, prepare, host.to(CPU, readout), stage)
         for name, value in whole.items():
             torch.testing.assert_close(cropped[name], value, rtol=1e-5, atol=1e-5)
-    assert max(prepare.readout("align") or 0, SIDE) == prepare.readout("align")
+    assert max(readout, SIDE) == readout
 
 
 def test_nothing_of_images_is_built_and_a_trained_teacher_of_components_is_refused(
     taught: RunConfig,
 ) -> None:
-    assert not {name.split(".")[0] for name, _ in Pretraining(taught).named_parameters()} & {
-        "image_encoder",
-        "image_decoder",
-        "image_heads",
+    assert {".".join(name.split(".")[:2]) for name, _ in Model(taught).named_parameters()} == {
+        "systems.kspace",
+        "heads.masked",
+        "heads.align",
     }
+    assert set(Model(taught).heads["align"].sides) == {"kspace"}
     with pytest.raises(InputError, match=r"align\.train_image_encoder: expected false"):
         override(taught, {"align.train_image_encoder": True})
     assert resolve(taught)[0].align.teacher == "components"

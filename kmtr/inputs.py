@@ -1,0 +1,59 @@
+"""Inputs: what a system sees of a subject, each a named function of a batch. Only `full` sees what was not acquired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from kmtr.data.loader.batch import Batch
+from kmtr.physics.fourier import magnitude_image
+from kmtr.physics.images import scale_image
+from kmtr.physics.lines import phase_gain, static_part
+
+KSpace = Complex[Tensor, "batch slice coil t ky kx"]
+Image = Float[Tensor, "batch slice t y x"]
+
+
+def acquired(batch: Batch) -> KSpace:
+    """Lines that the scanner acquired, zeros in place of the others."""
+    return torch.where(batch.sampled[:, :, None, :, :, None], batch.kspace, 0)
+
+
+def view_shared(batch: Batch) -> KSpace:
+    """k-space in which a line that a frame lacks is the mean over the frames that have it; what no frame has is zero.
+
+    Phase and gain are removed first.
+    """
+    kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
+    return torch.where(batch.sampled[:, :, None, :, :, None], kspace, static_part(kspace, batch.sampled)[:, :, :, None])
+
+
+def _image(kspace: KSpace, batch: Batch) -> Image:
+    return scale_image(magnitude_image(kspace), batch.padded)
+
+
+def zerofilled(batch: Batch) -> Image:
+    """Magnitude image of the acquired lines, each frame by itself, of unit RMS per subject: aliased as it is."""
+    return _image(acquired(batch), batch)
+
+
+def shared(batch: Batch) -> Image:
+    """Magnitude image of `view_shared`, of unit RMS per subject."""
+    return _image(view_shared(batch), batch)
+
+
+def full(batch: Batch) -> Image:
+    """Magnitude image of all that the source has, of unit RMS per subject."""
+    return _image(batch.kspace, batch)
+
+
+INPUTS: dict[str, Callable[[Batch], Tensor]] = {
+    "acquired": acquired,
+    "zerofilled": zerofilled,
+    "shared": shared,
+    "full": full,
+}
+"""Name (as in `task.input`) -> input. Adding one is a function and its line here."""

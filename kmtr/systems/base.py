@@ -1,0 +1,106 @@
+"""Base of all systems: what is fitted, from an input to features.
+
+A system has two halves. Its `Reader` stands outside of the training engine: it makes the system's input of a batch, on
+the batch's device, in fp32 (a bf16 engine would cast its tables) and without gradient. Its module stands inside: the
+input to `Features`, which the heads of tasks read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kmtr.config import RunConfig
+from kmtr.data.loader.batch import Batch
+from kmtr.model.packing import Pending
+from kmtr.physics import random
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass of a system over a micro-batch.
+
+    Attributes:
+        system: its name.
+        arguments: of its module's forward.
+        learns: a gradient goes to its weights; else it is frozen, and whole: no stochastic depth.
+    """
+
+    system: str
+    arguments: tuple[Any, ...]
+    learns: bool = True
+
+
+@runtime_checkable
+class Features(Protocol):
+    """Output of a system's module. All offer a vector; what else there is (frame vectors, tokens, maps) is said by the
+    system's own type, and a head that needs it says so.
+    """
+
+    @property
+    def vector(self) -> Float[Tensor, "batch channel"]:
+        """One vector per subject, fp32."""
+        ...
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """The half outside of the engine.
+
+    Attributes:
+        readout: central kx samples of a batch that it looks at; None: all.
+    """
+
+    @property
+    def readout(self) -> int | None: ...
+
+    def __call__(
+        self, batch: Batch, shown: Tensor | None = None, number: int = 0, learns: bool = True
+    ) -> Pending[Reading]:
+        """The input of the module.
+
+        Args:
+            shown: part of the input that may be looked at (True), of a shape that the system says; None: all of it.
+            number: of this pass among those that the system makes of one batch: each draws its own stochastic depth.
+            learns: as of `Reading`.
+        """
+        ...
+
+
+@runtime_checkable
+class System(Protocol):
+    """What a run needs to know of a system.
+
+    Attributes:
+        input: name of what it sees of a subject (`kmtr.inputs`).
+    """
+
+    @property
+    def input(self) -> str: ...
+
+    def module(self, config: RunConfig) -> nn.Module:
+        """What learns; initial weights are drawn from torch's generator."""
+        ...
+
+    def channels(self, config: RunConfig) -> int:
+        """Width of the vector that its features offer."""
+        ...
+
+    def reader(self, config: RunConfig, tables: Mapping[str, Tensor], device: torch.device) -> Reader:
+        """The half outside of the engine; `tables` of `data.loader.statistics`."""
+        ...
+
+
+def depth_draws(config: RunConfig, batch: Batch, number: int) -> Float[Tensor, "batch block 2"] | None:
+    """Uniform numbers for stochastic depth, of (seed, epoch, subject, pass): neither workers nor recomputation change
+    them. None: nothing is left out, as outside of training.
+    """
+    if batch.epoch is None or not config.model.drop_path:
+        return None
+    shape, origin = (1, config.model.depth, 2), (-number, 0, 0)
+    return random.uniform(config.seed, batch.epoch, batch.key, random.DEPTH, shape, origin)[:, 0]

@@ -1,0 +1,55 @@
+"""From a batch to the inputs of a model: what each task asks for, made in fp32 outside of the engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from kmtr.config import RunConfig
+from kmtr.data.loader.batch import Batch
+from kmtr.model.packing import joint
+from kmtr.systems import Reader, system
+from kmtr.tasks.base import Inputs, widest
+from kmtr.tasks.model import EMBEDDING
+from kmtr.tasks.registry import tasks_of
+from kmtr.tasks.stages import Stage
+
+
+class Preparer:
+    """Batch -> `Inputs`, on the batch's device, without gradient; the host asks the device once for a batch.
+
+    Attributes:
+        tasks: of the run, by name.
+        readers: of the systems that they train, by name.
+    """
+
+    def __init__(self, config: RunConfig, tables: dict[str, Tensor], device: torch.device):
+        self.config, self.tasks = config, tasks_of(config)
+        names = dict.fromkeys(name for task in self.tasks.values() for name in task.systems)
+        self.readers: dict[str, Any] = {name: system(name).reader(config, tables, device) for name in names}
+
+    def readout(self, stage: Stage) -> int | None:
+        """Central kx samples of a batch that a stage looks at; None: all."""
+        return widest(self.tasks[name].readout(self.readers) for name in stage.tasks)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, stage: Stage) -> Inputs:
+        asked = {name: self.tasks[name].ask(batch, self.readers, stage.frozen) for name in stage.tasks}
+        return Inputs(joint(asked).settle())
+
+    @torch.no_grad()
+    def embedding(self, batch: Batch, name: str = "kspace") -> Inputs:
+        """All that a system sees of a batch, for its vector."""
+        reader: Reader = self.readers[name]
+        return Inputs(joint({EMBEDDING: reader(batch)}).settle())
+
+    @torch.no_grad()
+    def queries(self, batch: Batch, queried: Bool[Tensor, "batch slice t ky"]) -> Inputs:
+        """All acquired lines as input of masked pretraining; the `queried` ones to predict, whose values are of no
+        use.
+        """
+        asked = self.tasks["masked"].asked(batch, self.readers, batch.sampled, queried, batch.sampled)  # type: ignore[attr-defined]
+        return Inputs(joint({"masked": asked}).settle())
