@@ -11,6 +11,7 @@ import torch
 from cohort import simulated, write
 
 from jobs import evaluate
+from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
@@ -21,6 +22,7 @@ from kmtr.evaluate.scores import scores_of
 from kmtr.evaluate.tables import metrics_of
 from kmtr.model.encoder import line_encoder
 from kmtr.report.html import text_table
+from kmtr.tracking.store import client
 from kmtr.train import driver
 from kmtr.types import InputError
 
@@ -118,3 +120,23 @@ def test_a_dataset_of_fewer_subjects_than_a_batch_is_evaluated(small: RunConfig,
     assert Path(other["predictions"]).is_file()
     with pytest.raises(InputError, match="pretrain it first, or set evaluate"):
         evaluation(override(config, {"evaluate.encoder": ""}))
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_found_by_its_settings_and_told_its_metrics(
+    small: RunConfig, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own folder and MLflow run; predictions, which name subjects, stay out of MLflow."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config, dataset = driver.resolve(override(small, {"storage.root": str(tmp_path / "runs")}))
+    name, folder = driver.run_folder(config, dataset)
+    run_id = tracking.open_run(config, name=name)
+    driver.begin(folder, config, dataset)
+    driver.finish(driver.Outcome(run_id, name, str(folder), str(encoder), {"step": 6.0}))
+    said = evaluation(config)
+    assert said["run_id"] == run_id
+    assert Path(said["predictions"]) == folder / "report" / "predictions.parquet"
+    store = client(config.tracking.uri)
+    points = store.get_metric_history(run_id, "test/lvm_r2")
+    assert [(point.step, point.value) for point in points] == [(6, said["metrics"]["lvm_r2"])]
+    assert [file.path for file in store.list_artifacts(run_id, "report")] == ["report/report.html"]
