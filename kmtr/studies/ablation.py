@@ -30,6 +30,10 @@ NOISE = "seeds"
 """The group of the default with other seeds: how much differs without a reason."""
 
 
+SINGLE = ("lvef_pct", "lvm_g")
+"""Phenotypes whose R2 a row tells beside the mean, where they are among `study.targets`."""
+
+
 @dataclass
 class Variant:
     """One row's run.
@@ -202,7 +206,7 @@ def score(
     result = results[variant.run, variant.seed, budget]
     r2 = comparison.scores([result], cohort)
     row["r2"] = {r: values["mean"] for r, values in r2.items()}
-    for target in ("lvef_pct", "lvm_g"):
+    for target in SINGLE:
         if target in cohort.targets:
             row[short(target)] = statistics.fmean(values[target] for values in r2.values())
     last = variant.config.masked_steps
@@ -232,7 +236,7 @@ def noise_of(rows: Sequence[Mapping[str, Any]], budget: int) -> float:
 def table(cohort: comparison.Cohort, rows: Sequence[Mapping[str, Any]]) -> Table:
     """A row per variant and number of labels: R2 at each R, of single targets, and the difference to the reference."""
     cells: list[tuple[Cell, ...]] = []
-    targets = [short(t) for t in ("lvef_pct", "lvm_g") if t in cohort.targets]
+    targets = [short(t) for t in SINGLE if t in cohort.targets]
     for row in rows:
         head = (row["group"], row["variant"], row["labels"])
         if "r2" not in row:
