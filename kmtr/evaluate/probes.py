@@ -21,6 +21,7 @@ from kmtr.types import InputError
 CHUNK = 32
 """Subjects in memory at once."""
 MIN_SUBJECTS = 3
+"""Subjects of a split, and those of them that have a target, below which nothing is fitted or scored."""
 
 
 def score(
@@ -43,6 +44,12 @@ def score(
     asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
     known = subjects.labels_of(readers["train"], labelled, targets)
     held_out = held_out_of(readers["test"], asked, targets)
+    both = [np.isfinite(values).sum(0) >= MIN_SUBJECTS for values in (known, held_out.truth)]
+    if not np.logical_and(*both).any():
+        raise InputError(
+            f"evaluate.targets: expected one that at least {MIN_SUBJECTS} labelled training subjects and "
+            f"{MIN_SUBJECTS} test subjects have, got {', '.join(targets)}"
+        )
     tell = _Counter(progress, len(config.evaluate.accelerations) * (len(labelled) + len(asked)))
     parts = []
     for r in config.evaluate.accelerations:

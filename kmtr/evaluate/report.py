@@ -62,6 +62,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         UNTRAINED: embedding(load_encoder(found.encoder, device, untrained=True)),
         RIDGE: baselines.low_resolution,
     }
+    last.unlink(missing_ok=True)  # what it speaks of is written anew
     path = target / FILE
     write(path, probes.score(config, dataset, sources, Bar("evaluate: subjects"), torch.device(device)))
     scores = scores_of(read(path))

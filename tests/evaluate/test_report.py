@@ -122,6 +122,16 @@ def test_a_dataset_of_fewer_subjects_than_a_batch_is_evaluated(small: RunConfig,
         evaluation(override(config, {"evaluate.encoder": ""}))
 
 
+def test_a_target_that_too_few_subjects_have_is_refused(small: RunConfig, tmp_path: Path) -> None:
+    subjects = {"train": [simulated(i, small) for i in range(4)], "test": [simulated(i, small) for i in range(20, 24)]}
+    for study in subjects["test"][1:3]:
+        study.labels["lvm_g"] = float("nan")
+    write(tmp_path / "few", subjects)
+    config = override(small, {"data.root": str(tmp_path / "few"), "storage.root": str(tmp_path / "runs")})
+    with pytest.raises(InputError, match=r"evaluate\.targets: expected one that at least 3 .*got lvm_g$"):
+        evaluation(override(config, {"evaluate.encoder": "none", "evaluate.targets": ("lvm_g",)}))
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_found_by_its_settings_and_told_its_metrics(
     small: RunConfig, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
