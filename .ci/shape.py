@@ -23,7 +23,6 @@ LARGE_FILES: set[str] = set()
 LONG_FUNCTIONS = {
     "kmtr/report/figures_kspace.py:reconstruction",
     "kmtr/simulation/population.py:anatomy",
-    "kmtr/studies/labels.py:report",
     "tune/search.py:run",
 }
 LONG_CHAIN = 16

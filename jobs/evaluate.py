@@ -3,7 +3,7 @@
 Ridge probes of frozen k-space embeddings on held-out subjects, beside an untrained encoder, ridge on the zero-filled
 low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration, or
 evaluate.encoder; evaluate.encoder=none shows what a dataset gives away without any: linear baselines for labels and
-masks."""
+masks. All tables come from one file, predictions.parquet beside the report: a row per subject, R, system and target."""
 
 from __future__ import annotations
 

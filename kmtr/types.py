@@ -55,6 +55,12 @@ strain at end-systole (negative where the wall shortens). Segments: the 16 of th
 2002).
 """
 
+PROBED = ("lvedv_ml", "lvef_pct", "lvm_g")
+"""Phenotypes that validation during training, the search and an evaluation probe, unless told otherwise."""
+
+STUDIED = ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml")
+"""Phenotypes whose mean R2 a study compares, unless told otherwise."""
+
 DISEASES = ("cad", "infarct", "stroke", "hypertension", "diabetes", "dcm", "hcm", "rv_disease", "dilated_atria")
 """Binary targets; missing values are NaN / null."""
 

@@ -46,8 +46,7 @@ from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.report.style import COLOURS, INK
 from kmtr.tracking.store import reaching
 from kmtr.train import driver
-from kmtr.train.validation import PROBED
-from kmtr.types import InputError, KmtrError
+from kmtr.types import PROBED, InputError, KmtrError
 from tune import space
 
 if TYPE_CHECKING:

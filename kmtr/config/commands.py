@@ -8,7 +8,7 @@ import pydantic
 from pydantic import Field
 
 from kmtr.config.core import Section
-from kmtr.types import PHENOTYPES
+from kmtr.types import PHENOTYPES, PROBED, STUDIED
 
 
 def _known(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -70,9 +70,7 @@ class Evaluate(Section):
     encoder: str = Field(
         "", description="exported encoder; empty: the one of the run with this configuration; none: baselines only"
     )
-    targets: Phenotypes = Field(
-        ("lvedv_ml", "lvef_pct", "lvm_g"), description="phenotypes that are probed, where the dataset has them"
-    )
+    targets: Phenotypes = Field(PROBED, description="phenotypes that are probed, where the dataset has them")
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
@@ -123,9 +121,7 @@ class Study(Section):
 
     seeds: tuple[int, ...] = Field((0, 1, 2), description="study.py: seeds; each pretrains and draws its labels anew")
     labels: tuple[int, ...] = Field((100, 200, 1000), description="study.py labels: numbers of labelled subjects")
-    targets: Phenotypes = Field(
-        ("lvedv_ml", "lvesv_ml", "lvef_pct", "lvm_g", "rvedv_ml"), description="phenotypes that its R2 is the mean of"
-    )
+    targets: Phenotypes = Field(STUDIED, description="phenotypes that its R2 is the mean of")
     longer_steps: int = Field(
         0,
         ge=0,

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Bool, Complex, Float
+from jaxtyping import Bool, Complex, Float, Int, UInt8
 from torch import Tensor
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import choose
-from kmtr.data.loader.order import permutation
+from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, HeldOut, joined, rows
+from kmtr.evaluate.predictors import true_accelerations
+from kmtr.evaluate.tables import DICE
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import phase_gain, static_part
 from kmtr.physics.sampling import VALIDATION
-from kmtr.report.html import Cell, Table
 from kmtr.types import SEGMENTATION_CLASSES
 
 VERSION = 2
@@ -34,6 +37,9 @@ LOW_RESOLUTION = 16
 CENTRE = (4, 8)
 """Lines and samples along each, about the centre of k-space."""
 CHUNK = 32
+"""Subjects in memory at once."""
+MIN_CONTOURED = 3
+"""Contoured subjects of a split, below which masks have no score."""
 CLASSES = len(SEGMENTATION_CLASSES)
 
 
@@ -78,63 +84,123 @@ def still_and_moving(values: Float[Tensor, "batch slice t *rest"], padded: Bool[
 # -------------------------------------------------------------------------------------------------------------- masks
 
 
+def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, int], None]) -> pa.Table:
+    """Dice of both baselines as rows (`predictions.SCHEMA`) at each `evaluate.accelerations`.
+
+    The baselines: the training subjects' mean mask, which needs no input, and linear regression from the zero-filled,
+    view-shared image to every pixel.
+
+    Subjects are those that a probe has, as far as they are contoured; no rows where fewer than 3 of either split are,
+    or sources differ in shape.
+    """
+    columns = record.columns_of(config.data.views, segmentation=True)
+    readers = {split: dataset.reader(split, config.data) for split in ("train", "test")}
+    chosen = {
+        "train": subjects.labelled(config.seed, len(readers["train"]), config.evaluate.labels),
+        "test": subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects),
+    }
+    cases = {
+        split: Contoured.read(dataset.reader(split, config.data, columns), rows, config)
+        for split, rows in chosen.items()
+    }
+    if min(map(len, cases.values())) < MIN_CONTOURED:
+        return joined([])
+    train, test = cases["train"], cases["test"]
+    pseudonyms = dict(zip(chosen["test"], subjects.pseudonyms(readers["test"], chosen["test"]), strict=True))
+    names = tuple(pseudonyms[row] for row in test.rows)
+    held_out = HeldOut(names, DICE, np.full((len(test), len(DICE)), np.nan))
+    mean = dice(test.masks, np.broadcast_to(_most_frequent(train.masks), test.masks.shape), CLASSES)
+    found, total = [], len(config.evaluate.accelerations) * (len(train) + len(test))
+    for number, r in enumerate(config.evaluate.accelerations):
+        fixed = override(config, {"sampling.accelerations": (r,)})
+        seen, done = {}, number * (len(train) + len(test))
+        for split, some in cases.items():
+            seen[split] = some.images(readers[split], fixed, partial(_tell, progress, done, total))
+            done += len(some)
+        guessed = _ridge_masks(seen["train"].pixels, train.masks, seen["test"].pixels)
+        ridge = dice(test.masks, guessed, CLASSES)
+        for name, scores in ((MEAN_MASK, mean), (MASK_RIDGE, ridge)):
+            found.append(
+                rows(
+                    name,
+                    held_out,
+                    scores,
+                    acceleration=r,
+                    seed=config.seed,
+                    labels=len(train),
+                    true_acceleration=seen["test"].true_acceleration,
+                )
+            )
+    return joined(found)
+
+
+def _tell(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
 @dataclass(frozen=True)
-class MaskScores:
-    """Dice at the frame with the largest LV cavity, mean over held-out subjects, at one nominal acceleration.
+class Images:
+    """Images of some subjects, and the accelerations at which they were really acquired."""
+
+    pixels: Float[np.ndarray, "subject pixel"]
+    true_acceleration: Float[np.ndarray, " subject"]
+
+
+@dataclass(frozen=True)
+class Contoured:
+    """Subjects with contours in all slots of the configuration.
 
     Attributes:
-        mean: per class (LV cavity to RA) of the training subjects' mean mask: needs no input.
-        ridge: of linear regression from the zero-filled, view-shared image to every pixel of the mask.
+        rows: their places in the split, in the order that was asked for.
+        frames: number of the frame with the largest LV cavity.
+        masks: classes at that frame.
     """
 
-    acceleration: int
-    true_acceleration: float
-    mean: np.ndarray
-    ridge: np.ndarray
+    rows: list[int]
+    frames: Int[np.ndarray, " subject"]
+    masks: UInt8[np.ndarray, "subject slice y x"]
+
+    @staticmethod
+    def read(reader: Reader, rows: list[int], config: RunConfig) -> Contoured:
+        """Those of the rows that are contoured and of the configuration's matrix."""
+        found = list(_masks(reader, rows, config))
+        masks = [mask for _, (mask, _) in found]
+        empty = np.zeros((0, config.data.slices, *config.data.matrix), np.uint8)
+        return Contoured(
+            [row for row, _ in found], np.array([t for _, (_, t) in found], int), np.stack(masks) if masks else empty
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def images(self, reader: Reader, config: RunConfig, tell: Callable[[int], None]) -> Images:
+        """View-shared zero-filled magnitude images of the masks' frames."""
+        parts: list[np.ndarray] = []
+        true: list[np.ndarray] = []
+        first = 0
+        for host in pipeline.read_in_order(reader, self.rows, CHUNK, config, (), VALIDATION):
+            batch = host.to(torch.device("cpu"))
+            at = torch.from_numpy(self.frames[first : first + len(batch)])
+            first += len(batch)
+            shared = view_shared(batch)[torch.arange(len(batch)), :, :, at]
+            parts.append(magnitude_image(shared[:, :, :, None]).flatten(1).numpy())
+            true.append(true_accelerations(batch))
+            tell(first)
+        return Images(np.concatenate(parts), np.concatenate(true))
 
 
-def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, int], None]) -> list[MaskScores]:
-    """Both baselines at each `evaluate.accelerations`, on the subjects that `evaluate.score` takes; empty where fewer
-    than 3 of either split are contoured, or sources differ in shape.
-    """
-    counts = {"train": config.evaluate.labels, "test": config.evaluate.subjects}
-    readers = {split: dataset.reader(split, config.data) for split in counts}
-    columns = record.columns_of(config.data.views, segmentation=True)
-    masks, frames, rows = {}, {}, {}
-    for split, count in counts.items():
-        chosen = permutation(config.seed + 2, 0, len(readers[split]))[:count].tolist()
-        found = [(row, *mask) for row, mask in _masks(dataset.reader(split, config.data, columns), chosen, config)]
-        if len(found) < 3:
-            return []
-        rows[split] = [row for row, _, _ in found]
-        masks[split] = np.stack([mask for _, mask, _ in found])
-        frames[split] = torch.tensor([frame for _, _, frame in found])
-    total, done, scores = len(config.evaluate.accelerations) * sum(map(len, rows.values())), 0, []
-    mean = _mean_dice(masks["test"], np.broadcast_to(_most_frequent(masks["train"]), masks["test"].shape))
-    for acceleration in config.evaluate.accelerations:
-        fixed = override(config, {"sampling.accelerations": (acceleration,)})
-        images: dict[str, np.ndarray] = {}
-        lines = cells = 0
-        for split in counts:
-            parts: list[np.ndarray] = []
-            first = 0
-            for host in pipeline.read_in_order(readers[split], rows[split], CHUNK, fixed, (), VALIDATION):
-                batch = host.to(torch.device("cpu"))
-                at = frames[split][first : first + len(batch)]
-                first += len(batch)
-                shared = view_shared(batch)[torch.arange(len(batch)), :, :, at]
-                parts.append(magnitude_image(shared[:, :, :, None]).flatten(1).numpy())
-                lines, cells = lines + int(batch.sampled.sum()), cells + int(batch.existing.sum())
-                done += len(batch)
-                progress(done, total)
-            images[split] = np.concatenate(parts)
-        predicted = np.empty_like(masks["test"])
-        for z in range(predicted.shape[1]):  # one slice's outputs at a time fit into memory
-            onehot = np.stack([masks["train"][:, z] == value for value in range(CLASSES)], -1).astype(np.float32)
-            guess = ridge_predictions(images["train"], onehot.reshape(len(onehot), -1), images["test"])
-            predicted[:, z] = guess.reshape(len(guess), *onehot.shape[1:]).argmax(-1)
-        scores.append(MaskScores(acceleration, cells / max(lines, 1), mean, _mean_dice(masks["test"], predicted)))
-    return scores
+def _ridge_masks(
+    images: Float[np.ndarray, "subject pixel"],
+    masks: UInt8[np.ndarray, "subject slice y x"],
+    others: Float[np.ndarray, "other pixel"],
+) -> UInt8[np.ndarray, "other slice y x"]:
+    """Masks of `others` by linear regression on (`images`, `masks`); a slice's outputs at a time fit into memory."""
+    predicted = np.empty((len(others), *masks.shape[1:]), np.uint8)
+    for z in range(masks.shape[1]):
+        onehot = np.stack([masks[:, z] == value for value in range(CLASSES)], -1).astype(np.float32)
+        guess = ridge_predictions(images, onehot.reshape(len(onehot), -1), others)
+        predicted[:, z] = guess.reshape(len(guess), *onehot.shape[1:]).argmax(-1)
+    return predicted
 
 
 def _masks(reader: Reader, rows: list[int], config: RunConfig) -> Iterator[tuple[int, tuple[np.ndarray, int]]]:
@@ -166,29 +232,3 @@ def _masks(reader: Reader, rows: list[int], config: RunConfig) -> Iterator[tuple
 def _most_frequent(masks: np.ndarray) -> np.ndarray:
     """The class that most training subjects have at each pixel, ``slice y x``."""
     return np.stack([(masks == value).sum(0) for value in range(CLASSES)]).argmax(0).astype(np.uint8)
-
-
-def _mean_dice(truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        scores = dice(truth, predicted, CLASSES)
-    known = np.isfinite(scores)
-    count = known.sum(0)
-    return np.where(count > 0, np.where(known, scores, 0).sum(0) / np.maximum(count, 1), np.nan)
-
-
-def mask_table(scores: list[MaskScores]) -> Table:
-    """A row per acceleration and baseline."""
-    rows: list[tuple[Cell, ...]] = []
-    if scores:
-        rows.append(("any", "", "mean mask", *_cells(scores[0].mean)))
-    for s in scores:
-        rows.append((s.acceleration, f"{s.true_acceleration:.2f}", "ridge on zero-filled image", *_cells(s.ridge)))
-    return Table(
-        "Dice at the frame with the largest LV cavity, mean over held-out subjects",
-        ("R", "true R", "baseline", *SEGMENTATION_CLASSES[1:], "mean"),
-        tuple(rows),
-    )
-
-
-def _cells(scores: np.ndarray) -> list[str]:
-    return [f"{value:.3f}" if np.isfinite(value) else "-" for value in (*scores, np.nanmean(scores))]

@@ -1,170 +1,138 @@
-"""The ridge probe of frozen k-space embeddings on held-out subjects, beside the baselines that it has to beat."""
+"""Ridge probes of sources of features, fitted on labelled subjects and asked for held-out ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
+from jaxtyping import Float
 
 from kmtr.config import RunConfig, override
-from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
-from kmtr.data.loader.batch import Batch
-from kmtr.data.loader.order import permutation
-from kmtr.encoder import KSpaceEncoder
-from kmtr.metrics import Probe, bootstrap_r2, paired_bootstrap, probe
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.device import HostBatch
+from kmtr.evaluate.predictions import MEAN, HeldOut, Name, joined
+from kmtr.evaluate.predictors import Constant, Features, Predictor, Probed, fit_ridges, predict
 from kmtr.physics.sampling import VALIDATION
-from kmtr.report.html import Cell, Table
-from kmtr.types import PHENOTYPES, InputError
+from kmtr.types import InputError
 
 CHUNK = 32
-
-TRAINED, UNTRAINED, RIDGE, MEAN = "k-MTR encoder", "untrained encoder", "ridge on low-res image", "mean"
-CENTRAL = "ridge on central lines"
-
-Features = Callable[[Batch], np.ndarray]
-"""Batch -> float32 ``subject feature``."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Probes at one nominal acceleration: source of features -> target -> probe; and what was really sampled."""
-
-    acceleration: int
-    true_acceleration: float
-    probes: dict[str, dict[str, Probe]]
-
-
-def embedding(encoder: KSpaceEncoder) -> Features:
-    """The frozen encoder's."""
-    return lambda batch: encoder.embed(batch).float().cpu().numpy()
+"""Subjects in memory at once."""
+MIN_SUBJECTS = 3
+"""Subjects of a split, and those of them that have a target, below which nothing is fitted or scored."""
 
 
 def score(
     config: RunConfig,
     dataset: Dataset,
-    sources: Mapping[str, Features],
+    sources: Mapping[Name, Features],
     progress: Callable[[int, int], None],
     device: torch.device,
-) -> list[Scores]:
-    """Fit probes on labelled training subjects and score them on the test split, at each `evaluate.accelerations`.
+) -> pa.Table:
+    """Predictions of a probe of each source, and of the mean, for the test split at each `evaluate.accelerations`.
 
     Every source of features sees the same subjects and the same patterns.
 
     Raises:
-        InputError: no test subjects, or none of the targets is labelled.
+        InputError: too few subjects, or none of the targets is labelled.
     """
-    targets = [name for name in config.evaluate.targets if dataset.labels.get(name)]
-    if not targets:
-        wanted = ", ".join(config.evaluate.targets)
+    targets = targets_of(config.evaluate.targets, dataset, "evaluate.targets")
+    readers = readers_of(dataset, config, "evaluate")
+    labelled = subjects.labelled(config.seed, len(readers["train"]), config.evaluate.labels)
+    asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
+    known = subjects.labels_of(readers["train"], labelled, targets)
+    held_out = held_out_of(readers["test"], asked, targets)
+    both = [np.isfinite(values).sum(0) >= MIN_SUBJECTS for values in (known, held_out.truth)]
+    if not np.logical_and(*both).any():
         raise InputError(
-            f"evaluate.targets: expected at least one that the dataset has, got {wanted}; it has "
+            f"evaluate.targets: expected one that at least {MIN_SUBJECTS} labelled training subjects and "
+            f"{MIN_SUBJECTS} test subjects have, got {', '.join(targets)}"
+        )
+    tell = _Counter(progress, len(config.evaluate.accelerations) * (len(labelled) + len(asked)))
+    parts = []
+    for r in config.evaluate.accelerations:
+        fixed = override(config, {"sampling.accelerations": (r,)})
+        train = tell(pipeline.read_in_order(readers["train"], labelled, CHUNK, fixed, (), VALIDATION))
+        test = tell(pipeline.read_in_order(readers["test"], asked, CHUNK, fixed, (), VALIDATION))
+        fitted = fit(sources, train, known, targets, device)
+        parts.append(
+            predict(fitted, test, held_out, acceleration=r, seed=config.seed, labels=len(labelled), device=device)
+        )
+    return joined(parts)
+
+
+def fit(
+    sources: Mapping[Name, Features],
+    batches: Iterable[HostBatch],
+    labels: Float[np.ndarray, "subject target"],
+    targets: Sequence[str],
+    device: torch.device,
+) -> dict[Name, Predictor]:
+    """A probe of each source of features, and the mean of the labels.
+
+    Args:
+        batches: the labelled subjects, in the order of `labels`.
+    """
+    features: dict[Name, list[np.ndarray]] = {name: [] for name in sources}
+    for host in batches:
+        batch = host.to(device)
+        for name, make in sources.items():
+            features[name].append(make(batch))
+    found: dict[Name, Predictor] = {}
+    means: dict[str, float] = {}
+    for name, make in sources.items():
+        ridges = fit_ridges(np.concatenate(features[name]), labels, targets)
+        found[name] = Probed(make, ridges)
+        means = {target: ridge.bias for target, ridge in ridges.items()}
+    return found | {MEAN: Constant(means)}
+
+
+class _Counter:
+    """Counts the subjects of batches that pass, for a bar."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, batches: Iterable[HostBatch]) -> Iterator[HostBatch]:
+        for host in batches:
+            self.done += len(host)
+            yield host
+            self.progress(self.done, self.total)
+
+
+def targets_of(wanted: tuple[str, ...], dataset: Dataset, key: str) -> tuple[str, ...]:
+    """Those of the wanted targets that the dataset has.
+
+    Raises:
+        InputError: none of them; names the key.
+    """
+    targets = tuple(name for name in wanted if dataset.labels.get(name))
+    if not targets:
+        raise InputError(
+            f"{key}: expected at least one that the dataset has, got {', '.join(wanted)}; it has "
             f"{', '.join(dataset.labels) or 'no labels'}"
         )
-    rows, readers = {}, {}
-    for split, count in (("train", config.evaluate.labels), ("test", config.evaluate.subjects)):
-        reader = dataset.reader(split, config.data)
-        if len(reader) < 3:
-            raise InputError(f"evaluate: expected at least 3 subjects in split {split}, got {len(reader)}")
-        readers[split] = reader
-        rows[split] = permutation(config.seed + 2, 0, len(reader))[:count].tolist()
-    total = len(config.evaluate.accelerations) * sum(map(len, rows.values()))
-    done, scores = 0, []
-    for acceleration in config.evaluate.accelerations:
-        fixed = override(config, {"sampling.accelerations": (acceleration,)})
-        features: dict[str, dict[str, list[np.ndarray]]] = {}
-        labels: dict[str, list[np.ndarray]] = {}
-        lines = cells = 0
-        for split in ("train", "test"):
-            for host in pipeline.read_in_order(readers[split], rows[split], CHUNK, fixed, targets, VALIDATION):
-                batch = host.to(device)
-                for name, make in sources.items():
-                    features.setdefault(name, {}).setdefault(split, []).append(make(batch))
-                labels.setdefault(split, []).append(batch.labels.cpu().numpy())
-                lines, cells = lines + int(batch.sampled.sum()), cells + int(batch.existing.sum())
-                done += len(batch)
-                progress(done, total)
-        known = {split: np.concatenate(parts) for split, parts in labels.items()}
-        probes: dict[str, dict[str, Probe]] = {}
-        for name, parts in features.items():
-            train, test = np.concatenate(parts["train"]), np.concatenate(parts["test"])
-            for i, target in enumerate(targets):
-                result = probe(train, known["train"][:, i], test, known["test"][:, i])
-                if result is not None:
-                    probes.setdefault(name, {})[target] = result
-        probes[MEAN] = {
-            target: Probe(p.truth, np.full_like(p.predicted, p.training_mean), p.training_mean)
-            for target, p in next(iter(probes.values())).items()
-        }
-        scores.append(Scores(acceleration, cells / max(lines, 1), probes))
-    return scores
+    return targets
 
 
-def short(target: str) -> str:
-    """``lvedv_ml`` -> ``lvedv``."""
-    return target.rsplit("_", 1)[0]
+def readers_of(dataset: Dataset, config: RunConfig, command: str) -> dict[str, Reader]:
+    """Readers of the training and the test split.
+
+    Raises:
+        InputError: one of them has fewer than 3 subjects.
+    """
+    readers = {split: dataset.reader(split, config.data) for split in ("train", "test")}
+    for split, reader in readers.items():
+        if len(reader) < MIN_SUBJECTS:
+            raise InputError(
+                f"{command}: expected at least {MIN_SUBJECTS} subjects in split {split}, got {len(reader)}"
+            )
+    return readers
 
 
-def r2_table(scores: list[Scores], config: RunConfig) -> Table:
-    """R2 with 95 % intervals: a row per acceleration and source of features."""
-    targets = list(scores[0].probes[MEAN])
-    rows: list[tuple[Cell, ...]] = []
-    for s in scores:
-        for name, probes in s.probes.items():
-            cells: list[str] = []
-            for target in targets:
-                low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
-                cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
-            rows.append((s.acceleration, f"{s.true_acceleration:.2f}", name, *cells))
-    return Table(
-        f"R2 on {len(next(iter(scores[0].probes[MEAN].values())).truth)} held-out subjects, ridge probe, "
-        f"95 % bootstrap intervals; patterns of family {config.sampling.family}",
-        ("R", "true R", "features", *(short(t).upper() for t in targets)),
-        tuple(rows),
-    )
-
-
-def gain_table(scores: list[Scores], config: RunConfig) -> Table:
-    """Paired differences of R2 between the trained encoder and each baseline, over the same held-out subjects."""
-    targets = list(scores[0].probes[MEAN])
-    rows: list[tuple[Cell, ...]] = []
-    for s in scores:
-        for name in (UNTRAINED, RIDGE):
-            cells = []
-            for target in targets:
-                trained, other = s.probes[TRAINED][target], s.probes[name][target]
-                low, high = paired_bootstrap(trained, other, config.evaluate.bootstrap)
-                cells.append(f"{trained.r2 - other.r2:+.3f} [{low:+.3f}, {high:+.3f}]")
-            rows.append((s.acceleration, f"over {name}", *cells))
-    return Table(
-        "Gain of the trained encoder (difference of R2, paired 95 % bootstrap; above 0 = the encoder wins)",
-        ("R", "gain", *(short(t).upper() for t in targets)),
-        tuple(rows),
-    )
-
-
-def error_table(scores: list[Scores]) -> Table:
-    """Mean absolute errors in physical units."""
-    targets = list(scores[0].probes[MEAN])
-    rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (s.acceleration, name, *(round(probes[t].mae, 2) for t in targets))
-        for s in scores
-        for name, probes in s.probes.items()
-    )
-    columns = tuple(f"{short(t).upper()} ({PHENOTYPES[t]})" for t in targets)
-    return Table("Mean absolute error", ("R", "features", *columns), rows, digits=2)
-
-
-def metrics_of(scores: list[Scores], config: RunConfig) -> dict[str, float]:
-    """Metrics of the last line: R2 at the highest acceleration that training drew (else the first evaluated)."""
-    trained_at = [s for s in scores if s.acceleration in config.sampling.accelerations] or scores[:1]
-    s = max(trained_at, key=lambda one: one.acceleration)
-    metrics: dict[str, float] = {"acceleration": float(s.acceleration), "true_acceleration": s.true_acceleration}
-    for target in s.probes[MEAN]:
-        for suffix, name in (("", TRAINED), ("_untrained", UNTRAINED), ("_ridge", RIDGE), ("_mean", MEAN)):
-            metrics[f"{short(target)}_r2{suffix}"] = s.probes[name][target].r2
-        low, high = paired_bootstrap(s.probes[TRAINED][target], s.probes[UNTRAINED][target], config.evaluate.bootstrap)
-        metrics[f"{short(target)}_gain_low"], metrics[f"{short(target)}_gain_high"] = low, high
-    return metrics
+def held_out_of(reader: Reader, rows: list[int], targets: tuple[str, ...]) -> HeldOut:
+    """The held-out subjects in these rows of a split."""
+    names = subjects.pseudonyms(reader, rows)
+    return HeldOut(tuple(names), targets, subjects.labels_of(reader, rows, targets))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,41 @@ from kmtr import tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
+from kmtr.data.loader.shapes import check_shapes
 from kmtr.encoder import WEIGHTS, load_encoder
-from kmtr.evaluate import baselines, probes
-from kmtr.evaluate.probes import Scores
+from kmtr.evaluate import baselines, probes, tables
+from kmtr.evaluate.predictions import (
+    CENTRAL,
+    FILE,
+    FORMAT,
+    MASK_RIDGE,
+    MEAN,
+    MEAN_MASK,
+    RIDGE,
+    TRAINED,
+    UNTRAINED,
+    append,
+    read,
+    write,
+)
+from kmtr.evaluate.predictors import embedding
+from kmtr.evaluate.scores import Scores, scores_of
 from kmtr.metrics import bootstrap_r2
 from kmtr.progress import Bar
 from kmtr.report import figures
-from kmtr.report.html import text_table, write_report
+from kmtr.report.html import Table, text_table, write_report
 from kmtr.train import driver
 from kmtr.types import PHENOTYPES, InputError
 
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Evaluate, print and keep, or find that it was done; what the last line on stdout says."""
-    config, dataset = driver.resolve(config)
+    config, dataset = resolve_data(config)
     if config.evaluate.encoder == "none":
         return run_baselines(config, dataset)
-    name, folder = driver.run_folder(config, dataset)
-    done = driver.finished(folder)
-    encoder_path = Path(config.evaluate.encoder) if config.evaluate.encoder else None
-    if encoder_path is None:
-        if done is None:
-            raise InputError(f"evaluate: run {name} is not finished; pretrain it first, or set evaluate.encoder=FOLDER")
-        encoder_path = Path(done.encoder)
-    if not (encoder_path / WEIGHTS).is_file():
-        raise InputError(
-            f"evaluate.encoder: expected a folder with {WEIGHTS}, as pretraining writes it to RUN/encoder, got "
-            f"{encoder_path}"
-        )
-    run_id = done.run_id if done is not None and not config.evaluate.encoder else ""
-    target = folder / "report" if run_id else Path(config.storage.root) / "reports" / dataset.digest[:8]
-    asked = fingerprint(config, encoder_path, dataset)
+    found = encoder_of(config, dataset)
+    asked = fingerprint(config, found.encoder, dataset)
+    target = found.folder / "report" if found.run_id else folder_of(config, dataset, asked)
     last = target / "result.json"
     if last.is_file() and (result := json.loads(last.read_text())).pop("asked") == asked:
         print(f"evaluate: done before, reused\n{(target / 'tables.txt').read_text()}\nreport: {result['report']}")
@@ -53,62 +58,142 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
     sources = {
-        probes.TRAINED: probes.embedding(load_encoder(encoder_path, device)),
-        probes.UNTRAINED: probes.embedding(load_encoder(encoder_path, device, untrained=True)),
-        probes.RIDGE: baselines.low_resolution,
+        TRAINED: embedding(load_encoder(found.encoder, device)),
+        UNTRAINED: embedding(load_encoder(found.encoder, device, untrained=True)),
+        RIDGE: baselines.low_resolution,
     }
-    scores = probes.score(config, dataset, sources, Bar("evaluate: subjects"), torch.device(device))
-    tables = [probes.r2_table(scores, config), probes.gain_table(scores, config), probes.error_table(scores)]
-    metrics = probes.metrics_of(scores, config)
-    text = "\n\n".join(map(text_table, tables))
+    last.unlink(missing_ok=True)  # what it speaks of is written anew
+    path = target / FILE
+    write(path, probes.score(config, dataset, sources, Bar("evaluate: subjects"), torch.device(device)))
+    scores = scores_of(read(path))
+    shown = encoder_tables(scores, config)
+    metrics = tables.metrics_of(scores, config)
+    text = "\n\n".join(map(text_table, shown))
     print(text)
     report = write_report(
         target / "report.html",
-        title=f"k-MTR: {name}",
+        title=f"k-MTR: {found.name}",
         summary=summary(config, dataset, metrics),
-        tables=tables,
-        figures=pictures(scores, config, folder),
-        footer=f"run {run_id or encoder_path.name}, data {dataset.digest[:12]}, torch {torch.__version__}, "
+        tables=shown,
+        figures=pictures(scores, config, found.folder),
+        footer=f"run {found.run_id or found.encoder.name}, data {dataset.digest[:12]}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     )
     (target / "tables.txt").write_text(text)
-    if run_id:
-        spool = tracking.Spool(target / "spool", config.tracking.uri, run_id)
-        spool.metrics(int(done.metrics["step"]) if done else 0, {f"test/{k}": v for k, v in metrics.items()})
-        spool.artifact(report, "report")
-        if spool.close(30.0):
-            print(f"tracking: not everything could be sent yet; kept in {target / 'spool'}")
-    result = {"run_id": run_id, "report": str(report), "encoder": str(encoder_path), "metrics": metrics}
+    if found.run_id:
+        send(config, found, metrics, report, target / "spool")
+    result = {
+        "run_id": found.run_id,
+        "report": str(report),
+        "predictions": str(path),
+        "encoder": str(found.encoder),
+        "metrics": metrics,
+    }
     last.write_text(json.dumps(result | {"asked": asked}))
     print(f"report: {report}\nMLflow: {tracking.where(config.tracking.uri)}")
     return result
 
 
+def resolve_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
+    """The configuration with absolute paths, and its dataset, which can feed it; no plan of a training is made.
+
+    Raises:
+        InputError: one line that names the key or the file.
+    """
+    config, dataset = driver.open_data(config)
+    check_shapes(config, dataset)
+    dataset.preflight()
+    return config, dataset
+
+
+@dataclass(frozen=True)
+class Found:
+    """An encoder that is evaluated.
+
+    Attributes:
+        name, folder: name and folder of the run of this configuration; the folder may not exist where another encoder
+            is named.
+        run_id: id of its MLflow run; empty: the encoder is another run's.
+        step: at which that run ended.
+    """
+
+    encoder: Path
+    name: str
+    folder: Path
+    run_id: str = ""
+    step: int = 0
+
+
+def encoder_of(config: RunConfig, dataset: Dataset) -> Found:
+    """The encoder that `evaluate.encoder` names, or that of the finished run with this configuration.
+
+    Raises:
+        InputError: there is none.
+    """
+    name, folder = driver.run_folder(config, dataset)
+    if config.evaluate.encoder:
+        found = Found(Path(config.evaluate.encoder), name, folder)
+    else:
+        done = driver.finished(folder)
+        if done is None:
+            raise InputError(f"evaluate: run {name} is not finished; pretrain it first, or set evaluate.encoder=FOLDER")
+        found = Found(Path(done.encoder), name, folder, done.run_id, int(done.metrics["step"]))
+    if not (found.encoder / WEIGHTS).is_file():
+        raise InputError(
+            f"evaluate.encoder: expected a folder with {WEIGHTS}, as pretraining writes it to RUN/encoder, got "
+            f"{found.encoder}"
+        )
+    return found
+
+
+def folder_of(config: RunConfig, dataset: Dataset, asked: str) -> Path:
+    """Folder of an evaluation that belongs to no run of this configuration."""
+    return Path(config.storage.root) / "reports" / f"{dataset.digest[:8]}-{asked[:8]}"
+
+
+def encoder_tables(scores: list[Scores], config: RunConfig) -> list[Table]:
+    """The tables of an encoder beside its baselines."""
+    return [tables.r2_table(scores, config), tables.gain_table(scores, config), tables.error_table(scores)]
+
+
+def send(config: RunConfig, found: Found, metrics: dict[str, float], report: Path, folder: Path) -> None:
+    """Metrics and report to the MLflow run of the encoder; predictions, which name subjects, stay here."""
+    spool = tracking.Spool(folder, config.tracking.uri, found.run_id)
+    spool.metrics(found.step, {f"test/{k}": v for k, v in metrics.items()})
+    spool.artifact(report, "report")
+    if spool.close(30.0):
+        print(f"tracking: not everything could be sent yet; kept in {folder}")
+
+
 def run_baselines(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Scores of the linear baselines on a dataset, without an encoder."""
-    sources = {probes.CENTRAL: baselines.central, probes.RIDGE: baselines.low_resolution}
-    scores = probes.score(config, dataset, sources, Bar("baselines: subjects"), torch.device("cpu"))
-    masks = baselines.score_masks(config, dataset, Bar("baselines: masks"))
-    tables = [probes.r2_table(scores, config)] + ([baselines.mask_table(masks)] if masks else [])
-    print("\n\n".join(map(text_table, tables)))
+    path = folder_of(config, dataset, fingerprint(config, None, dataset)) / FILE
+    sources = {CENTRAL: baselines.central, RIDGE: baselines.low_resolution}
+    write(path, probes.score(config, dataset, sources, Bar("baselines: subjects"), torch.device("cpu")))
+    append(path, baselines.score_masks(config, dataset, Bar("baselines: masks")))
+    said = read(path)
+    scores, dice = scores_of(said), tables.mean_dice(said)
+    shown = [tables.r2_table(scores, config)] + ([tables.mask_table(dice)] if dice else [])
+    print("\n\n".join(map(text_table, shown)))
     r2 = {
-        name: {str(s.acceleration): {t: round(p.r2, 4) for t, p in s.probes[name].items()} for s in scores}
+        name.title: {str(s.acceleration): {t: round(p.r2, 4) for t, p in s.probes[name].items()} for s in scores}
         for name in sources
     }
     overlap = {
-        str(s.acceleration): {"mean mask": float(np.nanmean(s.mean)), "ridge": float(np.nanmean(s.ridge))}
-        for s in masks
+        str(r): {"mean mask": float(np.nanmean(means[MEAN_MASK])), "ridge": float(np.nanmean(means[MASK_RIDGE]))}
+        for r, _, means in dice
     }
-    return {"data": config.data.root, "r2": r2, "dice": overlap}
+    print(f"predictions: {path}")
+    return {"data": config.data.root, "r2": r2, "dice": overlap, "predictions": str(path)}
 
 
-def fingerprint(config: RunConfig, encoder: Path, dataset: Dataset) -> str:
+def fingerprint(config: RunConfig, encoder: Path | None, dataset: Dataset) -> str:
     """Hash of all that decides the result: where it is the same, an earlier result is reused."""
-    weights = hashlib.file_digest((encoder / "encoder.safetensors").open("rb"), "sha256").hexdigest()
+    weights = hashlib.sha256((encoder / WEIGHTS).read_bytes()).hexdigest() if encoder else "none"
     read = {"views", "sax_slices", "frames", "matrix", "crop"}
     settings = config.evaluate.model_dump_json(exclude={"encoder"}) + config.data.model_dump_json(include=read)
     settings += config.sampling.model_dump_json(exclude={"file"}) + patterns.digest(config.sampling)
-    settings += f" baselines {baselines.VERSION}"
+    settings += f" baselines {baselines.VERSION} predictions {FORMAT}"
     return hashlib.sha256(f"{weights} {dataset.digest} {settings} {config.seed}".encode()).hexdigest()
 
 
@@ -129,21 +214,22 @@ def summary(config: RunConfig, dataset: Dataset, metrics: dict[str, float]) -> s
 
 
 def pictures(scores: list[Scores], config: RunConfig, folder: Path) -> list[tuple[str, Any]]:
+    """Captions and figures: scores, predictions against truth, and what the run's folder has of its training."""
     found: list[tuple[str, Any]] = []
     for s in scores:
         bars = {
-            name: {
-                probes.short(t).upper(): (p.r2, *bootstrap_r2(p, config.evaluate.bootstrap))
+            name.title: {
+                tables.short(t).upper(): (p.r2, *bootstrap_r2(p, config.evaluate.bootstrap))
                 for t, p in found_probes.items()
             }
             for name, found_probes in s.probes.items()
-            if name != probes.MEAN
+            if name != MEAN
         }
         title = f"R = {s.acceleration} (true {s.true_acceleration:.2f})"
         found.append(
             (f"R2 on held-out subjects at {title}, 95 % bootstrap intervals.", figures.probe_bars(bars, title=title))
         )
-    trained = scores[-1].probes[probes.TRAINED]
+    trained = scores[-1].probes[TRAINED]
     names = list(trained)
     if len({len(p.truth) for p in trained.values()}) == 1:
         found.append(
@@ -152,7 +238,7 @@ def pictures(scores: list[Scores], config: RunConfig, folder: Path) -> list[tupl
                 figures.probe_scatter(
                     np.stack([trained[n].predicted for n in names], 1),
                     np.stack([trained[n].truth for n in names], 1),
-                    [probes.short(n).upper() for n in names],
+                    [tables.short(n).upper() for n in names],
                     [PHENOTYPES[n] for n in names],
                 ),
             )

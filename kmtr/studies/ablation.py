@@ -13,7 +13,8 @@ from typing import Any
 
 from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate.probes import short
+from kmtr.evaluate.scores import Result, difference
+from kmtr.evaluate.tables import short
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report import figures
@@ -29,13 +30,17 @@ NOISE = "seeds"
 """The group of the default with other seeds: how much differs without a reason."""
 
 
+SINGLE = ("lvef_pct", "lvm_g")
+"""Phenotypes whose R2 a row tells beside the mean, where they are among `study.targets`."""
+
+
 @dataclass
 class Variant:
     """One row's run.
 
     Attributes:
         reference: the variant that it is compared with; itself where there is none.
-        run: name of its run, of which its results are named; empty while it has none.
+        run: name of its run and of the system in its predictions; empty while it has none.
         failure: one line; empty: it did not fail.
     """
 
@@ -59,6 +64,7 @@ class Variant:
 
 
 def run(config: RunConfig) -> dict[str, Any]:
+    """Pretrain and score all variants, or go on where it stopped; what the last line on stdout says."""
     began = time.perf_counter()
     groups = asked(config)
     check(groups, config)
@@ -75,7 +81,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         if not done:
             raise KmtrError(f"study: all variants failed: {next((v.failure for v in variants), 'there are none')}")
         probe_all(cohort, {(v.seed, v.run): comparison.Source(v.run, v.encoder, seeds=(v.seed,)) for v in done})
-        rows = [score(cohort, v, budget) for v in variants for budget in cohort.budgets]
+        results = comparison.gather(cohort, [(v.run, v.seed, budget) for v in done for budget in cohort.budgets])
+        rows = [score(cohort, results, v, budget) for v in variants for budget in cohort.budgets]
         return report(cohort, name, run_id, rows, time.perf_counter() - began)
 
 
@@ -183,7 +190,9 @@ def _train(text: str, parent: str) -> tuple[str, str, float]:
 # ----------------------------------------------------------------------------------------------------------- reporting
 
 
-def score(cohort: comparison.Cohort, variant: Variant, budget: int) -> dict[str, Any]:
+def score(
+    cohort: comparison.Cohort, results: Mapping[tuple[str, int, int], Result], variant: Variant, budget: int
+) -> dict[str, Any]:
     """One row: R2 at each R and of single targets, the difference to the reference, the time of a step."""
     row: dict[str, Any] = {
         "group": variant.group,
@@ -194,18 +203,18 @@ def score(cohort: comparison.Cohort, variant: Variant, budget: int) -> dict[str,
     }
     if variant.failure or variant.outcome is None or variant.config is None:
         return row
-    result = comparison.read_result(cohort, variant.seed, variant.run, budget)
+    result = results[variant.run, variant.seed, budget]
     r2 = comparison.scores([result], cohort)
     row["r2"] = {r: values["mean"] for r, values in r2.items()}
-    for target in ("lvef_pct", "lvm_g"):
+    for target in SINGLE:
         if target in cohort.targets:
             row[short(target)] = statistics.fmean(values[target] for values in r2.values())
     last = variant.config.masked_steps
     row["seconds_per_step"] = variant.config.data.global_batch / rate(variant.outcome, 0, last)
     reference = variant.reference
     if reference is not None and reference.outcome is not None and reference.run != variant.run:
-        other = comparison.read_result(cohort, reference.seed, reference.run, budget)
-        gain = comparison.difference([result], [other], cohort.truth, cohort.config.evaluate.bootstrap)
+        other = results[reference.run, reference.seed, budget]
+        gain = difference([result], [other], cohort.truth, cohort.config.evaluate.bootstrap)
         row["difference"], row["interval"] = gain.value, gain.subjects
     elif reference is not None and reference.run == variant.run:
         row["difference"], row["interval"], row["own"] = 0.0, (0.0, 0.0), True
@@ -225,8 +234,9 @@ def noise_of(rows: Sequence[Mapping[str, Any]], budget: int) -> float:
 
 
 def table(cohort: comparison.Cohort, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A row per variant and number of labels: R2 at each R, of single targets, and the difference to the reference."""
     cells: list[tuple[Cell, ...]] = []
-    targets = [short(t) for t in ("lvef_pct", "lvm_g") if t in cohort.targets]
+    targets = [short(t) for t in SINGLE if t in cohort.targets]
     for row in rows:
         head = (row["group"], row["variant"], row["labels"])
         if "r2" not in row:
@@ -245,7 +255,7 @@ def table(cohort: comparison.Cohort, rows: Sequence[Mapping[str, Any]]) -> Table
         cells.append((*head, *r2, *(row[t] for t in targets), gain, row["seconds_per_step"]))
     noise = ", ".join(f"{noise_of(rows, budget):.3f} at {budget} labels" for budget in cohort.budgets)
     return Table(
-        f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects, ridge probe of "
+        f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.rows)} held-out subjects, ridge probe of "
         "frozen encoders, by variant",
         (
             "group",
@@ -265,6 +275,7 @@ def table(cohort: comparison.Cohort, rows: Sequence[Mapping[str, Any]]) -> Table
 def report(
     cohort: comparison.Cohort, name: str, run_id: str, rows: Sequence[Mapping[str, Any]], seconds: float
 ) -> dict[str, Any]:
+    """Publish table, figure and numbers; what the last line on stdout says."""
     budget = cohort.budgets[0]
     dots: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in rows:

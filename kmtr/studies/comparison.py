@@ -2,41 +2,47 @@
 
 Files of a study, each written once and whole, so that a study that was killed goes on where it stopped:
 
-    features/<source>-<R>-<labels>.npz           of labelled and held-out subjects, at one acceleration
-    predictions/<seed>-<method>-<labels>.npz     of held-out subjects, at all accelerations
+    features/<source>-<R>-<labels>.npz             of labelled and held-out subjects, at one acceleration
+    predictions/<seed>-<method>-<labels>.parquet   rows of one method (`evaluate.predictions`), at all accelerations
+    predictions.parquet                            all rows that the tables are computed from
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 
 from kmtr.config import RunConfig, Study, override
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import patterns, pipeline
-from kmtr.data.loader.order import permutation
+from kmtr.data.loader import patterns, pipeline, subjects
 from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import baselines, probes
-from kmtr.metrics import probe
+from kmtr.evaluate.predictions import CENTRAL, FILE, LINES, MEAN, RIDGE, HeldOut, Name, joined, read, rows, write
+from kmtr.evaluate.predictors import Features, Regressed, embedding, fit_ridges, predict, true_accelerations
+from kmtr.evaluate.scores import Result, panel, results_of, summary
 from kmtr.physics.sampling import VALIDATION
 from kmtr.train import supervised
-from kmtr.types import InputError
 
-VERSION = 3
+VERSION = 4
 """Version of a study; one of another version starts anew."""
 
 MOST_ROWS = 2000
 """Rows of an augmented ridge at most: its time grows with their third power. More subjects get fewer copies."""
 
-BASELINES: dict[str, probes.Features] = {"central": baselines.central, "lowres": baselines.low_resolution}
+BASELINES: dict[str, tuple[str, Features]] = {
+    "central": (CENTRAL.input, baselines.central),
+    "lowres": (RIDGE.input, baselines.low_resolution),
+}
+"""Name -> input of the baseline, and its features."""
 
 
 @dataclass(frozen=True)
@@ -44,53 +50,42 @@ class Cohort:
     """Labelled and held-out subjects, with their labels.
 
     Attributes:
-        config: of the reading: its patterns are everybody's.
-        folder: of the study.
+        config: settings of reading; its patterns are those of all methods.
+        folder: the study's, in which all its files lie.
         budgets: numbers of labelled subjects, ascending.
         labelled: seed -> rows of the training split; a smaller budget is the beginning of a larger one.
-        held_out: rows of the test split, the same for all seeds.
-        labels: seed -> of `labelled`, NaN where unknown.
-        truth: of `held_out`.
+        rows: places of the held-out subjects in the test split, the same for all seeds.
+        labels: seed -> labels of its `labelled` subjects, NaN where unknown.
+        held_out: pseudonyms, targets and truth of the held-out subjects.
     """
 
     config: RunConfig
     folder: Path
-    targets: tuple[str, ...]
     budgets: tuple[int, ...]
     labelled: dict[int, list[int]]
-    held_out: list[int]
+    rows: list[int]
     labels: dict[int, Float[np.ndarray, "subject target"]]
-    truth: Float[np.ndarray, "held_out target"]
+    held_out: HeldOut
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return self.held_out.targets
+
+    @property
+    def truth(self) -> Float[np.ndarray, "subject target"]:
+        return self.held_out.truth
 
     @property
     def accelerations(self) -> tuple[int, ...]:
         return self.config.evaluate.accelerations
 
     def reader(self, split: str) -> Reader:
+        """A reader of a split; opened where it is needed, since it does not travel."""
         return Dataset.open(self.config.data).reader(split, self.config.data)
 
     def at(self, acceleration: int) -> RunConfig:
         """The configuration that samples at this R."""
         return override(self.config, {"sampling.accelerations": (acceleration,)})
-
-
-@dataclass(frozen=True)
-class Result:
-    """Predictions of one method, seed and budget for the held-out subjects, in the targets' units.
-
-    Attributes:
-        predicted: NaN where a target has too few labels.
-        mean: of the labels it learnt from: what R2 compares with.
-    """
-
-    predicted: Float[np.ndarray, "acceleration subject target"]
-    mean: Float[np.ndarray, " target"]
-
-    def r2(self, truth: Float[np.ndarray, "subject target"]) -> Float[np.ndarray, "acceleration target"]:
-        """NaN where fewer than 3 held-out subjects have the label."""
-        error, spread = _squares(self, truth)
-        with np.errstate(invalid="ignore"):
-            return np.asarray(1 - error.sum(1) / spread.sum(0))
 
 
 def cohort(config: RunConfig, dataset: Dataset, folder: Path, budgets: Sequence[int]) -> Cohort:
@@ -99,27 +94,15 @@ def cohort(config: RunConfig, dataset: Dataset, folder: Path, budgets: Sequence[
     Raises:
         InputError: a split has fewer than 3 subjects, or none of the targets is labelled.
     """
-    targets = tuple(name for name in config.study.targets if dataset.labels.get(name))
-    if not targets:
-        wanted, known = ", ".join(config.study.targets), ", ".join(dataset.labels) or "no labels"
-        raise InputError(f"study.targets: expected at least one that the dataset has, got {wanted}; it has {known}")
-    readers = {split: dataset.reader(split, config.data) for split in ("train", "test")}
-    for split, reader in readers.items():
-        if len(reader) < 3:
-            raise InputError(f"study: expected at least 3 subjects in split {split}, got {len(reader)}")
+    targets = probes.targets_of(config.study.targets, dataset, "study.targets")
+    readers = probes.readers_of(dataset, config, "study")
     there = len(readers["train"])
     some: tuple[int, ...] = tuple(sorted({min(budget, there) for budget in budgets}))
-    labelled = {seed: permutation(seed + 2, 0, there)[: some[-1]].tolist() for seed in config.study.seeds}
-    held_out = permutation(config.seed + 2, 0, len(readers["test"]))[: config.evaluate.subjects].tolist()
-    labels = {seed: _labels(readers["train"], rows, targets) for seed, rows in labelled.items()}
-    return Cohort(
-        config, folder, targets, some, labelled, held_out, labels, _labels(readers["test"], held_out, targets)
-    )
-
-
-def _labels(reader: Reader, rows: list[int], targets: Sequence[str]) -> np.ndarray:
-    meta = reader.samples(rows).meta
-    return np.stack([meta.column(name).to_numpy().astype(np.float64) for name in targets], axis=1)
+    labelled = {seed: subjects.labelled(seed, there, some[-1]) for seed in config.study.seeds}
+    labels = {seed: subjects.labels_of(readers["train"], mine, targets) for seed, mine in labelled.items()}
+    asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
+    held_out = probes.held_out_of(readers["test"], asked, targets)
+    return Cohort(config, folder, some, labelled, asked, labels, held_out)
 
 
 _NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "longer_seeds", "groups", "concurrent"}
@@ -142,10 +125,10 @@ class Source:
     """Source of features.
 
     Attributes:
-        encoder: folder of an exported one; empty: the baseline of this name.
-        untrained: its architecture with initial weights.
-        seeds: whose labelled subjects need features.
-        augmented: labelled subjects are there in more copies, augmented as training does.
+        encoder: folder of an exported encoder; empty: the baseline of this name.
+        untrained: take its architecture with initial weights.
+        seeds: seeds that drew the labelled subjects.
+        augmented: add copies of the labelled subjects, augmented as training does.
     """
 
     name: str
@@ -153,6 +136,11 @@ class Source:
     untrained: bool = False
     seeds: tuple[int, ...] = ()
     augmented: bool = False
+
+    @property
+    def input(self) -> str:
+        """Name of the input: the part of a subject that the features are made of."""
+        return LINES if self.encoder else BASELINES[self.name][0]
 
     def budgets(self, cohort: Cohort) -> tuple[int, ...]:
         """Numbers of labelled subjects that have a file each: all in one where nothing moves, else each in its own,
@@ -169,7 +157,7 @@ class Source:
 
     def path(self, cohort: Cohort, acceleration: int, budget: int) -> Path:
         """Named by all that decides the features."""
-        said = f"{self.rows(cohort, budget)} {cohort.held_out} {self.untrained} {self.copies(cohort, budget)} " + (
+        said = f"{self.rows(cohort, budget)} {cohort.rows} {self.untrained} {self.copies(cohort, budget)} " + (
             hashlib.sha256((Path(self.encoder) / WEIGHTS).read_bytes()).hexdigest() if self.encoder else ""
         )
         name = f"{self.name}-R{acceleration}-{budget}-{hashlib.sha256(said.encode()).hexdigest()[:8]}.npz"
@@ -182,21 +170,25 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, budget: in
     The labelled ones' are ``subject copy feature``: as they are, then augmented copies on patterns of their own.
     """
     if source.encoder:
-        make = probes.embedding(load_encoder(source.encoder, device, untrained=source.untrained))
+        make = embedding(load_encoder(source.encoder, device, untrained=source.untrained))
     else:
-        make = BASELINES[source.name]
-    rows, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
-    found = {"rows": np.array(rows)}
-    for split, wanted in (("train", rows), ("test", cohort.held_out)):
-        read = pipeline.read_in_order(cohort.reader(split), wanted, probes.CHUNK, config, cohort.targets, VALIDATION)
-        found[split] = np.concatenate([make(host.to(on)) for host in read])
-    augmented = _augmented_copies(cohort, rows, source.copies(cohort, budget), config, make, on)
-    found["train"] = np.stack([found["train"], *augmented], 1)
-    _save(source.path(cohort, acceleration, budget), found)
+        make = BASELINES[source.name][1]
+    mine, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
+    found: dict[str, list[np.ndarray]] = {"train": [], "test": [], "true_acceleration": []}
+    for split, wanted in (("train", mine), ("test", cohort.rows)):
+        for host in pipeline.read_in_order(cohort.reader(split), wanted, probes.CHUNK, config, (), VALIDATION):
+            batch = host.to(on)
+            found[split].append(make(batch))
+            if split == "test":
+                found["true_acceleration"].append(true_accelerations(batch))
+    arrays = {name: np.concatenate(parts) for name, parts in found.items()}
+    augmented = _augmented_copies(cohort, mine, source.copies(cohort, budget), config, make, on)
+    arrays |= {"rows": np.array(mine), "train": np.stack([arrays["train"], *augmented], 1)}
+    _save(source.path(cohort, acceleration, budget), arrays)
 
 
 def _augmented_copies(
-    cohort: Cohort, rows: list[int], count: int, config: RunConfig, make: probes.Features, device: torch.device
+    cohort: Cohort, rows: list[int], count: int, config: RunConfig, make: Features, device: torch.device
 ) -> list[Float[np.ndarray, "subject feature"]]:
     """Features of the first `count` epochs of labelled subjects, as training sees them."""
     moving, reader = override(config, augmentation(config.study)), cohort.reader("train")
@@ -211,35 +203,56 @@ def _augmented_copies(
 # -------------------------------------------------------------------------------------------------------- predictions
 
 
-def result_path(cohort: Cohort, seed: int, method: str, budget: int) -> Path:
-    return cohort.folder / "predictions" / f"{seed}-{method}-{budget}.npz"
+def part(cohort: Cohort, seed: int, method: str, budget: int) -> Path:
+    """File of the rows of one method, seed and number of labels."""
+    return cohort.folder / "predictions" / f"{seed}-{method}-{budget}.parquet"
 
 
 def write_probes(cohort: Cohort, source: Source, method: str, seed: int) -> None:
-    """Ridge probes of a source's features at each R, for every budget that is not done yet."""
-    open_ones = [b for b in cohort.budgets if not result_path(cohort, seed, method, b).is_file()]
-    shape = (len(cohort.accelerations), *cohort.truth.shape)
-    predicted = {budget: np.full(shape, np.nan) for budget in open_ones}
-    for i, acceleration in enumerate(cohort.accelerations):
+    """Rows of ridge probes of a source's features at each R, for every budget that is not done yet."""
+    open_ones = [b for b in cohort.budgets if not part(cohort, seed, method, b).is_file()]
+    said: dict[int, list[pa.Table]] = {budget: [] for budget in open_ones}
+    for acceleration in cohort.accelerations:
         for within in source.budgets(cohort):
-            with np.load(source.path(cohort, acceleration, within)) as found:
-                rows, train, test = found["rows"], found["train"], found["test"]
+            with np.load(source.path(cohort, acceleration, within)) as file:
+                found = dict(file)
             for budget in open_ones if not source.augmented else [b for b in open_ones if b == within]:
-                mine = train[np.searchsorted(rows, cohort.labelled[seed][:budget])]
-                for j, target in enumerate(cohort.labels[seed][:budget].T):
-                    # It is asked of every held-out subject; which of them are labelled, R2 looks up itself.
-                    fitted = probe(mine, target, test, np.zeros(len(test)))
-                    if fitted is not None:
-                        predicted[budget][i, :, j] = fitted.predicted
-    for budget in open_ones:
-        _write_result(cohort, seed, method, budget, predicted[budget])
+                mine = found["train"][np.searchsorted(found["rows"], cohort.labelled[seed][:budget])]
+                ridges = fit_ridges(mine, cohort.labels[seed][:budget], cohort.targets)
+                values = np.full(cohort.truth.shape, np.nan)
+                for target, ridge in ridges.items():
+                    values[:, cohort.targets.index(target)] = ridge(found["test"])
+                said[budget].append(
+                    rows(
+                        Name(method, source.input),
+                        cohort.held_out,
+                        values,
+                        acceleration=acceleration,
+                        seed=seed,
+                        labels=budget,
+                        true_acceleration=found["true_acceleration"],
+                    )
+                )
+    for budget, tables in said.items():
+        write(part(cohort, seed, method, budget), joined(tables))
 
 
 def write_mean(cohort: Cohort, seed: int, budget: int) -> None:
-    """Always the mean of the labels."""
-    shape = (len(cohort.accelerations), *cohort.truth.shape)
+    """Rows that always say the mean of the labels."""
+    path = part(cohort, seed, MEAN.system, budget)
+    if path.is_file():
+        return
     mean, _ = supervised.moments(cohort.labels[seed][:budget])
-    _write_result(cohort, seed, "mean", budget, np.broadcast_to(mean, shape))
+    values = np.broadcast_to(mean, cohort.truth.shape)
+    write(
+        path,
+        joined(
+            [
+                rows(MEAN, cohort.held_out, values, acceleration=r, seed=seed, labels=budget)
+                for r in cohort.accelerations
+            ]
+        ),
+    )
 
 
 def write_trained(
@@ -259,19 +272,28 @@ def write_trained(
     config = override(
         cohort.config, {"sampling.accelerations": cohort.accelerations, "seed": seed, **augmentation(study)}
     )
-    rows = cohort.labelled[seed][:budget]
-    labelled = supervised.Labelled.read(cohort.reader("train"), rows, config, cohort.targets)
+    mine = cohort.labelled[seed][:budget]
+    labelled = supervised.Labelled.read(cohort.reader("train"), mine, config, cohort.targets)
     regressor = supervised.Regressor(
         load_encoder(encoder, device, untrained=scratch), labelled.labels, config.train.bf16
     )
     regressor.standardise(labelled)
     supervised.train(regressor, labelled, training, config)
-    reader = cohort.reader("test")
-    predicted = [
-        supervised.predict_rows(regressor, reader, cohort.held_out, cohort.at(r), cohort.targets)
+    predictor, reader, readout = Regressed(regressor, cohort.targets), cohort.reader("test"), regressor.encoder.readout
+    said = [
+        predict(
+            {Name(method, LINES): predictor},
+            pipeline.read_in_order(reader, cohort.rows, probes.CHUNK, cohort.at(r), (), VALIDATION),
+            cohort.held_out,
+            acceleration=r,
+            seed=seed,
+            labels=budget,
+            device=regressor.device,
+            readout=readout,
+        )
         for r in cohort.accelerations
     ]
-    _write_result(cohort, seed, method, budget, np.stack(predicted))
+    write(part(cohort, seed, method, budget), joined(said))
 
 
 def augmentation(study: Study) -> dict[str, Any]:
@@ -279,14 +301,16 @@ def augmentation(study: Study) -> dict[str, Any]:
     return {"augment.shift": study.shift, "augment.rotation_deg": study.rotation_deg}
 
 
-def read_result(cohort: Cohort, seed: int, method: str, budget: int) -> Result:
-    with np.load(result_path(cohort, seed, method, budget)) as found:
-        return Result(found["predicted"], found["mean"])
+def gather(cohort: Cohort, wanted: Collection[tuple[str, int, int]]) -> dict[tuple[str, int, int], Result]:
+    """Rows of all parts made one file, ``predictions.parquet``, and the results that it holds.
 
-
-def _write_result(cohort: Cohort, seed: int, method: str, budget: int, predicted: np.ndarray) -> None:
-    mean, _ = supervised.moments(cohort.labels[seed][:budget])
-    _save(result_path(cohort, seed, method, budget), {"predicted": predicted, "mean": mean})
+    Args:
+        wanted: (method, seed, number of labels) of each part; the mean's are taken as well.
+    """
+    asked = dict.fromkeys([*wanted, *((MEAN.system, seed, budget) for _, seed, budget in wanted)])
+    path = cohort.folder / FILE
+    write(path, joined([read(part(cohort, seed, method, budget)) for method, seed, budget in asked]))
+    return results_of(panel(read(path), cohort.accelerations, cohort.targets))
 
 
 def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -297,86 +321,6 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     temporary.replace(path)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparing
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean R2 of one method over another's, on the same held-out subjects.
-
-    Attributes:
-        value: mean over seeds, accelerations and targets.
-        subjects: 95 % bootstrap interval over held-out subjects, the seeds as they are.
-        both: the same over seeds too; where there is one seed, that of `subjects`.
-        each: of every seed.
-    """
-
-    value: float
-    subjects: tuple[float, float]
-    both: tuple[float, float]
-    each: tuple[float, ...]
-
-
-def difference(
-    a: Sequence[Result],
-    b: Sequence[Result],
-    truth: Float[np.ndarray, "subject target"],
-    resamples: int,
-    accelerations: Iterable[int] | None = None,
-    targets: Iterable[int] | None = None,
-) -> Difference:
-    """R2(a) - R2(b), paired by held-out subject and by seed.
-
-    Args:
-        a, b: one result per seed, in the same order.
-        accelerations, targets: indices whose mean is taken; None: all.
-    """
-    if len(a) != len(b) or not a:
-        raise ValueError(f"difference: expected as many results of both, at least one, got {len(a)} and {len(b)}")
-    which_r = slice(None) if accelerations is None else list(accelerations)
-    which_t = slice(None) if targets is None else list(targets)
-    rng = np.random.Generator(np.random.Philox(0))
-    subjects = len(truth)
-    counts = rng.multinomial(subjects, np.full(subjects, 1 / subjects), size=resamples).astype(np.float64)
-    counts = np.concatenate([np.ones((1, subjects)), counts])  # the first is the cohort itself
-    gains = []
-    for one, other in zip(a, b, strict=True):
-        missed = []  # 1 - R2
-        for error, spread in (_squares(one, truth), _squares(other, truth)):
-            with np.errstate(invalid="ignore"):
-                total = np.einsum("ns,rst->nrt", counts, error[which_r][..., which_t])
-                missed.append(total / (counts @ spread[:, which_t])[:, None])
-        gains.append(np.nanmean(missed[1] - missed[0], axis=(1, 2)))
-    each = np.stack(gains, axis=1)
-    drawn = rng.integers(0, len(a), (resamples, len(a)))
-    both = np.take_along_axis(each[1:], drawn, axis=1).mean(1)
-    return Difference(float(each[0].mean()), _interval(each[1:].mean(1)), _interval(both), tuple(map(float, each[0])))
-
-
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _squares(
-    result: Result, truth: Float[np.ndarray, "subject target"]
-) -> tuple[Float[np.ndarray, "acceleration subject target"], Float[np.ndarray, "subject target"]]:
-    """Squared error of a result and of the mean; both zero where a label is unknown, so that nothing counts there."""
-    known = np.isfinite(truth) & np.isfinite(result.mean)
-    error = np.where(known, result.predicted - truth, 0.0) ** 2
-    return error, np.where(known, truth - result.mean, 0.0) ** 2
-
-
-def scores(results: Sequence[Result], cohort: Cohort) -> dict[str, Any]:
-    """R2 of each acceleration and target, mean over seeds and its SD: what a table and a file show."""
-    each = np.stack([result.r2(cohort.truth) for result in results])
-    mean = np.nanmean(each, axis=2)
-    spread = mean.std(0, ddof=1) if len(results) > 1 else np.zeros(mean.shape[1])
-    return {
-        str(r): {
-            "mean": float(mean[:, i].mean()),
-            "sd": float(spread[i]),
-            **{target: float(each[:, i, j].mean()) for j, target in enumerate(cohort.targets)},
-        }
-        for i, r in enumerate(cohort.accelerations)
-    }
+def scores(results: Sequence[Result], cohort: Cohort) -> Mapping[str, Mapping[str, float]]:
+    """`scores.summary` of results for the cohort's held-out subjects."""
+    return summary(results, cohort.truth, cohort.accelerations, cohort.targets)

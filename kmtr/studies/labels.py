@@ -8,20 +8,27 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate.probes import short
+from kmtr.evaluate.scores import Result, difference
+from kmtr.evaluate.tables import short
 from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison
-from kmtr.studies.comparison import Cohort, Result, Source
+from kmtr.studies.comparison import Cohort, Source
 from kmtr.studies.running import device_of, each, finished, named, open_run, probe_all, publish, rate
 from kmtr.train import driver
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Scores = Mapping[tuple[str, int], Mapping[str, Mapping[str, float]]]
+"""(method, labels) -> R -> ``mean`` over targets, its ``sd`` over seeds, and each target -> R2 (`scores.summary`)."""
 
 TITLES = {
     "mean": "predict the mean",
@@ -31,13 +38,13 @@ TITLES = {
     "untrained": "untrained encoder, probe",
     "untrained-augmented": "untrained encoder, augmented probe",
     "scratch": "supervised from scratch",
-    "b": "masked pretraining, probe",
-    "b-augmented": "masked pretraining, augmented probe",
+    "masked": "masked pretraining, probe",
+    "masked-augmented": "masked pretraining, augmented probe",
     "longer": "more masked pretraining, probe",
-    "c": "alignment, probe",
-    "c-augmented": "alignment, augmented probe",
-    "b-tuned": "masked pretraining, fine-tuned",
-    "c-tuned": "alignment, fine-tuned",
+    "aligned": "alignment, probe",
+    "aligned-augmented": "alignment, augmented probe",
+    "masked-tuned": "masked pretraining, fine-tuned",
+    "aligned-tuned": "alignment, fine-tuned",
 }
 """Methods in the order of the table."""
 
@@ -47,37 +54,38 @@ STYLES = {
     "lowres-augmented": (figures.COLOURS[5], "-"),
     "untrained": (figures.COLOURS[3], ":"),
     "scratch": (figures.COLOURS[3], "-"),
-    "b": (figures.COLOURS[0], "--"),
-    "b-augmented": (figures.COLOURS[0], "-."),
+    "masked": (figures.COLOURS[0], "--"),
+    "masked-augmented": (figures.COLOURS[0], "-."),
     "longer": (figures.COLOURS[4], "--"),
-    "c": (figures.COLOURS[1], "--"),
-    "c-augmented": (figures.COLOURS[1], "-."),
-    "b-tuned": (figures.COLOURS[0], "-"),
-    "c-tuned": (figures.COLOURS[1], "-"),
+    "aligned": (figures.COLOURS[1], "--"),
+    "aligned-augmented": (figures.COLOURS[1], "-."),
+    "masked-tuned": (figures.COLOURS[0], "-"),
+    "aligned-tuned": (figures.COLOURS[1], "-"),
 }
 """Colour of what is learnt from; dashes for probes, dashes and dots for augmented ones."""
 
-INSTEAD = {"c": "b", "c-augmented": "b-augmented", "c-tuned": "b-tuned"}
+INSTEAD = {"aligned": "masked", "aligned-augmented": "masked-augmented", "aligned-tuned": "masked-tuned"}
 """Method that stands for another one in a seed whose alignment the guard stopped."""
 
 COMPARED = (
-    ("b", "untrained", ""),
-    ("b-tuned", "scratch", ""),
-    ("b-tuned", "lowres", ""),
-    ("b-tuned", "lowres-augmented", ""),
-    ("c-tuned", "lowres-augmented", ""),
-    ("c-tuned", "b-tuned", ""),
-    ("b-augmented", "untrained-augmented", ""),
-    ("c-augmented", "lowres-augmented", ""),
-    ("c-tuned", "c-augmented", ""),
-    ("c", "longer", ""),
-    ("c", "b", ""),
-    ("c", "b", "lvef_pct"),
+    ("masked", "untrained", ""),
+    ("masked-tuned", "scratch", ""),
+    ("masked-tuned", "lowres", ""),
+    ("masked-tuned", "lowres-augmented", ""),
+    ("aligned-tuned", "lowres-augmented", ""),
+    ("aligned-tuned", "masked-tuned", ""),
+    ("masked-augmented", "untrained-augmented", ""),
+    ("aligned-augmented", "lowres-augmented", ""),
+    ("aligned-tuned", "aligned-augmented", ""),
+    ("aligned", "longer", ""),
+    ("aligned", "masked", ""),
+    ("aligned", "masked", "lvef_pct"),
 )
 """Pairs of methods whose R2 is compared, in the mean over targets or in one of them."""
 
 
 def run(config: RunConfig) -> dict[str, Any]:
+    """Pretrain, fit and compare all methods, or go on where it stopped; what the last line on stdout says."""
     began = time.perf_counter()
     config, dataset = driver.resolve(override(config, {"stage": "both"}))
     if not config.masked_steps or not config.align_steps:
@@ -89,7 +97,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     print(
         f"study: {name}: seeds {_listed(config.study.seeds)}, labels {_listed(cohort.budgets)}, R "
-        f"{_listed(cohort.accelerations)}, {len(cohort.held_out)} held-out subjects",
+        f"{_listed(cohort.accelerations)}, {len(cohort.rows)} held-out subjects",
         flush=True,
     )
     with open_run(config, dataset, name) as run_id:
@@ -98,11 +106,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         device = device_of(config)
         probe_all(cohort, sources(cohort, encoders, longer_steps))
         each(comparison.write_trained, trainings(cohort, encoders, device), "study: trainings", device)
-        for seed in config.study.seeds:
-            for budget in cohort.budgets:
-                comparison.write_mean(cohort, seed, budget)
         results = collect(cohort, encoders, longer_steps)
-        stopped = {seed: one.metrics.get("align_stopped") for (seed, what), one in trained.items() if what == "c"}
+        stopped = {seed: one.metrics.get("align_stopped") for (seed, what), one in trained.items() if what == "aligned"}
         return report(cohort, name, run_id, results, stopped, longer_steps, time.perf_counter() - began)
 
 
@@ -112,16 +117,20 @@ def run(config: RunConfig) -> dict[str, Any]:
 def pretrain(
     config: RunConfig, dataset: Dataset, folder: Path, run_id: str
 ) -> tuple[dict[tuple[int, str], driver.Outcome], int]:
-    """Runs of every seed, ``c`` (both stages) and ``longer`` (masked alone), and its steps beyond the recipe's."""
+    """Runs of every seed, ``aligned`` (both stages) and ``longer`` (masked pretraining alone), and the steps that this
+    one has beyond the recipe's.
+    """
     outcomes = {}
     for seed in config.study.seeds:
-        outcomes[seed, "c"] = _fit(named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, stages b and c")
+        outcomes[seed, "aligned"] = _fit(
+            named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, masked pretraining and alignment"
+        )
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
     steps = config.masked.steps + more
     for seed in config.study.seeds[: config.study.longer_seeds]:
         changes = {"seed": seed, "stage": "masked", "masked.steps": steps}
         outcomes[seed, "longer"] = _fit(
-            named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of stage b alone"
+            named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of masked pretraining alone"
         )
     return outcomes, more
 
@@ -143,8 +152,10 @@ def _longer_steps(config: RunConfig, folder: Path, outcomes: Mapping[tuple[int, 
     kept = folder / "longer.json"
     if kept.is_file():
         return int(json.loads(kept.read_text()))
-    b, both = config.masked_steps, config.total_steps
-    ratios = sorted(rate(o, 0, b) / rate(o, b, both) for (_, what), o in outcomes.items() if what == "c")
+    masked, both = config.masked_steps, config.total_steps
+    ratios = sorted(
+        rate(o, 0, masked) / rate(o, masked, both) for (_, what), o in outcomes.items() if what == "aligned"
+    )
     ratio = ratios[len(ratios) // 2]
     steps = max(10, 10 * round(config.align_steps * (ratio if math.isfinite(ratio) else 1.0) / 10))
     kept.write_text(json.dumps(steps))
@@ -152,15 +163,15 @@ def _longer_steps(config: RunConfig, folder: Path, outcomes: Mapping[tuple[int, 
 
 
 def encoders_of(trained: Mapping[tuple[int, str], driver.Outcome]) -> dict[tuple[int, str], str]:
-    """(seed, method) -> folder of its encoder. Where the guard stopped alignment, c has none of its own: it is b."""
+    """(seed, method) -> folder of its encoder. Where the guard stopped alignment, there is none of it."""
     found = {}
     for (seed, what), outcome in trained.items():
         if what == "longer":
             found[seed, "longer"] = outcome.encoder
             continue
-        found[seed, "b"] = str(Path(outcome.folder) / MASKED_ENCODER)
+        found[seed, "masked"] = str(Path(outcome.folder) / MASKED_ENCODER)
         if "align_stopped" not in outcome.metrics:
-            found[seed, "c"] = outcome.encoder
+            found[seed, "aligned"] = outcome.encoder
     return found
 
 
@@ -173,7 +184,7 @@ def sources(
     for (seed, method), encoder in encoders.items():
         name = _file_name(method, longer_steps)
         found[seed, name] = Source(f"{name}-{seed}", encoder, seeds=(seed,))
-        if method == "b":
+        if method == "masked":
             found[seed, "untrained"] = Source(f"untrained-{seed}", encoder, untrained=True, seeds=(seed,))
     wanted = {
         (seed, method.removesuffix("-augmented")): method
@@ -193,28 +204,28 @@ def trainings(
     wanted = []
     for budget in reversed(cohort.budgets):
         for seed in cohort.labelled:
-            wanted.append((cohort, encoders[seed, "b"], "scratch", seed, budget, True, device))
-            for method in ("b", "c"):
+            wanted.append((cohort, encoders[seed, "masked"], "scratch", seed, budget, True, device))
+            for method in ("masked", "aligned"):
                 if (seed, method) in encoders:
                     encoder = encoders[seed, method]
                     wanted.append((cohort, encoder, f"{method}-tuned", seed, budget, False, device))
-    return [job for job in wanted if not comparison.result_path(cohort, job[3], job[2], job[4]).is_file()]
+    return [job for job in wanted if not comparison.part(cohort, job[3], job[2], job[4]).is_file()]
 
 
 def collect(
     cohort: Cohort, encoders: Mapping[tuple[int, str], str], longer_steps: int
 ) -> dict[tuple[str, int], list[Result]]:
     """(method, labels) -> results, one per seed; of ``longer`` those of the first seeds alone."""
-    found: dict[tuple[str, int], list[Result]] = {}
+    asked: dict[tuple[str, int], list[tuple[str, int, int]]] = {}
     for method in TITLES:
         for budget in cohort.budgets:
             for seed in cohort.labelled:
                 if method == "longer" and (seed, "longer") not in encoders:
                     continue
-                own = method if (seed, "c") in encoders else INSTEAD.get(method, method)
-                result = comparison.read_result(cohort, seed, _file_name(own, longer_steps), budget)
-                found.setdefault((method, budget), []).append(result)
-    return found
+                own = method if (seed, "aligned") in encoders else INSTEAD.get(method, method)
+                asked.setdefault((method, budget), []).append((_file_name(own, longer_steps), seed, budget))
+    results = comparison.gather(cohort, [one for some in asked.values() for one in some])
+    return {key: [results[one] for one in some] for key, some in asked.items()}
 
 
 def _file_name(method: str, longer_steps: int) -> str:
@@ -233,11 +244,10 @@ def report(
     longer_steps: int,
     seconds: float,
 ) -> dict[str, Any]:
-    config = cohort.config
     scores = {key: comparison.scores(found, cohort) for key, found in results.items()}
     compared = differences(cohort, results)
     guard = "; ".join(
-        f"seed {seed}: the guard stopped alignment at step {step:.0f}, so c is b"
+        f"seed {seed}: the guard stopped alignment at step {step:.0f}, and masked pretraining stands for it"
         for seed, step in stopped.items()
         if step is not None
     )
@@ -246,24 +256,6 @@ def report(
         difference_table(cohort, compared),
         target_table(cohort, scores),
     ]
-    curves: dict[int, dict[str, float]] = {}
-    for (method, budget), by_r in scores.items():
-        for r, values in by_r.items():
-            some = {f"r2_R{r}/{method}": values["mean"]}
-            some |= {f"{short(t)}_r2_R{r}/{method}": values[t] for t in cohort.targets}
-            curves.setdefault(budget, {}).update({k: v for k, v in some.items() if math.isfinite(v)})
-    figure = figures.label_curves(
-        {
-            f"R = {r}": {
-                TITLES[method]: [
-                    (b, scores[method, b][str(r)]["mean"], scores[method, b][str(r)]["sd"]) for b in cohort.budgets
-                ]
-                for method in STYLES
-            }
-            for r in cohort.accelerations
-        },
-        {TITLES[method]: style for method, style in STYLES.items()},
-    )
     said = {
         "seeds": list(cohort.labelled),
         "longer_steps": longer_steps,
@@ -277,19 +269,48 @@ def report(
         },
         "differences": compared,
     }
-    summary = (
-        f"Mean R2 over {', '.join(short(t).upper() for t in cohort.targets)} on {len(cohort.held_out)} held-out "
+    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: augmented."
+    summary = f"{summary_of(cohort, longer_steps)}\n\n{guard}"
+    figure, curves = figure_of(cohort, scores), curves_of(cohort, scores)
+    last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
+    print(f"study: {seconds:.0f} s")
+    return last | {"differences": compared, "longer_steps": longer_steps}
+
+
+def curves_of(cohort: Cohort, scores: Scores) -> dict[int, dict[str, float]]:
+    """Number of labels -> metrics of the study's MLflow run; a NaN is left out."""
+    curves: dict[int, dict[str, float]] = {}
+    for (method, budget), by_r in scores.items():
+        for r, values in by_r.items():
+            some = {f"r2_R{r}/{method}": values["mean"]}
+            some |= {f"{short(t)}_r2_R{r}/{method}": values[t] for t in cohort.targets}
+            curves.setdefault(budget, {}).update({k: v for k, v in some.items() if math.isfinite(v)})
+    return curves
+
+
+def figure_of(cohort: Cohort, scores: Scores) -> Figure:
+    """Mean R2 against the number of labels, a panel for each R."""
+
+    def points(method: str, r: int) -> list[tuple[int, float, float]]:
+        found = [(budget, scores[method, budget][str(r)]) for budget in cohort.budgets]
+        return [(budget, values["mean"], values["sd"]) for budget, values in found]
+
+    panels = {f"R = {r}": {TITLES[method]: points(method, r) for method in STYLES} for r in cohort.accelerations}
+    return figures.label_curves(panels, {TITLES[method]: style for method, style in STYLES.items()})
+
+
+def summary_of(cohort: Cohort, longer_steps: int) -> str:
+    """Subjects, targets and trainings in words."""
+    config = cohort.config
+    return (
+        f"Mean R2 over {', '.join(short(t).upper() for t in cohort.targets)} on {len(cohort.rows)} held-out "
         f"subjects, from {_listed(cohort.budgets)} labelled ones. Seeds {_listed(tuple(cohort.labelled))} change "
         f"pretraining and the labelled subjects. Masked pretraining: {config.masked.steps} steps; alignment: "
         f"{config.align.steps}; more masked pretraining: {config.masked.steps + longer_steps}. Fine-tuning takes "
         f"{config.study.steps} steps, training from scratch {config.study.scratch_steps}, one model for all R; neither "
         f"chooses its step by held-out labels. A probe has a model for each R; augmented subjects (up to "
-        f"{config.study.copies} copies each) are shifted and rotated as in training.\n\n{guard}"
+        f"{config.study.copies} copies each) are shifted and rotated as in training."
     )
-    caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: augmented."
-    last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
-    print(f"study: {seconds:.0f} s")
-    return last | {"differences": compared, "longer_steps": longer_steps}
 
 
 def differences(cohort: Cohort, results: Mapping[tuple[str, int], list[Result]]) -> list[dict[str, Any]]:
@@ -302,7 +323,7 @@ def differences(cohort: Cohort, results: Mapping[tuple[str, int], list[Result]])
         for budget in cohort.budgets:
             for i, r in [*enumerate(cohort.accelerations), (None, "all")]:
                 both = min(len(results[a, budget]), len(results[b, budget]))  # seeds; those of longer are the first
-                gain = comparison.difference(
+                gain = difference(
                     results[a, budget][:both],
                     results[b, budget][:both],
                     cohort.truth,
@@ -326,9 +347,7 @@ def differences(cohort: Cohort, results: Mapping[tuple[str, int], list[Result]])
     return found
 
 
-def mean_table(
-    cohort: Cohort, scores: Mapping[tuple[str, int], dict[str, Any]], guard: str, longer_steps: int
-) -> Table:
+def mean_table(cohort: Cohort, scores: Scores, guard: str, longer_steps: int) -> Table:
     """Mean R2 with its SD over seeds, and LVEF's apart: a row per R and method."""
     there = len(cohort.labelled)
     seeds = dict.fromkeys(TITLES, there) | {"longer": min(there, cohort.config.study.longer_seeds)}
@@ -341,7 +360,7 @@ def mean_table(
             rows.append((int(r), title, *means, *(s[t] for t in lvef for s in by_budget)))
     note = f"More: {longer_steps} steps, alignment's time, {cohort.config.study.longer_seeds} seed(s)."
     return Table(
-        f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.held_out)} held-out subjects by number of "
+        f"Mean R2 over {len(cohort.targets)} phenotypes on {len(cohort.rows)} held-out subjects by number of "
         f"labels, mean over {there} seed(s){' ± SD' if there > 1 else ''}",
         ("R", "method", *(f"{b} labels" for b in cohort.budgets), *(f"LVEF {b}" for _ in lvef for b in cohort.budgets)),
         tuple(rows),
@@ -349,7 +368,7 @@ def mean_table(
     )
 
 
-def target_table(cohort: Cohort, scores: Mapping[tuple[str, int], dict[str, Any]]) -> Table:
+def target_table(cohort: Cohort, scores: Scores) -> Table:
     """Each target's R2, mean over seeds."""
     rows: tuple[tuple[Cell, ...], ...] = tuple(
         (r, budget, title, *(scores[method, budget][str(r)][t] for t in cohort.targets))
@@ -379,7 +398,8 @@ def difference_table(cohort: Cohort, compared: list[dict[str, Any]]) -> Table:
     )
 
 
-def _nested(scores: Mapping[tuple[str, int], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _nested(scores: Scores) -> dict[str, dict[str, Any]]:
+    """Method -> number of labels -> scores, for JSON."""
     found: dict[str, dict[str, Any]] = {}
     for (method, budget), by_r in scores.items():
         found.setdefault(method, {})[str(budget)] = by_r

@@ -20,7 +20,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
-from kmtr.studies.comparison import Cohort, Source, result_path, write_features, write_probes
+from kmtr.studies.comparison import Cohort, Source, part, write_features, write_mean, write_probes
 from kmtr.train import driver
 from kmtr.types import KmtrError
 
@@ -32,7 +32,7 @@ def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: s
     """Call `function` with every job's arguments, as Ray tasks of one core (and one GPU) each, with a bar.
 
     Raises:
-        KmtrError: of the first that fails; the others are cancelled.
+        KmtrError: the first job that failed says why; the others are cancelled.
     """
     if not jobs:
         return
@@ -56,16 +56,17 @@ def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: s
 
 
 def device_of(config: RunConfig) -> str:
+    """Device of the features and trainings of a study."""
     return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
-    """Results of the probes of all (seed, method) from their sources; what is there stays."""
+    """Rows of the probes of all (seed, method) from their sources, and of the mean; what is there stays."""
     device = device_of(cohort.config)
     missing = {
         (seed, method): source
         for (seed, method), source in sources.items()
-        if not all(result_path(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
+        if not all(part(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
     }
     distinct = list(dict.fromkeys(missing.values()))
     features = [
@@ -78,6 +79,9 @@ def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None
     each(write_features, features, "study: features", device)
     probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
     each(write_probes, probes, "study: probes", "cpu")
+    for seed in {seed for seed, _ in sources}:
+        for budget in cohort.budgets:
+            write_mean(cohort, seed, budget)
 
 
 def named(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -118,11 +122,11 @@ def publish(
     A study goes on under its name with more seeds or questions, and says its numbers anew where they have changed.
 
     Args:
-        results: what ``results.json`` holds, null where a number is unknown.
+        results: content of ``results.json``, null where a number is unknown.
         curves: step (number of labels) -> metrics of the MLflow run.
 
     Returns:
-        What the last line says of it.
+        MLflow run, report and results, for the last line.
     """
     text = "\n\n".join(map(text_table, tables))
     print(f"\n{text}")
@@ -156,7 +160,7 @@ def publish(
 
 
 def _known(value: Any) -> Any:
-    """Without the NaN that JSON does not have."""
+    """A copy with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _known(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -76,7 +76,7 @@ GROUPS = (
             "as it is": {},
             "static alone": {"align.dynamic_weight": 0.0},
             "dynamic alone": {"align.static_weight": 0.0},
-            "without loss of stage b": {"align.masked_weight": 0.0},
+            "without the masked loss": {"align.masked_weight": 0.0},
             "projections not first": {"align.head_steps": 0, "align.head_factor": 1.0},
         },
         stage="both",

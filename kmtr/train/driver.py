@@ -30,11 +30,11 @@ SPOOL = "spool"
 log = logging.getLogger(__name__)
 
 
-def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
-    """Everything that can be refused before a worker starts is refused here; paths become absolute.
+def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
+    """The configuration with absolute paths, and its dataset: all that a command needs that does not train.
 
     Raises:
-        InputError: one line that names the key or the file.
+        InputError: the dataset is missing or damaged.
     """
     config = override(
         config,
@@ -46,7 +46,16 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
             "tracking.uri": tracking.tracking_uri(config),
         },
     )
-    dataset = Dataset.open(config.data)
+    return config, Dataset.open(config.data)
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
+    """Everything that can be refused before a worker starts is refused here; paths become absolute.
+
+    Raises:
+        InputError: one line that names the key or the file.
+    """
+    config, dataset = open_data(config)
     pipeline.plan_of(config, dataset)
     subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
-from kmtr.data.loader import pipeline
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
-from kmtr.physics.sampling import PATTERN, VALIDATION
+from kmtr.physics.sampling import PATTERN
 from kmtr.train.engine import parameter_groups, warm_cosine
 
 CHUNK = 32
@@ -205,13 +204,3 @@ def epochs_of(seed: int, step: int, size: int, subjects: int) -> tuple[np.ndarra
     orders = {int(v): permutation(seed, int(v), subjects) for v in np.unique(epoch)}
     index = np.array([orders[int(v)][p % subjects] for p, v in zip(place, epoch, strict=True)])
     return index, epoch
-
-
-def predict_rows(
-    regressor: Regressor, reader: Reader, rows: list[int], config: RunConfig, targets: tuple[str, ...]
-) -> Float[np.ndarray, "subject target"]:
-    """Predictions for a split's rows, in the targets' units, on the fixed patterns of validation at the configuration's
-    accelerations.
-    """
-    read = pipeline.read_in_order(reader, rows, CHUNK, config, targets, VALIDATION)
-    return np.concatenate([regressor.predict(host.to(regressor.device, regressor.encoder.readout)) for host in read])

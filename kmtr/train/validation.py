@@ -12,9 +12,8 @@ import torch.distributed as dist
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch
-from kmtr.data.loader.order import permutation
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
@@ -22,11 +21,11 @@ from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer
 from kmtr.tasks.base import LOSS
 from kmtr.tasks.model import EMBEDDING
+from kmtr.types import PROBED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PROBED = ("lvedv_ml", "lvef_pct", "lvm_g")
 CHUNK = 16
 
 
@@ -58,12 +57,11 @@ class Validation:
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
             reader = dataset.reader(split, config.data)
-            count = min(len(reader), config.train.eval_subjects)
-            if split == "val" and count == 0:  # a dataset without a split: validate on what there is
-                reader, count = self.readers["train"], len(self.rows["train"])
+            if split == "val" and len(reader) == 0:  # a dataset without a split: validate on what there is
+                reader = self.readers["train"]
                 self.shown = "Training subject (the dataset has no validation split)"
             self.readers[split] = reader
-            self.rows[split] = permutation(config.seed + 1, 0, len(reader))[:count] if count else np.zeros(0, int)
+            self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
 
     @torch.no_grad()
     def __call__(self, engine: Engine) -> tuple[dict[str, float], Figure | None]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from kmtr import metrics
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.order import permutation
-from kmtr.evaluate import baselines, probes
+from kmtr.evaluate import baselines, probes, tables
+from kmtr.evaluate.predictions import CENTRAL, MASK_RIDGE, MEAN, MEAN_MASK, RIDGE, HeldOut, Name, joined
+from kmtr.evaluate.predictions import rows as prediction_rows
+from kmtr.evaluate.scores import scores_of
 
 
 def test_features_ignore_gain_and_phase_and_all_that_was_not_sampled(batch: Batch) -> None:
@@ -31,50 +36,79 @@ def _with(batch: Batch, kspace: torch.Tensor) -> Batch:
     return replace(batch, kspace=kspace)
 
 
+Dice = list[tuple[int, float, dict[Name, np.ndarray]]]
+
+
 @pytest.fixture(scope="module")
-def scores(small: RunConfig) -> list[baselines.MaskScores]:
+def rows(small: RunConfig) -> pa.Table:
     config = override(small, {"evaluate.accelerations": (1, 4)})
     return baselines.score_masks(config, Dataset.open(config.data), lambda done, total: None)
 
 
-def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, scores: list[baselines.MaskScores]) -> None:
+@pytest.fixture(scope="module")
+def dice(rows: pa.Table) -> Dice:
+    return tables.mean_dice(rows)
+
+
+def test_the_mean_mask_is_scored_as_counting_by_hand(small: RunConfig, rows: pa.Table, dice: Dice) -> None:
     """LV cavity only, subject by subject with sets of pixels."""
-    masks: dict[str, list[np.ndarray]] = {}
+    masks: dict[str, dict[str, np.ndarray]] = {"train": {}, "test": {}}
     for split, count in (("train", 24), ("test", 12)):
         reader = Dataset.open(small.data).reader(split, small.data, record.columns_of(small.data.views, (), True))
         for row in permutation(small.seed + 2, 0, len(reader))[:count].tolist():
             study = record.to_study(reader.read([row]))
             whole = np.concatenate([study.views[view].segmentation for view in small.data.views])  # type: ignore[misc]
-            masks.setdefault(split, []).append(whole[:, (whole == 1).sum((0, 2, 3)).argmax()])
-    votes = np.stack([(np.stack(masks["train"]) == value).sum(0) for value in range(6)])
+            masks[split][study.subject_id] = whole[:, (whole == 1).sum((0, 2, 3)).argmax()]
+    votes = np.stack([(np.stack(list(masks["train"].values())) == value).sum(0) for value in range(6)])
     most = set(zip(*np.nonzero(votes.argmax(0) == 1), strict=True))
-    by_hand = []
-    for mask in masks["test"]:
+    by_hand = {}
+    for subject, mask in masks["test"].items():
         mine = set(zip(*np.nonzero(mask == 1), strict=True))
-        by_hand.append(2 * len(mine & most) / (len(mine) + len(most)))
-    assert scores[0].mean[0] == pytest.approx(np.mean(by_hand))
-    np.testing.assert_array_equal(scores[0].mean, scores[1].mean)
+        by_hand[subject] = 2 * len(mine & most) / (len(mine) + len(most))
+    said = {
+        row["subject"]: row["value"]
+        for row in rows.to_pylist()
+        if row["system"] == "mean mask" and row["target"] == "dice_lv_cavity" and row["acceleration"] == 4
+    }
+    assert said == pytest.approx(by_hand)
+    assert dice[0][2][MEAN_MASK][0] == pytest.approx(np.mean(list(by_hand.values())))
+    np.testing.assert_array_equal(dice[0][2][MEAN_MASK], dice[1][2][MEAN_MASK])
+    assert rows.column("truth").null_count == len(rows), "a score has no truth"
 
 
-def test_the_image_says_more_of_the_masks_than_no_input(scores: list[baselines.MaskScores]) -> None:
-    assert [s.acceleration for s in scores] == [1, 4]
-    assert scores[0].true_acceleration == 1 < scores[1].true_acceleration
-    assert scores[0].ridge.mean() > scores[0].mean.mean()
-    rows = baselines.mask_table(scores).rows
-    assert [row[2] for row in rows] == ["mean mask", "ridge on zero-filled image", "ridge on zero-filled image"]
+def test_the_image_says_more_of_the_masks_than_no_input(dice: Dice) -> None:
+    assert [r for r, _, _ in dice] == [1, 4]
+    assert dice[0][1] == 1 < dice[1][1]
+    assert dice[0][2][MASK_RIDGE].mean() > dice[0][2][MEAN_MASK].mean()
+    shown = tables.mask_table(dice).rows
+    assert [row[2] for row in shown] == ["mean mask", "ridge on zero-filled image", "ridge on zero-filled image"]
 
 
-def test_probes_of_the_controls(small: RunConfig) -> None:
+def test_probes_of_the_baselines(small: RunConfig) -> None:
     config = override(small, {"evaluate.accelerations": (1,), "evaluate.targets": ("lvedv_ml", "wall_thickness_mm")})
-    sources = {probes.CENTRAL: baselines.central, probes.RIDGE: baselines.low_resolution}
-    (s,) = probes.score(config, Dataset.open(config.data), sources, lambda done, total: None, torch.device("cpu"))
-    assert set(s.probes) == {probes.CENTRAL, probes.RIDGE, probes.MEAN}
-    assert set(s.probes[probes.CENTRAL]) == {"lvedv_ml", "wall_thickness_mm"}
-    assert s.probes[probes.RIDGE]["lvedv_ml"].r2 > 0.1
+    dataset, sources = Dataset.open(config.data), {CENTRAL: baselines.central, RIDGE: baselines.low_resolution}
+    said = probes.score(config, dataset, sources, lambda done, total: None, torch.device("cpu"))
+    (s,) = scores_of(said)
+    assert set(s.probes) == {CENTRAL, RIDGE, MEAN}
+    assert set(s.probes[CENTRAL]) == {"lvedv_ml", "wall_thickness_mm"}
+    assert s.probes[RIDGE]["lvedv_ml"].r2 > 0.1
+    reader = dataset.reader("test", config.data)
+    known = {study.subject_id: study.labels["lvedv_ml"] for study in map(record.to_study, map(reader.read, _each(12)))}
+    found = {row["subject"]: row["truth"] for row in said.to_pylist() if row["target"] == "lvedv_ml"}
+    assert found == known
+
+
+def _each(count: int) -> list[list[int]]:
+    return [[row] for row in range(count)]
 
 
 def test_a_class_that_nobody_has_is_no_score() -> None:
     mask = np.array([[[0, 1, 2, 3]]], np.uint8)
-    scores = baselines._mean_dice(mask, mask)
-    np.testing.assert_array_equal(scores, [1, 1, 1, np.nan, np.nan])
-    assert baselines._cells(scores) == ["1.000", "1.000", "1.000", "-", "-", "1.000"]
+    held_out = HeldOut(("p",), tables.DICE, np.full((1, 5), np.nan))
+    said = [
+        prediction_rows(name, held_out, metrics.dice(mask, mask, 6), acceleration=2, seed=0, labels=3)
+        for name in (MEAN_MASK, MASK_RIDGE)
+    ]
+    shown = tables.mask_table(tables.mean_dice(joined(said)))
+    assert shown.rows[0][3:] == ("1.000", "1.000", "1.000", "-", "-", "1.000")
+    assert tables.mean_dice(joined([])) == []

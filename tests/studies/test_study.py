@@ -11,9 +11,12 @@ from jobs import study
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.encoder import export_encoder
+from kmtr.evaluate import predictions
+from kmtr.evaluate.predictions import HeldOut
+from kmtr.evaluate.scores import Result, difference
 from kmtr.model.encoder import line_encoder
 from kmtr.studies import ablation, comparison, labels, running
-from kmtr.studies.comparison import Cohort, Result, Source, difference
+from kmtr.studies.comparison import Cohort, Source
 from kmtr.studies.variants import GROUPS, Group, asked, check
 from kmtr.train import driver
 from kmtr.types import InputError
@@ -97,7 +100,7 @@ def test_budgets_are_nested_bounded_and_drawn_by_the_seed(cohort: Cohort) -> Non
     assert cohort.budgets == (6, 24)  # the dataset has 24 training subjects
     assert sorted(cohort.labelled[0]) == list(range(24))
     assert cohort.labelled[0] != cohort.labelled[1]
-    assert len(cohort.held_out) == 12
+    assert len(cohort.rows) == 12
     assert np.isfinite(cohort.truth).all()
 
 
@@ -114,14 +117,14 @@ def test_everything_is_computed_once(
 ) -> None:
     """All methods but pretraining itself, with tasks run here; the second time there is nothing left to do."""
     encoders = {}
-    for method in ("b", "longer", "c"):
+    for method in ("masked", "longer", "aligned"):
         for seed in cohort.labelled:
             folder = tmp_path / f"{method}-{seed}"
             module = line_encoder(cohort.config.data, cohort.config.model)
             weights = {name: p.detach().clone() for name, p in module.state_dict().items()}
             export_encoder(folder, cohort.config, weights, tables)
             encoders[seed, method] = str(folder)
-    del encoders[1, "c"]  # the guard stopped it
+    del encoders[1, "aligned"]  # the guard stopped it
     called: list[str] = []
 
     def here(function, jobs, what, device):
@@ -133,9 +136,6 @@ def test_everything_is_computed_once(
     for _ in range(2):
         running.probe_all(cohort, labels.sources(cohort, encoders, 10))
         here(comparison.write_trained, labels.trainings(cohort, encoders, "cpu"), "trainings", "cpu")
-        for seed in cohort.labelled:
-            for budget in cohort.budgets:
-                comparison.write_mean(cohort, seed, budget)
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
     # Baselines are shared by the seeds; augmented copies are made for each budget.
     assert called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
@@ -143,14 +143,22 @@ def test_everything_is_computed_once(
     assert called.count("trainings") == (2 + 2 + 1) * budgets
 
     results = labels.collect(cohort, encoders, 10)
+    kept = predictions.read(tmp_path / "predictions.parquet").to_pylist()
+    assert {row["subject"] for row in kept} == set(cohort.held_out.subjects)
+    assert {(row["seed"], row["labels"]) for row in kept} == {(s, b) for s in cohort.labelled for b in cohort.budgets}
+    assert {row["system"] for row in kept} == {m if m != "longer" else "longer10" for m in labels.TITLES}
+    assert {row["true_acceleration"] for row in kept if row["system"] == "masked-tuned"} == {2.0, 4.0}
     assert set(results) == {(method, budget) for method in labels.TITLES for budget in cohort.budgets}
     for budget in cohort.budgets:
         np.testing.assert_array_equal(results["mean", budget][0].r2(cohort.truth), 0.0)
-        same = [results[method, budget][1].predicted for method in ("b", "c")]
-        np.testing.assert_array_equal(*same)  # where the guard stopped, c is b
+        same = [results[method, budget][1].predicted for method in ("masked", "aligned")]
+        np.testing.assert_array_equal(*same)  # where the guard stopped alignment
     compared = labels.differences(cohort, results)
     assert {one["R"] for one in compared} == {2, 4, "all"}
-    assert {(one["a"], one["b"], one["target"]) for one in compared} >= {("c", "longer", "mean"), ("c", "b", "lvef")}
+    assert {(one["a"], one["b"], one["target"]) for one in compared} >= {
+        ("aligned", "longer", "mean"),
+        ("aligned", "masked", "lvef"),
+    }
     scores = {key: comparison.scores(found, cohort) for key, found in results.items()}
     assert len(labels.mean_table(cohort, scores, "", 10).rows) == accelerations * len(labels.TITLES)
 
@@ -190,11 +198,13 @@ def test_the_first_step_of_fine_tuning_goes_where_the_ridge_probe_points(
     some = comparison.cohort(config, Dataset.open(config.data), tmp_path, (12,))
     module = line_encoder(config.data, config.model)
     export_encoder(tmp_path / "e", config, {k: p.detach().clone() for k, p in module.state_dict().items()}, tables)
-    comparison.write_trained(some, str(tmp_path / "e"), "b-tuned", 0, 12, False, "cpu")
-    source = Source("b-0", str(tmp_path / "e"), seeds=(0,))
+    comparison.write_trained(some, str(tmp_path / "e"), "masked-tuned", 0, 12, False, "cpu")
+    source = Source("masked-0", str(tmp_path / "e"), seeds=(0,))
     comparison.write_features(some, source, 4, 12, "cpu")
-    comparison.write_probes(some, source, "b", 0)
-    tuned, probed = (comparison.read_result(some, 0, name, 12) for name in ("b-tuned", "b"))
+    comparison.write_probes(some, source, "masked", 0)
+    comparison.write_mean(some, 0, 12)
+    results = comparison.gather(some, [("masked-tuned", 0, 12), ("masked", 0, 12)])
+    tuned, probed = results["masked-tuned", 0, 12], results["masked", 0, 12]
     # The probe is fitted on validation's patterns and the head on training's: alike, not equal.
     assert np.corrcoef(tuned.predicted[0, :, 0], probed.predicted[0, :, 0])[0, 1] > 0.5
 
@@ -210,7 +220,8 @@ def test_variants_resolve_and_the_recipes_own_choice_is_no_run_of_its_own(config
     names = {(v.group, v.name): driver.run_folder(v.config, dataset)[0] for v in variants}
     default = names[ablation.NOISE, "seed 0"]
     assert names["normalisation", "power 0.5"] == names["k-space loss", "mse"] == names["mask ratio", "0.5"] == default
-    # The recipe's own choice stands in seven groups of stage b beside seed 0, and three times in those of stage c.
+    # The recipe's own choice stands in seven groups of masked pretraining beside seed 0, and three times in those of
+    # alignment.
     assert len(set(names.values())) == len(names) - 7 - 2
 
 
@@ -220,8 +231,8 @@ def test_a_misspelt_key_fails_loudly_and_an_impossible_variant_is_a_row(config: 
     impossible = Group("g", "?", {"odd": {"model.head_width": 7}})
     failed = ablation.variants_of(config, (impossible,))[-1]
     assert failed.failure.startswith("model.")
-    nobody = Cohort(config, Path(), (), (), {}, [], {}, np.zeros((0, 0)))
-    row = ablation.score(nobody, failed, 12)
+    nobody = Cohort(config, Path(), (), {}, [], {}, HeldOut((), (), np.zeros((0, 0))))
+    row = ablation.score(nobody, {}, failed, 12)
     assert row["failure"] == failed.failure
     assert "r2" not in row
 

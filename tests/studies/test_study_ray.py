@@ -71,9 +71,11 @@ def test_labels_from_its_command_to_its_report_and_on_with_more_seeds(
     assert all(set(of_budget) == {"6", "12"} for of_budget in found["r2"].values())
     assert {one["labels"] for one in said["differences"]} == {6, 12}
     assert Path(said["report"]).is_file()
-    assert children(config, said["run_id"]) == ["FINISHED"] * 2  # both stages, and stage b for longer
-    first = told(config, said["run_id"], "r2_R2/b")
-    assert sorted(first) == [(budget, pytest.approx(found["r2"]["b"][str(budget)]["2"]["mean"])) for budget in (6, 12)]
+    assert children(config, said["run_id"]) == ["FINISHED"] * 2  # both stages, and masked pretraining for longer
+    first = told(config, said["run_id"], "r2_R2/masked")
+    assert sorted(first) == [
+        (budget, pytest.approx(found["r2"]["masked"][str(budget)]["2"]["mean"])) for budget in (6, 12)
+    ]
 
     more = override(config, {"study.seeds": (0, 1)})
     again = study.run(["labels", *command.words(more)])
@@ -81,9 +83,9 @@ def test_labels_from_its_command_to_its_report_and_on_with_more_seeds(
     found = results(again)
     assert list(found["r2_of_seeds"]) == ["0", "1"]
     assert children(config, said["run_id"]) == ["FINISHED"] * 3
-    anew = told(config, said["run_id"], "r2_R2/b")
+    anew = told(config, said["run_id"], "r2_R2/masked")
     assert anew[: len(first)] == first
-    assert dict(anew)[6] == pytest.approx(found["r2"]["b"]["6"]["2"]["mean"]) != dict(first)[6]
+    assert dict(anew)[6] == pytest.approx(found["r2"]["masked"]["6"]["2"]["mean"]) != dict(first)[6]
 
     def fails(*_: object) -> None:
         raise KmtrError("no report")
@@ -98,21 +100,21 @@ def test_ablation_from_its_command_to_its_report(
     cluster: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a name, and a seed that is none of the study's. No variant is the recipe's own choice of its stage."""
-    group = Group("stage c", "?", {"without loss of stage b": {"align.masked_weight": 0.0}}, stage="both")
+    group = Group("alignment alone", "?", {"without the masked loss": {"align.masked_weight": 0.0}}, stage="both")
     monkeypatch.setattr(variants, "GROUPS", (group,))
     words = command.words(override(config, {"study.seeds": (1,), "run.name": "mine"}))
     said = study.run(["ablation", *words])
     assert said["failed"] == []
     rows = {(row["variant"], row["labels"]): row for row in results(said)["rows"]}
-    assert set(rows) == {(v, n) for v in ("seed 0", "seed 1", "without loss of stage b") for n in (6, 12)}
+    assert set(rows) == {(v, n) for v in ("seed 0", "seed 1", "without the masked loss") for n in (6, 12)}
     assert rows["seed 0", 6]["own"]
-    low, high = rows["without loss of stage b", 6]["interval"]
-    assert low <= rows["without loss of stage b", 6]["difference"] <= high
+    low, high = rows["without the masked loss", 6]["interval"]
+    assert low <= rows["without the masked loss", 6]["difference"] <= high
     assert low < high
     assert len({row["run"] for row in rows.values()}) == 3
     assert all(row["run"].startswith("mine-") for row in rows.values())
     assert children(config, said["run_id"]) == ["FINISHED"] * 4
-    metric = "r2/stage c/without loss of stage b"
+    metric = "r2/alignment alone/without the masked loss"
     points = told(config, said["run_id"], metric)
     assert sorted(step for step, _ in points) == [6, 12]
     assert client(tracking.tracking_uri(config)).get_run(said["run_id"]).info.status == "FINISHED"

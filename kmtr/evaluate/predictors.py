@@ -1,0 +1,147 @@
+"""Predictors: fitted systems with their heads, all the same to evaluation, and how they are asked for predictions.
+
+A source of features (a frozen encoder, an image of the acquired lines) becomes a predictor by ridge regressions fitted
+on labelled subjects: a probe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.device import HostBatch
+from kmtr.encoder import KSpaceEncoder
+from kmtr.evaluate.predictions import HeldOut, Name, joined, rows
+from kmtr.metrics import Ridge, fit_ridge
+from kmtr.train.supervised import Regressor
+
+MIN_LABELLED = 3
+"""Labelled subjects, below which no ridge regression is fitted to a target."""
+
+Outputs = Mapping[str, Tensor]
+"""Target -> ``batch``, in its unit; a dense output (mask, image) by its name -> ``batch ...``."""
+
+Features = Callable[[Batch], np.ndarray]
+"""Batch -> float32 ``subject feature``."""
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """A fitted system with its heads."""
+
+    def __call__(self, batch: Batch, /) -> Outputs: ...
+
+
+def embedding(encoder: KSpaceEncoder) -> Features:
+    """The embedding of a frozen encoder as a source of features."""
+    return lambda batch: encoder.embed(batch).float().cpu().numpy()
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Predictor of ridge regressions on a source of features, one for each target."""
+
+    features: Features
+    ridges: Mapping[str, Ridge]
+
+    def __call__(self, batch: Batch, /) -> Outputs:
+        found = self.features(batch)
+        return {target: torch.from_numpy(np.asarray(ridge(found))) for target, ridge in self.ridges.items()}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Predictor that says the same of every subject: with the labelled subjects' means, the reference of R2."""
+
+    values: Mapping[str, float]
+
+    def __call__(self, batch: Batch, /) -> Outputs:
+        return {target: torch.full((len(batch),), v, dtype=torch.float64) for target, v in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Regressed:
+    """Predictor of an encoder that was trained on labels, with its linear head."""
+
+    regressor: Regressor
+    targets: Sequence[str]
+
+    def __call__(self, batch: Batch, /) -> Outputs:
+        return dict(zip(self.targets, torch.from_numpy(self.regressor.predict(batch)).T, strict=True))
+
+
+def fit_ridges(
+    features: Float[np.ndarray, "subject *copies feature"],
+    labels: Float[np.ndarray, "subject target"],
+    targets: Sequence[str],
+) -> dict[str, Ridge]:
+    """Ridge regression of every target that at least MIN_LABELLED subjects have (`metrics.fit_ridge`).
+
+    Args:
+        labels: NaN: unknown.
+    """
+    found = {}
+    for target, label in zip(targets, labels.T, strict=True):
+        known = np.isfinite(label)
+        if known.sum() >= MIN_LABELLED:
+            found[target] = fit_ridge(features[known], label[known])
+    return found
+
+
+def predict(
+    predictors: Mapping[Name, Predictor],
+    batches: Iterable[HostBatch],
+    held_out: HeldOut,
+    *,
+    acceleration: int,
+    seed: int,
+    labels: int,
+    device: torch.device,
+    readout: int | None = None,
+) -> pa.Table:
+    """Rows of what each predictor says of the held-out subjects' targets; targets that it lacks have none.
+
+    Args:
+        batches: the held-out subjects in their order, at this acceleration.
+        labels: number of labelled subjects that the predictors learnt from.
+        readout: central kx samples that the predictors look at; None: all.
+    """
+    found: dict[Name, list[np.ndarray]] = {name: [] for name in predictors}
+    true: list[np.ndarray] = []
+    for host in batches:
+        batch = host.to(device, readout)
+        true.append(true_accelerations(batch))
+        for name, predictor in predictors.items():
+            outputs = predictor(batch)
+            missing = torch.full((len(batch),), torch.nan)
+            said = [outputs.get(target, missing).double().cpu() for target in held_out.targets]
+            found[name].append(torch.stack(said, dim=1).numpy())
+    return joined(
+        [
+            rows(
+                name,
+                held_out,
+                np.concatenate(parts),
+                acceleration=acceleration,
+                seed=seed,
+                labels=labels,
+                true_acceleration=np.concatenate(true),
+            )
+            for name, parts in found.items()
+        ]
+    )
+
+
+def true_accelerations(batch: Batch) -> Float[np.ndarray, " batch"]:
+    """Lines that exist over those acquired, of every subject."""
+    ratio = batch.existing.flatten(1).sum(1).double() / batch.sampled.flatten(1).sum(1)
+    found: np.ndarray = ratio.cpu().numpy()
+    return found
