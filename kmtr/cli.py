@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kmtr.config import RunConfig, flatten, keys, parse
+from kmtr.config import RunConfig, flatten, parse
+from kmtr.config.help import help_text
 from kmtr.config.recipes import RECIPES
 from kmtr.config.submitted import refuse_relative_under_submit
 from kmtr.ray_start import ray_logs, start_ray
@@ -45,12 +46,12 @@ def main(
 
     Exit status 0; 1 (failed) and 2 (bad input) with one line on stderr and no traceback.
     """
-    words = sys.argv[1:]
+    command, words = Path(sys.argv[0]).stem, sys.argv[1:]
     if "-h" in words or "--help" in words:
         with contextlib.suppress(BrokenPipeError):  # as under `| head`
-            print(help_text(usage), flush=True)
+            print(help_text(usage, command, words), flush=True)
         return
-    print(f"{Path(sys.argv[0]).stem}: starting", flush=True)  # what it imports takes seconds
+    print(f"{command}: starting", flush=True)  # what it imports takes seconds
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
@@ -124,22 +125,10 @@ def _room(path: str) -> int:
     return shutil.disk_usage(path).free
 
 
-def help_text(usage: str) -> str:
-    """Usage, recipes, and every key with its default and meaning."""
-    lines = [usage.strip(), "", "recipes:"]
-    lines += [f"  {name:<8}{(recipe.__doc__ or '').strip()}" for name, recipe in RECIPES.items()]
-    lines += ["", "keys (defaults of the dataclass; a recipe may set others, shown when a command starts):"]
-    for key, info in keys(RunConfig):
-        default = info.get_default(call_default_factory=True)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        lines.append(f"  {key:<30}{shown or '-':<28}{info.description or ''}")
-    return "\n".join(lines)
-
-
 def recipe_config(words: Sequence[str], usage: str) -> RunConfig:
     """The configuration of ``RECIPE key=value ...``."""
     if not words or "=" in words[0]:
-        raise InputError(f"expected RECIPE first, one of {', '.join(RECIPES)}; usage: {usage}")
+        raise InputError(f"expected RECIPE first, one of {', '.join(RECIPES)}; usage: {usage.strip().splitlines()[0]}")
     config = parse(words[1:], words[0], RECIPES)
     refuse_relative_under_submit(config)
     return config

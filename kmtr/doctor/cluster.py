@@ -110,7 +110,7 @@ def storage_shared(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
         return Check(
             "storage",
             "FAIL",
-            f"storage.root={config.storage.root}: {'; '.join(wrong)}: choose a folder or URI that every node can write",
+            f"storage.root={config.storage.root}: {'; '.join(wrong)}: choose a folder that every node can write",
         )
     return Check("storage", "ok", f"{config.storage.root} is written by {len(said)} node(s) and read here")
 
