@@ -21,8 +21,6 @@ FILE, FUNCTION, JOB, CHAIN = 430, 60, 30, 10
 
 LARGE_FILES: set[str] = set()
 LONG_FUNCTIONS = {
-    "kmtr/report/figures_kspace.py:reconstruction",
-    "kmtr/simulation/population.py:anatomy",
     "kmtr/studies/labels.py:report",
 }
 LONG_CHAIN = 16
