@@ -20,7 +20,7 @@ from kmtr.config.help import help_text
 from kmtr.config.recipes import RECIPES
 from kmtr.config.submitted import refuse_relative_under_submit
 from kmtr.ray_start import ray_logs, start_ray
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, first_line
 
 __all__ = ["main", "recipe_config", "start_ray"]
 
@@ -95,7 +95,7 @@ def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
     Args:
         paths: key -> absolute path.
     """
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = first_line(error)
     reason = os.strerror(error.errno).lower() if error.errno else said
     quoted = re.search(r"'(/[^']*)'", said)  # Arrow's errors have no file name
     where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""

@@ -9,6 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def temporary_name(path: str) -> str:
+    """A path beside `path` for what is not whole yet: nobody else's, also on a file system that several nodes share."""
+    return f"{path}.{uuid.uuid4().hex[:12]}.tmp"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, written in the block, that takes the place of `path` at its end.
@@ -16,8 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     After a crash at any moment, also of the machine, `path` is the old file or the whole new one. An error in the block
     leaves the old file and no temporary one. The names of temporary files end with ``.tmp``.
     """
-    # A process's number is not unique among nodes on one file system.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    temporary = Path(temporary_name(str(path)))
     try:
         yield temporary
         _sync(temporary)

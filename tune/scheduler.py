@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from kmtr.config import RunConfig, from_json, override, to_json, typed
 from kmtr.train import driver
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, last_line
 from tune.ledger import Ledger, Trial
 
 SCORE = "val/probe_r2"
@@ -86,8 +86,7 @@ class Desk(tune.Callback):
             print(f"  trial {number:>3}  finished", flush=True)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        lines = [line.strip() for line in str(trial.get_error() or "its process was lost").splitlines() if line.strip()]
-        self._failed(number_of(trial), lines[-1])
+        self._failed(number_of(trial), last_line(trial.get_error() or "its process was lost"))
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         ended = self.scheduler.stopped or any(trial.status == "failed" for trial in self.ledger.trials)
