@@ -42,7 +42,7 @@ def main(
     """Run a command: `run(words)` returns what the last line on stdout says.
 
     Args:
-        failed: whether a result, told in full, is nevertheless a failure (exit status 1).
+        failed: True for a result that, told in full, is nevertheless a failure (exit status 1).
 
     Exit status 0; 1 (failed) and 2 (bad input) with one line on stderr and no traceback.
     """
@@ -110,7 +110,7 @@ def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
 
 
 def _related(where: str, path: str) -> bool:
-    """Whether a file lies in the folder of a setting, or is a folder above it (not the root of all)."""
+    """True if a file lies in the folder of a setting, or is a folder above it (not the root of all)."""
     return Path(where).is_relative_to(path) or (where != "/" and Path(path).is_relative_to(where))
 
 

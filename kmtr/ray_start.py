@@ -64,7 +64,7 @@ def start_ray() -> None:
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether something accepts connections there."""
+    """True if something accepts connections there."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError:

@@ -168,7 +168,7 @@ def run_trials(config: RunConfig, ledger: Ledger, folder: Path, parent: str) -> 
 
 
 def job_of(config: RunConfig, trial: Trial, parent: str) -> dict[str, Any]:
-    """What a process of a trial is told. Its run is named after the search, whose name also fixes how it is scored."""
+    """Task of a trial's process. Its run is named after the search, whose name also fixes how it is scored."""
     changed = {**trial.values, "run.name": trial.name, "run.fresh": False}
     return {
         "number": trial.number,

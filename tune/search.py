@@ -32,6 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from jobs import main, recipe_config  # first: goes on with the project's Python if need be
 from kmtr.config import RunConfig, override, to_json
+from kmtr.files import write_atomic
 from kmtr.ray_start import start_ray
 from kmtr.types import InputError, KmtrError
 
@@ -72,7 +73,7 @@ def run(words: list[str]) -> dict[str, Any]:
         print(text_table(report.table(ledger)))
         return outcome_of(parent, ledger, best_of(ledger, name))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(to_json(config))
+    write_atomic(folder / "config.json", to_json(config))
     start_ray()
     check_room(config)
     announce(config, ledger, name)

@@ -17,7 +17,7 @@ from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, statistics
-from kmtr.files import replacing
+from kmtr.files import replacing, write_atomic
 from kmtr.ray_start import refuse_missing_gpu
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
@@ -91,7 +91,7 @@ def fit(
         return done
     refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
-    (folder / "config.json").write_text(to_json(config))
+    write_atomic(folder / "config.json", to_json(config))
     tables = fitted_tables(config, dataset, folder)
     uri = config.tracking.uri
     run_id = tracking.open_run(

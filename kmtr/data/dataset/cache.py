@@ -21,7 +21,7 @@ from kmtr.types import InputError
 
 PIECE_BYTES = 16 << 20
 PIECES_IN_FLIGHT = 4
-"""Of a download: enough to fill a fast network, 64 MiB of memory."""
+"""Pieces of a download at once: enough to fill a fast network, 64 MiB of memory."""
 
 POLL_S = 0.01
 """Between looks at a lock that another process or thread holds."""

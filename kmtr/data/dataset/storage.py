@@ -136,7 +136,7 @@ def _open_other(root: str) -> tuple[fs.FileSystem, str]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without the path that the system's own errors hold."""
+    """Reason that an error gives, in one line, without the path that the system's own errors hold."""
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
@@ -158,7 +158,7 @@ def read_bytes(store: fs.FileSystem, path: str) -> bytes:
 
 
 def exists(store: fs.FileSystem, path: str) -> bool:
-    """Whether the file is there.
+    """True if the file is there.
 
     Raises:
         InputError: its bucket isn't, or the store refuses.
