@@ -53,7 +53,7 @@ def test_help_shows_what_the_command_reads_with_the_recipe_s_values(command: str
     name = named(command, [recipe])
     values = flatten(RECIPES[name]() if name else RunConfig())
     assert shown(text) == {key: typed(values[key]) for key, _ in settings_of(command)}
-    assert (f"the values of recipe {name}\n" if name else "no recipe: the defaults") in text
+    assert (f"the values of recipe {name}\n" if name else "with their defaults") in text
     for _, info in settings_of(command):
         assert " ".join(info.description.split()) in " ".join(text.split())
     assert [line for line in text.splitlines() if len(line) > WIDTH] == []

@@ -44,8 +44,8 @@ def help_text(usage: str, command: str, words: Sequence[str]) -> str:
     lines = usage.strip().splitlines()
     if command != "ingest":
         lines += ["", "recipes:", *(line for name in RECIPES for line in _recipe(name))]
-    values_of = f"recipe {recipe}" if recipe else "no recipe: the defaults"
-    lines += ["", *EXIT_STATUS.splitlines(), "", f"settings of {command}, with the values of {values_of}"]
+    shown = f"the values of recipe {recipe}" if recipe else "their defaults (no recipe is given)"
+    lines += ["", *EXIT_STATUS.splitlines(), "", f"settings of {command}, with {shown}"]
     lines += ["(those of other commands are accepted too and not read):"]
     for section, found in groupby(settings_of(command), lambda setting: setting[0].rpartition(".")[0]):
         lines += ["", section or "general", *(line for key, info in found for line in _entry(key, info, values[key]))]
