@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before ray.tune is imported. Ctrl-C is ours to handle: Tune's own handler makes it look like an end.
+# Before ray.tune is imported and a Ray is started, whose processes inherit them. Ctrl-C is ours to handle: Tune's own
+# handler makes it look like an end.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed reports no score
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"

@@ -25,7 +25,8 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -54,7 +55,7 @@ def run(words: list[str]) -> dict[str, Any]:
     from kmtr import tracking
     from kmtr.report.html import text_table
     from kmtr.train import driver
-    from tune import report, space
+    from tune import report, scheduler, space
     from tune.ledger import Ledger
 
     os.environ.pop("MLFLOW_RUN_ID", None)
@@ -79,7 +80,8 @@ def run(words: list[str]) -> dict[str, Any]:
     announce(config, ledger, name)
     parent = report.open_parent(config, name, len(drawn), dataset.digest)
     began = time.perf_counter()
-    train_all(config, ledger, folder, parent)
+    with closing(config, ledger, parent):
+        scheduler.run_trials(config, ledger, folder, parent)
     best = best_of(ledger, name)
     print(f"search: {name} ended after {time.perf_counter() - began:.0f} s")
     page = report.publish(config, ledger, folder, parent, best)
@@ -103,18 +105,19 @@ def announce(config: RunConfig, ledger: Ledger, name: str) -> None:
         print(f"  trial {trial.number:>3}  {shown(trial.values)}{state}", flush=True)
 
 
-def train_all(config: RunConfig, ledger: Ledger, folder: Path, parent: str) -> None:
-    """Run all trials that have not ended; then end the MLflow runs of those that Tune stopped, and the parent."""
+@contextmanager
+def closing(config: RunConfig, ledger: Ledger, parent: str) -> Iterator[None]:
+    """End the MLflow runs of trials that Tune stopped after the block that runs them, and then the parent's."""
     from kmtr import tracking
-    from tune import report, scheduler
+    from tune.report import close_children
 
     status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
     try:
-        scheduler.run_trials(config, ledger, folder, parent)
-        report.close_children(config, ledger)
+        yield
+        close_children(config, ledger)
         status = "FINISHED" if ledger.best() is not None else "FAILED"
     except KeyboardInterrupt:
-        report.close_children(config, ledger)
+        close_children(config, ledger)
         raise
     except BaseException:
         status = "FAILED"
