@@ -16,15 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kmtr", "jobs", "tune")
 
-FILE, FUNCTION, JOB, CHAIN = 430, 60, 40, 10
-"""At most: code lines of a file, code lines of a function, lines of a file in jobs/, modules in a chain of imports."""
+FILE, FUNCTION, JOB, CHAIN = 430, 60, 30, 10
+"""At most: code lines of a file, of a function, of a file in jobs/; modules in a chain of imports."""
 
 LARGE_FILES: set[str] = set()
-LONG_FUNCTIONS = {
-    "kmtr/report/figures_kspace.py:reconstruction",
-    "kmtr/simulation/population.py:anatomy",
-    "tune/search.py:run",
-}
+LONG_FUNCTIONS: set[str] = set()
 LONG_CHAIN = 16
 """Exceptions, each to be removed: what was over when the limits came. There are to be none."""
 
@@ -89,13 +85,13 @@ def main() -> int:
     graph = {names[p]: imports(names[p], text, modules, False) for p, text in texts.items() if p not in packages}
     files = {str(path): len(code_lines(text)) for path, text in texts.items()}
     lengths = {f"{path}:{name}": n for path, text in texts.items() for name, n in functions(text).items()}
-    jobs = {str(path): len(text.splitlines()) for path, text in texts.items() if path.parts[0] == "jobs"}
+    jobs = {str(path): files[str(path)] for path in texts if path.parts[0] == "jobs"}
     chain = longest_chain(graph)
     wrong = []
     for what, sizes, most, exceptions in (
         ("code lines of a file", files, FILE, LARGE_FILES),
         ("code lines of a function", lengths, FUNCTION, LONG_FUNCTIONS),
-        ("lines of a job", jobs, JOB, set()),
+        ("code lines of a job", jobs, JOB, set()),
     ):
         largest = max(sizes, key=lambda name: sizes[name])
         print(f"shape: {what}: at most {sizes[largest]} ({largest}), limit {most}, {len(exceptions)} exception(s)")

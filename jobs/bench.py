@@ -1,11 +1,16 @@
-"""python jobs/bench.py data [RECIPE] [key=value ...]      speed of reading beside other loaders, on the same bytes
-python jobs/bench.py step [RECIPE] [key=value ...]      speed of a training step beside the settings of ViTa and DDP
+"""python jobs/bench.py data [RECIPE] [key=value ...]
+python jobs/bench.py step [RECIPE] [key=value ...]
 
-data                                                   each loader's rate, first batch, longest wait, memory;
-                                                       the recipe (base, unless given) says what a row is
-data bench.plan_subjects=10000000 [bench.plan_workers=1024]     no files: how long the plan of so many subjects takes
-step                                                   tokens/s, FLOPs, MFU, memory, time per part, cost against R, of
-                                                       the recipe (tiny, unless given), with random k-space
+data  speed of reading beside other loaders, on the same bytes: each loader's rate, first batch,
+      longest wait, memory; the recipe (base, unless given) says what a row is. With
+      bench.plan_subjects no files: how long the plan of so many subjects takes
+step  speed of a training step beside the settings of ViTa and DDP: tokens/s, FLOPs, MFU, memory,
+      time per part, cost against R, of the recipe (tiny, unless given), with random k-space
+
+examples:
+  python jobs/bench.py data bench.peers=streaming
+  python jobs/bench.py data bench.plan_subjects=10000000 bench.plan_workers=1024
+  python jobs/bench.py step tiny
 """
 
 from __future__ import annotations
@@ -21,17 +26,17 @@ from jobs import main, recipe_config
 
 def run(words: list[str]) -> dict[str, Any]:
     from kmtr.bench import data, step
+    from kmtr.config.recipes import named
     from kmtr.types import InputError
 
-    kinds = {"data": (data.run, "base"), "step": (step.run, "tiny")}  # and the recipe where none is given
+    kinds = {"data": data.run, "step": step.run}
     what, *rest = words or [""]
     if what not in kinds:
         state = "which is not built yet" if what == "scale" else "which is none of them"
         raise InputError(f"bench: expected what to measure, one of {', '.join(kinds)}, got {what!r}, {state}")
-    measure, recipe = kinds[what]
     if not rest or "=" in rest[0]:
-        rest = [recipe, *rest]
-    return measure(recipe_config(rest, __doc__ or ""))
+        rest = [named("bench", words), *rest]
+    return kinds[what](recipe_config(rest, __doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""python jobs/doctor.py [RECIPE key=value ...]      everything that would fail later, found now
+"""python jobs/doctor.py [RECIPE key=value ...]
 
-Without RECIPE only the environment is checked: versions, compiler, Ray. One line per check: ok, warn (it can run, but
-look), or FAIL with what to do. Exit status 1 if anything FAILs."""
+Finds now what would fail later. Without RECIPE only the environment is checked: versions,
+compiler, Ray. One line per check: ok, warn (it can run, but look), or FAIL with what to do. Exit
+status 1 if anything FAILs.
+
+examples:
+  python jobs/doctor.py
+  python jobs/doctor.py base train.workers=8
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,16 @@
-"""python jobs/evaluate.py RECIPE [key=value ...]      tables, figures and an HTML report of a pretrained encoder
+"""python jobs/evaluate.py RECIPE [key=value ...]
 
-Ridge probes of frozen k-space embeddings on held-out subjects, beside an untrained encoder, ridge on the zero-filled
-low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration, or
-evaluate.encoder; evaluate.encoder=none shows what a dataset gives away without any: linear baselines for labels and
-masks. All tables come from one file, predictions.parquet beside the report: a row per subject, R, system and target."""
+Tables, figures and an HTML report of a pretrained encoder: ridge probes of frozen k-space
+embeddings on held-out subjects, beside an untrained encoder, ridge on the zero-filled
+low-resolution image, and predict-the-mean. Takes the encoder of the run with this configuration,
+or evaluate.encoder; evaluate.encoder=none shows what a dataset gives away without any: linear
+baselines for labels and masks. All tables come from one file, predictions.parquet beside the
+report: a row per subject, R, system and target.
+
+examples:
+  python jobs/evaluate.py tiny
+  python jobs/evaluate.py tiny evaluate.encoder=none
+"""
 
 from __future__ import annotations
 

@@ -1,17 +1,27 @@
-"""python jobs/ingest.py FORMAT SOURCE [key=value ...]      nifti | dicom | cmrxrecon | ismrmrd -> data.root
+"""python jobs/ingest.py FORMAT SOURCE [key=value ...]
 
-SOURCE is a file or a folder of them. Subjects get pseudonyms by a keyed hash; KMTR_SUBJECT_KEY is the key (keep it: the
-same key gives the same pseudonyms). Fewer than 20 subjects are not split (shards.split).
+Reads files of a FORMAT (nifti, dicom, cmrxrecon or ismrmrd) and writes a dataset to data.root.
 
-A subject that can't be read is refused and listed in refused.json beside the data, by its pseudonym; the others go on.
-So are notes on subjects that were read, and the files of SOURCE that belong to no subject, by number.
-Killed at any time, the same command goes on behind the finished shards and ends with the same bytes.
+SOURCE is a file or a folder of them. Subjects get pseudonyms by a keyed hash; KMTR_SUBJECT_KEY is
+the key (keep it: the same key gives the same pseudonyms). Fewer than 20 subjects are not split
+(shards.split).
 
-When subjects were added to SOURCE, write it to another folder with shards.split_from=OLD_DATASET: whoever was in that
-one keeps the split, so that nobody moves between training and test.
+A subject that can't be read is refused and listed in refused.json beside the data, by its
+pseudonym; the others go on. So are notes on subjects that were read, and the files of SOURCE that
+belong to no subject, by number. Killed at any time, the same command goes on behind the finished
+shards and ends with the same bytes.
 
-ingest.labels=TABLE (CSV or Parquet) joins phenotypes, diseases and covariates by the source's own name of a subject,
-before the pseudonym; ingest.columns says which column is which. They go before what contours tell."""
+When subjects were added to SOURCE, write it to another folder with shards.split_from=OLD_DATASET:
+whoever was in that one keeps the split, so that nobody moves between training and test.
+
+ingest.labels=TABLE (CSV or Parquet) joins phenotypes, diseases and covariates by the source's own
+name of a subject, before the pseudonym; ingest.columns says which column is which. They go before
+what contours tell.
+
+examples:
+  python jobs/ingest.py dicom FOLDER data.root=runs/mine ingest.labels=labels.csv
+  python jobs/ingest.py ismrmrd FOLDER data.root=runs/raw ingest.coils=8
+"""
 
 from __future__ import annotations
 

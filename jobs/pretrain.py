@@ -1,6 +1,14 @@
-"""python jobs/pretrain.py RECIPE [key=value ...]      stage=masked | align (default: both, one after the other)
+"""python jobs/pretrain.py RECIPE [key=value ...]
 
-The same command resumes an unfinished run and prints the result of a finished one; run.fresh=true starts anew."""
+Pretrains an encoder: masked pretraining, then alignment; stage=masked or stage=align for one
+alone. The same command resumes an unfinished run and prints the result of a finished one;
+run.fresh=true starts anew.
+
+examples:
+  python jobs/pretrain.py tiny
+  python jobs/pretrain.py tiny stage=masked masked.steps=400
+  python jobs/pretrain.py base data.root=runs/mine train.workers=4
+"""
 
 from __future__ import annotations
 

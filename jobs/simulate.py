@@ -1,7 +1,12 @@
-"""python jobs/simulate.py RECIPE [key=value ...]      write a simulated cohort to data.root
+"""python jobs/simulate.py RECIPE [key=value ...]
 
-data.root is a path that all nodes reach or an object-store URI. Killed at any time, the same command goes on behind the
-finished shards and ends with the same bytes."""
+Writes a simulated cohort to data.root, a path that all nodes reach or an object-store URI. Killed
+at any time, the same command goes on behind the finished shards and ends with the same bytes.
+
+examples:
+  python jobs/simulate.py tiny
+  python jobs/simulate.py base simulate.subjects=20000 simulate.difficulty=hard
+"""
 
 from __future__ import annotations
 

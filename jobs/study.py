@@ -1,13 +1,21 @@
-"""python jobs/study.py labels [RECIPE] [key=value ...]      what pretraining is worth for 100, 200, 1,000 labels
-python jobs/study.py ablation [RECIPE] [key=value ...]      which choices of pretraining and alignment matter
+"""python jobs/study.py labels [RECIPE] [key=value ...]
+python jobs/study.py ablation [RECIPE] [key=value ...]
 
-labels      for every seed: pretrains (masked, aligned, masked for longer), then R2 on held-out subjects of ridges, an
-            untrained encoder, training from scratch, probes and fine-tuning, at every evaluate.accelerations; probes
-            also with augmented copies of the labelled subjects, as training sees them
-ablation    pretrains the variants of kmtr/studies/variants.py for study.ablation_steps and scores each by the probe
+labels    what pretraining is worth for 100, 200, 1,000 labels. For every seed: pretrains (masked,
+          aligned, masked for longer), then R2 on held-out subjects of ridges, an untrained
+          encoder, training from scratch, probes and fine-tuning, at every evaluate.accelerations;
+          probes also with augmented copies of the labelled subjects, as training sees them
+ablation  which choices of pretraining and alignment matter: pretrains the variants of
+          kmtr/studies/variants.py for study.ablation_steps and scores each by the probe
 
-Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never done again. Tables, a
-figure and an HTML report lie in storage.root/study/, metrics in an MLflow run whose children are the trainings."""
+Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never
+done again. Tables, a figure and an HTML report lie in storage.root/study/, metrics in an MLflow
+run whose children are the trainings.
+
+examples:
+  python jobs/study.py labels tiny
+  python jobs/study.py ablation study.seeds=0 study.concurrent=1
+"""
 
 from __future__ import annotations
 
@@ -21,6 +29,7 @@ from jobs import main, recipe_config
 
 
 def run(words: list[str]) -> dict[str, Any]:
+    from kmtr.config.recipes import named
     from kmtr.studies import ablation, labels
     from kmtr.types import InputError
 
@@ -29,7 +38,7 @@ def run(words: list[str]) -> dict[str, Any]:
     if what not in kinds:
         raise InputError(f"study: expected what to study, one of {', '.join(kinds)}, got {what!r}")
     if not rest or "=" in rest[0]:
-        rest = ["tiny", *rest]
+        rest = [named("study", words), *rest]
     config = recipe_config(rest, __doc__ or "")
     if config.run.fresh:
         raise InputError("run.fresh: expected false, got true; another run.name starts a study anew")

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kmtr.config import RunConfig, flatten, keys, parse
+from kmtr.config import RunConfig, flatten, parse
+from kmtr.config.help import help_text
 from kmtr.config.recipes import RECIPES
 from kmtr.config.submitted import refuse_relative_under_submit
 from kmtr.ray_start import ray_logs, start_ray
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, first_line
 
 __all__ = ["main", "recipe_config", "start_ray"]
 
@@ -41,16 +42,16 @@ def main(
     """Run a command: `run(words)` returns what the last line on stdout says.
 
     Args:
-        failed: whether a result, told in full, is nevertheless a failure (exit status 1).
+        failed: True for a result that, told in full, is nevertheless a failure (exit status 1).
 
     Exit status 0; 1 (failed) and 2 (bad input) with one line on stderr and no traceback.
     """
-    words = sys.argv[1:]
+    command, words = Path(sys.argv[0]).stem, sys.argv[1:]
     if "-h" in words or "--help" in words:
         with contextlib.suppress(BrokenPipeError):  # as under `| head`
-            print(help_text(usage), flush=True)
+            print(help_text(usage, command, words), flush=True)
         return
-    print(f"{Path(sys.argv[0]).stem}: starting", flush=True)  # what it imports takes seconds
+    print(f"{command}: starting", flush=True)  # what it imports takes seconds
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
@@ -94,7 +95,7 @@ def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
     Args:
         paths: key -> absolute path.
     """
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = first_line(error)
     reason = os.strerror(error.errno).lower() if error.errno else said
     quoted = re.search(r"'(/[^']*)'", said)  # Arrow's errors have no file name
     where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
@@ -109,7 +110,7 @@ def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
 
 
 def _related(where: str, path: str) -> bool:
-    """Whether a file lies in the folder of a setting, or is a folder above it (not the root of all)."""
+    """True if a file lies in the folder of a setting, or is a folder above it (not the root of all)."""
     return Path(where).is_relative_to(path) or (where != "/" and Path(path).is_relative_to(where))
 
 
@@ -124,22 +125,10 @@ def _room(path: str) -> int:
     return shutil.disk_usage(path).free
 
 
-def help_text(usage: str) -> str:
-    """Usage, recipes, and every key with its default and meaning."""
-    lines = [usage.strip(), "", "recipes:"]
-    lines += [f"  {name:<8}{(recipe.__doc__ or '').strip()}" for name, recipe in RECIPES.items()]
-    lines += ["", "keys (defaults of the dataclass; a recipe may set others, shown when a command starts):"]
-    for key, info in keys(RunConfig):
-        default = info.get_default(call_default_factory=True)
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        lines.append(f"  {key:<30}{shown or '-':<28}{info.description or ''}")
-    return "\n".join(lines)
-
-
 def recipe_config(words: Sequence[str], usage: str) -> RunConfig:
     """The configuration of ``RECIPE key=value ...``."""
     if not words or "=" in words[0]:
-        raise InputError(f"expected RECIPE first, one of {', '.join(RECIPES)}; usage: {usage}")
+        raise InputError(f"expected RECIPE first, one of {', '.join(RECIPES)}; usage: {usage.strip().splitlines()[0]}")
     config = parse(words[1:], words[0], RECIPES)
     refuse_relative_under_submit(config)
     return config

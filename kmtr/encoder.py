@@ -11,7 +11,6 @@ key of a command makes no encoder unreadable).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from kmtr.data.dataset.record import schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
+from kmtr.files import replacing, write_atomic
 from kmtr.physics import sampling
 from kmtr.systems import system
-from kmtr.types import InputError, Study
+from kmtr.types import InputError, Study, first_line
 
 WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
 FORMAT = 1
@@ -118,11 +118,10 @@ def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], 
     content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
     content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
     (folder / HEAD).unlink(missing_ok=True)  # written last: a folder that has it is whole
-    safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, folder / f"{WEIGHTS}.tmp")
-    os.replace(folder / f"{WEIGHTS}.tmp", folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, temporary)
     head = {"format": FORMAT, "settings": {key: value for key, value in plain(config).items() if _rebuilds(key)}}
-    (folder / f"{HEAD}.tmp").write_text(json.dumps(head, indent=2))
-    os.replace(folder / f"{HEAD}.tmp", folder / HEAD)
+    write_atomic(folder / HEAD, json.dumps(head, indent=2))
 
 
 def _rebuilds(key: str) -> bool:
@@ -169,7 +168,7 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
         weights = None if untrained else parts["weights"]
         return KSpaceEncoder(config, weights, tables, torch.device(device))
     except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise InputError(f"encoder: {folder} does not hold one: {str(error).splitlines()[0]}") from None
+        raise InputError(f"encoder: {folder} does not hold one: {first_line(error)}") from None
 
 
 def embed_all(encoder: KSpaceEncoder, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, first_line
 
 NAMESPACE = "kmtr"
 
@@ -51,7 +51,7 @@ def start_ray() -> None:
             include_dashboard=None if address else False,
         )
     except Exception as error:  # Ray raises bare ones, as when a node is slow to start
-        raise KmtrError(f"ray: {str(error).splitlines()[0]}") from None
+        raise KmtrError(f"ray: {first_line(error)}") from None
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -64,7 +64,7 @@ def start_ray() -> None:
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether something accepts connections there."""
+    """True if something accepts connections there."""
     try:
         socket.create_connection((host, port), timeout=2).close()
     except OSError:

@@ -85,6 +85,27 @@ class InputError(KmtrError, ValueError):
     """Bad input (configuration, dataset, source file), found before work starts. Status 2."""
 
 
+def lines_of(error: BaseException | str) -> list[str]:
+    """Lines of what an error (or its text) says that are not empty; its kind where it says nothing."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what an error says: the reason, where a library puts advice behind it."""
+    return lines_of(error)[0]
+
+
+def last_line(error: BaseException | str) -> str:
+    """Last line of what an error says: the reason, where a traceback comes before it."""
+    return lines_of(error)[-1]
+
+
+def with_kind(error: BaseException) -> str:
+    """First line of an error that is not ours, behind its kind, which may be half of what it says."""
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"
+
+
 @dataclass(frozen=True)
 class View:
     """The k-space of one view group of one subject.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kmtr.config import RunConfig, flatten
+from kmtr.config import RunConfig, flatten, typed
 from kmtr.config.recipes import tiny
 
 
@@ -10,4 +10,4 @@ def words(config: RunConfig) -> list[str]:
     """``tiny key=value ...`` of all in which it differs from the recipe."""
     recipe, values = flatten(tiny()), flatten(config)
     given = {key: value for key, value in values.items() if value != recipe[key]}
-    return ["tiny", *(f"{key}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in given.items())]
+    return ["tiny", *(f"{key}={typed(value)}" for key, value in given.items())]

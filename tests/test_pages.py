@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -69,8 +70,10 @@ def check_make(words: list[str]) -> None:
 def check_script(script: str, words: list[str]) -> None:
     path = ROOT / script
     assert path.is_file(), f"no {script}"
-    if words == ["--help"]:
-        return
+    if words[-1:] == ["--help"]:
+        words = words[:-1]
+        if not words:
+            return
     if path.stem == "ingest":
         kind, source, *words = words
         assert kind in FORMATS, f"{script}: expected a format of {', '.join(FORMATS)}, got {kind}"
@@ -90,6 +93,18 @@ def test_commands_parse(page: Path) -> None:
     for line in quoted(page):
         if COMMAND.match(line):
             check(shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize(
+    "script", [*(ROOT / "jobs").glob("[!_]*.py"), ROOT / "tune/search.py"], ids=lambda path: path.stem
+)
+def test_examples_of_help_parse(script: Path) -> None:
+    _, _, examples = (ast.get_docstring(ast.parse(script.read_text())) or "").partition("examples:\n")
+    assert examples
+    for line in examples.splitlines():
+        words = shlex.split(line)
+        assert words[:2] == ["python", str(script.relative_to(ROOT))]
+        check(words)
 
 
 @pytest.mark.parametrize(

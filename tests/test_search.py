@@ -1,6 +1,9 @@
-"""What a search tries: pure, within its ranges, valid, and the start of a longer search."""
+"""Trials of a search: pure, within their ranges, valid, and the start of a longer search; the ledger keeps them."""
 
 from __future__ import annotations
+
+import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import pytest
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
 from kmtr.types import InputError
-from tune import space
+from tune import search, space
+from tune.ledger import STATE, Ledger
 
 
 def config_of(**changes: object) -> RunConfig:
@@ -75,3 +79,36 @@ def test_a_fixed_value_is_a_range_of_one() -> None:
 def test_impossible_spaces_are_refused_before_a_trial_starts(changes: dict[str, str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         space.trials(config_of(**changes))
+
+
+def test_a_ledger_goes_on_where_it_was_and_is_done_when_all_ended(tmp_path: Path) -> None:
+    drawn = [{"masked.mask_ratio": 0.1 * n, "sampling.accelerations": (4,)} for n in range(1, 4)]
+    ledger = Ledger(tmp_path / "search", "s", drawn[:2])
+    assert not (tmp_path / "search").exists()  # looking writes nothing
+    ledger.update(0, reports=((2, 0.5), (4, 0.25)), status="finished")
+    assert not ledger.done
+    ledger.update(1, reports=((2, 0.75),), status="stopped")
+
+    again = Ledger(tmp_path / "search", "s", drawn[:2])
+    assert again.trials == ledger.trials
+    assert again.done
+    assert [(t.step, t.score) for t in again.trials] == [(4, 0.25), (2, 0.75)]
+    best = again.best()
+    assert best is not None
+    assert best.number == 0  # a trial that was stopped is never the best
+
+    longer = Ledger(tmp_path / "search", "s", drawn)
+    assert not longer.done
+    assert longer.trials[:2] == again.trials
+    assert longer.trials[2].name == "s-02"
+    assert math.isnan(longer.trials[2].score)
+    longer.update(2, status="failed", reason="lost")
+    assert not longer.done  # the next command tries it again
+    assert Ledger(tmp_path / "search", "s", drawn[:1]).trials == again.trials[:1]
+    assert [path.name for path in (tmp_path / "search").iterdir()] == [STATE]
+
+
+def test_what_concurrent_trials_reserve_is_their_workers_and_readers() -> None:
+    config = config_of(**{"search.concurrent": 3, "train.workers": 2, "train.cpus_per_worker": 1.0, "data.readers": 2})
+    assert search.wanted(config, gpus=False) == {"CPU": 3 * 2 * (1 + 2 * 0.5)}
+    assert search.wanted(config, gpus=True) == {"CPU": 12, "GPU": 6}

@@ -14,7 +14,8 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.tracking.store import client
 from kmtr.types import InputError
-from tune import search, space
+from tune import scheduler, search, space
+from tune.ledger import Trial
 
 pytestmark = pytest.mark.ray
 
@@ -62,7 +63,7 @@ def test_a_search_from_its_command_to_its_best(
         assert child.info.status == ("KILLED" if stopped else "FINISHED")
         assert child.data.tags["search.stopped"] == ("asha" if stopped else "no")
         assert child.info.run_id == trial["run_id"]
-        reported = {point.step: point.value for point in store.get_metric_history(child.info.run_id, search.SCORE)}
+        reported = {point.step: point.value for point in store.get_metric_history(child.info.run_id, scheduler.SCORE)}
         for step, score in trial["reports"]:
             assert reported[step] == pytest.approx(score)
 
@@ -93,22 +94,22 @@ def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig
             self.trial_id, self.config = f"trial-{number}", {"trial": {"number": number}}
 
     good, bad, late = Runner(0), Runner(1), Runner(2)
-    scheduler = search.Halving(config, [])
+    asha = scheduler.Halving(config, [])
     for runner in (good, bad, late):
-        scheduler.on_trial_add(None, runner)
+        asha.on_trial_add(None, runner)
 
     def told(runner: Runner, step: int, score: float) -> str:
-        return scheduler.on_trial_result(None, runner, {"step": step, search.SCORE: score})
+        return asha.on_trial_result(None, runner, {"step": step, scheduler.SCORE: score})
 
     assert told(good, 2, 0.8) == "CONTINUE"
     assert told(bad, 2, 0.1) == "STOP"
-    assert scheduler.stopped == {1}
+    assert asha.stopped == {1}
     assert told(late, 8, -1.0) == "CONTINUE"
     assert told(good, 4, 0.9) == "CONTINUE"
 
-    resumed = search.Halving(config, [search.Trial(0, "a", {}, "finished", ((2, 0.8), (4, 0.9), (8, 0.9)))])
+    resumed = scheduler.Halving(config, [Trial(0, "a", {}, "finished", ((2, 0.8), (4, 0.9), (8, 0.9)))])
     resumed.on_trial_add(None, bad)
-    assert resumed.on_trial_result(None, bad, {"step": 2, search.SCORE: 0.1}) == "STOP"
+    assert resumed.on_trial_result(None, bad, {"step": 2, scheduler.SCORE: 0.1}) == "STOP"
 
 
 def test_a_search_that_cannot_run_is_refused(cluster: None, words: list[str]) -> None:
@@ -135,13 +136,13 @@ def test_what_a_killed_trial_reserved_is_given_back(cluster: None) -> None:
     ray.get(mine.ready())
     ray.kill(dead)
     deadline = time.monotonic() + 60
-    while not search.release_orphans():
+    while not scheduler.release_orphans():
         assert time.monotonic() < deadline, "Ray never noticed that the actor died"
         time.sleep(0.2)
     while placement_group_table()[orphan]["state"] != "REMOVED":
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert search.release_orphans() == 0
+    assert scheduler.release_orphans() == 0
     assert placement_group_table()[kept]["state"] == "CREATED"
     assert placement_group_table()[mine.id.hex()]["state"] == "CREATED"
     remove_placement_group(mine)

@@ -30,7 +30,7 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.report.html import Table, text_table
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, first_line
 
 LINES_ON_CPU = 2000
 RESAMPLES = 10_000
@@ -147,7 +147,7 @@ def processes(program: str, config: RunConfig, stages: tuple[str, ...], folder: 
         start_processes(work, arguments, nprocs=world, daemon=True, start_method="spawn")
     except ProcessException as error:
         said = sorted(Path(folder).glob(f"{program}-*.error"))
-        words = said[0].read_text() if said else f"{str(error).strip().splitlines()[0]}; out of memory?"
+        words = said[0].read_text() if said else f"{first_line(error)}; out of memory?"
         raise KmtrError(f"bench: {program}: {words}") from None
     return json.loads((Path(folder) / f"{program}.json").read_text())
 

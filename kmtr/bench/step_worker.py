@@ -35,7 +35,7 @@ from kmtr.tasks import STAGES, Inputs, Model, accumulate
 from kmtr.train.engine import ShardedEngine, parameter_groups
 from kmtr.train.loop import agree
 from kmtr.train.step import Engine, TrainingStep
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, first_line, with_kind
 
 RATE = 1e-7
 """Learning rate: an update costs the same at any, and weights that hardly move keep the losses finite."""
@@ -343,8 +343,7 @@ def work(rank: int, world: int, program: str, request: str, folder: str, threads
     try:
         _work(rank, world, program, request, folder, threads, stages)
     except Exception as error:
-        said = str(error).strip().splitlines() or ["no message"]
-        words = said[0] if isinstance(error, KmtrError) else f"{type(error).__name__}: {said[0]}"
+        words = first_line(error) if isinstance(error, KmtrError) else with_kind(error)
         (Path(folder) / f"{program}-{rank}.error").write_text(words)
         raise
 

@@ -6,11 +6,12 @@ starts, on one line that says what to change.
 
 core          sections, keys, overrides, errors          run         settings that a training run reads
 commands      settings of everything else                whole       all together: RunConfig, identity of a run
-recipes       tiny, base, large
+recipes       tiny, base, large                             used        settings that each command reads
+help          text of --help                                submitted   paths of a command on a cluster
 """
 
 from kmtr.config.commands import Bench, Evaluate, Ingest, Phenotypes, Search, Shards, Simulate, Study, Verify
-from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json
+from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json, typed
 from kmtr.config.run import (
     MIN_ALIGNED_SUBJECTS,
     MIN_TEMPERATURE,
@@ -67,4 +68,5 @@ __all__ = [
     "plain",
     "run_keys",
     "to_json",
+    "typed",
 ]

@@ -26,7 +26,7 @@ class Shards(Section):
         "float16", description="stored k-space; float16 with a scale per subject"
     )
     compression: Literal["none", "lz4"] = Field(
-        "none", description="of k-space; none is read straight into the batch, lz4 saves where much is zero"
+        "none", description="codec of k-space; none is read straight into the batch, lz4 saves where much is zero"
     )
     rows: int = Field(64, gt=0, description="subjects per shard file")
     split: Literal["auto", "hash", "stratified", "train"] = Field(
@@ -51,7 +51,9 @@ class Ingest(Section):
     )
     coils: int = Field(0, ge=0, description="virtual coils that raw data is compressed to at reading; 0: as acquired")
     labels: str = Field("", description="table (.csv, .parquet) of phenotypes and diseases, joined by subject")
-    columns: str = Field("", description="its columns where names differ: 'subject=eid lvedv_ml=f24100_2_0 ...'")
+    columns: str = Field(
+        "", description="columns of that table where names differ: 'subject=eid lvedv_ml=f24100_2_0 ...'"
+    )
     gib: float = Field(4.0, gt=0, description="largest array that a source may hold, GiB: larger claims are refused")
 
 
@@ -127,9 +129,11 @@ class Study(Section):
         ge=0,
         description="study.py labels: more masked pretraining, baseline of alignment; 0: as many as take its time",
     )
-    longer_seeds: int = Field(1, gt=0, description="study.py labels: so many of the seeds also train that baseline")
+    longer_seeds: int = Field(
+        1, gt=0, description="study.py labels: seeds that also train the baseline of longer_steps"
+    )
     batch: int = Field(32, gt=0, description="labelled subjects per step of fine-tuning and of training from scratch")
-    warmup_steps: int = Field(10, ge=0, description="their steps of linear warm-up, then a cosine to zero")
+    warmup_steps: int = Field(10, ge=0, description="first steps of both, a linear warm-up, then a cosine to zero")
     steps: int = Field(300, gt=0, description="optimizer steps of fine-tuning, one model for all R")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of fine-tuning")
     scratch_steps: int = Field(300, gt=0, description="optimizer steps of supervised training from scratch")

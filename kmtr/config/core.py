@@ -74,7 +74,7 @@ def override(config: S, changes: dict[str, Any]) -> S:
     for key, value in changes.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key {key!r}; the nearest one is {near!r} (all keys: --help)")
+            raise InputError(f"unknown key {key!r}; the nearest one is {near!r} (settings of a command: --help)")
         node = tree
         *parents, leaf = key.split(".")
         for part in parents:
@@ -86,6 +86,13 @@ def override(config: S, changes: dict[str, Any]) -> S:
         return type(config).model_validate(tree)
     except pydantic.ValidationError as error:
         raise InputError(_one_line(type(config), error, changes)) from None
+
+
+def typed(value: Any) -> str:
+    """A value as on a command line."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(typed, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def to_json(config: BaseModel) -> str:

@@ -4,7 +4,7 @@ metric.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kmtr.config import Align, Data, Evaluate, Masked, Model, RunConfig, Sampling, Shards, Simulate, Train
 
@@ -65,3 +65,15 @@ def large() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "large": large}
+
+KINDS = {"study": {"labels": "tiny", "ablation": "tiny"}, "bench": {"data": "base", "step": "tiny"}}
+"""Commands whose first word is what to do -> what it may be -> recipe where none is given."""
+
+
+def named(command: str, words: Sequence[str]) -> str:
+    """Recipe of a command as it is typed, else its default one; empty: it has none, and all settings their defaults."""
+    if command == "ingest":
+        return ""
+    kinds = KINDS.get(command, {})
+    default = next((kinds[word] for word in words if word in kinds), next(iter(kinds.values()), ""))
+    return next((word for word in words if word in RECIPES), default)

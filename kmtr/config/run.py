@@ -328,7 +328,7 @@ class Run(Section):
 
 
 class Storage(Section):
-    root: str = Field("runs", description="checkpoints, encoders, reports: local path or URI that all nodes reach")
+    root: str = Field("runs", description="folder of checkpoints, encoders and reports: a path that all nodes reach")
 
 
 class Tracking(Section):

@@ -6,19 +6,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kmtr.config.recipes import RECIPES, tiny
+from kmtr.config.recipes import RECIPES, named
 from kmtr.config.whole import RunConfig
 from kmtr.types import InputError
 
 
 def data_root(words: Sequence[str]) -> Path:
-    """Absolute default of data.root of a command as it is typed (``study labels tiny key=value ...``): its recipe's.
-
-    A study without a recipe is one of tiny; commands without recipes have the plain default.
-    """
-    default = tiny if words[:1] == ["study"] else RunConfig
-    recipe = next((RECIPES[word] for word in words if word in RECIPES), default)
-    return Path(recipe().data.root).absolute()
+    """Absolute default of data.root of a command as it is typed (``study labels tiny key=value ...``): its recipe's."""
+    command, *rest = words or [""]
+    recipe = named(command, rest)
+    return Path((RECIPES[recipe]() if recipe else RunConfig()).data.root).absolute()
 
 
 def refuse_relative_under_submit(config: RunConfig) -> None:

@@ -36,7 +36,7 @@ class RunConfig(Section):
 
     recipe: str = Field("", description="the recipe it came from")
     stage: Literal["both", "masked", "align"] = Field("both", description="pretraining stages, one after the other")
-    seed: int = Field(0, ge=0, description="of weights, order, patterns and hiding")
+    seed: int = Field(0, ge=0, description="random seed of weights, order, patterns and hiding")
     data: Data = Data()
     plan: Plan = Plan()
     augment: Augment = Augment()

@@ -48,9 +48,3 @@ def first_line(*command: str) -> str | None:
     """First line of a command's output; None: see `lines`."""
     found = lines(*command)
     return found[0] if found else None
-
-
-def brief(error: BaseException) -> str:
-    """Last line of an error, or its kind where it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[-1] if text else type(error).__name__

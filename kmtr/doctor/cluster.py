@@ -11,9 +11,9 @@ from typing import Any
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset import storage
-from kmtr.doctor.check import Check, brief, lines
+from kmtr.doctor.check import Check, lines
 from kmtr.doctor.environment import SAME_EVERYWHERE
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, last_line
 
 NODE_TIMEOUT_S = 120
 """For an answer from a node: starting a Python process there takes seconds, on a busy one a minute."""
@@ -35,12 +35,12 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
         with store.open_output_stream(f"{base}/{token}") as stream:
             stream.write(token.encode())
     except (OSError, KmtrError) as error:
-        said["storage"] = brief(error)
+        said["storage"] = last_line(error)
     try:
         store, base = storage.open_root(data_root)
         said["manifest"] = hashlib.sha256(storage.read_bytes(store, f"{base}/manifest.json")).hexdigest()
     except (OSError, KmtrError) as error:
-        said["data"] = brief(error)
+        said["data"] = last_line(error)
     said["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     sizes = lines("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     if sizes:
@@ -77,7 +77,7 @@ def look_everywhere(config: RunConfig) -> dict[str, dict[str, Any]]:
             said[name]["token"] = token(node)
             said[name]["asked"] = (began, time.time())
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            said[name] = {"lost": brief(error)}
+            said[name] = {"lost": last_line(error)}
     return said
 
 
@@ -110,7 +110,7 @@ def storage_shared(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
         return Check(
             "storage",
             "FAIL",
-            f"storage.root={config.storage.root}: {'; '.join(wrong)}: choose a folder or URI that every node can write",
+            f"storage.root={config.storage.root}: {'; '.join(wrong)}: choose a folder that every node can write",
         )
     return Check("storage", "ok", f"{config.storage.root} is written by {len(said)} node(s) and read here")
 

@@ -22,7 +22,7 @@ FAINTEST = 1e-4
 
 @runtime_checkable
 class Acquisition(Protocol):
-    """What the tokenizers read of a `data.loader.batch.Batch`; see there."""
+    """Fields of a `data.loader.batch.Batch` that the tokenizers read; see there."""
 
     @property
     def kspace(self) -> Tensor: ...

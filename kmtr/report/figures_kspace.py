@@ -54,7 +54,49 @@ def reconstruction(
     Raises:
         InputError: shapes that do not fit.
     """
+    k, kept, withheld = _lines(kspace, sampled, hidden)
+    zero, recon, full = _magnitudes(
+        np.shape(kspace), {"zero_filled": zero_filled, "reconstruction": reconstruction, "target": target}
+    )
     moving = np.ndim(kspace) == 3
+    at = frame if frame is not None else int(np.argmax(((full - full.mean(0)) ** 2).sum((1, 2))))
+    row = profile_row if profile_row is not None else _centre_row(full.std(0))
+    names = ("zero-filled", "reconstruction", "fully sampled", "difference × 5")
+    errors = (f", NMSE {_nmse(zero, full):.3f}", f", NMSE {_nmse(recon, full):.3f}", "", "")
+    shown = (zero, recon, full, 5 * np.abs(recon - full))
+    styles = [
+        {"cmap": cmap, "vmin": 0, "vmax": max(float(np.percentile(full, 99.7)), 1e-30), "interpolation": "nearest"}
+        for cmap in ("gray", "gray", "gray", "inferno")
+    ]
+
+    figure, grid = _canvas(*full.shape[1:], moving=moving)
+    figure.suptitle(title, fontsize=LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    _show_kspace(grid[0, 0], k[at], kept[at], withheld[at])
+    true_r = kept.size / max(int(kept.sum()), 1)
+    grid[0, 0].set_title(f"k-space, true R = {true_r:.1f}", fontsize=NORMAL, color=INK)
+    for axes, name, error, image, style in zip(grid[0, 1:], names, errors, shown, styles, strict=True):
+        axes.imshow(image[at], **style)
+        axes.set_title(name + error, fontsize=NORMAL, color=INK)
+    grid[0, 1].set_ylabel(f"frame {at + 1} of {len(full)}" if moving else "y", fontsize=SMALL)
+    grid[0, 0].set_xlabel("kx (log magnitude)", fontsize=SMALL, labelpad=2)
+    grid[0, 0].set_ylabel("ky", fontsize=SMALL)
+    if moving:
+        _show_pattern(grid[1, 0], kept, withheld, at)
+        _show_profiles(grid[:, 1:], [image[:, row] for image in shown], styles, at, row)
+        grid[1, 0].set_ylabel("ky", fontsize=SMALL)
+        grid[1, 0].set_xlabel("frame (lines acquired)", fontsize=SMALL, labelpad=1)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
+def _lines(
+    kspace: np.ndarray, sampled: np.ndarray, hidden: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Magnitude of k-space ``t ky kx``, acquired lines and the hidden ones among them, both ``t ky``; one frame where
+    there is no time axis.
+    """
     if np.ndim(kspace) not in (2, 3):
         raise InputError(f"kspace: expected axes t ky kx or ky kx, got {np.shape(kspace)}")
     k = np.abs(np.asarray(kspace).reshape((-1, *np.shape(kspace)[-2:])))
@@ -63,66 +105,57 @@ def reconstruction(
         if np.shape(mask) != np.shape(kspace)[:-1]:
             raise InputError(f"{name}: expected {np.shape(kspace)[:-1]} like the lines of kspace, got {np.shape(mask)}")
     kept = np.asarray(sampled, dtype=bool).reshape(k.shape[:2])
-    withheld = withheld.reshape(k.shape[:2]) & kept
-    images = []
-    for name, image in (("zero_filled", zero_filled), ("reconstruction", reconstruction), ("target", target)):
-        if np.ndim(image) != np.ndim(kspace) or (moving and len(image) != len(k)):
+    return k, kept, withheld.reshape(k.shape[:2]) & kept
+
+
+def _magnitudes(like: tuple[int, ...], images: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """Magnitude of each image, ``t y x``.
+
+    Args:
+        like: shape of their k-space.
+        images: name -> image, the target among them.
+    """
+    moving = len(like) == 3
+    frames, target = like[0] if moving else 1, np.shape(images["target"])
+    for name, image in images.items():
+        if np.ndim(image) != len(like) or (moving and len(image) != frames):
             raise InputError(
-                f"{name}: expected axes {'t y x' if moving else 'y x'} of {len(k)} frames, got {np.shape(image)}"
+                f"{name}: expected axes {'t y x' if moving else 'y x'} of {frames} frames, got {np.shape(image)}"
             )
-        if np.shape(image) != np.shape(target):
-            raise InputError(f"{name}: expected the target's shape {np.shape(target)}, got {np.shape(image)}")
-        images.append(np.abs(np.asarray(image, dtype=complex)).reshape((-1, *np.shape(image)[-2:])))
-    zero, recon, full = images
+        if np.shape(image) != target:
+            raise InputError(f"{name}: expected the target's shape {target}, got {np.shape(image)}")
+    return [np.abs(np.asarray(image, dtype=complex)).reshape((-1, *np.shape(image)[-2:])) for image in images.values()]
 
-    motion = full.std(0)
-    at = frame if frame is not None else int(np.argmax(((full - full.mean(0)) ** 2).sum((1, 2))))
-    row = profile_row if profile_row is not None else _centre_row(motion)
-    window = max(float(np.percentile(full, 99.7)), 1e-30)
-    true_r = kept.size / max(int(kept.sum()), 1)
 
-    ny, nx = full.shape[1:]
+def _canvas(ny: int, nx: int, *, moving: bool) -> tuple[Figure, np.ndarray]:
+    """Figure and its axes, ``row column``: five columns of images, and a second row where something moves."""
     width, gap = 2.15, 0.08
-    second = width * 0.62
-    height = width * ny / nx + (second + 0.3 if moving else 0) + 0.85
+    first, second = width * ny / nx, width * 0.62
     figure = Figure(
-        figsize=(5 * width + 4 * gap + 0.35, height),
+        figsize=(5 * width + 4 * gap + 0.35, first + (second + 0.3 if moving else 0) + 0.85),
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.04, wspace=0.01),
     )
-    grid = figure.subplots(
-        2 if moving else 1, 5, squeeze=False, height_ratios=[width * ny / nx, second] if moving else [1]
-    )
-    figure.suptitle(title, fontsize=LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    heights = [first, second] if moving else [1]
+    return figure, figure.subplots(len(heights), 5, squeeze=False, height_ratios=heights)
 
-    _show_kspace(grid[0, 0], k[at], kept[at], withheld[at])
-    grid[0, 0].set_title(f"k-space, true R = {true_r:.1f}", fontsize=NORMAL, color=INK)
-    names = ("zero-filled", "reconstruction", "fully sampled", "difference × 5")
-    errors = (f"NMSE {_nmse(zero, full):.3f}", f"NMSE {_nmse(recon, full):.3f}", "", "")
-    shown = (zero, recon, full, 5 * np.abs(recon - full))
-    for axes, name, error, image in zip(grid[0, 1:], names, errors, shown, strict=True):
-        style = "inferno" if name.startswith("difference") else "gray"
-        axes.imshow(image[at], cmap=style, vmin=0, vmax=window, interpolation="nearest")
-        axes.set_title(f"{name}, {error}" if error else name, fontsize=NORMAL, color=INK)
-        if moving:
-            axes.axhline(row, color="#ffd166", linewidth=0.8, linestyle=(0, (4, 3)))
-    if moving:
-        _show_pattern(grid[1, 0], kept, withheld, at)
-        for axes, name, image in zip(grid[1, 1:], names, shown, strict=True):
-            style = "inferno" if name.startswith("difference") else "gray"
-            axes.imshow(image[:, row].T, cmap=style, vmin=0, vmax=window, aspect="auto", interpolation="nearest")
-            axes.axvline(at, color="#ffd166", linewidth=0.8, linestyle=(0, (4, 3)))
-            axes.set_xlabel("frame", fontsize=SMALL, labelpad=1)
-        grid[1, 1].set_ylabel(f"x, along y = {row}", fontsize=SMALL)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    grid[0, 1].set_ylabel(f"frame {at + 1} of {len(full)}" if moving else "y", fontsize=SMALL)
-    grid[0, 0].set_ylabel("ky", fontsize=SMALL)
-    grid[0, 0].set_xlabel("kx (log magnitude)", fontsize=SMALL, labelpad=2)
-    if moving:
-        grid[1, 0].set_ylabel("ky", fontsize=SMALL)
-        grid[1, 0].set_xlabel("frame (lines acquired)", fontsize=SMALL, labelpad=1)
-    return figure
+
+def _show_profiles(
+    grid: np.ndarray, profiles: list[np.ndarray], styles: list[dict[str, Any]], at: int, row: int
+) -> None:
+    """One image row over time (``t x``) below each image, and where it lies in the image.
+
+    Args:
+        grid: axes of images (first row) and of profiles (second row).
+        at: frame that the images show.
+        row: y of the profiles.
+    """
+    mark = {"color": "#ffd166", "linewidth": 0.8, "linestyle": (0, (4, 3))}
+    for image, axes, profile, style in zip(*grid, profiles, styles, strict=True):
+        image.axhline(row, **mark)
+        axes.imshow(profile.T, aspect="auto", **style)
+        axes.axvline(at, **mark)
+        axes.set_xlabel("frame", fontsize=SMALL, labelpad=1)
+    grid[1, 0].set_ylabel(f"x, along y = {row}", fontsize=SMALL)
 
 
 def sampling(config: RunConfig, table: torch.Tensor | None = None) -> Figure:

@@ -185,29 +185,12 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     chance = tuple(rng.random(8).tolist())
 
     age = 60 + 8 * z["age"]
-    load = burden["load"] * math.exp(0.03 * (age - 60))  # of pressure: grows with age
-    dcm, hcm, scar, right, stretch = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "atria"))
-    bsa = _positive(BSA_M2[sex], z["bsa"])
-    lvedv = (
-        _CHOSEN * _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.26 * dcm - 0.05 * hcm + 0.07 * scar)
-    )
-    lvm = (
-        _CHOSEN
-        * _positive(REFERENCE["lvm_g"][sex], z["lvm"])
-        * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
-    )
+    burden["load"] *= math.exp(0.03 * (age - 60))  # of pressure: grows with age
+    dcm, hcm, scar, right, stretch, load = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "atria", "load"))
     lvef = _normal(REFERENCE["lvef_pct"][sex], z["lvef"]) - 14 * dcm + 2.5 * hcm - 7 * scar + 0.5 * load
     lvef = min(max(lvef, 15.0), 78.0)
-    stroke = lvedv * lvef / 100
-    rv_stroke = stroke * math.exp(0.03 * next(n))
-    rvef = _normal(REFERENCE["rvef_pct"][sex], z["rvef"]) - 8 * right - 5 * dcm - 1.5 * scar
-    rvedv = rv_stroke / min(max(rvef, 20.0), 75.0) * 100
-    # A stiff or failing ventricle fills its atrium more and is emptied into less.
-    strain = 0.14 * (dcm + hcm) + 0.06 * (scar + load)
-    lav_max = _positive(REFERENCE["lav_max_ml"][sex], z["lav"]) * math.exp(strain + 0.27 * stretch)
-    laef = _normal(REFERENCE["laef_pct"][sex], z["laef"]) - 40 * strain - 9 * stretch
-    rav_max = _positive(REFERENCE["rav_max_ml"][sex], z["rav"]) * math.exp(0.16 * right + 0.22 * stretch)
-    raef = _normal(REFERENCE["raef_pct"][sex], z["raef"]) - 6 * right - 7 * stretch
+    volumes = _ventricles(sex, z, burden, lvef, math.exp(0.03 * next(n))) | _atria(sex, z, burden)
+    lvedv = volumes["lvedv_ml"]
     heart_rate = min(max(_normal(HEART_RATE[sex], z["heart_rate"]) + 5 * dcm + 2 * stretch, 42.0), 110.0)
     # Systole lasts about a third of a second at rest, whatever the rate.
     es_phase = min(max(0.335 * heart_rate / 60, 0.28), 0.45) + 0.01 * next(n)
@@ -217,18 +200,10 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
     return Anatomy(
         male=male,
         age_y=age,
-        bsa_m2=bsa,
+        bsa_m2=_positive(BSA_M2[sex], z["bsa"]),
         weight_z=next(n),
         heart_rate=heart_rate,
-        lvedv_ml=lvedv,
-        lvesv_ml=lvedv - stroke,
-        rvedv_ml=rvedv,
-        rvesv_ml=rvedv - rv_stroke,
-        lav_max_ml=lav_max,
-        lav_min_ml=lav_max * (1 - min(max(laef, 10.0), 80.0) / 100),
-        rav_max_ml=rav_max,
-        rav_min_ml=rav_max * (1 - min(max(raef, 10.0), 72.0) / 100),
-        lvm_g=lvm,
+        **volumes,
         length_mm=length,
         base_motion_mm=length * descent,
         twist_rad=(
@@ -251,6 +226,55 @@ def anatomy(index: int, *, seed: int) -> Anatomy:
         kick=min(max(0.24 + 0.04 * next(n) + 0.04 * load + 0.002 * (age - 60), 0.1), 0.5),
         chance=chance,
     )
+
+
+def _ventricles(
+    sex: str, z: dict[str, float], burden: dict[str, float], lvef: float, right_share: float
+) -> dict[str, float]:
+    """Volumes of both ventricles and mass of the LV, by their names in `Anatomy`.
+
+    Args:
+        z: standard normal numbers of `LATENT`.
+        burden: severity of each process.
+        right_share: stroke volume of the right ventricle over that of the left.
+    """
+    dcm, hcm, scar, right, load = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "load"))
+    lvedv = (
+        _CHOSEN * _positive(REFERENCE["lvedv_ml"][sex], z["lvedv"]) * math.exp(0.26 * dcm - 0.05 * hcm + 0.07 * scar)
+    )
+    lvm = (
+        _CHOSEN
+        * _positive(REFERENCE["lvm_g"][sex], z["lvm"])
+        * math.exp(0.14 * dcm + 0.27 * hcm + 0.03 * scar + 0.15 * load)
+    )
+    stroke = lvedv * lvef / 100
+    rv_stroke = stroke * right_share
+    rvef = _normal(REFERENCE["rvef_pct"][sex], z["rvef"]) - 8 * right - 5 * dcm - 1.5 * scar
+    rvedv = rv_stroke / min(max(rvef, 20.0), 75.0) * 100
+    return {
+        "lvedv_ml": lvedv,
+        "lvesv_ml": lvedv - stroke,
+        "rvedv_ml": rvedv,
+        "rvesv_ml": rvedv - rv_stroke,
+        "lvm_g": lvm,
+    }
+
+
+def _atria(sex: str, z: dict[str, float], burden: dict[str, float]) -> dict[str, float]:
+    """Volumes of both atria, by their names in `Anatomy`; arguments as those of `_ventricles`."""
+    dcm, hcm, scar, right, stretch, load = (burden[k] for k in ("dcm", "hcm", "infarct", "rv", "atria", "load"))
+    # A stiff or failing ventricle fills its atrium more and is emptied into less.
+    strain = 0.14 * (dcm + hcm) + 0.06 * (scar + load)
+    lav_max = _positive(REFERENCE["lav_max_ml"][sex], z["lav"]) * math.exp(strain + 0.27 * stretch)
+    laef = _normal(REFERENCE["laef_pct"][sex], z["laef"]) - 40 * strain - 9 * stretch
+    rav_max = _positive(REFERENCE["rav_max_ml"][sex], z["rav"]) * math.exp(0.16 * right + 0.22 * stretch)
+    raef = _normal(REFERENCE["raef_pct"][sex], z["raef"]) - 6 * right - 7 * stretch
+    return {
+        "lav_max_ml": lav_max,
+        "lav_min_ml": lav_max * (1 - min(max(laef, 10.0), 80.0) / 100),
+        "rav_max_ml": rav_max,
+        "rav_min_ml": rav_max * (1 - min(max(raef, 10.0), 72.0) / 100),
+    }
 
 
 def _regions(

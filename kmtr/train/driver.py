@@ -17,12 +17,13 @@ from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, statistics
+from kmtr.files import replacing, write_atomic
 from kmtr.ray_start import refuse_missing_gpu
 from kmtr.train import checkpoint
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import MASKED_ENCODER, train_worker
 from kmtr.train.progress import Display
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, last_line
 
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
@@ -99,7 +100,7 @@ def fit(
         return done
     refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
-    (folder / "config.json").write_text(to_json(config))
+    write_atomic(folder / "config.json", to_json(config))
     tables = fitted_tables(config, dataset, folder)
     uri = config.tracking.uri
     run_id = tracking.open_run(
@@ -133,7 +134,7 @@ def fit(
         status = "FINISHED"
         return outcome
     except ray.train.TrainingFailedError as error:
-        raise KmtrError(f"run {name}: {_first_line(error)}") from error
+        raise KmtrError(f"run {name}: {_reason(error)}") from error
     except KeyboardInterrupt:
         status = "KILLED"
         raise KmtrError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
@@ -237,9 +238,9 @@ def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}
     fitted = statistics.tables(config, dataset.reader("train", config.data))
-    temporary = path.with_suffix(".tmp")
-    save_file({k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}, temporary)
-    os.replace(temporary, path)
+    stored = {k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}
+    with replacing(path) as temporary:
+        save_file(stored, temporary)
     return fitted
 
 
@@ -249,9 +250,8 @@ def _copy_tree(source: Path, target: Path) -> None:
         (target / file.name).write_bytes(file.read_bytes())
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """The innermost reason of a failed training as one line."""
-    reasons = getattr(error, "worker_failures", None) or {}
-    inner: BaseException = next(iter(reasons.values()), error)
-    lines = [line for line in str(getattr(inner, "base_exc", inner)).splitlines() if line.strip()]
-    return lines[-1] if lines else type(inner).__name__
+    failures = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(failures.values()), error)
+    return last_line(getattr(inner, "base_exc", inner))

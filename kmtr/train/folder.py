@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
+from kmtr.files import write_atomic
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"
@@ -83,9 +83,7 @@ def finish(outcome: Outcome) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """The whole file or none of it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    write_atomic(path, json.dumps(content))
 
 
 def _digest(config: RunConfig, dataset: Dataset) -> str:

@@ -28,7 +28,7 @@ from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, with_kind
 
 MASKED_ENCODER = "encoder-masked"
 """Folder in the run's: the encoder as masked reconstruction left it."""
@@ -52,9 +52,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
         message = str(error)
     except Exception as error:  # told to the driver below; the traceback stays in this worker's log
         traceback.print_exc()
-        message = (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        )
+        message = with_kind(error)
     Sender(job["progress"]).fail(message)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -199,8 +199,7 @@ def test_an_epoch_of_a_cached_dataset_fetches_each_shard_once(
         return [samples.fetch(int(at), "sax", shape).tobytes() for at in np.argsort(order)]
 
     first = epoch(0)
-    fetched = [info.path for info in open_root(str(tmp_path))[0].get_file_info(pa.fs.FileSelector(str(tmp_path)))]
-    assert len(fetched) == 4
+    assert cached(tmp_path) == 4
     failures.next(1000, "503 SlowDown", "GET /epochs/set/shards/train-00000.parquet")
     assert epoch(1) == first
     assert failures.left == 1000
@@ -543,9 +542,10 @@ def fetch(root: str, cache: Cache, number: int) -> None:
 
 
 def cached(folder: Path) -> int:
-    """Number of whole files; nothing else may be left."""
-    assert {path.suffix for path in folder.iterdir()} <= {".file"}
-    return len(list(folder.iterdir()))
+    """Number of whole files; nothing else may be left but empty locks."""
+    assert {path.suffix for path in folder.iterdir()} <= {".file", ".lock"}
+    assert not sum(path.stat().st_size for path in folder.glob("*.lock"))
+    return len(list(folder.glob("*.file")))
 
 
 def test_a_cached_file_is_fetched_once(stored: str, failures: Failures, tmp_path: Path) -> None:
@@ -669,7 +669,7 @@ def test_a_killed_download_leaves_nothing_in_the_way(
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+    assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".part"]
     fetch(stored, cache, 1)  # another file: what is left of the first is removed for it
     assert cached(tmp_path) == 1
     fetch(stored, cache, 0)
@@ -679,6 +679,6 @@ def test_a_killed_download_leaves_nothing_in_the_way(
 def test_a_torn_file_is_fetched_anew(stored: str, tmp_path: Path) -> None:
     cache = cache_of(tmp_path, 3)
     fetch(stored, cache, 0)
-    os.truncate(next(tmp_path.iterdir()), 10)
+    os.truncate(next(tmp_path.glob("*.file")), 10)
     fetch(stored, cache, 0)
     assert cached(tmp_path) == 1

@@ -24,4 +24,4 @@ def test_one_phenotype_that_falls_is_enough() -> None:
     assert abs(lost["val/lvef_r2"] - 0.2) < 1e-9
     assert not fallen(BEFORE, after, tolerance=0.25)
     assert not fallen(BEFORE, {"val/kspace_loss": 9.0}, tolerance=0.0)  # nothing was probed
-    assert not fallen({}, after, tolerance=0.0)  # no stage b in this run
+    assert not fallen({}, after, tolerance=0.0)  # no masked pretraining in this run

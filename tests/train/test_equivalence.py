@@ -1,7 +1,7 @@
 """One process equals many, every ZeRO stage the others, and all of them the golden losses of `tiny`'s model.
 
-The real engine on the real data path. ``golden.json`` holds what the first 5 steps of stage b and 3 of stage c log. A
-change of model, losses, order or sampling changes them; look at the difference, then write them anew:
+The real engine on the real data path. ``golden.json`` holds what the first 5 steps of masked pretraining and 3 of
+alignment log. A change of model, losses, order or sampling changes them; look at the difference, then write them anew:
 
     KMTR_GOLDEN=write python -m pytest tests/train/test_equivalence.py
 """

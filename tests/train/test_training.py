@@ -104,7 +104,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
 
 
 def test_the_guard_ends_alignment_that_costs_what_was_learnt(cluster: None, config: RunConfig, tmp_path: Path) -> None:
-    """A learning rate that wrecks the encoder: what is exported is stage b's."""
+    """A learning rate that wrecks the encoder: what is exported is the end of masked pretraining."""
     changes = {
         "align.guard": True,
         "align.steps": 20,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import threading
@@ -14,13 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from kmtr.data.dataset.files import File, LocalFile, RemoteFile
 from kmtr.data.dataset.storage import is_local, open_root, write_all
 from kmtr.types import InputError
 
 PIECE_BYTES = 16 << 20
 PIECES_IN_FLIGHT = 4
-"""Of a download: enough to fill a fast network, 64 MiB of memory."""
+"""Pieces of a download at once: enough to fill a fast network, 64 MiB of memory."""
+
+POLL_S = 0.01
+"""Between looks at a lock that another process or thread holds."""
 
 _opened: Counter[Path] = Counter()
 _opened_lock = threading.RLock()
@@ -62,14 +66,14 @@ def open_file(root: str, name: str, cache: Cache | None = None, size: int | None
 class Cache:
     """Whole files of an object store in a local folder that all processes of a node share.
 
-    A file is downloaded once, to a temporary name, by whoever locks that first; others wait and then open it. Room is
-    made before a download begins, temporary files included: the least recently opened go first, never those that this
-    process holds open. Another process may evict them all the same: an open file stays readable without its name, and
-    its space is free once it is closed. If there is no room even so, the file is read from the store. A process
+    A file is downloaded once, to a temporary name, by whoever gets its lock first; others wait and then open it. Room
+    is made before a download begins, temporary files included: the least recently opened go first, never those that
+    this process holds open. Another process may evict them all the same: an open file stays readable without its name,
+    and its space is free once it is closed. If there is no room even so, the file is read from the store. A process
     that dies leaves at most a temporary file, which the next that needs room removes.
 
     Attributes:
-        folder: local, on a file system with locks (flock).
+        folder: local; an empty lock file stays in it for each file that it ever had.
         gib: of all its files together.
     """
 
@@ -106,22 +110,26 @@ class Cache:
 
     def _fetch(self, remote: Callable[[], File], name: str, stem: Path, size: int) -> File:
         part, whole = stem.with_suffix(".part"), stem.with_suffix(".file")
-        with _exclusive(part) as number:
+        with _alone(part):
             if cached := _open_cached(whole, name, size):
                 return cached  # another was faster
             source = remote()
-            if source.size != size or not self._reserve(stem.parent, number, size):
+            if source.size != size or not self._reserve(part, size):
                 return source
-            with source:
-                _download(source, number)
-            os.fsync(number)
-            os.replace(part, whole)
+            try:
+                with source, part.open("r+b") as file:
+                    _download(source, file.fileno())
+                    os.fsync(file.fileno())
+                os.replace(part, whole)
+            finally:
+                part.unlink(missing_ok=True)
             return _open_cached(whole, name, size) or remote()  # evicted meanwhile, in a cache of few files
 
-    def _reserve(self, folder: Path, number: int, size: int) -> bool:
-        """Give the empty file `number` its size, having evicted what is needed; False, nothing done: no room."""
-        with _exclusive(folder / "room.lock"), _opened_lock:
-            os.ftruncate(number, 0)
+    def _reserve(self, own: Path, size: int) -> bool:
+        """Make the temporary file `own`, of this size, having evicted what is needed; False, nothing done: no room."""
+        folder = own.parent
+        with _alone(folder / "room"), _opened_lock:
+            own.unlink(missing_ok=True)  # of a process that died
             for part in folder.glob("*.part"):
                 _remove_if_left(part)
             # Parts first: one that becomes a file meanwhile counts twice, not never.
@@ -137,7 +145,8 @@ class Cache:
                 return False
             for path in evicted:
                 path.unlink(missing_ok=True)
-            os.ftruncate(number, size)
+            with own.open("wb") as file:
+                file.truncate(size)
             return True
 
 
@@ -177,49 +186,15 @@ def _download(source: File, number: int) -> None:
         list(pool.map(piece, range(0, source.size, PIECE_BYTES)))
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[int]:
-    """The file `path`, made if need be, locked against every other process and thread, and removed in the end unless it
-    was renamed; its lock ends with the process.
-    """
-    while True:
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX)
-            if not _names(path, number):
-                continue  # removed or renamed by whoever had the lock before
-            try:
-                yield number
-            finally:
-                if _names(path, number):
-                    path.unlink()
-            return
-        finally:
-            os.close(number)
+def _alone(path: Path) -> contextlib.AbstractContextManager[object]:
+    """Hold the lock beside `path` against every other process and thread; it ends with its process."""
+    return FileLock(path.with_suffix(".lock")).acquire(poll_interval=POLL_S)
 
 
-def _remove_if_left(path: Path) -> None:
-    """Remove a temporary file that no process has locked: its own died."""
-    try:
-        number = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _names(path, number):
-            path.unlink()
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(number)
-
-
-def _names(path: Path, number: int) -> bool:
-    """Whether `path` is the open file `number`."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(number))
-    except FileNotFoundError:
-        return False
+def _remove_if_left(part: Path) -> None:
+    """Remove a temporary file that nobody is writing: its process died."""
+    with contextlib.suppress(Timeout), FileLock(part.with_suffix(".lock")).acquire(timeout=0):
+        part.unlink(missing_ok=True)
 
 
 def _stats(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:

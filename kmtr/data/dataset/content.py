@@ -57,7 +57,7 @@ FEW_FRAMES = 6
 
 FRAME_TIME_S = (0.002, 0.5)
 HEARTBEAT_S = 2.0
-"""Of a slow heart: few frames, taken evenly, may be farther apart than `FRAME_TIME_S`, but share that."""
+"""Cycle of a slow heart, s: few frames, taken evenly, may be farther apart than `FRAME_TIME_S`, but share that."""
 
 EXAMPLES = 5
 """Findings of one kind that are listed one by one."""
@@ -169,7 +169,7 @@ def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int
 
 
 def judge(contents: Sequence[tuple[int, Contents]], manifests: Sequence[Manifest]) -> Findings:
-    """What no shard shows by itself: counts, label ranges and identities, one subject twice.
+    """Findings of all shards, and those that none shows by itself: counts, label ranges, identities, one subject twice.
 
     Args:
         contents: (dataset, contents of a shard) of all shards of all datasets.

@@ -42,7 +42,7 @@ def damages(root: str) -> Iterator[str]:
 
 
 def damage(root: str, shard: Shard) -> str:
-    """What is wrong with one shard or the index beside it, in one line; empty: nothing."""
+    """Damage of one shard or of the index beside it, in one line; empty: none."""
     store, base = storage.open_root(root)
     path = f"{base}/{shard.name}"
     remedy = "restore it from a copy, or write the dataset anew"

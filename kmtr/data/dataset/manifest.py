@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a dataset holds.
+    """Contents of a dataset.
 
     Attributes:
         shards: in the order that numbers the rows of a split.
@@ -121,7 +121,7 @@ def write_manifest(root: str, parts: Sequence[tuple[Shard, dict[str, Any]]], dty
 
 
 def has_dataset(root: str) -> bool:
-    """Whether a finished dataset is there."""
+    """True if a finished dataset is there."""
     store, base = storage.open_root(root)
     return storage.exists(store, f"{base}/manifest.json")
 

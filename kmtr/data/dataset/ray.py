@@ -94,7 +94,7 @@ def write_dataset(
 
 @dataclasses.dataclass(frozen=True)
 class _WriteTask:
-    """What a task of Ray Data does: numbers of missing shards in, what became of them out."""
+    """Task of Ray Data: numbers of missing shards in, what became of them out."""
 
     write: writing.WriteShards
     missing: Sequence[int]

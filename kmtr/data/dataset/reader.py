@@ -23,7 +23,7 @@ OPEN_SHARDS = 256
 """Shards whose index and file a reader keeps open."""
 
 READS_IN_FLIGHT = 16
-"""Of one batch from an object store, where each waits for the network; local files are copied by one thread."""
+"""Reads at once for a batch from an object store, where each waits for the network; one thread copies local files."""
 
 KEPT_ROW_GROUPS = 64
 """Row groups of several subjects (of `shards.ROW_GROUP_BYTES` at most) that are kept of each open shard."""
@@ -295,7 +295,7 @@ class _OpenShard:
         return record.current(index)
 
     def _with_pyarrow(self, read: Callable[[pq.ParquetFile], pa.Table], row: int | None = None) -> pa.Table:
-        """What `read` makes of the Parquet file, by one thread at a time."""
+        """Result of `read` on the Parquet file, by one thread at a time."""
         try:
             if self._parquet is None:
                 self._parquet = pq.ParquetFile(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, first_line
 
 T = TypeVar("T")
 
@@ -79,7 +79,3 @@ def patiently(call: Callable[[], T], path: str) -> T:
 def no_bucket(path: str) -> str:
     bucket = path.partition("/")[0]
     return f"{bucket}: expected a bucket, got none of that name; check the URI and the endpoint, or make it first"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

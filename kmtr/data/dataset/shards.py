@@ -105,7 +105,7 @@ def write_shard(
 
 
 class _Tally:
-    """What the rows of a shard have, counted while they are written."""
+    """Counts of the rows of a shard, taken while they are written."""
 
     def __init__(self) -> None:
         self.subject_shapes: list[dict[str, list[int]]] = []
@@ -161,7 +161,7 @@ def payload_bytes(study: Study, dtype: str) -> int:
 
 
 def finished_shard(root: str, name: str, made: str = "") -> tuple[Shard, dict[str, Any]] | None:
-    """What `write_shard` returned in an earlier run, or None.
+    """Result of `write_shard` in an earlier run, or None.
 
     Raises:
         InputError: it was written with another `made`.

@@ -12,7 +12,6 @@ import contextlib
 import os
 import re
 import tempfile
-import uuid
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,8 +21,9 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from kmtr.data.dataset.retry import PATIENCE_S, first_line, no_bucket, patiently
-from kmtr.types import InputError
+from kmtr import files
+from kmtr.data.dataset.retry import PATIENCE_S, no_bucket, patiently
+from kmtr.types import InputError, first_line
 
 UPLOAD_IS_ATOMIC = ("s3", "gcs", "abfs")
 """Stores (pyarrow's names) where an object appears whole or not at all, and renaming would be copy and delete."""
@@ -136,10 +136,8 @@ def _open_other(root: str) -> tuple[fs.FileSystem, str]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, without the path that the system's own errors hold."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Reason that an error gives, in one line, without the path that the system's own errors hold."""
+    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
 def is_local(store: fs.FileSystem) -> bool:
@@ -160,7 +158,7 @@ def read_bytes(store: fs.FileSystem, path: str) -> bytes:
 
 
 def exists(store: fs.FileSystem, path: str) -> bool:
-    """Whether the file is there.
+    """True if the file is there.
 
     Raises:
         InputError: its bucket isn't, or the store refuses.
@@ -188,11 +186,11 @@ def write_atomic(store: fs.FileSystem, path: str, content: bytes) -> None:
     temporary name, then renamed.
     """
     if is_local(store):
-        _write_local(path, content)
+        files.write_atomic(Path(path), content)
     elif store.type_name in UPLOAD_IS_ATOMIC:
         patiently(partial(_put, store, path, content), path)
     else:
-        temporary = _temporary(path)
+        temporary = files.temporary_name(path)
         patiently(partial(_put, store, temporary, content), path)
         patiently(partial(store.move, temporary, path), path)
 
@@ -206,20 +204,14 @@ def writing(root: str, name: str) -> Iterator[BinaryIO]:
     store, base = open_root(root)
     target = f"{base}/{name}"
     make_folder(store, os.path.dirname(target))
-    with contextlib.nullcontext("") if is_local(store) else tempfile.TemporaryDirectory() as folder:
-        temporary = _temporary(target) if is_local(store) else f"{folder}/whole"
-        try:
-            with open(temporary, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if is_local(store):
-                os.replace(temporary, target)
-                _sync_folder(os.path.dirname(target))
-            else:
-                _upload(store, temporary, target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    if is_local(store):
+        with files.replacing(Path(target)) as temporary, open(temporary, "xb") as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/whole", "xb") as file:
+            yield file
+        _upload(store, f"{folder}/whole", target)
 
 
 def _upload(store: fs.FileSystem, source: str, target: str) -> None:
@@ -227,7 +219,7 @@ def _upload(store: fs.FileSystem, source: str, target: str) -> None:
     if store.type_name in UPLOAD_IS_ATOMIC:
         patiently(partial(_copy, store, source, target), target)
     else:
-        temporary = _temporary(target)
+        temporary = files.temporary_name(target)
         patiently(partial(_copy, store, source, temporary), target)
         patiently(partial(store.move, temporary, target), target)
 
@@ -242,31 +234,6 @@ def _put(store: fs.FileSystem, path: str, content: bytes) -> None:
     # One write: if it fails, closing the stream does not complete the upload, and what was there stays.
     with store.open_output_stream(path) as stream:
         stream.write(content)
-
-
-def _write_local(path: str, content: bytes) -> None:
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "xb", buffering=0) as file:
-            write_all(file.fileno(), memoryview(content), 0)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    _sync_folder(os.path.dirname(path))
-
-
-def _temporary(path: str) -> str:
-    return f"{path}.{uuid.uuid4().hex[:12]}.tmp"  # a process's number is not unique among nodes on one file system
-
-
-def _sync_folder(folder: str) -> None:
-    """Makes a rename in the folder last through a power failure."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def write_all(number: int, content: memoryview, offset: int) -> None:

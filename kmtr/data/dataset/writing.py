@@ -36,7 +36,7 @@ task, ends whatever is under way.
 """
 
 REPORT = "refused.json"
-"""Of a dataset, beside its manifest: subjects that are not in it and why, notes on those that are in it, and files of
+"""Report of a dataset, beside its manifest: subjects that are not in it and why, notes on those that are, and files of
 the source that belong to no subject (`sources.unused`).
 """
 
@@ -80,7 +80,7 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a part of the work.
+    """Cost of a part of the work.
 
     Attributes:
         subjects: made and written.
@@ -149,7 +149,7 @@ class WriteShards:
         return shards.finished_shard(self.root, self.jobs[number].name, self.made(number))
 
     def made(self, number: int) -> str:
-        """What decides a shard's content."""
+        """Hash of all that decides a shard's content."""
         job = self.jobs[number]
         ids = [self.ids[item] for item in job.items]
         what = [self.source, record.SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]

@@ -32,7 +32,7 @@ from kmtr.data.loader.buckets import Buckets
 from kmtr.types import InputError
 
 _GROUPS, _LEFT, _WINDOWS, _STEPS = range(1, 5)
-"""What random numbers are for."""
+"""Purposes of random numbers."""
 
 KEPT_EPOCHS = 2
 """Orders in memory: reading ahead crosses the border of an epoch."""
@@ -62,7 +62,7 @@ class Source:
 
     @property
     def single(self) -> bool:
-        """Whether every row has a row group of its own."""
+        """True if every row has a row group of its own."""
         return bool((self.groups[:, 1] <= 1).all())
 
     def group_of_row(self) -> Int[np.ndarray, " row"]:
@@ -198,7 +198,7 @@ class Plan:
         return self.share(step, 0, 1)
 
     def share(self, step: int, rank: int, world: int) -> Slot:
-        """What one worker of `world` reads at `step`; all together, in the order of ranks, are the global batch.
+        """Rows that one worker of `world` reads at `step`; all together, in the order of ranks, are the global batch.
 
         Raises:
             InputError: `world` does not divide the global batch.
@@ -299,7 +299,7 @@ class Plan:
     def _cut(
         self, epoch: int, bucket: int, pool: list[Int[np.ndarray, " _"]]
     ) -> tuple[list[Int[np.ndarray, " _"]], list[Int[np.ndarray, " _"]]]:
-        """What fills whole batches and what is left: random rows, of each source its share."""
+        """Rows that fill whole batches, and those that are left: random rows, of each source its share."""
         sizes = [len(part) for part in pool]
         whole = sum(sizes) // self.global_batch * self.global_batch
         kept, left = [], []
@@ -331,7 +331,7 @@ class Plan:
 
 
 def check_workers(global_batch: int, minimum: int, maximum: int) -> None:
-    """Whether training can go on at every number of workers that an elastic run may shrink or grow to.
+    """Refuse a global batch that not every number of workers shares evenly that an elastic run may shrink or grow to.
 
     Raises:
         InputError: one of them does not divide the global batch.

@@ -40,10 +40,10 @@ def digest(sampling: Sampling) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Whether the accelerations say what the configured pattern file has: its R is what it is, and nothing is drawn.
+    """Refuse accelerations other than what the configured pattern file has: its R is what it is, and nothing is drawn.
 
     Raises:
-        InputError: they do not; says what to set. Also as `table`.
+        InputError: they say something else; the line says what to set. Also as `table`.
     """
     if (lines := table(config.sampling)) is None:
         return

@@ -69,7 +69,7 @@ def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> 
 def sources_of(
     dataset: Dataset, split: str, classes: dict[tuple[int, int], int], weights: Sequence[float] = ()
 ) -> list[Source]:
-    """What the plan needs to know of each dataset's split.
+    """Sources of the plan: what it needs to know of each dataset's split.
 
     Args:
         classes: (dataset, index into its `Manifest.subject_shapes`) -> shape class.
@@ -111,7 +111,7 @@ def shapes_of(plan: Plan) -> tuple[Shape, ...]:
 
 
 def padding_of(config: RunConfig, dataset: Dataset, plan: Plan) -> buckets.Waste:
-    """What the batches of an epoch pad, by shape."""
+    """Padding of the batches of an epoch, by shape."""
     assert plan.buckets is not None
     classes = shape_classes(config, dataset)
     cells = partial(cells_in, config.data)
@@ -146,7 +146,7 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class MakeBatch:
-    """What a reader does, in a thread or an actor: the host batch of one step."""
+    """The host batch of one step, as a reader makes it in a thread or an actor."""
 
     config: RunConfig
     reader: Reader

@@ -58,7 +58,7 @@ def slots_of(data: Data, sax_slices: int) -> tuple[int, ...]:
 
 
 def check_shapes(config: RunConfig, dataset: Dataset) -> None:
-    """Whether a dataset can feed this configuration, found before a worker starts.
+    """Refuse a dataset that can't feed this configuration, before a worker starts.
 
     Raises:
         InputError: a view is missing, there are more coils than the configuration has, a matrix is larger, too few
@@ -100,7 +100,7 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
 
 
 def unreached(data: Data, dataset: Dataset) -> str:
-    """What of the configuration's full shape no subject fills, as a line of advice; empty: all is filled."""
+    """Advice on what of the configuration's full shape no subject fills, in one line; empty: all is filled."""
     shapes = [shape for view in data.views for shape in dataset.shapes.get(view, [])]
     if not shapes or data.crop:
         return ""

@@ -150,7 +150,7 @@ def discover(format: str, source: str) -> list[Item]:
 
 
 def looked(look: Callable[[Path], Told], path: Path, otherwise: Told) -> Told:
-    """What `look` says of a file while subjects are looked for; `otherwise` where the file or a library fails."""
+    """Answer of `look` about a file while subjects are looked for; `otherwise` where the file or a library fails."""
     try:
         return look(path)
     except Exception:  # libraries have no common class; `read` meets it again and refuses that subject in one line

@@ -176,12 +176,12 @@ def why_unused(path: Path) -> str:
 
 
 def near(path: Path) -> bool:
-    """Whether a file without the endings of DICOM is counted where nobody reads it: contours, images of any kind."""
+    """True if a file without the endings of DICOM is counted where nobody reads it: contours, images of any kind."""
     return polygons.is_contour(path) or path.name.lower().endswith(OTHER_IMAGES) or _may_be_image(path.name)
 
 
 def reads(path: Path) -> bool:
-    """Whether a file in the folder of an item is read."""
+    """True if a file in the folder of an item is read."""
     return _is_image(path) or polygons.is_contour(path)
 
 

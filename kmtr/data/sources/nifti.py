@@ -103,7 +103,7 @@ def read(item: Item, where: str, subject_id: str, options: Options) -> Study:
 
 
 def near(path: Path) -> bool:
-    """Whether a file of another format holds images; it is counted as not used."""
+    """True if a file of another format holds images; it is counted as not used."""
     return path.name.lower().endswith(NEAR)
 
 
