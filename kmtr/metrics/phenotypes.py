@@ -114,7 +114,8 @@ def weighted_pearson(
     if not len(truth):
         return np.full(len(weights), np.nan)
     x, y = truth - truth.mean(), predicted - predicted.mean()  # so that products keep their digits
-    shared = weights @ (x * y) - (weights @ x) * (weights @ y) / weights.sum(1)
+    with np.errstate(invalid="ignore"):
+        shared = weights @ (x * y) - (weights @ x) * (weights @ y) / weights.sum(1)
     own = [_positive(spread, spread) for spread in (_variation(truth, weights), _variation(predicted, weights))]
     return np.clip(shared / np.sqrt(own[0] * own[1]), -1, 1)
 

@@ -60,13 +60,16 @@ def resample(
     rng = np.random.Generator(np.random.Philox(seed))
     step = max(1, _CELLS // max(subjects, 1))
     for first in range(0, resamples, step):
-        count = min(step, resamples - first)
-        weights = np.zeros((count, 0))
-        if subjects:
-            drawn = rng.integers(0, subjects, (count, subjects)) + subjects * np.arange(count)[:, None]
-            weights = np.bincount(drawn.ravel(), minlength=count * subjects).reshape(count, subjects).astype(np.float64)
+        weights = _weights(rng, min(step, resamples - first), subjects)
         rows.append(np.stack([statistic(weights) for statistic in statistics], axis=1))
     return np.concatenate(rows)
+
+
+def _weights(rng: np.random.Generator, draws: int, subjects: int) -> Float[np.ndarray, "draw subject"]:
+    """How often each subject is among as many drawn with replacement."""
+    picked = rng.integers(0, max(subjects, 1), (draws, subjects)) + subjects * np.arange(draws)[:, None]
+    counts = np.bincount(picked.ravel(), minlength=draws * subjects)
+    return counts.reshape(draws, subjects).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,17 @@ class Estimate:
     draws: int
 
 
-def estimate(drawn: Float[np.ndarray, "draw seed"]) -> Estimate:
+def estimate(replicates: Float[np.ndarray, "draw seed"]) -> Estimate:
     """A metric with its interval, from `resample` of one statistic per seed.
 
     Seeds are averaged within each draw, before the interval is taken. For metrics that are sums over subjects (R2, MAE,
     Dice) this is the mean over seeds of every subject's error or score, then the bootstrap over subjects. Predictions
     are never averaged: their mean is an ensemble, another and better system.
     """
-    mean = drawn.mean(1)
+    mean = replicates.mean(1)
     low, high, draws = _interval(mean)
-    seeds = drawn.shape[1]
-    deviation = float(drawn[0].std(ddof=1)) if seeds > 1 else float("nan")
+    seeds = replicates.shape[1]
+    deviation = float(replicates[0].std(ddof=1)) if seeds > 1 else float("nan")
     return Estimate(float(mean[0]), low, high, deviation, seeds, draws)
 
 
@@ -109,8 +112,8 @@ class Difference:
 
     Attributes:
         value, low, high: as of an `Estimate`, of the difference.
-        p: two-sided p-value, 2 (k + 1) / (n + 1) with n draws of which k lie at zero or on its far side from most; at
-            most 1. Never 0: with n draws it is at least 2 / (n + 1). Below .05 where the interval leaves out zero.
+        p: two-sided p-value 2 (k + 1) / (n + 1), at most 1: k of n draws are zero or on the other side of zero from
+            most. Never 0: at least 2 / (n + 1).
         draws: n.
     """
 

@@ -20,6 +20,11 @@ CLASSES = range(1, len(SEGMENTATION_CLASSES))
 LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA = CLASSES
 
 
+def contoured_classes(contoured: Sequence[int] | None) -> Sequence[int]:
+    """The classes that a source draws: all `CLASSES` where it says nothing (None)."""
+    return CLASSES if contoured is None else contoured
+
+
 def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     """Overlap 2 |A and B| / (|A| + |B|) of each class but the background, per subject.
 
@@ -57,16 +62,16 @@ def dice_at(
     truth: Integer[np.ndarray, "slice t y x"],
     predicted: Integer[np.ndarray, "slice t y x"],
     frames: Sequence[int],
-    drawn: Sequence[int] = CLASSES,
+    contoured: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "frame class"]:
     """Dice of one subject's view at some frames of the truth, over all slices together.
 
     Args:
         frames: of the truth, as `extreme_frames` gives them; the prediction is read at the same.
-        drawn: classes that the source draws (`View.contoured`).
+        contoured: the classes that the source draws (`View.contoured`); None: all.
 
     Returns:
-        Columns for all `CLASSES`. NaN: the class is not drawn, or is in neither; 0: it is in one only.
+        Columns for all `CLASSES`. NaN: the class is not contoured, or is in neither; 0: it is in one only.
 
     Raises:
         InputError: shapes differ.
@@ -76,7 +81,7 @@ def dice_at(
     scores = dice(
         np.moveaxis(truth[:, at], 1, 0), np.moveaxis(predicted[:, at], 1, 0), classes=len(SEGMENTATION_CLASSES)
     )
-    scores[:, [value not in drawn for value in CLASSES]] = np.nan
+    scores[:, [value not in contoured_classes(contoured) for value in CLASSES]] = np.nan
     return scores
 
 
@@ -103,12 +108,12 @@ def contour_distance(
     predicted: Integer[np.ndarray, "slice t y x"],
     frames: Sequence[int],
     spacing_mm: tuple[float, float, float],
-    drawn: Sequence[int] = CLASSES,
+    contoured: Sequence[int] | None = None,
 ) -> ContourDistance:
     """95 % Hausdorff distance in the plane of each slice, see `hd95`.
 
     Args:
-        frames, drawn: as of `dice_at`; a class that is not drawn is NaN and counts nowhere.
+        frames, contoured: as of `dice_at`; a class that is not contoured is NaN and counts nowhere.
         spacing_mm: slices, pixel height, pixel width; the first is not used.
 
     Raises:
@@ -119,7 +124,7 @@ def contour_distance(
     total = np.zeros(shape)
     compared, missed, spurious = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     for row, frame in enumerate(frames):
-        for value in drawn:
+        for value in contoured_classes(contoured):
             cell = row, value - 1
             for real, guess in zip(truth[:, frame], predicted[:, frame], strict=True):
                 a, b = real == value, (guess == value) & (real != UNLABELLED)

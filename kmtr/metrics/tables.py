@@ -72,7 +72,7 @@ class Score:
         true_acceleration: mean over subjects and seeds.
         subjects: pseudonyms, ascending; those without truth included.
         truth: of each subject, NaN where unknown.
-        drawn: the metric on the cohort (first row) and on each bootstrap draw, see `resampling.resample`.
+        replicates: the metric on the cohort (first row) and on each bootstrap draw, see `resampling.resample`.
     """
 
     cell: Cell
@@ -81,7 +81,7 @@ class Score:
     subjects: tuple[str, ...]
     truth: Float[np.ndarray, " subject"]
     estimate: Estimate
-    drawn: Float[np.ndarray, "draw seed"]
+    replicates: Float[np.ndarray, "draw seed"]
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def score_table(
             statistics: list[Statistic] = [partial(weighted_r2, truth, value, mean) for value in values]
         else:
             statistics = [_METRICS[metric](truth, value) for value in values]
-        drawn = resample(statistics, len(subjects), resamples, seed)
+        replicates = resample(statistics, len(subjects), resamples, seed)
         true_r = float(np.mean(columns["true_R"][rows]))
-        scores.append(Score(cell, metric, true_r, subjects, truth, estimate(drawn), drawn))
+        scores.append(Score(cell, metric, true_r, subjects, truth, estimate(replicates), replicates))
     return scores
 
 
@@ -167,7 +167,7 @@ def _difference(one: Score, other: Score) -> Difference:
             f"{len(one.subjects)} by {one.cell.system} and {other.metric} of {len(other.subjects)} by "
             f"{other.cell.system}, which differ"
         )
-    return difference(one.drawn, other.drawn)
+    return difference(one.replicates, other.replicates)
 
 
 def _check(columns: Columns, metric: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Integer
 
-from kmtr.metrics.segmentation import CLASSES, LA, LV_CAVITY, LV_MYOCARDIUM, RA, RV
+from kmtr.metrics.segmentation import LA, LV_CAVITY, LV_MYOCARDIUM, RA, RV, contoured_classes
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, InputError
 
 MYOCARDIAL_DENSITY_G_ML = 1.05
@@ -32,29 +32,29 @@ class Masks:
         segmentation: ``slice t y x`` of SEGMENTATION_CLASSES and UNLABELLED, without padded slices.
         spacing_mm: distance between these slices (thickness and gap), pixel height, pixel width. Where a reader chose
             some of a stack's slices, it is the distance between those chosen.
-        drawn: classes that are drawn at all (`View.contoured`); of another one nothing is known.
+        contoured: classes that the source draws (`View.contoured`), of others nothing is known; None: all.
     """
 
     segmentation: Integer[np.ndarray, "slice t y x"]
     spacing_mm: tuple[float, float, float]
-    drawn: Sequence[int] = CLASSES
+    contoured: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not all(size > 0 for size in self.spacing_mm):
             raise InputError(f"spacing_mm: expected three sizes above 0, got {self.spacing_mm}")
 
     def areas_mm2(self, *values: int) -> Float[np.ndarray, "slice t"]:
-        """Area of some classes together. NaN where a pixel of the slice is UNLABELLED or one of them is not drawn."""
+        """Area of some classes together. NaN where a pixel of the slice is UNLABELLED or one is not contoured."""
         _, height, width = self.spacing_mm
         area = np.isin(self.segmentation, values).sum((2, 3)) * (height * width)
-        known = (self.segmentation != UNLABELLED).all((2, 3)) & (set(values) <= set(self.drawn))
+        known = (self.segmentation != UNLABELLED).all((2, 3)) & (set(values) <= set(contoured_classes(self.contoured)))
         return np.where(known, area, np.nan)
 
 
 def simpson_ml(sax: Masks, *values: int) -> Float[np.ndarray, " t"]:
     """Volume of some classes together over the cycle: sum of areas in short-axis slices times their distance.
 
-    NaN with fewer than 6 slices: two are 10 points of ejection fraction off, even of true masks.
+    NaN with fewer than 6 slices, which say too little of what lies between them.
     """
     volume = sax.areas_mm2(*values).sum(0) * sax.spacing_mm[0] / 1000
     return volume if len(sax.segmentation) >= SIMPSON_SLICES else np.full_like(volume, np.nan)

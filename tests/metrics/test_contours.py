@@ -80,8 +80,9 @@ def test_classes_that_a_source_does_not_draw_are_left_out() -> None:
     truth = one_frame(square(4, 4) * LV_CAVITY)
     predicted = one_frame(np.where(square(20, 20), RV, truth[0, 0]))
     assert dice_at(truth, predicted, [0])[0, RV - 1] == 0
-    drawn = (LV_CAVITY, LV_MYOCARDIUM)
-    scores, distances = dice_at(truth, predicted, [0], drawn), contour_distance(truth, predicted, [0], SPACING, drawn)
+    contoured = (LV_CAVITY, LV_MYOCARDIUM)
+    scores = dice_at(truth, predicted, [0], contoured)
+    distances = contour_distance(truth, predicted, [0], SPACING, contoured)
     assert math.isnan(scores[0, RV - 1])
     assert scores[0, LV_CAVITY - 1] == 1
     assert distances.spurious.sum() == distances.missed.sum() == 0

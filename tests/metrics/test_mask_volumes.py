@@ -135,7 +135,7 @@ def test_a_chamber_that_is_never_found_counts_as_zero() -> None:
 
 def test_what_nobody_drew_is_unknown_not_empty() -> None:
     stack = short_axis(SIZES, 8)
-    without_rv = Masks(stack.segmentation, stack.spacing_mm, drawn=(LV_CAVITY, LV_MYOCARDIUM))
+    without_rv = Masks(stack.segmentation, stack.spacing_mm, contoured=(LV_CAVITY, LV_MYOCARDIUM))
     assert math.isnan(mask_phenotypes({"sax": without_rv})["rvedv_ml"])
     assert mask_phenotypes({"sax": stack})["rvedv_ml"] == 0
     holes = stack.segmentation.copy()

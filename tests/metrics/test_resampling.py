@@ -20,9 +20,13 @@ from kmtr.metrics import (
     holm,
     resample,
     weighted_auroc,
+    weighted_average_precision,
+    weighted_f1,
     weighted_mae,
     weighted_mean,
+    weighted_pearson,
     weighted_r2,
+    weighted_sensitivity,
 )
 from kmtr.types import InputError
 
@@ -103,6 +107,22 @@ def test_scores_that_are_nan_are_left_out() -> None:
     score = np.random.default_rng(6).standard_normal(40)
     holes = np.append(score, [np.nan] * 5)
     assert estimate(scored(holes)).value == pytest.approx(score.mean())
+
+
+@pytest.mark.parametrize("truth", [[], [np.nan] * 3, [1.0], [1.0, np.nan, np.nan, np.nan]])
+def test_every_statistic_of_next_to_nothing_is_nan_and_no_exception(truth: list[float]) -> None:
+    labels, guess = np.array(truth, float), np.arange(len(truth)) + 0.5
+    statistics = [
+        partial(weighted_r2, labels, guess, 0.0),
+        partial(weighted_pearson, labels, guess),
+        partial(weighted_auroc, labels, guess),
+        partial(weighted_average_precision, labels, guess),
+        partial(weighted_sensitivity, labels, guess),
+        partial(weighted_f1, labels, guess, 0.5),
+    ]
+    assert np.isnan(resample(statistics, len(labels), 50)).all()
+    mae = resample([partial(weighted_mae, labels, guess)], len(labels), 50)
+    assert np.isnan(mae).all() == (not np.isfinite(labels).any())
 
 
 @pytest.mark.parametrize("score", [np.zeros(0), np.full(4, np.nan)])

@@ -55,7 +55,7 @@ def test_the_order_of_rows_changes_nothing() -> None:
     shuffled = {name: column[order] for name, column in columns.items()}
     one, other = (score_table(c, "r2", MEANS, resamples=500) for c in (columns, shuffled))
     assert [(s.cell, s.subjects) for s in one] == [(s.cell, s.subjects) for s in other]
-    np.testing.assert_allclose([s.drawn for s in one], [s.drawn for s in other])
+    np.testing.assert_allclose([s.replicates for s in one], [s.replicates for s in other])
     for a, b in zip(compare(one, "unet", "zerofilled"), compare(other, "unet", "zerofilled"), strict=True):
         assert (a.cell, a.p_adjusted) == (b.cell, pytest.approx(b.p_adjusted))
 
@@ -79,10 +79,10 @@ def test_diseases_and_scores() -> None:
     found = score_table(columns | {"truth": sick}, "auroc")[0]
     rows = (columns["system"] == found.cell.system) & (columns["R"] == found.cell.acceleration)
     rows &= (columns["target"] == found.cell.target) & (columns["seed"] == 0)
-    assert found.drawn[0, 0] == pytest.approx(detection(sick[rows], columns["value"][rows], 0.0).auroc)
+    assert found.replicates[0, 0] == pytest.approx(detection(sick[rows], columns["value"][rows], 0.0).auroc)
     overlap = np.where(columns["subject"] == "p-007", np.nan, columns["value"])
     mean = score_table(columns | {"value": overlap}, "score")[0]
-    assert mean.drawn[0, 0] == pytest.approx(np.nanmean(overlap[rows]))
+    assert mean.replicates[0, 0] == pytest.approx(np.nanmean(overlap[rows]))
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line() -> None:
