@@ -1,10 +1,28 @@
-"""Metrics of segmentations."""
+"""Metrics of segmentations: overlap, and distance of the contours in mm.
+
+Pixels where the truth is UNLABELLED count for nothing: neither is anything there in the truth nor in the prediction.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from kmtr.types import UNLABELLED
+import numpy as np
+from jaxtyping import Bool, Float, Int, Integer
+from scipy import ndimage
+
+from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, InputError
+
+CLASSES = range(1, len(SEGMENTATION_CLASSES))
+"""All classes but the background."""
+
+LV_CAVITY, LV_MYOCARDIUM, RV, LA, RA = CLASSES
+
+
+def contoured_classes(contoured: Sequence[int] | None) -> Sequence[int]:
+    """The classes that a source draws: all `CLASSES` where it says nothing (None)."""
+    return CLASSES if contoured is None else contoured
 
 
 def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
@@ -24,3 +42,134 @@ def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
         size = a.sum(axes) + b.sum(axes)
         np.divide(2 * (a & b).sum(axes), size, out=scores[:, value - 1], where=size > 0)
     return scores
+
+
+def extreme_frames(truth: Integer[np.ndarray, "slice t y x"], cavity: int = LV_CAVITY) -> tuple[int, int] | None:
+    """Frames of end-diastole and end-systole in the truth: the largest and the smallest cavity.
+
+    Only frames that show the cavity and are labelled as far as any (the fewest pixels UNLABELLED) are asked. With one
+    such frame both are that one; None without any.
+    """
+    unknown = (truth == UNLABELLED).sum((0, 2, 3))
+    size = (truth == cavity).sum((0, 2, 3))
+    frames = np.flatnonzero((unknown == unknown.min(initial=truth.size)) & (size > 0))
+    if not len(frames):
+        return None
+    return int(frames[size[frames].argmax()]), int(frames[size[frames].argmin()])
+
+
+def dice_at(
+    truth: Integer[np.ndarray, "slice t y x"],
+    predicted: Integer[np.ndarray, "slice t y x"],
+    frames: Sequence[int],
+    contoured: Sequence[int] | None = None,
+) -> Float[np.ndarray, "frame class"]:
+    """Dice of one subject's view at some frames of the truth, over all slices together.
+
+    Args:
+        frames: of the truth, as `extreme_frames` gives them; the prediction is read at the same.
+        contoured: the classes that the source draws (`View.contoured`); None: all.
+
+    Returns:
+        Columns for all `CLASSES`. NaN: the class is not contoured, or is in neither; 0: it is in one only.
+
+    Raises:
+        InputError: shapes differ.
+    """
+    _check_shapes(truth, predicted)
+    at = list(frames)
+    scores = dice(
+        np.moveaxis(truth[:, at], 1, 0), np.moveaxis(predicted[:, at], 1, 0), classes=len(SEGMENTATION_CLASSES)
+    )
+    scores[:, [value not in contoured_classes(contoured) for value in CLASSES]] = np.nan
+    return scores
+
+
+@dataclass(frozen=True)
+class ContourDistance:
+    """95 % Hausdorff distances of one subject's view, by frame and class (all `CLASSES`).
+
+    Attributes:
+        hd95_mm: mean over the slices that show the class in both; NaN where there is none.
+        compared: number of these slices.
+        missed: slices where the truth has the class and the prediction has not: no distance says how wrong that is, so
+            it stands beside every mean of `hd95_mm`, which a system that finds less would otherwise improve.
+        spurious: slices where only the prediction has it.
+    """
+
+    hd95_mm: Float[np.ndarray, "frame class"]
+    compared: Int[np.ndarray, "frame class"]
+    missed: Int[np.ndarray, "frame class"]
+    spurious: Int[np.ndarray, "frame class"]
+
+
+def contour_distance(
+    truth: Integer[np.ndarray, "slice t y x"],
+    predicted: Integer[np.ndarray, "slice t y x"],
+    frames: Sequence[int],
+    spacing_mm: tuple[float, float, float],
+    contoured: Sequence[int] | None = None,
+) -> ContourDistance:
+    """95 % Hausdorff distance in the plane of each slice, see `hd95`.
+
+    Args:
+        frames, contoured: as of `dice_at`; a class that is not contoured is NaN and counts nowhere.
+        spacing_mm: slices, pixel height, pixel width; the first is not used.
+
+    Raises:
+        InputError: shapes differ, or a pixel size that is not above 0.
+    """
+    _check_shapes(truth, predicted)
+    shape = (len(frames), len(CLASSES))
+    total = np.zeros(shape)
+    compared, missed, spurious = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    for row, frame in enumerate(frames):
+        for value in contoured_classes(contoured):
+            cell = row, value - 1
+            for real, guess in zip(truth[:, frame], predicted[:, frame], strict=True):
+                a, b = real == value, (guess == value) & (real != UNLABELLED)
+                in_truth, found = bool(a.any()), bool(b.any())
+                missed[cell] += in_truth and not found
+                spurious[cell] += found and not in_truth
+                if in_truth and found:
+                    compared[cell] += 1
+                    total[cell] += hd95(a, b, spacing_mm[1:])
+    mean = np.divide(total, compared, out=np.full(shape, np.nan), where=compared > 0)
+    return ContourDistance(mean, compared, missed, spurious)
+
+
+def hd95(a: Bool[np.ndarray, "y x"], b: Bool[np.ndarray, "y x"], pixel_mm: tuple[float, float]) -> float:
+    """95 % Hausdorff distance of two structures in mm.
+
+    The greater of the two directions' 95th percentiles (linear between ranks) of the distance from each contour pixel
+    of one to the nearest contour pixel of the other. A contour pixel has one of its 4 neighbours outside the structure;
+    distances are between pixel centres. This is MONAI's convention; others pool both directions.
+
+    Args:
+        pixel_mm: height, width.
+
+    Returns:
+        NaN where one is empty.
+
+    Raises:
+        InputError: a pixel size that is not above 0.
+    """
+    if not all(size > 0 for size in pixel_mm):
+        raise InputError(f"pixel spacing: expected two sizes above 0 mm, got {pixel_mm}")
+    if not (a.any() and b.any()):
+        return float("nan")
+    box = ndimage.find_objects((a | b).astype(np.int8))[0]
+    one, other = (_contour(mask[box]) for mask in (a, b))
+    to_other, to_one = (ndimage.distance_transform_edt(~contour, sampling=pixel_mm) for contour in (other, one))
+    return float(max(np.percentile(to_other[one], 95), np.percentile(to_one[other], 95)))
+
+
+def _contour(mask: Bool[np.ndarray, "y x"]) -> Bool[np.ndarray, "y x"]:
+    return mask & ~ndimage.binary_erosion(mask)
+
+
+def _check_shapes(truth: np.ndarray, predicted: np.ndarray) -> None:
+    if truth.shape != predicted.shape:
+        raise InputError(
+            f"segmentation: expected a prediction of the truth's shape {truth.shape}, got {predicted.shape}"
+        )
