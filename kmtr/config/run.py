@@ -214,6 +214,16 @@ class Align(Section):
     head_factor: float = Field(1.0, gt=0, description="learning rate of the projections over that of the stage")
 
 
+class Task(Section):
+    tasks: tuple[str, ...] = Field((), description="tasks that stage=task trains, one or several in one model")
+    system: str = Field("kspace", description="system that they are trained on (kmtr/systems)")
+    steps: int = Field(400, ge=0, description="optimizer steps of training on labels")
+    frozen: bool = Field(False, description="the system is not trained, only the heads are")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
+    head_factor: float = Field(1.0, gt=0, description="learning rate of the heads over that of the stage")
+
+
 class Optimizer(Section):
     weight_decay: float = Field(0.05, ge=0, description="AdamW decay of matrices (not of biases, norms, tables)")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW moment decays")

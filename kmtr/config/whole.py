@@ -25,6 +25,7 @@ from kmtr.config.run import (
     Run,
     Sampling,
     Storage,
+    Task,
     Tracking,
     Train,
 )
@@ -35,7 +36,9 @@ class RunConfig(Section):
     """Everything that a command does follows from one of these."""
 
     recipe: str = Field("", description="the recipe it came from")
-    stage: Literal["both", "masked", "align"] = Field("both", description="pretraining stages, one after the other")
+    stage: Literal["both", "masked", "align", "task"] = Field(
+        "both", description="pretraining stages, one after the other, or training of task.tasks"
+    )
     seed: int = Field(0, ge=0, description="random seed of weights, order, patterns and hiding")
     data: Data = Data()
     plan: Plan = Plan()
@@ -44,6 +47,7 @@ class RunConfig(Section):
     model: Model = Model()
     masked: Masked = Masked()
     align: Align = Align()
+    task: Task = Task()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     run: Run = Run()
@@ -91,7 +95,14 @@ class RunConfig(Section):
                 f"train.eval_every: expected a multiple of train.log_every={t.log_every}, got {t.eval_every}"
             )
         if self.total_steps == 0:
-            raise ValueError("masked.steps, align.steps: expected at least one step in the chosen stage, got 0")
+            raise ValueError(
+                "masked.steps, align.steps, task.steps: expected at least one step in the chosen stage, got 0"
+            )
+        if (self.stage == "task") != bool(self.task.tasks):
+            raise ValueError(
+                f"task.tasks: expected one or more with stage=task and none without, got stage={self.stage} and "
+                f"{','.join(self.task.tasks) or 'none'}"
+            )
         if 0 < self.align_steps <= self.align.head_steps:
             raise ValueError(
                 f"align.steps: expected more than align.head_steps={self.align.head_steps}, in which the encoder does "
@@ -130,16 +141,15 @@ class RunConfig(Section):
 
     @property
     def masked_steps(self) -> int:
-        return self.masked.steps if self.stage != "align" else 0
+        return self.masked.steps if self.stage in ("both", "masked") else 0
 
     @property
     def align_steps(self) -> int:
-        return self.align.steps if self.stage != "masked" else 0
+        return self.align.steps if self.stage in ("both", "align") else 0
 
     @property
-    def has_image_encoder(self) -> bool:
-        """True if a stage has an image encoder, be it a stage that this run leaves out."""
-        return bool(self.masked.image_weight) or (self.align.steps > 0 and self.align.teacher == "encoder")
+    def task_steps(self) -> int:
+        return self.task.steps if self.stage == "task" else 0
 
     @property
     def has_components(self) -> bool:
@@ -148,7 +158,7 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        return self.masked_steps + self.align_steps
+        return self.masked_steps + self.align_steps + self.task_steps
 
     def identity(self) -> dict[str, Any]:
         """Identity of a run: dotted key -> value (as in JSON) of all that changes its mathematics (data, order, method,
@@ -175,7 +185,7 @@ class RunConfig(Section):
 IDENTITY_FORMAT = 1
 """Format of `RunConfig.identity`: another number renames every run."""
 
-_IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "optimizer"}
+_IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "task", "optimizer"}
 """Sections that change numbers."""
 
 _NO_IDENTITY = {

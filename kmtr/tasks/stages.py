@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from kmtr.config import RunConfig
-from kmtr.config.run import Align, Masked
+from kmtr.config.run import Align, Masked, Task
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Stage:
 
     name: str
     tasks: Mapping[str, float]
-    settings: Masked | Align
+    settings: Masked | Align | Task
     frozen: frozenset[str] = frozenset()
     fresh: frozenset[str] = frozenset()
     head_factor: float = 1.0
@@ -58,12 +58,20 @@ def align(config: RunConfig) -> Stage:
     )
 
 
-STAGES: dict[str, Callable[[RunConfig], Stage]] = {"masked": masked, "align": align}
+def task(config: RunConfig) -> Stage:
+    """Training of `task.tasks` on labels, each loss with the same weight; heads are new."""
+    settings = config.task
+    weights = dict.fromkeys(settings.tasks, 1.0)
+    frozen = frozenset({settings.system}) if settings.frozen else frozenset()
+    return Stage("task", weights, settings, frozen, frozenset(settings.tasks), settings.head_factor)
+
+
+STAGES: dict[str, Callable[[RunConfig], Stage]] = {"masked": masked, "align": align, "task": task}
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """The stages of a run, in their order."""
-    steps = {"masked": config.masked_steps, "align": config.align_steps}
+    steps = {"masked": config.masked_steps, "align": config.align_steps, "task": config.task_steps}
     return tuple(make(config) for name, make in STAGES.items() if steps[name])
 
 

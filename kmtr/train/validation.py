@@ -21,6 +21,7 @@ from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer
 from kmtr.tasks.base import LOSS
 from kmtr.tasks.model import EMBEDDING
+from kmtr.train import guard
 from kmtr.types import PROBED
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ class Validation:
             for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
                 result = probe(train[:, features], train_labels[:, i], held[:, features], held_labels[:, i])
                 if result is not None:
-                    metrics[f"val/{label.rsplit('_', 1)[0]}_r2{part}"] = result.r2
+                    metrics[guard.r2_of(label) + part] = result.r2
                     if not part:
                         scores[label] = result.r2
             if scores:
-                metrics["val/probe_r2"] = float(np.mean(list(scores.values())))
+                metrics[guard.MEAN] = float(np.mean(list(scores.values())))
         metrics["val/effective_rank"] = effective_rank(held)
         metrics["val/embedding_deviation"] = embedding_deviation(held)
         # Workers on unlike processors may differ in a last bit, and what follows from it must be the same on all.

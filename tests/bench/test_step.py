@@ -172,7 +172,7 @@ def test_the_reference_predicts_targets_from_visible_tokens(
         torch.testing.assert_close(swapped[real, 0], there[real, 1], msg="a prediction belongs to its position")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["masked", "align"])
 @pytest.mark.parametrize("positions", ["all", "acquired"])
 def test_the_reference_minimises_the_same_terms(
     small: RunConfig, tables: Tables, batch: Batch, stage: str, positions: Positions
@@ -190,7 +190,7 @@ def test_the_reference_minimises_the_same_terms(
 # ------------------------------------------------------------------------------------------------------------- clock
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["masked", "align"])
 def test_the_clock_loses_nothing_and_changes_nothing(
     small: RunConfig, tables: Tables, batch: Batch, stage: str
 ) -> None:
@@ -250,7 +250,7 @@ def test_collectives_are_on_the_clock_and_work_afterwards(small: RunConfig, tmp_
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["masked", "align"])
 def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, tmp_path: Path, stage: str) -> None:
     changes = {"masked.image_weight": 0.0, "align.head_steps": 1, "train.workers": 1}
     config = override(small, changes)

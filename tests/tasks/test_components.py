@@ -98,7 +98,7 @@ def test_only_the_central_readout_is_needed(taught: RunConfig, fitted: dict[str,
     host = collate(reader.samples(range(8)), config)
     torch.manual_seed(0)
     module = Model(config)
-    for stage in STAGES:
+    for stage in ("masked", "align"):
         readout = prepare.readout(STAGES[stage](config))
         assert readout is not None
         assert readout < 32 or stage == "align"

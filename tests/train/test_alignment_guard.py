@@ -25,3 +25,9 @@ def test_one_phenotype_that_falls_is_enough() -> None:
     assert not fallen(BEFORE, after, tolerance=0.25)
     assert not fallen(BEFORE, {"val/kspace_loss": 9.0}, tolerance=0.0)  # nothing was probed
     assert not fallen({}, after, tolerance=0.0)  # no masked pretraining in this run
+
+
+def test_a_metric_that_is_not_declared_stops_nothing() -> None:
+    before = {"val/lvef_r2": 0.8, "val/lvef_r2_static": 0.8, "val/new_idea_r2": 0.9}
+    assert probes(before) == {"val/lvef_r2": 0.8}
+    assert fallen(before, {"val/lvef_r2": 0.8, "val/lvef_r2_static": 0.0, "val/new_idea_r2": 0.0}, 0.03) == {}
