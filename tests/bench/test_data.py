@@ -203,6 +203,7 @@ def test_a_plan_without_files() -> None:
     assert 0 < found["peak_rss_gib"] < 2
 
 
+@pytest.mark.full
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_whole_measurement(
@@ -219,7 +220,7 @@ def test_a_whole_measurement(
     assert kept["rounds"]["ray"]["gb_s"][0] == pytest.approx(found["bandwidth_gb_s"], abs=1e-3)
     assert "torch DataLoader" in kept["settings"]["npz0"]
     assert Path(found["figure"]).read_bytes().startswith(b"\x89PNG")
-    assert found["load"] >= 0
+    assert isinstance(found["load"], float)
     assert "longest wait s" in capsys.readouterr().out
 
 

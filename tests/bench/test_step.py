@@ -292,6 +292,7 @@ def test_a_ratio_is_that_of_medians_with_its_interval() -> None:
     assert same == {"ratio": 1.0, "interval": [1.0, 1.0]}, "turns are drawn as pairs"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_whole_measurement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = (

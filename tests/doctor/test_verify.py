@@ -199,7 +199,7 @@ def found_in(root: Path, subjects: dict[str, list[Study]]) -> content.Findings:
 
 def test_a_good_dataset_has_no_findings_and_its_energies_agree(dataset: str, tmp_path: Path) -> None:
     inspected = [c for _, c in verify.contents(Dataset.of(dataset))]
-    findings = content.judge(list(enumerate(inspected))[:0], [])
+    findings = content.judge(verify.contents(Dataset.of(dataset)), Dataset.of(dataset).manifests)
     assert (findings.wrong, findings.doubtful) == ({}, {})
     assert 0 < max(c.parseval for c in inspected) < 1e-4
     ours = found_in(tmp_path, {"train": [study(n) for n in range(4)]})
