@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch.multiprocessing
 
-IMPORTED = ["deepspeed", "kmtr.train.checkpoint", "kmtr.train.engine", "kmtr.train.step", "kmtr.tasks.pretraining"]
+IMPORTED = [
+    "deepspeed",
+    "kmtr.train.loop",
+    "ray.train.torch",
+    "kmtr.train.checkpoint",
+    "kmtr.train.engine",
+    "kmtr.train.step",
+    "kmtr.tasks.pretraining",
+]
 
 
 def start(work: Callable[..., None], world: int, *arguments: Any) -> torch.multiprocessing.ProcessContext:

@@ -1,8 +1,8 @@
 """A run that goes on with other workers, in another ZeRO stage, or after a gradient that was not finite.
 
 Every restart is a new engine with other initial weights, so what a checkpoint lacks shows. Masked reconstruction and
-alignment, EMA on; three legs, the second of which crosses from the one stage into the other. By default each ZeRO stage,
-precision, offload and accumulation comes at least once; the marker `full` adds all the others.
+alignment, EMA on; three legs, the second of which crosses from the one stage into the other. By default each ZeRO
+stage, precision, offload and accumulation comes at least once; the marker `full` adds all the others.
 
     KMTR_TABLE=table.json python -m pytest tests/train/test_resized.py      writes the table of the results page
 """
