@@ -41,19 +41,21 @@ demo: setup
 	@$(PY) jobs/pretrain.py tiny $(ARGS)
 	@$(PY) jobs/evaluate.py tiny $(ARGS)
 
+FAST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 ##  test         setup; then a test of every promise: 8 minutes on two cores
 test: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not full"
+	@$(FAST) -m "not ray and not full"
 	@$(PY) -m pytest -m "ray and not full"
 
 ##  test-all     setup; then all tests, whole tables and measurements too
 test-all: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray"
+	@$(FAST) -m "not ray"
 	@$(PY) -m pytest -m ray
 
 ##  test-fast    setup; then the tests without Ray and without the slow ones
 test-fast: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not slow and not full"
+	@$(FAST) -m "not ray and not slow and not full"
 
 ##  lint         setup; then style, types, import layers and sizes
 lint: setup
