@@ -3,7 +3,7 @@
 Writes one line of JSON: the largest difference of values and gradients, and how many graphs were compiled for the first
 two lengths and for the others after them.
 
-    python tests/compiled_blocks.py [all]      self-attention, and cross-attention under activation checkpointing; or all
+    python tests/compiled_blocks.py [all]      self-attention, and cross-attention with checkpointing; or all
 """
 
 from __future__ import annotations
