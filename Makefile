@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-fast lint bench ui submit help
+.PHONY: setup demo test test-all test-fast lint bench ui submit help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,14 +41,21 @@ demo: setup
 	@$(PY) jobs/pretrain.py tiny $(ARGS)
 	@$(PY) jobs/evaluate.py tiny $(ARGS)
 
-##  test         setup; then all tests
+FAST := $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+##  test         setup; then a test of every promise: 8 minutes on two cores
 test: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray"
+	@$(FAST) -m "not ray and not full"
+	@$(PY) -m pytest -m "ray and not full"
+
+##  test-all     setup; then all tests, whole tables and measurements too
+test-all: setup
+	@$(FAST) -m "not ray"
 	@$(PY) -m pytest -m ray
 
 ##  test-fast    setup; then the tests without Ray and without the slow ones
 test-fast: setup
-	@$(PY) -m pytest -n 2 --dist loadfile -m "not ray and not slow"
+	@$(FAST) -m "not ray and not slow and not full"
 
 ##  lint         setup; then style, types, import layers and sizes
 lint: setup

@@ -64,8 +64,24 @@ SMALL = {
 }
 
 
+LONG = (
+    "test_resized",
+    "test_training",
+    "test_equivalence",
+    "test_packed",
+    "test_spool",
+    "test_verify",
+    "test_sharding",
+)
+"""Files that take longest, so that none of them is left for the end, when one processor has nothing else to do."""
+
+
 def pytest_configure() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -204,25 +204,30 @@ def test_the_clock_loses_nothing_and_changes_nothing(
 
     plain = gradients(lambda module: accumulate(Alone(module), [batch], prepare, STAGES[stage](small)))
     clock = Clock(CPU)
-    elapsed = 0.0
+    moments: list[float] = []
+
+    def now() -> None:
+        moments.append(time.perf_counter())
 
     def step(module: Model) -> None:
-        nonlocal elapsed
         engine = OnTheClock(Alone(module), clock)
         with watched(clock, module):
+            now()
             clock.start()
-            began = time.perf_counter()
+            now()
             accumulate(engine, [batch], prepare, STAGES[stage](small))
             engine.update({})
+            now()
             clock("rest")
-            elapsed = time.perf_counter() - began
+            now()
 
     timed = gradients(step)
     for a, b in zip(plain, timed, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=0, atol=0)
-    assert sum(clock.seconds.values()) == pytest.approx(elapsed, rel=0.05, abs=1e-3)
+    around, began, ended, afterwards = moments
+    assert ended - began <= sum(clock.seconds.values()) <= afterwards - around
     busy = {part for part, seconds in clock.seconds.items() if seconds > 0}
     assert busy >= {"encoders", "decoders", "rest"} | ({"contrastive"} if stage == "align" else set())
     assert "communication" not in busy, "one process, no collectives"
@@ -292,6 +297,7 @@ def test_a_ratio_is_that_of_medians_with_its_interval() -> None:
     assert same == {"ratio": 1.0, "interval": [1.0, 1.0]}, "turns are drawn as pairs"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_whole_measurement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = (

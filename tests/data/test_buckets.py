@@ -149,5 +149,5 @@ def test_no_classes_and_no_shapes_are_refused() -> None:
 
 def test_many_classes_are_merged_in_seconds() -> None:
     rng = np.random.default_rng(0)
-    shapes = list({tuple(s) for s in rng.integers(1, 40, (300, 5)).tolist()})
+    shapes = list({tuple(s) for s in rng.integers(1, 40, (150, 5)).tolist()})
     assert len(choose(shapes, [7] * len(shapes), 8, 64).shapes) <= 8

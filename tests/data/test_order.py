@@ -380,10 +380,10 @@ def test_threads_build_an_epoch_once_and_two_stay() -> None:
 @pytest.mark.slow
 def test_ten_million_rows_are_planned_in_seconds_each_exactly_once() -> None:
     rows = 10_000_000
-    began = time.perf_counter()
+    began = time.process_time()
     plan = Plan([Source(rows, np.array([[rows, 1]]), np.array([[rows, 0]]))], 10_000)
     plan.batch(0)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
     seen = np.zeros(rows, bool)
     for slot in slots(plan, 0):
         seen[slot.row] = True

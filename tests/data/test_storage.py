@@ -382,9 +382,8 @@ def test_a_stalled_read_is_given_up_and_tried_again(
     server.put(root, "x")
     with open_file(root, "x") as file:
         failures.next(1, "stall", "GET")
-        began = time.monotonic()
         assert file.read_at(0, 10).to_pybytes() == CONTENT[:10]
-        assert time.monotonic() - began < 2.5
+        assert failures.seen[:2] == ["GET", "GET"], "the first would have been answered later"
 
 
 def test_many_reads_in_flight_outlive_the_clients_quota_of_retries(

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from cohort import write
 
+from jobs import main
 from jobs import verify as job
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
@@ -29,6 +30,7 @@ from kmtr.data.dataset import content, shards
 from kmtr.data.dataset.damage import damages
 from kmtr.data.dataset.manifest import digest_of, read_manifest
 from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
 from kmtr.data.loader.order import Plan, Slot, Source
 from kmtr.data.loader.proof import prove
 from kmtr.doctor import verify
@@ -152,25 +154,32 @@ def test_a_good_dataset_is_proved(small: RunConfig, dataset: str, capsys: pytest
     assert "2 x 1 x 4 x 32 x 32" in said
     assert "relative to a full shuffle" in said
     assert json.dumps(found)
+    opened = Dataset.of(dataset)
     with pytest.raises(InputError, match=r"data\.global_batch: expected a multiple of the 3 workers"):
-        job.run([*words(small, dataset), "verify.workers=1,3"])
+        verify.proved(override(small, {"verify.workers": (1, 3)}), opened, pipeline.plan_of(small, opened))
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_one_json_object_and_its_status(small: RunConfig, copy: Path) -> None:
-    def call() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "jobs/verify.py", *words(small, copy)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    good = call()
+def test_the_command_ends_with_one_json_object_and_its_status(
+    small: RunConfig, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["jobs/verify.py", *words(small, copy)]
+    good = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
     assert (good.returncode, good.stderr) == (0, "")
     assert json.loads(good.stdout.splitlines()[-1])["subjects"] == 24
+
+    def status() -> object:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            main(job.__doc__ or "", job.run)
+        return end.value.code
+
     flip(copy / SHARD, 64)
-    bad = call()
-    assert bad.returncode == 1
-    assert len([line for line in bad.stderr.splitlines() if line.startswith(f"damaged: {SHARD}")]) == 1
+    assert status() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len([line for line in said if line.startswith(f"damaged: {SHARD}")]) == 1
     shutil.rmtree(copy)
-    assert call().returncode == 2
+    assert status() == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- content
@@ -199,7 +208,7 @@ def found_in(root: Path, subjects: dict[str, list[Study]]) -> content.Findings:
 
 def test_a_good_dataset_has_no_findings_and_its_energies_agree(dataset: str, tmp_path: Path) -> None:
     inspected = [c for _, c in verify.contents(Dataset.of(dataset))]
-    findings = content.judge(list(enumerate(inspected))[:0], [])
+    findings = content.judge(verify.contents(Dataset.of(dataset)), Dataset.of(dataset).manifests)
     assert (findings.wrong, findings.doubtful) == ({}, {})
     assert 0 < max(c.parseval for c in inspected) < 1e-4
     ours = found_in(tmp_path, {"train": [study(n) for n in range(4)]})

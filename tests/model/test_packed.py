@@ -384,10 +384,11 @@ def test_heads_that_no_kernel_takes_are_refused(small: RunConfig, width: int) ->
 
 
 @pytest.mark.slow
-def test_compiled_is_eager_and_other_lengths_compile_nothing() -> None:
+@pytest.mark.parametrize("blocks", ["some", pytest.param("all", marks=pytest.mark.full)])
+def test_compiled_is_eager_and_other_lengths_compile_nothing(blocks: str) -> None:
     """Self- and cross-attention, stochastic depth, with and without activation checkpointing."""
     script = Path(__file__).parents[1] / "compiled_blocks.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, str(script), blocks], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["difference"] < 1e-5

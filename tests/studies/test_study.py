@@ -85,6 +85,7 @@ def config(small: RunConfig) -> RunConfig:
             "study.targets": ("lvedv_ml", "lvef_pct"),
             "study.steps": 1,
             "study.scratch_steps": 1,
+            "study.copies": 2,
             "evaluate.accelerations": (2, 4),
             "evaluate.bootstrap": 20,
         },

@@ -8,6 +8,7 @@ from typing import Any
 
 import command
 import pytest
+from forked_workers import instead_of_ray_train
 
 from jobs import study
 from kmtr import tracking
@@ -37,7 +38,9 @@ SMALL = {
 
 @pytest.fixture
 def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A study whose trainings are forked processes: that Ray Train starts them is no promise of a study."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    instead_of_ray_train(monkeypatch)
     return override(small, SMALL | {"storage.root": str(tmp_path)})
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import one_worker
+import processes
 import pytest
 import torch
-import torch.multiprocessing
 from cohort import simulated, write
 from inside import terms
 from one_worker import CPU, PlainEngine, step
@@ -55,13 +55,10 @@ def folder(small: RunConfig, tables: Tables, tmp_path_factory: pytest.TempPathFa
         {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in tables.items()},
         path / "tables.safetensors",
     )
-    two = torch.multiprocessing.start_processes(
-        one_worker.work, (2, str(path), CASES), nprocs=2, join=False, start_method="spawn"
-    )
+    two = processes.start(one_worker.work, 2, 2, str(path), CASES)
     threads = torch.get_num_threads()
     one_worker.work(0, 1, str(path), CASES)
     torch.set_num_threads(threads)
-    assert two is not None
     while not two.join(timeout=60):
         pass
     return path
@@ -267,4 +264,4 @@ def test_the_gradient_through_all_workers_is_that_of_finite_differences(tmp_path
         finally:
             torch.distributed.destroy_process_group()
         return
-    torch.multiprocessing.start_processes(check_gather, (world, str(tmp_path)), nprocs=world, start_method="spawn")
+    processes.run(check_gather, world, world, str(tmp_path))

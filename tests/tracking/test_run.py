@@ -206,11 +206,11 @@ def test_jobs_that_meet_an_empty_store_at_once_all_open_their_run(tmp_path: Path
     )
     jobs = [
         subprocess.Popen([sys.executable, "-c", script, tmp_path, str(n)], stdout=subprocess.PIPE, text=True)
-        for n in range(3)
+        for n in range(2)
     ]
     said = [job.communicate()[0].split() for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0]
-    assert len({words[-1] for words in said}) == 3
+    assert [job.returncode for job in jobs] == [0, 0]
+    assert len({words[-1] for words in said}) == 2
 
 
 def test_make_ui_is_named_only_where_it_shows_the_store() -> None:

@@ -10,11 +10,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from urllib3.connectionpool import HTTPConnectionPool
 
 from kmtr.config import RunConfig, override
 from kmtr.tracking import Spool, open_run, replay, tracking_uri
@@ -206,7 +210,7 @@ class Server:
                 env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )
 
-    def wait_until_up(self, timeout_s: float = 60.0) -> None:
+    def wait_until_up(self, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -223,7 +227,9 @@ class Server:
 
 
 @pytest.mark.slow
-def test_a_server_killed_in_mid_run_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_killed_in_mid_run_costs_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = Server(tmp_path)
     server.start()
     try:
@@ -231,33 +237,37 @@ def test_a_server_killed_in_mid_run_costs_nothing(tmp_path: Path, caplog: pytest
         config = override(RunConfig(), {"storage.root": str(tmp_path), "tracking.uri": server.uri})
         run_id = open_run(config, name="server")
         spool = Spool(tmp_path / "spool", server.uri, run_id)
-        longest, step = 0.0, 0
+        step, callers, request = 0, set(), HTTPConnectionPool.urlopen
 
-        def train(seconds: float) -> None:
-            nonlocal longest, step
-            end = time.monotonic() + seconds
-            while time.monotonic() < end:
-                start = time.perf_counter()
+        def urlopen(*args: Any, **kwargs: Any) -> Any:
+            callers.add(threading.current_thread())
+            return request(*args, **kwargs)
+
+        def train_until(happened: Callable[[], bool]) -> None:
+            nonlocal step
+            began = step
+            while step < began + 20 or not happened():
                 spool.metrics(step, {"loss": float(step), "lr": math.nan if step == 5 else 1e-3})
-                longest = max(longest, time.perf_counter() - start)
                 step += 1
-                time.sleep(0.01)
+                time.sleep(0.05)
 
-        train(2.0)
+        monkeypatch.setattr(HTTPConnectionPool, "urlopen", urlopen)
+        train_until(lambda: spool._shipper.pending() < step)
         server.kill()
-        train(3.0)
+        train_until(lambda: any("training goes on" in message for message in caplog.messages))
         assert spool._shipper.pending() > 0
         server.start()
-        train(2.0)
+        train_until(lambda: True)
         (tmp_path / "note.txt").write_text("hello")
         spool.artifact(tmp_path / "note.txt", "report")
+        assert len(callers) == 1
+        assert threading.current_thread() not in callers, "training waits for no network"
         server.wait_until_up()
-        assert spool.close(30.0) == 0
+        assert spool.close(120.0) == 0
         assert [n for n, _ in points(server.uri, run_id, "loss")] == list(range(step))
         assert [n for n, _ in points(server.uri, run_id, "lr")] == list(range(step))
         (file,) = client(server.uri).list_artifacts(run_id, "report")
         assert file.path == "report/note.txt"
-        assert longest < 0.2
         told = [m for m in caplog.messages if m.startswith("MLflow at")]
         assert "training goes on" in told[0]
         assert "answers again" in told[-1]

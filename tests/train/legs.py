@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def work(rank: int, world: int, folder: str, legs: Sequence[Leg]) -> None:
 
 def run(folder: Path, world: int, legs: Sequence[Leg]) -> dict[str, Steps]:
     """Name -> what each step logged, over all workers."""
-    mp.spawn(work, (world, str(folder), list(legs)), nprocs=world)
+    processes.run(work, world, world, str(folder), list(legs))
     return {leg.name: json.loads((folder / f"{leg.name}.json").read_text()) for leg in legs}
 
 

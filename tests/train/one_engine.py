@@ -153,6 +153,7 @@ def work(rank: int, world: int, folder: str, text: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    os.environ["TORCH_EXTENSIONS_DIR"] = f"{folder}/compiled"
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=world)
     base = from_json(text)
     built(base, world).wrapped.destroy()

@@ -1,7 +1,8 @@
 """A run that goes on with other workers, in another ZeRO stage, or after a gradient that was not finite.
 
 Every restart is a new engine with other initial weights, so what a checkpoint lacks shows. Masked reconstruction and
-alignment, EMA on; three legs, the second of which crosses from the one stage into the other.
+alignment, EMA on; three legs, the second of which crosses from the one stage into the other. By default each ZeRO
+stage, precision, offload and accumulation comes at least once; the marker `full` adds all the others.
 
     KMTR_TABLE=table.json python -m pytest tests/train/test_resized.py      writes the table of the results page
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,31 +47,41 @@ CASES |= {
 }
 CASES |= {f"zero{stage}-fp32-accumulation": {"train.zero_stage": stage, "train.accumulation": 2} for stage in (0, 2)}
 CASES |= {"zero2-bf16-accumulation": {"train.zero_stage": 2, "train.bf16": True, "train.accumulation": 2}}
+FEW = ("zero0-fp32", "zero1-fp32-offload", "zero2-bf16-accumulation", "zero3-fp32-offload")
+"""Cases that run by default: each stage, both precisions, offload and accumulation."""
+POISONED = ("zero0-fp32", "zero1-fp32-offload", "zero3-fp32-offload", "zero1-fp32", "zero2-fp32", "zero3-fp32")
+"""Cases of a gradient that is not finite."""
 CHAIN = ((0, 2), (3, 1), (1, 2), (2, 4))
 """(ZeRO stage, workers) of four legs of three steps."""
 
 
+def params(names: Iterable[str]) -> list[Any]:
+    """Cases for a test, those beyond `FEW` marked."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
 @dataclass(frozen=True)
 class Found:
-    """Logged values of all legs, by name, and the folder with their checkpoints."""
+    """Logged values of all legs, by name, the folder with their checkpoints, and the names of the cases."""
 
     steps: dict[str, Steps]
     folder: Path
+    cases: list[str]
 
     def resumed(self, name: str, legs: str) -> Steps:
         """Steps of the three legs of a case."""
         return [step for leg in legs for step in self.steps[f"{name}-{leg}"]]
 
 
-def legs_of(config: RunConfig, folder: Path) -> dict[str, list[Leg]]:
+def legs_of(config: RunConfig, folder: Path, cases: Sequence[str]) -> dict[str, list[Leg]]:
     """Legs by the round that they run in: 2a, 1, 2b and 4, one after the other."""
     rounds: dict[str, list[Leg]] = {"2a": [], "1": [], "2b": [], "4": []}
 
     def place(name: str) -> str:
         return str(folder / "checkpoints" / name)
 
-    for name, changes in CASES.items():
-        text = to_json(override(config, changes))
+    for name in cases:
+        text = to_json(override(config, CASES[name]))
         first, second, last = ENDS
         rounds["2a"] += [
             Leg(f"{name}-two", text, 0, last),
@@ -89,16 +101,16 @@ def legs_of(config: RunConfig, folder: Path) -> dict[str, list[Leg]]:
         rounds[where].append(
             Leg(f"chain-{number}", text, 3 * number, 3 * number + 3, source, place(f"chain-{number}"), seed=number)
         )
-    for stage in range(4):
-        base = override(config, {"train.zero_stage": stage})
+    for name in (name for name in POISONED if name in cases):
+        base = override(config, CASES[name])
         skipping = to_json(override(base, {"train.on_nonfinite": "skip"}))
-        source = place(f"zero{stage}-fp32-a")
+        source = place(f"{name}-a")
         rounds["2b"] += [
-            Leg(f"stopped-{stage}", to_json(base), 6, 9, source, seed=5, poisoned=7),
-            Leg(f"again-{stage}", to_json(base), 6, 9, source, seed=6),
-            Leg(f"before-{stage}", skipping, 6, 7, source, place(f"before-{stage}"), seed=7),
-            Leg(f"skipped-{stage}", skipping, 6, 8, source, place(f"skipped-{stage}"), seed=8, poisoned=7),
-            Leg(f"onward-{stage}", skipping, 8, 9, place(f"skipped-{stage}"), seed=9),
+            Leg(f"stopped-{name}", to_json(base), 6, 9, source, seed=5, poisoned=7),
+            Leg(f"again-{name}", to_json(base), 6, 9, source, seed=6),
+            Leg(f"before-{name}", skipping, 6, 7, source, place(f"before-{name}"), seed=7),
+            Leg(f"skipped-{name}", skipping, 6, 8, source, place(f"skipped-{name}"), seed=8, poisoned=7),
+            Leg(f"onward-{name}", skipping, 8, 9, place(f"skipped-{name}"), seed=9),
         ]
     return rounds
 
@@ -109,23 +121,31 @@ def config(small: RunConfig) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def found(config: RunConfig, tables: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(
+    request: pytest.FixtureRequest,
+    config: RunConfig,
+    tables: dict[str, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Found:
     folder = tmp_path_factory.mktemp("resized")
+    asked = [item for item in request.session.items if item.path == request.path]
+    cases = [*CASES] if any(item.get_closest_marker("full") for item in asked) else [*FEW]
     save_file(
         {k: torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}, folder / "tables.safetensors"
     )
     steps: dict[str, Steps] = {}
-    for place, legs in legs_of(config, folder).items():
+    for place, legs in legs_of(config, folder, cases).items():
         steps |= run(folder, int(place[0]), legs)
+    found = Found(steps, folder, cases)
     if path := os.environ.get("KMTR_TABLE"):
-        Path(path).write_text(json.dumps(table(Found(steps, folder)), indent=1))
-    return Found(steps, folder)
+        Path(path).write_text(json.dumps(table(found), indent=1))
+    return found
 
 
 def table(found: Found) -> dict[str, dict[str, float]]:
     """What the results page shows of each case: largest relative difference of all logged values, and of the loss."""
     rows = {}
-    for name in CASES:
+    for name in found.cases:
         two, one = found.steps[f"{name}-two"], found.steps[f"{name}-one"]
         same, resized = found.resumed(name, "abc"), found.resumed(name, "aBC")
         rows[name] = {"2->2->2": spread(same, two), "2->1->2": spread(resized, two), "1 against 2": spread(one, two)}
@@ -138,14 +158,14 @@ def table(found: Found) -> dict[str, dict[str, float]]:
     return rows
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", params(CASES))
 def test_the_same_workers_go_on_bit_for_bit(found: Found, name: str) -> None:
     whole = found.steps[f"{name}-two"]
     assert len({step.get("loss", step["kspace_loss"]) for step in whole}) == len(whole), "the losses must move"
     assert found.resumed(name, "abc") == whole
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", params(CASES))
 def test_another_number_of_workers_goes_on_as_if_it_had_never_changed(found: Found, name: str) -> None:
     """Within what one worker and two differ by when nothing is resized: sums in another order."""
     two, one = found.steps[f"{name}-two"], found.steps[f"{name}-one"]
@@ -163,28 +183,28 @@ def test_stages_and_workers_in_a_chain(found: Found) -> None:
     assert spread(chain, found.steps["zero0-fp32-two"]) < 1e-4
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_bf16_is_within_a_hundredth_of_fp32(found: Found, stage: int) -> None:
+@pytest.mark.parametrize("name", params(name for name in CASES if "bf16" in name))
+def test_bf16_is_within_a_hundredth_of_fp32(found: Found, name: str) -> None:
     for workers in ("one", "two"):
         losses = ["kspace_loss", "image_loss"]
-        assert spread(found.steps[f"zero{stage}-bf16-{workers}"], found.steps[f"zero0-fp32-{workers}"], losses) < 0.01
+        assert spread(found.steps[f"{name}-{workers}"], found.steps[f"zero0-fp32-{workers}"], losses) < 0.01
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_gradient_that_is_not_finite_stops_before_it_changes_anything(found: Found, stage: int) -> None:
-    two = found.steps[f"zero{stage}-fp32-two"]
-    *sound, last = found.steps[f"stopped-{stage}"]
+@pytest.mark.parametrize("name", params(POISONED))
+def test_a_gradient_that_is_not_finite_stops_before_it_changes_anything(found: Found, name: str) -> None:
+    two = found.steps[f"{name}-two"]
+    *sound, last = found.steps[f"stopped-{name}"]
     assert last == {"refused": 1.0}
     assert sound == two[6:7]
-    assert found.steps[f"again-{stage}"] == two[6:9], "the checkpoint before it must resume"
+    assert found.steps[f"again-{name}"] == two[6:9], "the checkpoint before it must resume"
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_step_that_is_skipped_leaves_everything_as_it_was(found: Found, stage: int) -> None:
-    two, places = found.steps[f"zero{stage}-fp32-two"], found.folder / "checkpoints"
-    before, after = places / f"before-{stage}", places / f"skipped-{stage}"
-    assert [step["applied"] for step in found.steps[f"skipped-{stage}"]] == [1.0, 0.0]
-    assert found.steps[f"skipped-{stage}"][1]["kspace_loss"] == two[7]["kspace_loss"], "its loss is finite"
+@pytest.mark.parametrize("name", params(POISONED))
+def test_a_step_that_is_skipped_leaves_everything_as_it_was(found: Found, name: str) -> None:
+    two, places = found.steps[f"{name}-two"], found.folder / "checkpoints"
+    before, after = places / f"before-{name}", places / f"skipped-{name}"
+    assert [step["applied"] for step in found.steps[f"skipped-{name}"]] == [1.0, 0.0]
+    assert found.steps[f"skipped-{name}"][1]["kspace_loss"] == two[7]["kspace_loss"], "its loss is finite"
     for path in checkpoint.states(before):
         ours, theirs = load_file(path), load_file(after / path.name)
         assert ours.keys() == theirs.keys()
@@ -193,13 +213,13 @@ def test_a_step_that_is_skipped_leaves_everything_as_it_was(found: Found, stage:
         assert a.updates == b.updates == 7
     head = checkpoint.read_head(after)["progress"]
     assert (head["step"], head["skipped"]) == (8, 1)
-    (onward,) = found.steps[f"onward-{stage}"]
+    (onward,) = found.steps[f"onward-{name}"]
     assert onward["applied"] == 1.0
     assert onward["kspace_loss"] != two[8]["kspace_loss"]
 
 
 def test_pieces_cover_every_weight_once(found: Found) -> None:
-    for name in CASES:
+    for name in found.cases:
         folder = found.folder / "checkpoints" / f"{name}-a"
         model = checkpoint.read_head(folder)["model"]
         held: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -223,7 +243,7 @@ def test_the_encoder_is_made_of_the_pieces(
     """All stages export the same weights, and the average where there is one."""
     from kmtr.encoder import load_encoder
 
-    folder = found.folder / "checkpoints" / "zero3-fp32-a"
+    folder = found.folder / "checkpoints" / "zero3-fp32-offload-a"
     averages = {}
     for ema in (0.9, 0.0):
         checkpoint.export_encoder_from(folder, tmp_path / str(ema), override(config, {"optimizer.ema": ema}), tables)
@@ -244,7 +264,7 @@ def copy(found: Found, tmp_path: Path) -> Path:
     """A checkpoint that may be damaged."""
     target = tmp_path / "checkpoint"
     target.mkdir()
-    for file in (found.folder / "checkpoints" / "zero1-fp32-a").iterdir():
+    for file in (found.folder / "checkpoints" / "zero1-fp32-offload-a").iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
 

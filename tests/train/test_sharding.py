@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import torch.multiprocessing as mp
 from one_engine import CASES, SIZES, work
 
 from kmtr.config import RunConfig, override, to_json
@@ -25,9 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(small: RunConfig, folder: Path) -> list[dict[str, dict[str, Any]]]:
     """What each of two workers saw."""
     config = override(small, {"train.workers": 2, "train.accumulation": 2, "data.global_batch": 8})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "compiled"))
-        mp.spawn(work, (2, str(folder), to_json(config)), nprocs=2)
+    processes.run(work, 2, 2, str(folder), to_json(config))
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
 
 

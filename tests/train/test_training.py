@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forked_workers import instead_of_ray_train
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
@@ -20,11 +21,9 @@ from kmtr.data.dataset.reader import Reader
 from kmtr.encoder import load_encoder
 from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver
-from kmtr.train.folder import RESULT
+from kmtr.train.folder import RESULT, Outcome
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import KmtrError
-
-pytestmark = pytest.mark.ray
 
 
 def training_workers() -> list[psutil.Process]:
@@ -55,9 +54,11 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
     return points
 
 
-def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp_path: Path) -> None:
-    changes = {"masked.steps": 18, "align.steps": 4, "train.eval_every": 11, "train.checkpoint_every": 5}
-    config = override(config, changes | {"optimizer.ema": 0.9})
+@pytest.mark.ray
+def test_a_killed_worker_changes_no_number(
+    cluster: None, longer: RunConfig, undisturbed: tuple[RunConfig, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = longer
     resolved, dataset = driver.resolve(config)
     name, folder = driver.run_folder(resolved, dataset)
     killed: list[int] = []
@@ -70,8 +71,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert run.info.status == "FINISHED"
     assert run.info.run_name == name
 
-    undisturbed = override(config, {"storage.root": str(tmp_path / "undisturbed")})
-    other = driver.fit(undisturbed, quiet=True)
+    calm, other = undisturbed
     assert other.metrics == pytest.approx(outcome.metrics, rel=1e-6)
     collapse = {"val/effective_rank", "val/embedding_deviation", "val/lvef_r2_static", "val/lvef_r2_dynamic"}
     assert collapse <= outcome.metrics.keys()
@@ -80,7 +80,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     for metric in ("masked/loss", "align/infonce_dynamic"):
         ours = curve(resolved, outcome.run_id, metric)
         assert all(len(values) == 1 for values in ours.values()), "a step is in MLflow twice"
-        theirs = curve(driver.resolve(undisturbed)[0], other.run_id, metric)
+        theirs = curve(calm, other.run_id, metric)
         assert ours.keys() == theirs.keys()
         for step, values in ours.items():
             assert values[0] == pytest.approx(theirs[step][0], rel=1e-6)
@@ -89,6 +89,7 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert again.reused
     assert again.run_id == outcome.run_id
     (folder / RESULT).unlink()  # as if the driver had been killed behind the last step
+    instead_of_ray_train(monkeypatch)
     ended = driver.fit(override(config, {"train.workers": 1, "train.zero_stage": 3}), quiet=True)
     assert (ended.reused, ended.metrics) == (False, outcome.metrics)
     encoder = load_encoder(outcome.encoder)
@@ -103,9 +104,10 @@ def test_a_killed_worker_changes_no_number(cluster: None, config: RunConfig, tmp
     assert inputs[0].dataset.digest == dataset.digest[:36]
 
 
-def test_the_guard_ends_alignment_that_costs_what_was_learnt(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+def test_the_guard_ends_alignment_that_costs_what_was_learnt(forked: None, config: RunConfig) -> None:
     """A learning rate that wrecks the encoder: what is exported is the end of masked pretraining."""
     changes = {
+        "data.loader": "threads",
         "align.guard": True,
         "align.steps": 20,
         "align.learning_rate": 0.5,
@@ -135,16 +137,18 @@ def failed(config: RunConfig) -> tuple[str, str]:
     return str(caught.value), client(resolved.tracking.uri).get_run(run_id).info.status
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(cluster: None, config: RunConfig) -> None:
-    message, status = failed(override(config, {"masked.learning_rate": 1e30, "masked.warmup_steps": 0}))
+def test_a_loss_that_is_not_finite_stops_before_the_update(forked: None, config: RunConfig) -> None:
+    changes = {"data.loader": "threads", "masked.learning_rate": 1e30, "masked.warmup_steps": 0}
+    message, status = failed(override(config, changes))
     assert "expected a finite number" in message
     assert "\n" not in message
     assert status == "FAILED"
 
 
-def test_too_many_skipped_steps_stop_the_run(cluster: None, config: RunConfig) -> None:
+def test_too_many_skipped_steps_stop_the_run(forked: None, config: RunConfig) -> None:
     """The weights explode in the first step; from then on every gradient is left out, counted and logged."""
     changes = {
+        "data.loader": "threads",
         "masked.learning_rate": 1e30,
         "masked.warmup_steps": 0,
         "masked.steps": 9,
@@ -167,6 +171,7 @@ def run_name(changes: dict[str, object], config: RunConfig) -> str:
     return driver.run_folder(resolved, dataset)[0]
 
 
+@pytest.mark.ray
 def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConfig, tmp_path: Path) -> None:
     root = tmp_path / "damaged"
     source = Path(config.data.root)

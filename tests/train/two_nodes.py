@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -39,11 +39,31 @@ def layouts(folder: Path) -> list[tuple[int, int]]:
     return []
 
 
+def held(job: dict[str, Any]) -> dict[str, Any]:
+    """A training worker whose first two groups wait, behind their checkpoints, for what happens to them.
+
+    The group of two that began the run waits at step 12, the group of one at step 17; who goes on after that ends it.
+    """
+    from kmtr.data.loader import pipeline
+    from kmtr.train.loop import train_worker
+
+    batches = pipeline.batches
+
+    def waiting(config: Any, reader: Any, plan: Any, steps: range, rank: int, world: int) -> Iterator[Any]:
+        last = 17 if world == 1 else 12 if steps.start == 0 else -1
+        for step, batch in zip(steps, batches(config, reader, plan, steps, rank, world), strict=True):
+            while step == last:
+                time.sleep(0.1)
+            yield batch
+
+    pipeline.batches = waiting
+    return train_worker(job)
+
+
 def kill_and_bring_back(cluster: Any, node: Any, folder: Path, seen: dict[str, float]) -> None:
     """Kill a node after the run's second checkpoint, bring it back after the first checkpoint of one worker."""
-    wait_for(
-        "two checkpoints", lambda: len(list(folder.glob("train/checkpoint_*/checkpoint.json"))) > 1
-    )  # one is whole
+    heads = "train/checkpoint_*/checkpoint.json"
+    wait_for("two checkpoints", lambda: len(list(folder.glob(heads))) > 1)  # one is whole
     cluster.remove_node(node, allow_graceful=False)
     seen["killed"] = time.monotonic()
     wait_for("a checkpoint of one worker", lambda: [w for _, w in layouts(folder)] == [2, 1])
@@ -72,6 +92,7 @@ def main() -> None:
     ray.init(address=cluster.address, namespace="kmtr", log_to_driver=False, logging_level=logging.ERROR)
     resolved, dataset = driver.resolve(config)
     _, folder = driver.run_folder(resolved, dataset)
+    driver.train_worker = held
     seen: dict[str, float] = {}
     with ThreadPoolExecutor(1) as other:  # a node can be started by the main thread only
         run = other.submit(driver.fit, config)

@@ -1,0 +1,118 @@
+"""The workers of a run as forked processes in place of Ray Train's, for promises that are not Ray's.
+
+The worker is the one that Ray Train starts (`kmtr.train.loop.Worker`); here are only the four functions that it asks of
+Ray Train: who it is, its device, the last checkpoint, and a report that brings the parts of a checkpoint together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import processes
+import pytest
+import torch
+import torch.distributed as dist
+
+from kmtr.config import RunConfig
+from kmtr.train import checkpoint, driver
+from kmtr.train.progress import Display
+
+
+class Silent:
+    """A worker's end of the progress actor, where nobody listens."""
+
+    def __init__(self, name: str):
+        pass
+
+    def put(self, step: int, stage: str, metrics: dict[str, float]) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+    def fail(self, message: str) -> None: ...
+
+
+class Unseen(Display):
+    """The driver's end, without an actor."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def __enter__(self) -> Unseen:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def first_failure(self) -> str:
+        return ""
+
+
+def instead_of_ray_train(patch: pytest.MonkeyPatch) -> None:
+    """Let `driver.fit` train with forked processes."""
+    patch.setattr(driver, "trainer_of", Forked)
+    patch.setattr(driver, "Display", Unseen)
+
+
+@dataclass(frozen=True)
+class Forked:
+    """What `kmtr.train.driver.trainer_of` returns, without Ray."""
+
+    config: RunConfig
+    job: dict[str, Any]
+    folder: Path
+    callbacks: list[Any]
+
+    def fit(self) -> SimpleNamespace:
+        world = self.config.train.workers.sizes(self.config.data.global_batch)[-1]
+        (self.folder / "train").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory() as meeting:
+            processes.run(work, world, world, self.job, meeting)
+            returned = json.loads((Path(meeting) / "returned.json").read_text())
+        return SimpleNamespace(return_value=returned, checkpoint=last_checkpoint(self.folder))
+
+
+def last_checkpoint(folder: Path) -> Any:
+    from ray.train import Checkpoint
+
+    written = sorted((folder / "train").glob(f"checkpoint_*/{checkpoint.HEAD}"))
+    return Checkpoint.from_directory(str(written[-1].parent)) if written else None
+
+
+def work(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
+    """One worker; the first writes what it returned."""
+    import ray.train
+    import ray.train.torch
+
+    from kmtr.train import loop
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    folder = Path(job["folder"])
+    reports = len(list((folder / "train").glob("checkpoint_*")))
+    here = SimpleNamespace(
+        get_world_rank=lambda: rank, get_world_size=lambda: world, get_local_world_size=lambda: world
+    )
+
+    def report(metrics: dict[str, float], checkpoint: Any) -> None:
+        nonlocal reports
+        with checkpoint.as_directory() as part:
+            shutil.copytree(part, folder / "train" / f"checkpoint_{9 * 10**8 + reports}", dirs_exist_ok=True)
+        reports += 1
+        dist.barrier()
+
+    ray.train.get_context, ray.train.torch.get_device = lambda: here, lambda: torch.device("cpu")
+    ray.train.get_checkpoint, ray.train.report = lambda: last_checkpoint(folder), report
+    loop.Sender = Silent  # type: ignore[misc, assignment]
+    dist.init_process_group("gloo", f"file://{meeting}/rendezvous", rank=rank, world_size=world)
+    returned = loop.train_worker(job)
+    if rank == 0:
+        (Path(meeting) / "returned.json").write_text(json.dumps(returned))
+    if dist.is_initialized():
+        dist.destroy_process_group()
