@@ -19,7 +19,7 @@ IMPORTED = [
     "kmtr.train.checkpoint",
     "kmtr.train.engine",
     "kmtr.train.step",
-    "kmtr.tasks.pretraining",
+    "kmtr.tasks.model",
 ]
 
 
