@@ -31,6 +31,7 @@ PATHS = (
     "ingest.labels",
     "sampling.file",
     "evaluate.encoder",
+    "task.encoder",
     "bench.folder",
 )
 """Keys of folders and files that a command reads or writes."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from kmtr.data.dataset.record import schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
+from kmtr.data.loader.device import HostBatch
 from kmtr.files import replacing, write_atomic
 from kmtr.physics import sampling
 from kmtr.systems import system
@@ -86,49 +88,83 @@ class KSpaceEncoder:
         Raises:
             InputError: the study lacks a view, or its matrix or coils are not those that the encoder was trained on.
         """
-        data = self.config.data
-        changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
-        if acceleration is None:  # every line, which no pattern file has
-            changes |= {"sampling.family": "gaussian", "sampling.file": "", "evaluate.accelerations": (1,)}
-        config = override(self.config, changes)
-        patterns.check(config)
-        how, table = config.sampling, patterns.table(config.sampling)
-        for name in data.views:
-            if name not in study.views:
-                raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
-            shape = study.views[name].kspace.shape
-            larger = shape[3] > data.matrix[0] or shape[4] > data.matrix[1]
-            if shape[1] > data.coils or (larger and not data.crop):
-                raise InputError(
-                    f"study: expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
-                )
-            lines = data.matrix[0] if data.crop else shape[3]
-            if table is None:
-                sampling.check(lines, acceleration or 1, how.acs_lines, how.family)
-            else:
-                patterns.check_lines(table, name, lines)
-        table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
-        batch = collate(Loaded(table), config, purpose=sampling.VALIDATION).to(self.device)
+        batch = batch_of(study, self.config, acceleration).to(self.device)
         return self.embed(batch)[0].float().cpu().numpy()
+
+
+def batch_of(study: Study, config: RunConfig, acceleration: int | None = None) -> HostBatch:
+    """A batch of one study, undersampled or as it is (see `KSpaceEncoder.__call__`).
+
+    Raises:
+        InputError: the study does not fit the configuration.
+    """
+    data = config.data
+    changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
+    if acceleration is None:  # every line, which no pattern file has
+        changes |= {"sampling.family": "gaussian", "sampling.file": "", "evaluate.accelerations": (1,)}
+    config = override(config, changes)
+    patterns.check(config)
+    how, table = config.sampling, patterns.table(config.sampling)
+    for name in data.views:
+        if name not in study.views:
+            raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
+        shape = study.views[name].kspace.shape
+        larger = shape[3] > data.matrix[0] or shape[4] > data.matrix[1]
+        if shape[1] > data.coils or (larger and not data.crop):
+            raise InputError(
+                f"study: expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
+            )
+        lines = data.matrix[0] if data.crop else shape[3]
+        if table is None:
+            sampling.check(lines, acceleration or 1, how.acs_lines, how.family)
+        else:
+            patterns.check_lines(table, name, lines)
+    table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
+    return collate(Loaded(table), config, purpose=sampling.VALIDATION)
 
 
 def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
     """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
+    settings = {key: value for key, value in plain(config).items() if rebuilds(key)}
+    write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "settings": settings})
+
+
+def write_folder(
+    folder: Path, names: tuple[str, str], weights: dict[str, Tensor], tables: dict[str, Tensor], head: dict[str, Any]
+) -> None:
+    """Weights and tables, and their description as JSON, under these names; whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
     content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
-    (folder / HEAD).unlink(missing_ok=True)  # written last: a folder that has it is whole
-    with replacing(folder / WEIGHTS) as temporary:
+    (folder / names[1]).unlink(missing_ok=True)  # written last: a folder that has it is whole
+    with replacing(folder / names[0]) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, temporary)
-    head = {"format": FORMAT, "settings": {key: value for key, value in plain(config).items() if _rebuilds(key)}}
-    write_atomic(folder / HEAD, json.dumps(head, indent=2))
+    write_atomic(folder / names[1], json.dumps(head, indent=2))
 
 
-def _rebuilds(key: str) -> bool:
+def read_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and tables that `write_folder` wrote into one file.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}
+        for name, tensor in safetensors.torch.load_file(path, device=device).items():
+            kind, _, key = name.partition(".")
+            parts[kind][key] = tensor
+        tables = parts["tables"]
+        return parts["weights"], tables | {"static_mean": torch.view_as_complex(tables["static_mean"].contiguous())}
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path.name}: {path.parent} does not hold one: {first_line(error)}") from None
+
+
+def rebuilds(key: str) -> bool:
+    """True if an encoder of another value of this setting is another encoder."""
     return key == "seed" or key in _SHAPES or key.startswith(("sampling.", "model."))
 
 
-def _read_head(path: Path) -> RunConfig:
+def read_head(path: Path) -> RunConfig:
     """The settings that an encoder was exported with; all others have their defaults.
 
     Raises:
@@ -157,17 +193,11 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
     folder = Path(path)
     if not (folder / WEIGHTS).is_file() or not (folder / HEAD).is_file():
         raise InputError(f"encoder: expected a folder with {WEIGHTS} and {HEAD}, got {folder}")
-    config = _read_head(folder / HEAD)
+    config = read_head(folder / HEAD)
     try:
-        content = safetensors.torch.load_file(folder / WEIGHTS, device=device)
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}
-        for name, tensor in content.items():
-            kind, _, key = name.partition(".")
-            parts[kind][key] = tensor
-        tables = parts["tables"] | {"static_mean": torch.view_as_complex(parts["tables"]["static_mean"].contiguous())}
-        weights = None if untrained else parts["weights"]
-        return KSpaceEncoder(config, weights, tables, torch.device(device))
-    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        weights, tables = read_weights(folder / WEIGHTS, device)
+        return KSpaceEncoder(config, None if untrained else weights, tables, torch.device(device))
+    except (RuntimeError, KeyError) as error:
         raise InputError(f"encoder: {folder} does not hold one: {first_line(error)}") from None
 
 

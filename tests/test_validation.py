@@ -13,7 +13,7 @@ from one_worker import CPU, PlainEngine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.tasks import Model, Preparer
-from kmtr.train.validation import Validation
+from kmtr.train.validation import PretrainingValidation
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 def said(config: RunConfig, tables: dict[str, torch.Tensor], module: Model) -> dict[str, float]:
-    validate = Validation(config, Dataset.open(config.data), Preparer(config, tables, CPU), 0, 1, CPU)
+    validate = PretrainingValidation(config, Dataset.open(config.data), Preparer(config, tables, CPU), 0, 1, CPU)
     return validate(PlainEngine(module.eval(), 1))[0]
 
 

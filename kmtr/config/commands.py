@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 from pydantic import Field
 
 from kmtr.config.core import Section
-from kmtr.types import PHENOTYPES, PROBED, STUDIED
-
-
-def _known(value: tuple[str, ...]) -> tuple[str, ...]:
-    if not value or set(value) - set(PHENOTYPES):
-        raise ValueError(f"expected phenotypes of {', '.join(PHENOTYPES)}, got {', '.join(value) or 'none'}")
-    return value
-
-
-Phenotypes = Annotated[tuple[str, ...], pydantic.AfterValidator(_known)]
-"""One or more of `types.PHENOTYPES`."""
+from kmtr.config.run import Phenotypes
+from kmtr.types import PROBED, STUDIED
 
 
 class Shards(Section):

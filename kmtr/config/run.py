@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,10 +11,29 @@ import pydantic
 from pydantic import Field
 
 from kmtr.config.core import Section
-from kmtr.types import VIEWS
+from kmtr.types import DISEASES, PHENOTYPES, STUDIED, VIEWS
 
 MIN_TEMPERATURE = 0.01
 """Least learnt contrastive temperature: below it the softmax is all or nothing."""
+
+
+def _among(known: Iterable[str], what: str) -> pydantic.AfterValidator:
+    """One or more of the known names."""
+    names = tuple(known)
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - set(names):
+            raise ValueError(f"expected {what} of {', '.join(names)}, got {', '.join(value) or 'none'}")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+Phenotypes = Annotated[tuple[str, ...], _among(PHENOTYPES, "phenotypes")]
+"""One or more of `types.PHENOTYPES`."""
+
+Diseases = Annotated[tuple[str, ...], _among(DISEASES, "diseases")]
+"""One or more of `types.DISEASES`."""
 
 MIN_ALIGNED_SUBJECTS = 8
 """InfoNCE against fewer negatives than this says next to nothing; refused."""
@@ -217,6 +237,13 @@ class Align(Section):
 class Task(Section):
     tasks: tuple[str, ...] = Field((), description="tasks that stage=task trains, one or several in one model")
     system: str = Field("kspace", description="system that they are trained on (kmtr/systems)")
+    encoder: str = Field(
+        "",
+        description="encoder (folder) that kspace starts from; empty: of the finished pretraining with these settings; "
+        "none: from scratch",
+    )
+    targets: Phenotypes = Field(STUDIED, description="phenotypes that the task phenotypes regresses")
+    diseases: Diseases = Field(("dcm", "hcm"), description="diseases that the task diseases tells apart")
     steps: int = Field(400, ge=0, description="optimizer steps of training on labels")
     frozen: bool = Field(False, description="the system is not trained, only the heads are")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")

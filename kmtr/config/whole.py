@@ -167,7 +167,12 @@ class RunConfig(Section):
         How it is executed (workers, ZeRO stage, accumulation, offload, loader) is no part of it: its numbers are the
         same within a published tolerance, so it may change when the run resumes.
         """
-        told = {key: value for key, value in changed(self).items() if _is_identity(key)}
+        unread = {"masked", "align"} if self.stage == "task" else {"task"}
+        told = {
+            key: value
+            for key, value in changed(self).items()
+            if _is_identity(key) and key.partition(".")[0] not in unread
+        }
         return told | ({"train.bf16": True} if self.train.bf16 else {})
 
     def run_name(self, digest: str) -> str:
@@ -192,6 +197,7 @@ _NO_IDENTITY = {
     "data.root",  # their content counts, by its hash
     "data.more",
     "sampling.file",
+    "task.encoder",
     "data.loader",  # how bytes are read, not which
     "data.prefetch",
     "data.readers",

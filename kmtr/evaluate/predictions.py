@@ -66,6 +66,7 @@ class Name(NamedTuple):
 
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
+FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scratch", LINES)
 MEAN = Name("mean", NOTHING)
 MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "zero-filled image")
 

@@ -50,7 +50,7 @@ def score(
             f"evaluate.targets: expected one that at least {MIN_SUBJECTS} labelled training subjects and "
             f"{MIN_SUBJECTS} test subjects have, got {', '.join(targets)}"
         )
-    tell = _Counter(progress, len(config.evaluate.accelerations) * (len(labelled) + len(asked)))
+    tell = Counter(progress, len(config.evaluate.accelerations) * (len(labelled) + len(asked)))
     parts = []
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
@@ -89,7 +89,7 @@ def fit(
     return found | {MEAN: Constant(means)}
 
 
-class _Counter:
+class Counter:
     """Counts the subjects of batches that pass, for a bar."""
 
     def __init__(self, progress: Callable[[int, int], None], total: int):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from kmtr.model.packing import Pending, joint
 from kmtr.physics.cycle import static_dynamic
 from kmtr.systems import Reading
 from kmtr.systems.components import Fixed
-from kmtr.tasks.base import Encode, Link, Sums, Task, gather, world
+from kmtr.tasks.base import Encode, Given, Link, Sums, Task, gather, world
 from kmtr.tasks.losses import info_nce
 
 
@@ -77,11 +77,11 @@ class Align(Task):
     def head(self) -> nn.Module:
         return Projections(self.config)
 
-    def ask(self, batch: Batch, readers: Mapping[str, Any], frozen: frozenset[str] = frozenset()) -> Pending[Asked]:
+    def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
         both = joint(
             {
-                "lines": readers["kspace"](batch, number=2, learns="kspace" not in frozen),
-                "teacher": readers[self.teacher](batch, number=3, learns=self.teacher not in frozen),
+                "lines": given.read("kspace", batch, number=2),
+                "teacher": given.read(self.teacher, batch, number=3),
             }
         )
         return Pending(both.cells, lambda lengths: Asked(**both.make(lengths)))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +35,28 @@ class Inputs:
     tasks: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a task makes its part of the inputs with.
+
+    Attributes:
+        readers: of the run's systems, by name.
+        frozen: systems that do not learn in the stage.
+        labels: column of a batch's labels that holds each.
+        tables: fitted on the training split, on the batch's device; for labels ``label_mean`` and ``label_sd``.
+    """
+
+    readers: Mapping[str, Any]
+    frozen: frozenset[str] = frozenset()
+    labels: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, batch: Batch, **how: Any) -> Pending[Reading]:
+        """One pass of a system over what `Reader` is told of the batch."""
+        pending: Pending[Reading] = self.readers[name](batch, learns=name not in self.frozen, **how)
+        return pending
+
+
 class Task(ABC):
     """One thing that is learnt.
 
@@ -41,6 +64,7 @@ class Task(ABC):
         name: in the configuration, of its head and of its output.
         systems: names of those that it trains, in the order in which their weights are drawn.
         label: its loss is logged as ``<label>_loss``.
+        labels: columns that it needs of a batch, as the dataset names them.
         couples: the loss of a subject depends on the others of the global batch: `couple` takes the place of `LOSS`.
     """
 
@@ -50,6 +74,10 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig):
         self.config = config
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return ()
 
     @property
     @abstractmethod
@@ -64,12 +92,8 @@ class Task(ABC):
         """The part of the model that only this task has."""
 
     @abstractmethod
-    def ask(self, batch: Batch, readers: Mapping[str, Any], frozen: frozenset[str]) -> Pending[Any]:
-        """What the task needs of a batch: readings, and targets; made without gradient, in fp32.
-
-        Args:
-            frozen: systems that do not learn.
-        """
+    def ask(self, batch: Batch, given: Given) -> Pending[Any]:
+        """What the task needs of a batch: readings, and targets; made without gradient, in fp32."""
 
     @abstractmethod
     def forward(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:
@@ -80,14 +104,26 @@ class Task(ABC):
         """
 
     def predict(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:
-        """Inside the engine: the predictions themselves, where there is more to them than a loss."""
+        """Inside the engine: the predictions themselves, numbers by their target's name and in its unit."""
         raise NotImplementedError(f"{self.name} predicts nothing")
+
+    def score(
+        self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Validation metrics of predictions ``subject`` by target; the greater the better where its name is `SCORE`.
+
+        Args:
+            reference: mean of the training labels.
+        """
+        return {}
 
     def couple(self, outputs: Sequence[dict[str, Tensor]], micro: Sequence[Batch], log: Sums) -> Link:
         """Part of each micro-batch in a loss over the global batch, given the outputs for all of them."""
         raise NotImplementedError(f"{self.name} couples no subjects")
 
 
+SCORE = "score"
+"""Metric of a task's validation by which checkpoints compare."""
 LOSS = "loss"
 """Key of a task's loss per subject in its output."""
 

@@ -6,7 +6,7 @@ and lines from the centre, so that a subject gets the same numbers in a batch of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from kmtr.model.packing import Lengths, Pending
 from kmtr.model.tokenizers import Tokens
 from kmtr.physics import random, sampling
 from kmtr.systems import Reading
-from kmtr.tasks.base import LOSS, Encode, Task
+from kmtr.tasks.base import LOSS, Encode, Given, Task
 from kmtr.tasks.losses import masked_reconstruction
 
 
@@ -42,33 +42,27 @@ class Masked(Task):
     def head(self) -> nn.Module:
         return line_decoder(self.config.data, self.config.model)
 
-    def ask(
-        self,
-        batch: Batch,
-        readers: Mapping[str, Any],
-        frozen: frozenset[str] = frozenset(),
-    ) -> Pending[Asked]:
+    def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
         hidden, targets = hidden_lines(self.config, batch)
         visible = batch.sampled & ~hidden
         known = batch.acquired if self.config.masked.target == "all" else batch.sampled
-        return self.asked(batch, readers, visible, targets, known, "kspace" not in frozen)
+        return self.asked(batch, given, visible, targets, known)
 
     def asked(
         self,
         batch: Batch,
-        readers: Mapping[str, Any],
+        given: Given,
         visible: Bool[Tensor, "batch slice t ky"],
         targets: Bool[Tensor, "batch slice t ky"],
         known: Bool[Tensor, "batch slice t ky"],
-        learns: bool = True,
     ) -> Pending[Asked]:
         """The `visible` lines as input, the `targets` to predict.
 
         Args:
             known: lines that the targets' temporal mean is taken over.
         """
-        reader = readers["kspace"]
-        reading = reader(batch, visible, number=0, learns=learns)
+        reader = given.readers["kspace"]
+        reading = given.read("kspace", batch, shown=visible, number=0)
 
         def make(lengths: Sequence[Lengths]) -> Asked:
             values = reader.lines(batch, known=known, chosen=targets, visible=visible, lengths=lengths[-1])
@@ -96,11 +90,11 @@ class MaskedImages(Task):
     def head(self) -> nn.Module:
         return patch_decoder(self.config.data, self.config.model)
 
-    def ask(self, batch: Batch, readers: Mapping[str, Any], frozen: frozenset[str] = frozenset()) -> Pending[Asked]:
-        reader = readers["image"]
+    def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
+        reader = given.readers["image"]
         present, hidden = reader.patches.present(batch), hidden_patches(self.config, batch)
         images, withheld = reader.patches.images(batch), present & hidden
-        reading = reader(batch, present & ~hidden, number=1, learns="image" not in frozen, images=images)
+        reading = given.read("image", batch, shown=present & ~hidden, number=1, images=images)
 
         def make(lengths: Sequence[Lengths]) -> Asked:
             return Asked(reading.make(lengths[:-1]), reader.patches(batch, images, withheld, lengths[-1]))

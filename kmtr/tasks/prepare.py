@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import joint
 from kmtr.systems import Reader, system
-from kmtr.tasks.base import Inputs, widest
+from kmtr.tasks.base import Given, Inputs, widest
 from kmtr.tasks.model import EMBEDDING
 from kmtr.tasks.registry import tasks_of
 from kmtr.tasks.stages import Stage
+
+LABEL_TABLES = ("label_mean", "label_sd")
+"""Moments of the labels that the tasks need, in their order, over the training subjects."""
 
 
 class Preparer:
@@ -24,12 +28,15 @@ class Preparer:
     Attributes:
         tasks: of the run, by name.
         readers: of the systems that they train, by name.
+        labels: columns that they need of a batch.
     """
 
     def __init__(self, config: RunConfig, tables: dict[str, Tensor], device: torch.device):
         self.config, self.tasks = config, tasks_of(config)
         names = dict.fromkeys(name for task in self.tasks.values() for name in task.systems)
         self.readers: dict[str, Any] = {name: system(name).reader(config, tables, device) for name in names}
+        self.labels = tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.labels))
+        self.tables = {name: tables[name].to(device) for name in LABEL_TABLES if name in tables}
 
     def readout(self, stage: Stage) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all."""
@@ -37,8 +44,16 @@ class Preparer:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, stage: Stage) -> Inputs:
-        asked = {name: self.tasks[name].ask(batch, self.readers, stage.frozen) for name in stage.tasks}
-        return Inputs(joint(asked).settle())
+        if self.labels and not batch.labels.shape[1]:  # to predict, none is known
+            unknown = torch.full((len(batch), len(self.labels)), torch.nan, device=batch.key.device)
+            batch = replace(batch, labels=unknown)
+        given = self.given(stage.frozen)
+        return Inputs(joint({name: self.tasks[name].ask(batch, given) for name in stage.tasks}).settle())
+
+    def given(self, frozen: frozenset[str] = frozenset()) -> Given:
+        """What tasks make their part with."""
+        columns = {label: column for column, label in enumerate(self.labels)}
+        return Given(self.readers, frozen, columns, self.tables)
 
     @torch.no_grad()
     def embedding(self, batch: Batch, name: str = "kspace") -> Inputs:
@@ -51,5 +66,5 @@ class Preparer:
         """All acquired lines as input of masked pretraining; the `queried` ones to predict, whose values are of no
         use.
         """
-        asked = self.tasks["masked"].asked(batch, self.readers, batch.sampled, queried, batch.sampled)  # type: ignore[attr-defined]
+        asked = self.tasks["masked"].asked(batch, self.given(), batch.sampled, queried, batch.sampled)  # type: ignore[attr-defined]
         return Inputs(joint({"masked": asked}).settle())

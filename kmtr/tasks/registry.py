@@ -5,10 +5,12 @@ from __future__ import annotations
 from kmtr.config import RunConfig
 from kmtr.tasks.align import Align
 from kmtr.tasks.base import Task
+from kmtr.tasks.diseases import Diseases
 from kmtr.tasks.masked import Masked, MaskedImages
+from kmtr.tasks.phenotypes import Phenotypes
 from kmtr.types import InputError
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Masked, MaskedImages, Align)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Masked, MaskedImages, Align, Phenotypes, Diseases)}
 """Name -> task. Adding one is a file and its line here."""
 
 

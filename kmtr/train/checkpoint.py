@@ -19,6 +19,7 @@ import torch
 
 from kmtr.config import RunConfig
 from kmtr.encoder import export_encoder
+from kmtr.inference import export_model
 from kmtr.train import state
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.state import CheckpointError
@@ -143,6 +144,18 @@ def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: d
     model = read_head(folder)["model"]
     kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
     export_encoder(target, config, state.whole(states(folder), kind, model, "systems.kspace"), tables)
+
+
+def export_model_from(folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
+    """The whole model of a checkpoint, of its EMA where the run keeps one, as `kmtr.load_model` reads it."""
+    model = read_head(folder)["model"]
+    kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
+    weights = {
+        f"{part}.{name}": weight
+        for part in ("systems", "heads")
+        for name, weight in state.whole(states(folder), kind, model, part).items()
+    }
+    export_model(target, config, weights, tables)
 
 
 def _same_model(stored: dict[str, list[int]], built: dict[str, list[int]]) -> None:

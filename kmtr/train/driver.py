@@ -1,6 +1,4 @@
-"""fit(config): a pretraining run from its configuration to an exported encoder, on Ray Train, resumed by calling it
-again.
-"""
+"""fit(config): a run from its settings to an exported encoder or model, on Ray Train; calling it again resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, statistics
 from kmtr.files import replacing, write_atomic
 from kmtr.ray_start import refuse_missing_gpu
-from kmtr.train import checkpoint
+from kmtr.train import checkpoint, start
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.loop import MASKED_ENCODER, train_worker
 from kmtr.train.progress import Display
@@ -57,6 +55,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
         InputError: one line that names the key or the file.
     """
     config, dataset = open_data(config)
+    config = start.resolve(config, dataset)
     pipeline.plan_of(config, dataset)
     subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
@@ -64,7 +63,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
             f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
             f"{subjects}; use stage=masked"
         )
-    if set(config.data.views) & dataset.undersampled and (config.align_steps or config.masked.image_weight):
+    imaged = config.align_steps or (config.masked_steps and config.masked.image_weight)
+    if set(config.data.views) & dataset.undersampled and imaged:
         raise InputError(
             "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
             "use stage=masked masked.image_weight=0"
@@ -81,7 +81,7 @@ def fit(
     callbacks: list[Any] | None = None,
     tags: dict[str, str] | None = None,
 ) -> Outcome:
-    """Pretrain in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
+    """Train in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
 
     Args:
         parent_id: MLflow run that this one is a child of (a search).
@@ -161,8 +161,14 @@ def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
 def _export(
     config: RunConfig, folder: Path, returned: dict[str, Any], last: Any, tables: dict[str, torch.Tensor]
 ) -> Path:
-    """The encoder that the run leaves: of its last checkpoint, or where the guard stopped, of masked pretraining."""
-    encoder = folder / "encoder"
+    """What the run leaves: the encoder of its last checkpoint, or where the guard stopped, of masked pretraining; of
+    training on labels the model.
+    """
+    encoder = folder / ("model" if config.stage == "task" else "encoder")
+    if config.stage == "task":
+        with last.as_directory() as place:
+            checkpoint.export_model_from(Path(place), encoder, config, tables)
+        return encoder
     if returned["stopped"]:
         _copy_tree(folder / MASKED_ENCODER, encoder)
     else:
@@ -175,7 +181,7 @@ def _send_files(config: RunConfig, folder: Path, run_id: str, encoder: Path) -> 
     """Encoder and configuration to the run's artifacts, with all that is still to be sent."""
     spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
     for file in sorted(encoder.iterdir()):
-        spool.artifact(file, "encoder")
+        spool.artifact(file, encoder.name)
     spool.artifact(folder / "config.json")
     if unsent := spool.close(60.0):
         log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, folder / SPOOL)
@@ -237,7 +243,10 @@ def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str
     if path.is_file():
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}
-    fitted = statistics.tables(config, dataset.reader("train", config.data))
+    reader = dataset.reader("train", config.data)
+    begun = start.tables(config)
+    fitted = statistics.tables(config, reader) if begun is None else begun
+    fitted |= start.label_moments(config, reader)
     stored = {k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary)

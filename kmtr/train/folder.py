@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
+from kmtr.encoder import WEIGHTS
 from kmtr.files import write_atomic
 from kmtr.types import InputError
 
@@ -24,7 +26,8 @@ class Outcome:
         run_id: of the MLflow run.
         name: of the run, its folder in storage.root.
         folder: everything that the run wrote.
-        encoder: folder of the exported encoder, for `kmtr.load_encoder`.
+        encoder: folder of the exported encoder, for `kmtr.load_encoder`; of `stage=task` the model's, for
+            `kmtr.load_model`.
         metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
             alignment) encoder and metrics are those of the end of masked reconstruction.
         reused: it was finished before; nothing was trained.
@@ -87,7 +90,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _digest(config: RunConfig, dataset: Dataset) -> str:
-    return dataset.digest + patterns.digest(config.sampling)
+    """Digest of all content that changes a run's numbers: data, pattern file, the encoder that it starts from."""
+    start = ""
+    if config.stage == "task" and config.task.encoder not in ("", "none"):
+        with (Path(config.task.encoder) / WEIGHTS).open("rb") as file:
+            start = hashlib.file_digest(file, "sha256").hexdigest()
+    return dataset.digest + patterns.digest(config.sampling) + start
 
 
 def _numbered(base: str, number: int) -> str:

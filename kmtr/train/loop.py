@@ -23,7 +23,7 @@ from kmtr.data.loader import pipeline
 from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, guard, validation
+from kmtr.train import checkpoint, guard, start, validation
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.progress import Sender
@@ -92,9 +92,11 @@ class Worker:
         self.reader = dataset.reader("train", config.data)
         self.plan = pipeline.plan_of(config, dataset)
         prepare = Preparer(config, self.tables, device)
-        self.engine = ShardedEngine(Model(config), config, self.world, device)
+        model = Model(config)
+        start.load(config, model.systems)
+        self.engine = ShardedEngine(model, config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
-        self.validate = validation.Validation(config, dataset, prepare, self.rank, self.world, device)
+        self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)
         tracking = job["tracking"]
         self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
         self.tell = Sender(job["progress"]) if self.rank == 0 else None
@@ -141,7 +143,8 @@ class Worker:
         config, progress = self.config, self.progress
         first = progress.step
         steps = range(first, first if progress.stopped else config.total_steps)
-        batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world)
+        labels = self.step.prepare.labels
+        batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, labels)
         for step in steps:
             host = together(lambda: next(batches), self.device, self.watch)
             report = self.step(step, host)

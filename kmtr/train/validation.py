@@ -1,7 +1,8 @@
-"""Validation during pretraining: the loss of masked pretraining, the ridge probe on frozen embeddings, and a figure."""
+"""Validation during training: losses, and what a probe or the tasks themselves say of held-out subjects."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING
@@ -18,8 +19,8 @@ from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
 from kmtr.report import figures_kspace as figures
-from kmtr.tasks import STAGES, Engine, Preparer
-from kmtr.tasks.base import LOSS
+from kmtr.tasks import STAGES, Engine, Preparer, Stage
+from kmtr.tasks.base import LOSS, SCORE
 from kmtr.tasks.model import EMBEDDING
 from kmtr.train import guard
 from kmtr.types import PROBED
@@ -30,7 +31,15 @@ if TYPE_CHECKING:
 CHUNK = 16
 
 
-class Validation:
+def of(
+    config: RunConfig, dataset: Dataset, prepare: Preparer, rank: int, world: int, device: torch.device
+) -> Validation:
+    """The validation of a run's stage."""
+    kind = TaskValidation if config.stage == "task" else PretrainingValidation
+    return kind(config, dataset, prepare, rank, world, device)
+
+
+class Validation(ABC):
     """Scores an engine on held-out subjects; every worker takes an equal share, since ZeRO-3 needs all of them.
 
     The subjects are the same for any number of workers: where they can't be dealt evenly, the last share is filled up
@@ -52,7 +61,7 @@ class Validation:
         self.config = override(config, fixed)
         self.prepare, self.device = prepare, device
         self.rank, self.world = rank, world
-        self.labels = [name for name in PROBED if dataset.labels.get(name)]
+        self.labels = self.labels_of(dataset)
         self.shown = "Held-out subject"
         self.readers: dict[str, Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
@@ -64,49 +73,40 @@ class Validation:
             self.readers[split] = reader
             self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
 
-    @torch.no_grad()
+    @abstractmethod
+    def labels_of(self, dataset: Dataset) -> list[str]:
+        """Labels that it needs."""
+
+    @abstractmethod
     def __call__(self, engine: Engine) -> tuple[dict[str, float], Figure | None]:
-        """Metrics ``val/...`` (the same on all workers), and on rank 0 the figure of one subject."""
-        metrics: dict[str, float] = {}
-        if len(self.rows["val"]) == 0:
-            return metrics, None
-        losses, stage = [], STAGES["masked"](self.config)
-        names = [self.prepare.tasks[name].label for name in stage.tasks]
+        """Metrics ``val/...`` (the same on all workers), and on rank 0 perhaps a figure."""
+
+    def _losses(self, engine: Engine, stage: Stage) -> dict[str, float]:
+        """Mean loss of each task of the stage."""
+        losses = []
         for batch in self._batches("val"):
             out = engine(self.prepare(batch, stage))
             losses.append(torch.stack([out[name][LOSS] for name in stage.tasks]))
         total = (torch.cat(losses, dim=1) * self._counted("val")).sum(1).double()
         dist.all_reduce(total)
-        for name, value in zip(names, total.tolist(), strict=True):
-            metrics[f"val/{name}_loss"] = value / len(self.rows["val"])
-        held, held_labels = self._embed(engine, "val")
-        if self.labels:
-            train, train_labels = self._embed(engine, "train")
-            scores = {}
-            parts = {"": slice(None)} | self._contents()
-            for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
-                result = probe(train[:, features], train_labels[:, i], held[:, features], held_labels[:, i])
-                if result is not None:
-                    metrics[guard.r2_of(label) + part] = result.r2
-                    if not part:
-                        scores[label] = result.r2
-            if scores:
-                metrics[guard.MEAN] = float(np.mean(list(scores.values())))
-        metrics["val/effective_rank"] = effective_rank(held)
-        metrics["val/embedding_deviation"] = embedding_deviation(held)
-        # Workers on unlike processors may differ in a last bit, and what follows from it must be the same on all.
+        names = [self.prepare.tasks[name].label for name in stage.tasks]
+        count = len(self.rows["val"])
+        return {f"val/{name}_loss": value / count for name, value in zip(names, total.tolist(), strict=True)}
+
+    def _agreed(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Those of rank 0: workers on unlike processors may differ in a last bit, and what follows from it must be the
+        same on all.
+        """
         said = torch.tensor(list(metrics.values()), dtype=torch.float64, device=self.device)
         dist.broadcast(said, 0)
-        metrics = dict(zip(metrics, said.tolist(), strict=True))
-        return metrics, self._figure(engine)
+        return dict(zip(metrics, said.tolist(), strict=True))
 
-    def _contents(self) -> dict[str, np.ndarray]:
-        """Which features of the embedding are static and which dynamic: a probe that knows only the anatomy's says
-        whether the motion was thrown away.
-        """
-        width, slices = self.config.model.width, self.config.data.slices
-        place = np.tile(np.arange(3 * width), slices)  # of each slice: static, then cosine and sine
-        return {"_static": place < width, "_dynamic": place >= width}
+    def _gathered(self, mine: torch.Tensor, split: str) -> np.ndarray:
+        """Rows of all workers in the order of the split's."""
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine.contiguous())
+        found: np.ndarray = torch.stack(parts, dim=1).flatten(0, 1)[: len(self.rows[split])].cpu().numpy()
+        return found
 
     def _dealt(self, split: str) -> np.ndarray:
         """Rows of all workers ``turn rank``, the last turn filled up with repeats."""
@@ -123,6 +123,73 @@ class Validation:
         read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.labels, VALIDATION)
         return (host.to(self.device) for host in read)
 
+
+class TaskValidation(Validation):
+    """Predictions of all tasks for held-out subjects, against their labels."""
+
+    def labels_of(self, dataset: Dataset) -> list[str]:
+        return list(self.prepare.labels)
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> tuple[dict[str, float], Figure | None]:
+        if len(self.rows["val"]) == 0:
+            return {}, None
+        stage = STAGES["task"](self.config)
+        metrics = self._losses(engine, stage)
+        said, labels, names = [], [], []
+        for batch in self._batches("val"):
+            out = engine(self.prepare(batch, stage), predict=True)
+            names = [(task, target) for task in stage.tasks for target in out[task]]
+            said.append(torch.stack([out[task][target] for task, target in names], dim=1))
+            labels.append(batch.labels)
+        both = self._gathered(torch.cat([torch.cat(said), torch.cat(labels)], dim=1), "val").astype(np.float64)
+        truth = {name: both[:, len(names) + i] for i, name in enumerate(self.labels)}
+        means = dict(zip(self.labels, self.prepare.tables["label_mean"].tolist(), strict=True))
+        for task in stage.tasks:
+            predicted = {target: both[:, i] for i, (of, target) in enumerate(names) if of == task}
+            for name, value in self.prepare.tasks[task].score(truth, predicted, means).items():
+                metrics[f"val/{task}_{name}" if name == SCORE else f"val/{name}"] = value
+        return self._agreed(metrics), None
+
+
+class PretrainingValidation(Validation):
+    """Loss of masked pretraining, the ridge probe on frozen embeddings, and a figure."""
+
+    def labels_of(self, dataset: Dataset) -> list[str]:
+        return [name for name in PROBED if dataset.labels.get(name)]
+
+    @torch.no_grad()
+    def __call__(self, engine: Engine) -> tuple[dict[str, float], Figure | None]:
+        """Metrics ``val/...`` (the same on all workers), and on rank 0 the figure of one subject."""
+        metrics: dict[str, float] = {}
+        if len(self.rows["val"]) == 0:
+            return metrics, None
+        metrics |= self._losses(engine, STAGES["masked"](self.config))
+        held, held_labels = self._embed(engine, "val")
+        if self.labels:
+            train, train_labels = self._embed(engine, "train")
+            scores = {}
+            parts = {"": slice(None)} | self._contents()
+            for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
+                result = probe(train[:, features], train_labels[:, i], held[:, features], held_labels[:, i])
+                if result is not None:
+                    metrics[guard.r2_of(label) + part] = result.r2
+                    if not part:
+                        scores[label] = result.r2
+            if scores:
+                metrics[guard.MEAN] = float(np.mean(list(scores.values())))
+        metrics["val/effective_rank"] = effective_rank(held)
+        metrics["val/embedding_deviation"] = embedding_deviation(held)
+        return self._agreed(metrics), self._figure(engine)
+
+    def _contents(self) -> dict[str, np.ndarray]:
+        """Which features of the embedding are static and which dynamic: a probe that knows only the anatomy's says
+        whether the motion was thrown away.
+        """
+        width, slices = self.config.model.width, self.config.data.slices
+        place = np.tile(np.arange(3 * width), slices)  # of each slice: static, then cosine and sine
+        return {"_static": place < width, "_dynamic": place >= width}
+
     def _embed(self, engine: Engine, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings ``subject feature`` and labels ``subject label`` of a split, in the order of its rows."""
         features, labels = [], []
@@ -130,9 +197,7 @@ class Validation:
             features.append(engine(self.prepare.embedding(batch))[EMBEDDING]["vector"])
             labels.append(batch.labels)
         mine = torch.cat([torch.cat(features), torch.cat(labels)], dim=1)
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine.contiguous())
-        both = torch.stack(parts, dim=1).flatten(0, 1)[: len(self.rows[split])].cpu().numpy()
+        both = self._gathered(mine, split)
         split_at = both.shape[1] - len(self.labels)
         return both[:, :split_at], both[:, split_at:]
 

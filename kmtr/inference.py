@@ -1,0 +1,101 @@
+"""A model of tasks on its own: exported by training on labels, used without Ray, DeepSpeed or MLflow.
+
+    model = kmtr.load_model("runs/<run>/model")
+    model.predict(study)                      # {"lvedv_ml": 142.1, "dcm": 0.03, ...}
+
+A folder of two files that hold no code: ``model.safetensors`` (all weights, normalisation tables, moments of the
+labels) and ``model.json`` (format, the settings that rebuild it, and the unit of each output).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kmtr.config import RunConfig, override, plain
+from kmtr.data.loader.batch import Batch
+from kmtr.encoder import batch_of, read_weights, rebuilds, write_folder
+from kmtr.tasks import Model, Preparer, stages_of
+from kmtr.types import DISEASES, PHENOTYPES, InputError, Study, first_line
+
+WEIGHTS, HEAD = "model.safetensors", "model.json"
+FORMAT = 1
+"""Format of a model's folder; one of another format is refused."""
+_TASK = ("stage", "task.tasks", "task.system", "task.targets", "task.diseases")
+
+
+class TaskModel:
+    """A fitted system with the heads of its tasks: batch or study -> predictions."""
+
+    def __init__(self, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor], device: torch.device):
+        self.config, self.device = config, device
+        self.module = Model(config).to(device).eval()
+        self.module.load_state_dict(weights)
+        self.prepare = Preparer(config, tables, device)
+        (self.stage,) = stages_of(config)
+
+    @property
+    def readout(self) -> int | None:
+        """Central kx samples of a batch that are looked at; None: all."""
+        return self.prepare.readout(self.stage)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Output -> its unit."""
+        return {name: PHENOTYPES.get(name, "probability") for name in self.prepare.labels}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Predictions ``batch`` of every output, fp32, in its unit."""
+        said = self.module(self.prepare(batch, self.stage), predict=True)
+        return {name: values for outputs in said.values() for name, values in outputs.items()}
+
+    def predict(self, study: Study, acceleration: int | None = None) -> dict[str, float]:
+        """Predictions for one study, in `units`.
+
+        Args:
+            acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
+
+        Raises:
+            InputError: the study lacks a view, or its matrix or coils are not those that the model was trained on.
+        """
+        batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
+        return {name: float(value[0]) for name, value in self(batch).items()}
+
+
+def export_model(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run."""
+    settings = {key: value for key, value in plain(config).items() if rebuilds(key) or key in _TASK}
+    units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
+    wanted = [*config.task.targets, *config.task.diseases]
+    head = {"format": FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
+    write_folder(folder, (WEIGHTS, HEAD), weights, tables, head)
+
+
+def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
+    """The model in a folder that `export_model` wrote.
+
+    Raises:
+        InputError: no model there, or its files do not fit each other.
+    """
+    folder = Path(path)
+    for name in (WEIGHTS, HEAD):
+        if not (folder / name).is_file():
+            raise InputError(f"model: expected a folder with {WEIGHTS} and {HEAD}, got {folder} without {name}")
+    try:
+        head = json.loads((folder / HEAD).read_text())
+        written, settings = head["format"], head["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"model: expected JSON with format and settings in {folder / HEAD}") from None
+    if written != FORMAT:
+        raise InputError(f"model: expected format {FORMAT}, got {written}, in {folder}; export it anew")
+    scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
+    config = override(RunConfig(), settings | scored)
+    weights, tables = read_weights(folder / WEIGHTS, device)
+    try:
+        return TaskModel(config, weights, tables, torch.device(device))
+    except RuntimeError as error:
+        raise InputError(f"model: {folder} does not hold one: {first_line(error)}") from None

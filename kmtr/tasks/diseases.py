@@ -1,0 +1,54 @@
+"""Diseases: the probability of each, from a system's vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kmtr.metrics.diseases import detection
+from kmtr.tasks.base import LOSS, SCORE, Encode
+from kmtr.tasks.phenotypes import Asked, OnVector, over_known
+
+RAREST = 1e-3
+"""Prevalence that the log odds begin at, where a disease is rarer still."""
+
+
+class Diseases(OnVector):
+    """A logit for each of `task.diseases`, whose odds begin at the training subjects' prevalence; the loss is the mean
+    binary cross entropy over those that are known.
+    """
+
+    name = label = "diseases"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.config.task.diseases
+
+    def logits(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
+        return self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
+
+    def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        wanted = asked.truth.nan_to_num()
+        error = F.binary_cross_entropy_with_logits(self.logits(encode, head, asked), wanted, reduction="none")
+        return {LOSS: over_known(error, asked.truth)}
+
+    def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        return dict(zip(self.labels, self.logits(encode, head, asked).sigmoid().unbind(1), strict=True))
+
+    def score(
+        self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
+    ) -> dict[str, float]:
+        """AUROC and average precision of each disease, and the mean AUROC of those with both classes."""
+        found: dict[str, float] = {}
+        areas = []
+        for name in self.labels:
+            scored = detection(truth[name], predicted[name], threshold=reference[name])
+            found |= {f"{name}_auroc": scored.auroc, f"{name}_ap": scored.average_precision}
+            areas.append(scored.auroc)
+        known = [area for area in areas if np.isfinite(area)]
+        return found | {SCORE: float(np.mean(known)) if known else float("nan")}

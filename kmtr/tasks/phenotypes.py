@@ -1,0 +1,100 @@
+"""Phenotypes: numbers of the heart, regressed from a system's vector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kmtr.data.loader.batch import Batch
+from kmtr.metrics.phenotypes import agreement
+from kmtr.model.packing import Pending
+from kmtr.systems import Reading, system
+from kmtr.tasks.base import LOSS, SCORE, Encode, Given, Task
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reading of the subjects and their labels.
+
+    Attributes:
+        truth: in their units; NaN: unknown.
+        mean, sd: of the training subjects.
+    """
+
+    seen: Reading
+    truth: Float[Tensor, "batch target"]
+    mean: Float[Tensor, " target"]
+    sd: Float[Tensor, " target"]
+
+
+class OnVector(Task):
+    """Base of tasks that read a system's vector: one number for each of some labels.
+
+    The head begins at zero on the normalised vector, so that step 0 answers the training subjects' mean.
+    """
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        return (self.config.task.system,)
+
+    def head(self) -> nn.Module:
+        width = system(self.config.task.system).channels(self.config)
+        linear = nn.Linear(width, len(self.labels))
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        return nn.Sequential(nn.LayerNorm(width), linear)
+
+    def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
+        reading = given.read(self.systems[0], batch, number=2)
+        columns = [given.labels[label] for label in self.labels]
+        mean, sd = (given.tables[name][columns] for name in ("label_mean", "label_sd"))
+        truth = batch.labels[:, columns]
+        return Pending(reading.cells, lambda lengths: Asked(reading.make(lengths), truth, mean, sd))
+
+    def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
+        """Output of the head, fp32."""
+        vector = encode(asked.seen).vector
+        found: Tensor = head(vector.to(head[1].weight.dtype)).float()
+        return found
+
+
+class Phenotypes(OnVector):
+    """`task.targets` in units of the training subjects' SD; the loss is the mean square over those that are known."""
+
+    name = label = "phenotypes"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.config.task.targets
+
+    def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        wanted = (asked.truth - asked.mean) / asked.sd
+        return {LOSS: over_known((self.raw(encode, head, asked) - wanted.nan_to_num()).square(), wanted)}
+
+    def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        found = self.raw(encode, head, asked) * asked.sd + asked.mean
+        return dict(zip(self.labels, found.unbind(1), strict=True))
+
+    def score(
+        self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
+    ) -> dict[str, float]:
+        """R2 and MAE of each phenotype, and the mean R2."""
+        found: dict[str, float] = {}
+        r2 = []
+        for name in self.labels:
+            scored = agreement(truth[name], predicted[name], reference[name])
+            found |= {f"{name.rsplit('_', 1)[0]}_r2": scored.r2, f"{name.rsplit('_', 1)[0]}_mae": scored.mae}
+            r2.append(scored.r2)
+        return found | {SCORE: float(np.mean(r2))}
+
+
+def over_known(error: Float[Tensor, "batch target"], truth: Float[Tensor, "batch target"]) -> Float[Tensor, " batch"]:
+    """Mean error of each subject over its known labels; 0 of a subject that has none. Unknown ones have no gradient."""
+    known = torch.isfinite(truth)
+    return torch.where(known, error, 0.0).sum(1) / known.sum(1).clamp(min=1)

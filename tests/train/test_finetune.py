@@ -1,0 +1,214 @@
+"""Training on labels from its settings to a model on its own, by the real worker, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cohort import simulated, write
+from forked_workers import instead_of_ray_train
+
+import kmtr
+from kmtr.config import RunConfig, override
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline
+from kmtr.data.loader.collate import collate
+from kmtr.evaluate import finetune
+from kmtr.evaluate.predictions import read
+from kmtr.inference import HEAD, WEIGHTS
+from kmtr.tasks import Model, Preparer, stages_of
+from kmtr.tasks.phenotypes import over_known
+from kmtr.train import driver
+from kmtr.types import InputError, Study
+
+CPU = torch.device("cpu")
+TARGETS = ("lvedv_ml", "lvef_pct")
+DISEASES = ("dcm", "hcm")
+
+
+@pytest.fixture(scope="module")
+def config(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A pretraining of a few steps on 40 labelled hearts, on two workers; some labels are unknown."""
+    folder = tmp_path_factory.mktemp("finetune")
+    asked = {
+        "data.root": str(folder / "data"),
+        "storage.root": str(folder / "runs"),
+        "tracking.uri": f"sqlite:///{folder}/mlflow.db",
+        "data.loader": "threads",
+        "data.global_batch": 8,
+        "train.workers": 2,
+        "masked.steps": 4,
+        "align.steps": 0,
+        "train.eval_every": 10,
+        "train.log_every": 10,
+        "evaluate.accelerations": (2, 4),
+        "evaluate.bootstrap": 20,
+    }
+    made = override(small, {**asked, "stage": "masked"})
+
+    def study(i: int) -> Study:
+        one = simulated(i, made)
+        labels = {**one.labels, "dcm": float(i % 2), "hcm": float(i % 3 == 0)}
+        labels["lvef_pct"] = float("nan") if i % 4 == 0 else labels["lvef_pct"]
+        del labels["lvm_g"]
+        return replace(one, labels=labels)
+
+    split = {"train": range(24), "val": range(24, 32), "test": range(32, 40)}
+    write(folder / "data", {name: [study(i) for i in rows] for name, rows in split.items()}, "float32")
+    return made
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        instead_of_ray_train(patch)
+        patch.setattr(finetune, "start_ray", lambda: None)
+        yield
+
+
+def on_labels(config: RunConfig, **changes: object) -> RunConfig:
+    """Settings of a run on labels."""
+    keys = {f"task.{name}": value for name, value in changes.items()}
+    asked = {"stage": "task", "task.tasks": "phenotypes,diseases", "task.targets": TARGETS, "task.diseases": DISEASES}
+    return override(config, asked | {"task.steps": 6, "task.encoder": "none"} | keys)
+
+
+@pytest.fixture(scope="module")
+def tuned(forked: None, config: RunConfig) -> dict[str, object]:
+    """What the command answers, of a run from the pretrained encoder."""
+    encoder = driver.fit(config).encoder
+    return finetune.run(on_labels(config, encoder=encoder))
+
+
+def test_it_ends_with_tables_a_model_and_predictions(
+    tuned: dict[str, object], config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = read(Path(str(tuned["predictions"])))
+    systems = set(table.column("system").to_pylist())
+    assert systems == {"k-MTR fine-tuned", "ridge", "mean"}
+    assert set(table.column("target").to_pylist()) == {*TARGETS, *DISEASES}
+    assert set(table.column("acceleration").to_pylist()) == {2, 4}
+    metrics = dict(tuned["metrics"])  # type: ignore[call-overload]
+    assert {"lvedv_r2", "lvedv_r2_ridge", "mean_r2", "dcm_auroc"} <= metrics.keys()
+    again = finetune.run(on_labels(config, encoder=str(Path(str(tuned["folder"])).parent / _encoder_of(config))))
+    assert again["reused"]
+    assert again["metrics"] == metrics
+    assert "is finished, reused" in capsys.readouterr().out
+
+
+def _encoder_of(config: RunConfig) -> str:
+    """Path of the pretrained encoder below the folder of all runs."""
+    outcome = driver.fit(config)
+    assert outcome.reused
+    return str(Path(outcome.encoder).relative_to(Path(outcome.folder).parent))
+
+
+def test_the_model_on_its_own_predicts_the_same(tuned: dict[str, object], config: RunConfig) -> None:
+    model = kmtr.load_model(str(tuned["model"]))
+    assert model.units == {"lvedv_ml": "mL", "lvef_pct": "%", "dcm": "probability", "hcm": "probability"}
+    table = read(Path(str(tuned["predictions"]))).to_pylist()
+    dataset = Dataset.open(config.data)
+    reader = dataset.reader("test", config.data)
+    at = override(config, {"sampling.accelerations": (4,)})
+    rows = list(range(len(reader)))
+    (host,) = pipeline.read_in_order(reader, rows, len(rows), at, ())
+    found = model(host.to(CPU, model.readout))
+    names = reader.samples(rows).meta.column("subject_id").to_pylist()
+    for target in (*TARGETS, *DISEASES):
+        said = {
+            row["subject"]: row["value"]
+            for row in table
+            if (row["target"], row["acceleration"], row["system"]) == (target, 4, "k-MTR fine-tuned")
+        }
+        np.testing.assert_allclose(found[target].numpy(), [said[name] for name in names], rtol=1e-5)
+    study = model.predict(simulated(33, config), acceleration=4)
+    assert study.keys() == model.units.keys()
+    assert 0 < study["dcm"] < 1
+    assert 20 < study["lvedv_ml"] < 500
+
+
+def test_it_starts_from_the_encoder_or_from_its_initial_weights(tuned: dict[str, object], config: RunConfig) -> None:
+    model = kmtr.load_model(str(tuned["model"]))
+    encoder = kmtr.load_encoder(driver.fit(config).encoder)
+    frozen = finetune.run(on_labels(config, encoder=str(Path(driver.fit(config).encoder)), frozen=True))
+    weights = kmtr.load_model(str(frozen["model"])).module.systems["kspace"].state_dict()
+    for name, weight in encoder.module.state_dict().items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=0)
+    moved = model.module.systems["kspace"].state_dict()
+    assert any(not torch.equal(moved[name], weights[name]) for name in weights)
+
+
+def test_step_zero_answers_the_mean_and_the_prevalence(
+    config: RunConfig, small: RunConfig, tables: dict[str, torch.Tensor]
+) -> None:
+    asked = on_labels(config)
+    dataset = Dataset.open(asked.data)
+    reader = dataset.reader("train", asked.data)
+    moments = driver.start.label_moments(asked, reader)
+    prepare, (stage,) = Preparer(asked, tables | moments, CPU), stages_of(asked)
+    batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
+    said = Model(asked)(prepare(batch, stage), predict=True)
+    both = said["phenotypes"] | said["diseases"]
+    for column, label in enumerate(prepare.labels):
+        torch.testing.assert_close(both[label], moments["label_mean"][column].expand(4), rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_label_leaves_all_other_gradients_as_they_are(
+    config: RunConfig, tables: dict[str, torch.Tensor]
+) -> None:
+    """A label of diseases that is not known: the gradient of the phenotypes' head is the same bit for bit."""
+    asked = on_labels(config)
+    reader = Dataset.open(asked.data).reader("train", asked.data)
+    prepare, (stage,) = Preparer(asked, tables | driver.start.label_moments(asked, reader), CPU), stages_of(asked)
+    batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
+    fewer = batch.labels.clone()
+    fewer[1, prepare.labels.index("dcm")] = torch.nan
+    found = []
+    for labels in (batch.labels, fewer):
+        torch.manual_seed(0)
+        model = Model(asked)
+        out = model(prepare(replace(batch, labels=labels), stage))
+        out["phenotypes"]["loss"].sum().backward(retain_graph=True)
+        first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        out["diseases"]["loss"].sum().backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        found.append((first, out["phenotypes"]["loss"], out["diseases"]["loss"]))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][2], found[1][2])
+
+
+def test_a_subject_without_labels_adds_nothing() -> None:
+    error = torch.tensor([[1.0, 3.0], [5.0, torch.nan], [torch.nan, torch.nan]], requires_grad=True)
+    loss = over_known(error, error.detach())
+    assert loss.tolist() == [2.0, 5.0, 0.0]
+    loss.sum().backward()
+    assert error.grad is not None
+    assert error.grad.tolist() == [[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]
+
+
+def test_what_does_not_fit_is_refused_in_one_line(
+    forked: None, config: RunConfig, tuned: dict[str, object], tmp_path: Path
+) -> None:
+    encoder = driver.fit(config).encoder
+    wide = {"model.width": 2 * config.model.width, "task.encoder": encoder}
+    for asked, said in (
+        (on_labels(config, targets=("lvm_g",)), r"task\.targets: expected labels .* got lvm_g"),
+        (on_labels(config, encoder=str(tmp_path)), r"task\.encoder: expected a folder with encoder\.safetensors"),
+        (on_labels(config, encoder=""), r"task\.encoder: run .* is not finished; pretrain it first"),
+        (on_labels(config, tasks="masked"), r"task\.tasks: expected tasks on labels, got masked"),
+        (override(on_labels(config), wide), r"model\.width: the encoder in .* has"),
+    ):
+        with pytest.raises(InputError, match=said) as error:
+            driver.resolve(asked)
+        assert "\n" not in str(error.value)
+    model = Path(str(tuned["model"]))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / HEAD).write_bytes((model / HEAD).read_bytes())
+    with pytest.raises(InputError, match=rf"model: expected a folder with .* without {WEIGHTS}"):
+        kmtr.load_model(tmp_path / "half")
