@@ -23,8 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kmtr.config import RunConfig, override, plain
-from kmtr.data.dataset.reader import Loaded
-from kmtr.data.dataset.record import schema, to_row
+from kmtr.data.dataset.record import Loaded, schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
@@ -62,6 +61,11 @@ class KSpaceEncoder:
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
         return self.learnable(batch)
+
+    def features(self, batch: Batch) -> Float[np.ndarray, "batch feature"]:
+        """`embed`, on the host: a source of features for probes."""
+        found: np.ndarray = self.embed(batch).float().cpu().numpy()
+        return found
 
     def learnable(self, batch: Batch, bf16: bool = False) -> Float[Tensor, "batch feature"]:
         """`embed` with a gradient to the module's weights, for training on labels.
@@ -173,5 +177,5 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
 
 def embed_all(encoder: KSpaceEncoder, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings ``subject feature`` and labels ``subject label`` of many batches."""
-    pairs = [(encoder.embed(b).float().cpu().numpy(), b.labels.cpu().numpy()) for b in batches]
+    pairs = [(encoder.features(b), b.labels.cpu().numpy()) for b in batches]
     return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])

@@ -27,6 +27,7 @@ from kmtr.train import checkpoint, guard, validation
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.progress import Sender
+from kmtr.train.resolve import taken
 from kmtr.train.step import Report, TrainingStep
 from kmtr.types import KmtrError, with_kind
 
@@ -63,8 +64,8 @@ class Worker:
     """One worker of a run, from its last checkpoint to its end.
 
     Args:
-        job: ``config`` (JSON), ``folder`` (of the run), ``tables`` (statistics as numpy), ``tracking`` (uri, run_id,
-            spool folder), ``progress`` (name of the progress actor).
+        job: ``config`` (JSON), ``folder`` (of the run), ``resolved`` (`resolve.handed`), ``tables`` (statistics as
+            numpy), ``tracking`` (uri, run_id, spool folder), ``progress`` (name of the progress actor).
 
     Raises:
         KmtrError: on all workers together, here and in `run`: damaged data, a loss or gradient that is not finite, a
@@ -90,7 +91,7 @@ class Worker:
 
         dataset = Dataset.open(config.data)
         self.reader = dataset.reader("train", config.data)
-        self.plan = pipeline.plan_of(config, dataset)
+        self.plan = taken(config, dataset, job["resolved"])
         prepare = Preparer(config, self.tables, device)
         self.engine = ShardedEngine(Model(config), config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)

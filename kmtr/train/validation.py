@@ -19,8 +19,7 @@ from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
 from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer
-from kmtr.tasks.base import LOSS
-from kmtr.tasks.model import EMBEDDING
+from kmtr.tasks.base import EMBEDDING, LOSS
 from kmtr.types import PROBED
 
 if TYPE_CHECKING:
