@@ -10,35 +10,25 @@ key of a command makes no encoder unreadable).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, plain
-from kmtr.data.dataset.reader import Loaded
-from kmtr.data.dataset.record import schema, to_row
+from kmtr.config import RunConfig, override
+from kmtr.data.dataset.record import Loaded, schema, to_row
 from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
-from kmtr.files import replacing, write_atomic
+from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights
 from kmtr.physics import sampling
 from kmtr.systems import system
 from kmtr.types import InputError, Study, first_line
-
-WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
-FORMAT = 1
-"""Format of an encoder's folder; one of another format is refused."""
-_SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 
 class KSpaceEncoder:
@@ -64,6 +54,11 @@ class KSpaceEncoder:
     def embed(self, batch: Batch) -> Float[Tensor, "batch feature"]:
         """Embeddings from the lines that are `sampled`, fp32."""
         return self.learnable(batch)
+
+    def features(self, batch: Batch) -> Float[np.ndarray, "batch feature"]:
+        """`embed`, on the host: a source of features for probes."""
+        found: np.ndarray = self.embed(batch).float().cpu().numpy()
+        return found
 
     def learnable(self, batch: Batch, bf16: bool = False) -> Float[Tensor, "batch feature"]:
         """`embed` with a gradient to the module's weights, for training on labels.
@@ -123,64 +118,6 @@ def batch_of(study: Study, config: RunConfig, acceleration: int | None = None) -
     return collate(Loaded(table), config, purpose=sampling.VALIDATION)
 
 
-def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
-    settings = {key: value for key, value in plain(config).items() if rebuilds(key)}
-    write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "settings": settings})
-
-
-def write_folder(
-    folder: Path, names: tuple[str, str], weights: dict[str, Tensor], tables: dict[str, Tensor], head: dict[str, Any]
-) -> None:
-    """Weights and tables, and their description as JSON, under these names; whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
-    content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
-    (folder / names[1]).unlink(missing_ok=True)  # written last: a folder that has it is whole
-    with replacing(folder / names[0]) as temporary:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, temporary)
-    write_atomic(folder / names[1], json.dumps(head, indent=2))
-
-
-def read_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and tables that `write_folder` wrote into one file.
-
-    Raises:
-        InputError: the file holds something else.
-    """
-    try:
-        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}
-        for name, tensor in safetensors.torch.load_file(path, device=device).items():
-            kind, _, key = name.partition(".")
-            parts[kind][key] = tensor
-        tables = parts["tables"]
-        return parts["weights"], tables | {"static_mean": torch.view_as_complex(tables["static_mean"].contiguous())}
-    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
-        raise InputError(f"{path.name}: {path.parent} does not hold one: {first_line(error)}") from None
-
-
-def rebuilds(key: str) -> bool:
-    """True if an encoder of another value of this setting is another encoder."""
-    return key == "seed" or key in _SHAPES or key.startswith(("sampling.", "model."))
-
-
-def read_head(path: Path) -> RunConfig:
-    """The settings that an encoder was exported with; all others have their defaults.
-
-    Raises:
-        InputError: another format, or a setting that this version does not know.
-    """
-    try:
-        head = json.loads(path.read_text())
-        written, settings = head.get("format"), head.get("settings")
-    except (ValueError, AttributeError):
-        raise InputError(f"encoder: expected JSON with format and settings in {path}, got something else") from None
-    if written != FORMAT or not isinstance(settings, dict):
-        raise InputError(f"encoder: expected format {FORMAT}, got {written}, in {path}; export it anew")
-    scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
-    return override(RunConfig(), settings | scored)
-
-
 def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False) -> KSpaceEncoder:
     """The encoder in a folder that `export_encoder` wrote.
 
@@ -203,5 +140,5 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
 
 def embed_all(encoder: KSpaceEncoder, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings ``subject feature`` and labels ``subject label`` of many batches."""
-    pairs = [(encoder.embed(b).float().cpu().numpy(), b.labels.cpu().numpy()) for b in batches]
+    pairs = [(encoder.features(b), b.labels.cpu().numpy()) for b in batches]
     return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])

@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, plain
+from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
-from kmtr.encoder import batch_of, read_weights, rebuilds, write_folder
+from kmtr.encoder import batch_of
+from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer, stages_of
-from kmtr.types import DISEASES, PHENOTYPES, InputError, Study, first_line
-
-WEIGHTS, HEAD = "model.safetensors", "model.json"
-FORMAT = 1
-"""Format of a model's folder; one of another format is refused."""
-_TASK = ("stage", "task.tasks", "task.system", "task.targets", "task.diseases")
+from kmtr.types import PHENOTYPES, InputError, Study, first_line
 
 
 class TaskModel:
@@ -66,15 +62,6 @@ class TaskModel:
         return {name: float(value[0]) for name, value in self(batch).items()}
 
 
-def export_model(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run."""
-    settings = {key: value for key, value in plain(config).items() if rebuilds(key) or key in _TASK}
-    units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
-    wanted = [*config.task.targets, *config.task.diseases]
-    head = {"format": FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
-    write_folder(folder, (WEIGHTS, HEAD), weights, tables, head)
-
-
 def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     """The model in a folder that `export_model` wrote.
 
@@ -82,19 +69,21 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
         InputError: no model there, or its files do not fit each other.
     """
     folder = Path(path)
-    for name in (WEIGHTS, HEAD):
+    for name in (MODEL_WEIGHTS, MODEL_HEAD):
         if not (folder / name).is_file():
-            raise InputError(f"model: expected a folder with {WEIGHTS} and {HEAD}, got {folder} without {name}")
+            raise InputError(
+                f"model: expected a folder with {MODEL_WEIGHTS} and {MODEL_HEAD}, got {folder} without {name}"
+            )
     try:
-        head = json.loads((folder / HEAD).read_text())
+        head = json.loads((folder / MODEL_HEAD).read_text())
         written, settings = head["format"], head["settings"]
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"model: expected JSON with format and settings in {folder / HEAD}") from None
-    if written != FORMAT:
-        raise InputError(f"model: expected format {FORMAT}, got {written}, in {folder}; export it anew")
+        raise InputError(f"model: expected JSON with format and settings in {folder / MODEL_HEAD}") from None
+    if written != MODEL_FORMAT:
+        raise InputError(f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; export it anew")
     scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
     config = override(RunConfig(), settings | scored)
-    weights, tables = read_weights(folder / WEIGHTS, device)
+    weights, tables = read_weights(folder / MODEL_WEIGHTS, device)
     try:
         return TaskModel(config, weights, tables, torch.device(device))
     except RuntimeError as error:

@@ -15,6 +15,9 @@ from kmtr.types import InputError, KmtrError, first_line
 
 NAMESPACE = "kmtr"
 
+MAX_BLOCKS = 500
+"""Ray Data tasks per graph: enough to overlap, few enough to start in seconds."""
+
 SAY_AFTER_S, GIVE_UP_AFTER_S = 5.0, 60.0
 """Seconds without an answer of RAY_ADDRESS until it is said what is awaited, and until the command ends."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import planning
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.tasks import STAGES, Inputs, Model, Preparer, Step, accumulate
@@ -65,7 +65,7 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[st
     tables = load_file(Path(folder) / "tables.safetensors")
     tables["static_mean"] = torch.view_as_complex(tables["static_mean"])
     dataset = Dataset.of(base.data.root)
-    slot = pipeline.plan_of(base, dataset).share(0, rank, world)
+    slot = planning.plan_of(base, dataset).share(0, rank, world)
     samples = dataset.reader("train", base.data).samples(slot.row)
     for number, (stage, micro, changes) in enumerate(cases):
         config = override(base, changes)

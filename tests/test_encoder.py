@@ -20,7 +20,8 @@ import kmtr
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.encoder import HEAD, WEIGHTS, KSpaceEncoder, embed_all, export_encoder, load_encoder
+from kmtr.encoder import KSpaceEncoder, embed_all, load_encoder
+from kmtr.exported import HEAD, WEIGHTS, export_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.physics import sampling
 from kmtr.types import InputError, Study, View

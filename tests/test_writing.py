@@ -21,7 +21,7 @@ from kmtr.data.dataset import record, shards, splits, writing
 from kmtr.data.dataset.ingest import without_names
 from kmtr.data.dataset.manifest import has_dataset, read_manifest
 from kmtr.data.dataset.ray import Ledger, write_dataset
-from kmtr.data.dataset.retry import StoreError
+from kmtr.data.dataset.storage import StoreError
 from kmtr.data.sources import Item, pseudonym
 from kmtr.types import InputError, Study, View
 

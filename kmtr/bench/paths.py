@@ -25,7 +25,7 @@ from kmtr.bench.peers import BATCH, SEED, Rows, measure
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset import shards
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.order import Plan, Source
 from kmtr.ray_start import start_ray
 from kmtr.types import KmtrError
@@ -73,7 +73,7 @@ def pyarrow(config: RunConfig, epochs: int) -> Generator[pa.Table, None, None]:
 def ours(config: RunConfig, epochs: int) -> Generator[Tensor, None, None]:
     """Batches as a training worker gets them, by ``data.loader``."""
     dataset = Dataset.open(config.data)
-    plan = pipeline.plan_of(config, dataset)
+    plan = planning.plan_of(config, dataset)
     steps = range(epochs * plan.steps_per_epoch)
     for batch in pipeline.batches(config, dataset.reader("train", config.data), plan, steps, 0, 1):
         yield batch.stored

@@ -29,7 +29,7 @@ from kmtr.bench.parts import PARTS, Announced, Clock, OnTheClock, watched
 from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import STAGES, Inputs, Model, accumulate
 from kmtr.train.engine import ShardedEngine, parameter_groups
@@ -123,7 +123,7 @@ class Worker:
 
     def batches(self, config: RunConfig) -> Iterator[HostBatch]:
         dataset = Dataset.open(config.data)
-        plan = pipeline.plan_of(config, dataset)
+        plan = planning.plan_of(config, dataset)
         reader = dataset.reader("train", config.data)
         return pipeline.batches(config, reader, plan, range(MANY), self.rank, self.world)
 

@@ -12,14 +12,14 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.dataset.splits import SPLITS
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import planning
 from kmtr.data.loader.collate import collate
-from kmtr.data.loader.shapes import check_shapes, unreached
+from kmtr.data.loader.planning import check_shapes, unreached
 from kmtr.doctor.check import Check
 from kmtr.doctor.cluster import SESSION
 from kmtr.doctor.memory import activation_bytes, most_tokens, parameters, state_bytes
 from kmtr.tracking.store import local_path, reaching
-from kmtr.train import driver
+from kmtr.train.resolve import resolve
 
 GIB = 2**30
 
@@ -81,16 +81,16 @@ def shapes(config: RunConfig) -> Check:
 
 def plan(config: RunConfig) -> Check:
     """Check that the steps can be shared by the workers, and all else that the driver of a run refuses."""
-    _, data = driver.resolve(config)
+    _, data = resolve(config)
     train = config.train
-    order = pipeline.plan_of(config, data)
+    order = planning.plan_of(config, data)
     steps = order.steps_per_epoch
     accumulation = config.accumulation(workers := fewest(config))
     size = config.data.global_batch // workers // accumulation
     text = (
         f"{config.total_steps} steps of {config.data.global_batch} subjects = {config.total_steps / steps:.1f} epochs; "
         f"{train.workers} worker(s) x {accumulation} micro-batch(es) of {size}; "
-        f"{len(pipeline.shapes_of(order))} batch shape(s)"
+        f"{len(order.shapes)} batch shape(s)"
     )
     if not data.rows("val"):
         return Check("plan", "warn", f"{text}; no held-out subjects, validation will use training ones")

@@ -18,7 +18,7 @@ from kmtr.data.dataset.damage import damages
 from kmtr.data.dataset.manifest import Manifest
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.dataset.splits import SPLITS
-from kmtr.data.loader import patterns, pipeline
+from kmtr.data.loader import patterns, planning
 from kmtr.data.loader.mixing import Mixing, mixing
 from kmtr.data.loader.order import Plan
 from kmtr.data.loader.proof import prove
@@ -126,9 +126,9 @@ def worlds(config: RunConfig) -> tuple[int, ...]:
 
 def shape_table(config: RunConfig, dataset: Dataset, plan: Plan) -> tuple[list[str], float]:
     """Lines about the batch shapes, and the padding over all."""
-    waste = pipeline.padding_of(config, dataset, plan)
+    waste = planning.padding_of(config, dataset, plan)
     lines = [f"  {'batch shape (sax slices, coils, frames, ny, nx)':<50}{'subjects':>10}{'padding':>10}"]
-    for shape, subjects, share in zip(pipeline.shapes_of(plan), waste.subjects, waste.shares, strict=True):
+    for shape, subjects, share in zip(plan.shapes, waste.subjects, waste.shares, strict=True):
         lines.append(f"  {' x '.join(map(str, shape)):<50}{subjects:>10}{100 * share:>9.1f}%")
     return [*lines, f"  {'all':<50}{int(waste.subjects.sum()):>10}{100 * waste.total:>9.1f}%"], waste.total
 
@@ -165,7 +165,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     plan, misfit = None, ""
     try:
         drawn = pictures(config, dataset, found_content)
-        plan = pipeline.plan_of(config, dataset)
+        plan = planning.plan_of(config, dataset)
     except InputError as error:  # a fault of the settings, not of the dataset
         misfit = str(error)
     verified = {"data": list(dataset.roots), "digest": dataset.digest, "shards": files, "bytes": size}
@@ -184,7 +184,7 @@ def proved(config: RunConfig, dataset: Dataset, plan: Plan) -> dict[str, Any]:
         InputError: `verify.workers` do not share the global batch.
     """
     numbers = worlds(config)
-    make = partial(pipeline.plan_of, config, dataset)
+    make = partial(planning.plan_of, config, dataset)
     cursors = prove(make, numbers, config.verify.epochs, Bar("verify: steps of the plan"))
     print(
         f"verify: {plan.subjects} subjects, {plan.steps_per_epoch} steps of {plan.global_batch} an epoch, "
@@ -200,7 +200,7 @@ def proved(config: RunConfig, dataset: Dataset, plan: Plan) -> dict[str, Any]:
         "epochs": config.verify.epochs,
         "workers": list(numbers),
         "cursors": cursors,
-        "batch_shapes": len(pipeline.shapes_of(plan)),
+        "batch_shapes": len(plan.shapes),
         "padding": round(padding, 4),
         "mixing": {name: round(value, 3) for name, value in vars(quality).items()},
     }

@@ -29,6 +29,7 @@ from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
 from kmtr.train import driver, start
 from kmtr.train.folder import write_json
+from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, KmtrError
 
 RESULT = "test.json"
@@ -36,7 +37,7 @@ RESULT = "test.json"
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Train on labels, or find that it is done; what the last line on stdout says."""
-    config, dataset = driver.resolve(config)
+    config, dataset = resolve(config)
     name, folder = driver.run_folder(config, dataset)
     if driver.finished(folder) is None:
         begun = "initial weights" if config.task.encoder == start.NONE else "a pretrained encoder"

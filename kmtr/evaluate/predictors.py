@@ -18,10 +18,8 @@ from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
-from kmtr.encoder import KSpaceEncoder
 from kmtr.evaluate.predictions import HeldOut, Name, joined, rows
 from kmtr.metrics import Ridge, fit_ridge
-from kmtr.train.supervised import Regressor
 
 MIN_LABELLED = 3
 """Labelled subjects, below which no ridge regression is fitted to a target."""
@@ -38,11 +36,6 @@ class Predictor(Protocol):
     """A fitted system with its heads."""
 
     def __call__(self, batch: Batch, /) -> Outputs: ...
-
-
-def embedding(encoder: KSpaceEncoder) -> Features:
-    """The embedding of a frozen encoder as a source of features."""
-    return lambda batch: encoder.embed(batch).float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -65,17 +58,6 @@ class Constant:
 
     def __call__(self, batch: Batch, /) -> Outputs:
         return {target: torch.full((len(batch),), v, dtype=torch.float64) for target, v in self.values.items()}
-
-
-@dataclass(frozen=True)
-class Regressed:
-    """Predictor of an encoder that was trained on labels, with its linear head."""
-
-    regressor: Regressor
-    targets: Sequence[str]
-
-    def __call__(self, batch: Batch, /) -> Outputs:
-        return dict(zip(self.targets, torch.from_numpy(self.regressor.predict(batch)).T, strict=True))
 
 
 def fit_ridges(

@@ -16,7 +16,7 @@ from kmtr import tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
-from kmtr.data.loader.shapes import check_shapes
+from kmtr.data.loader.planning import check_shapes
 from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import baselines, probes, tables
 from kmtr.evaluate.predictions import (
@@ -33,13 +33,13 @@ from kmtr.evaluate.predictions import (
     read,
     write,
 )
-from kmtr.evaluate.predictors import embedding
 from kmtr.evaluate.scores import Scores, scores_of
 from kmtr.metrics import bootstrap_r2
 from kmtr.progress import Bar
 from kmtr.report import figures
 from kmtr.report.html import Table, text_table, write_report
-from kmtr.train import driver
+from kmtr.train.folder import finished, run_folder
+from kmtr.train.resolve import open_data
 from kmtr.types import PHENOTYPES, InputError
 
 
@@ -58,8 +58,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
     sources = {
-        TRAINED: embedding(load_encoder(found.encoder, device)),
-        UNTRAINED: embedding(load_encoder(found.encoder, device, untrained=True)),
+        TRAINED: load_encoder(found.encoder, device).features,
+        UNTRAINED: load_encoder(found.encoder, device, untrained=True).features,
         RIDGE: baselines.low_resolution,
     }
     last.unlink(missing_ok=True)  # what it speaks of is written anew
@@ -100,7 +100,7 @@ def resolve_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
     Raises:
         InputError: one line that names the key or the file.
     """
-    config, dataset = driver.open_data(config)
+    config, dataset = open_data(config)
     check_shapes(config, dataset)
     dataset.preflight()
     return config, dataset
@@ -130,11 +130,11 @@ def encoder_of(config: RunConfig, dataset: Dataset) -> Found:
     Raises:
         InputError: there is none.
     """
-    name, folder = driver.run_folder(config, dataset)
+    name, folder = run_folder(config, dataset)
     if config.evaluate.encoder:
         found = Found(Path(config.evaluate.encoder), name, folder)
     else:
-        done = driver.finished(folder)
+        done = finished(folder)
         if done is None:
             raise InputError(f"evaluate: run {name} is not finished; pretrain it first, or set evaluate.encoder=FOLDER")
         found = Found(Path(done.encoder), name, folder, done.run_id, int(done.metrics["step"]))

@@ -27,7 +27,7 @@ from kmtr.data.loader import patterns, pipeline, subjects
 from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import baselines, probes
 from kmtr.evaluate.predictions import CENTRAL, FILE, LINES, MEAN, RIDGE, HeldOut, Name, joined, read, rows, write
-from kmtr.evaluate.predictors import Features, Regressed, embedding, fit_ridges, predict, true_accelerations
+from kmtr.evaluate.predictors import Features, fit_ridges, predict, true_accelerations
 from kmtr.evaluate.scores import Result, panel, results_of, summary
 from kmtr.physics.sampling import VALIDATION
 from kmtr.train import supervised
@@ -169,8 +169,9 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, budget: in
 
     The labelled ones' are ``subject copy feature``: as they are, then augmented copies on patterns of their own.
     """
+    make: Features
     if source.encoder:
-        make = embedding(load_encoder(source.encoder, device, untrained=source.untrained))
+        make = load_encoder(source.encoder, device, untrained=source.untrained).features
     else:
         make = BASELINES[source.name][1]
     mine, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
@@ -279,7 +280,8 @@ def write_trained(
     )
     regressor.standardise(labelled)
     supervised.train(regressor, labelled, training, config)
-    predictor, reader, readout = Regressed(regressor, cohort.targets), cohort.reader("test"), regressor.encoder.readout
+    predictor = supervised.Regressed(regressor, cohort.targets)
+    reader, readout = cohort.reader("test"), regressor.encoder.readout
     said = [
         predict(
             {Name(method, LINES): predictor},

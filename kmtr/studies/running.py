@@ -21,7 +21,7 @@ from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.studies.comparison import Cohort, Source, part, write_features, write_mean, write_probes
-from kmtr.train import driver
+from kmtr.train import folder as runs
 from kmtr.types import KmtrError
 
 if TYPE_CHECKING:
@@ -94,12 +94,12 @@ def named(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return override(changed, {"run.name": f"{config.run.name}-{changed.run_name('').rpartition('-')[2]}"})
 
 
-def finished(config: RunConfig, dataset: Dataset) -> driver.Outcome | None:
+def finished(config: RunConfig, dataset: Dataset) -> runs.Outcome | None:
     """The outcome of the run of a configuration where it is finished."""
-    return driver.finished(driver.run_folder(config, dataset)[1])
+    return runs.finished(runs.run_folder(config, dataset)[1])
 
 
-def rate(outcome: driver.Outcome, first: int, last: int) -> float:
+def rate(outcome: runs.Outcome, first: int, last: int) -> float:
     """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
     logged = tracking.history(Path(outcome.folder) / "spool").get("subjects_per_s", [])
     values = sorted(value for step, value in logged if first < step <= last)

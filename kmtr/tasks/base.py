@@ -21,6 +21,9 @@ from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import Pending
 from kmtr.systems import Reader, Reading
 
+EMBEDDING = "embedding"
+"""In place of a task: the vector of a reading, without any head."""
+
 Encode = Callable[[Reading], Any]
 """Reading -> features of the system that it is for (`systems.Features`, or the system's own type)."""
 

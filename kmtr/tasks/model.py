@@ -10,11 +10,8 @@ from torch import Tensor, nn
 from kmtr.config import RunConfig
 from kmtr.model.transformer import Block
 from kmtr.systems import Reading, system
-from kmtr.tasks.base import Inputs
+from kmtr.tasks.base import EMBEDDING, Inputs
 from kmtr.tasks.registry import tasks_of
-
-EMBEDDING = "embedding"
-"""In place of a task: the vector of a reading, without any head."""
 
 
 class Model(nn.Module):

@@ -13,8 +13,7 @@ from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import joint
 from kmtr.systems import Reader, system
-from kmtr.tasks.base import Given, Inputs, widest
-from kmtr.tasks.model import EMBEDDING
+from kmtr.tasks.base import EMBEDDING, Given, Inputs, widest
 from kmtr.tasks.registry import tasks_of
 from kmtr.tasks.stages import Stage
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.encoder import export_encoder
-from kmtr.inference import export_model
+from kmtr.exported import export_encoder, export_model
 from kmtr.train import state
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.state import CheckpointError

@@ -11,66 +11,23 @@ from typing import Any, Literal
 import torch
 
 from kmtr import tracking
-from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override, to_json
-from kmtr.data.dataset import storage
+from kmtr.config import RunConfig, to_json
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline, statistics
+from kmtr.data.loader import statistics
 from kmtr.files import replacing, write_atomic
 from kmtr.ray_start import refuse_missing_gpu
 from kmtr.train import checkpoint, start
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
+from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER, train_worker
 from kmtr.train.progress import Display
-from kmtr.types import InputError, KmtrError, last_line
+from kmtr.train.resolve import resolve
+from kmtr.types import KmtrError, last_line
 
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
 
 log = logging.getLogger(__name__)
-
-
-def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
-    """The configuration with absolute paths, and its dataset: all that a command needs that does not train.
-
-    Raises:
-        InputError: the dataset is missing or damaged.
-    """
-    config = override(
-        config,
-        {
-            "data.root": storage.absolute(config.data.root),
-            "data.more": tuple(map(storage.absolute, config.data.more)),
-            "sampling.file": config.sampling.file and storage.absolute(config.sampling.file),
-            "storage.root": storage.absolute(config.storage.root),
-            "tracking.uri": tracking.tracking_uri(config),
-        },
-    )
-    return config, Dataset.open(config.data)
-
-
-def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
-    """Everything that can be refused before a worker starts is refused here; paths become absolute.
-
-    Raises:
-        InputError: one line that names the key or the file.
-    """
-    config, dataset = open_data(config)
-    config = start.resolve(config, dataset)
-    pipeline.plan_of(config, dataset)
-    subjects = dataset.rows("train")
-    if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
-        raise InputError(
-            f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
-            f"{subjects}; use stage=masked"
-        )
-    imaged = config.align_steps or (config.masked_steps and config.masked.image_weight)
-    if set(config.data.views) & dataset.undersampled and imaged:
-        raise InputError(
-            "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
-            "use stage=masked masked.image_weight=0"
-        )
-    dataset.preflight()
-    return config, dataset
 
 
 def fit(
@@ -114,6 +71,7 @@ def fit(
     job: dict[str, Any] = {
         "config": to_json(config),
         "folder": str(folder),
+        "resolved": handed(config, dataset),
         "tables": {key: table.numpy() for key, table in tables.items()},
         "tracking": {"uri": uri, "run_id": run_id, "spool": str(folder / SPOOL)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",

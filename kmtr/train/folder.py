@@ -11,7 +11,7 @@ from typing import Any
 from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
-from kmtr.encoder import WEIGHTS
+from kmtr.exported import WEIGHTS
 from kmtr.files import write_atomic
 from kmtr.types import InputError
 

@@ -21,11 +21,13 @@ from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.device import HostBatch
+from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, guard, start, validation
+from kmtr.train import checkpoint, guard, validation
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
+from kmtr.train.handed import taken
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
 from kmtr.types import KmtrError, with_kind
@@ -63,8 +65,8 @@ class Worker:
     """One worker of a run, from its last checkpoint to its end.
 
     Args:
-        job: ``config`` (JSON), ``folder`` (of the run), ``tables`` (statistics as numpy), ``tracking`` (uri, run_id,
-            spool folder), ``progress`` (name of the progress actor).
+        job: ``config`` (JSON), ``folder`` (of the run), ``resolved`` (`handed.handed`), ``tables`` (statistics as
+            numpy), ``tracking`` (uri, run_id, spool folder), ``progress`` (name of the progress actor).
 
     Raises:
         KmtrError: on all workers together, here and in `run`: damaged data, a loss or gradient that is not finite, a
@@ -90,10 +92,11 @@ class Worker:
 
         dataset = Dataset.open(config.data)
         self.reader = dataset.reader("train", config.data)
-        self.plan = pipeline.plan_of(config, dataset)
+        self.plan = taken(config, dataset, job["resolved"])
         prepare = Preparer(config, self.tables, device)
         model = Model(config)
-        start.load(config, model.systems)
+        if config.stage == "task" and config.task.encoder != "none":
+            model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
         self.engine = ShardedEngine(model, config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)

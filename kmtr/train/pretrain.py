@@ -8,8 +8,8 @@ from typing import Any
 
 from kmtr import tracking
 from kmtr.config import RunConfig
-from kmtr.data.loader import pipeline
-from kmtr.data.loader.shapes import unreached
+from kmtr.data.loader import planning
+from kmtr.data.loader.planning import unreached
 from kmtr.ray_start import start_ray
 from kmtr.train import driver
 
@@ -30,9 +30,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     )
     if advice := unreached(config.data, dataset):
         print(f"pretrain: note: {advice}")
-    plan = pipeline.plan_of(config, dataset)
-    if len(shapes := pipeline.shapes_of(plan)) > 1:
-        padding = pipeline.padding_of(config, dataset, plan).total
+    plan = planning.plan_of(config, dataset)
+    if len(shapes := plan.shapes) > 1:
+        padding = planning.padding_of(config, dataset, plan).total
         print(
             f"pretrain: {len(shapes)} batch shapes, {100 * padding:.1f} % of them padding (jobs/verify.py lists them)"
         )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kmtr.config import RunConfig, override, plain
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
-from kmtr.encoder import HEAD, WEIGHTS, read_head, read_weights, rebuilds
+from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
 from kmtr.train.folder import finished, run_folder
 from kmtr.types import InputError
@@ -75,12 +75,6 @@ def tables(config: RunConfig) -> dict[str, Tensor] | None:
     if config.stage != "task" or config.task.encoder == NONE:
         return None
     return read_weights(Path(config.task.encoder) / WEIGHTS)[1]
-
-
-def load(config: RunConfig, systems: nn.ModuleDict) -> None:
-    """Give the k-space encoder the weights that the run starts from."""
-    if config.stage == "task" and config.task.encoder != NONE:
-        systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
 
 
 def label_moments(config: RunConfig, reader: Reader) -> dict[str, Tensor]:

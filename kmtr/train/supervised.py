@@ -11,7 +11,7 @@ another pattern and, with `augment.*`, another shift and rotation, which is what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,6 +145,17 @@ class Regressor(nn.Module):
         self.eval()
         answer: np.ndarray = self(batch).double().cpu().numpy()
         return answer * self.sd + self.mean
+
+
+@dataclass(frozen=True)
+class Regressed:
+    """Predictor (`evaluate.predictors`) of an encoder that was trained on labels, with its linear head."""
+
+    regressor: Regressor
+    targets: Sequence[str]
+
+    def __call__(self, batch: Batch, /) -> dict[str, Tensor]:
+        return dict(zip(self.targets, torch.from_numpy(self.regressor.predict(batch)).T, strict=True))
 
 
 def moments(

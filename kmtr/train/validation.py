@@ -20,8 +20,7 @@ from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import VALIDATION, true_acceleration
 from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
-from kmtr.tasks.base import LOSS, SCORE
-from kmtr.tasks.model import EMBEDDING
+from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
 from kmtr.train import guard
 from kmtr.types import PROBED
 

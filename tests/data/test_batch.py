@@ -15,11 +15,12 @@ from cohort import simulated, write
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.manifest import DamagedShard
-from kmtr.data.dataset.reader import Dataset, Loaded, Reader
-from kmtr.data.loader import pipeline
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.record import Loaded
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import choose, collate
-from kmtr.data.loader.shapes import check_shapes
+from kmtr.data.loader.planning import check_shapes
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.tasks.masked import hidden_lines, hidden_patches
@@ -224,7 +225,7 @@ def test_slicing_a_batch_slices_all_of_it(batch: Batch) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_workers_shares_make_the_global_batch(small: RunConfig, reader: Reader, world: int) -> None:
-    plan = pipeline.plan_of(small, reader.dataset)
+    plan = planning.plan_of(small, reader.dataset)
     steps = range(2, 5)  # of epochs 0 and 1
     ranks = [list(pipeline.batches(small, reader, plan, steps, rank, world)) for rank in range(world)]
     for position, step in enumerate(steps):
@@ -237,7 +238,7 @@ def test_workers_shares_make_the_global_batch(small: RunConfig, reader: Reader, 
 def test_a_damaged_shard_reaches_the_consumer_of_batches(small: RunConfig, tmp_path: Path) -> None:
     write(tmp_path, {"train": [simulated(i, small) for i in range(8)]})
     dataset = Dataset.of(str(tmp_path))
-    reader, plan = dataset.reader("train", small.data), pipeline.plan_of(small, dataset)
+    reader, plan = dataset.reader("train", small.data), planning.plan_of(small, dataset)
     next((tmp_path / "shards").glob("*.parquet")).unlink()
     with pytest.raises(DamagedShard):
         list(pipeline.batches(small, reader, plan, range(3), 0, 1))

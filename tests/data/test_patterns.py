@@ -18,7 +18,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.data.loader.shapes import check_shapes
+from kmtr.data.loader.planning import check_shapes
 from kmtr.data.sources import patterns as pattern_files
 from kmtr.data.sources.patterns import read_pattern
 from kmtr.encoder import KSpaceEncoder
@@ -270,10 +270,10 @@ sys.modules.update({name: None for name in ("h5py", "nibabel", "pydicom", "scipy
 import torch
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 config = RunConfig.model_validate_json(sys.argv[1])
 dataset = Dataset.open(config.data)
-plan, reader = pipeline.plan_of(config, dataset), dataset.reader("train", config.data)
+plan, reader = planning.plan_of(config, dataset), dataset.reader("train", config.data)
 batch = next(pipeline.batches(config, reader, plan, range(1), 0, 1)).to(torch.device("cpu"))
 print(len(batch), *sorted(name for name in sys.modules if name.startswith("kmtr.data.sources.")))
 """

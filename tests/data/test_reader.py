@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset import pages, shards
 from kmtr.data.dataset.manifest import DamagedShard, write_manifest
-from kmtr.data.dataset.reader import Dataset, Loaded, Reader
-from kmtr.data.loader import pipeline
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.dataset.record import Loaded
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.collate import collate
-from kmtr.data.loader.transport import pack, unpack
+from kmtr.data.loader.ray import pack, unpack
 from kmtr.types import Study, View
 
 SHAPE = {"sax": (2, 1, 4, 128, 128), "lax_4ch": (1, 1, 4, 128, 128)}
@@ -164,7 +165,7 @@ def test_every_damage_is_one_line(
         request.getfixturevalue("cluster")
     config = override(wide, {"data.root": str(copy), "data.loader": loader})
     dataset = Dataset.open(config.data)
-    plan = pipeline.plan_of(config, dataset)
+    plan = planning.plan_of(config, dataset)
     DAMAGES[kind](copy / "shards" / "train-00001.parquet")
     reader = dataset.reader("train", config.data)
     with pytest.raises(DamagedShard) as error:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline, statistics
+from kmtr.data.loader import buckets, pipeline, planning, statistics
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.shapes import cells_in, full_shape, shape_of, slots_of
 from kmtr.tasks import STAGES, Inputs, Model, Preparer, accumulate
 from kmtr.tasks.masked import hidden_lines
-from kmtr.types import InputError, Study, View
+from kmtr.types import InputError, KmtrError, Study, View
 
 CPU = torch.device("cpu")
 MATRICES, COILS, SLICES = ((32, 32), (24, 32), (32, 24)), (1, 2), range(2, 6)
@@ -72,7 +72,7 @@ def tables(mixed: RunConfig, scans: Dataset) -> dict[str, Tensor]:
 
 
 def epoch(config: RunConfig, scans: Dataset) -> list[HostBatch]:
-    plan = pipeline.plan_of(config, scans)
+    plan = planning.plan_of(config, scans)
     reader = scans.reader("train", config.data)
     return list(pipeline.batches(config, reader, plan, range(plan.steps_per_epoch), 0, 1))
 
@@ -84,13 +84,39 @@ def test_an_epoch_has_few_shapes_and_little_padding(mixed: RunConfig, scans: Dat
     stored = sum(batch.stored.nbytes for batch in batches)
     padding = sum(batch.padding * batch.stored.nbytes for batch in batches) / stored
     assert padding < 0.25  # 24 subjects a shape fill three batches of eight: what is left over weighs much
-    waste = pipeline.padding_of(mixed, scans, pipeline.plan_of(mixed, scans))
+    waste = planning.padding_of(mixed, scans, planning.plan_of(mixed, scans))
     assert waste.total == pytest.approx(padding, abs=0.03)
     one = override(mixed, {"plan.shapes": 1})
     assert {tuple(batch.shape) for batch in epoch(one, scans)} == {full_shape(mixed.data)}
-    assert pipeline.padding_of(one, scans, pipeline.plan_of(one, scans)).total > 1.5 * waste.total
+    assert planning.padding_of(one, scans, planning.plan_of(one, scans)).total > 1.5 * waste.total
     seen = torch.cat([batch.meta["key"] for batch in batches])
     assert len(seen.unique()) == len(seen) == 96
+
+
+def test_a_plan_that_is_handed_its_shapes_searches_for_none(
+    mixed: RunConfig, scans: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed = override(mixed, {"plan.shapes": 5})
+    found = planning.plan_of(mixed, scans)
+
+    def searched(*_: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(buckets, "choose", searched)
+    monkeypatch.setattr(planning, "check_shapes", searched)
+    given = planning.plan_of(mixed, scans, found.buckets)
+    assert given.shapes == found.shapes
+    for step in range(2 * found.steps_per_epoch):
+        ours, theirs = given.batch(step), found.batch(step)
+        np.testing.assert_array_equal(ours.row, theirs.row)
+        assert ours.bucket == theirs.bucket
+
+
+def test_shapes_of_another_dataset_are_refused(mixed: RunConfig, scans: Dataset, tmp_path: Path) -> None:
+    write(tmp_path, {"train": [scanned(i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 8)]})
+    shapes = planning.plan_of(mixed, scans).buckets
+    with pytest.raises(KmtrError, match=r"expected the dataset whose .* shapes of subjects the run began with"):
+        planning.plan_of(mixed, Dataset.of(str(tmp_path)), shapes)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +236,7 @@ def test_slots_and_cells_agree(mixed: RunConfig) -> None:
 
 def test_a_view_of_another_matrix_keeps_its_own_lines(mixed: RunConfig) -> None:
     from kmtr.data.dataset import record
-    from kmtr.data.dataset.reader import Loaded
+    from kmtr.data.dataset.record import Loaded
 
     rng = np.random.default_rng(0)
     study = Study("p-x", {"sax": phantom_view(rng, 2, 1, 4, (32, 32)), "lax_4ch": phantom_view(rng, 1, 1, 4, (24, 24))})

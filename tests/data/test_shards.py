@@ -17,7 +17,7 @@ import pytest
 from cohort import simulated
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset import record, shards
+from kmtr.data.dataset import SCHEMA_VERSION, record, shards
 from kmtr.data.dataset.manifest import DamagedShard, digest_of, has_dataset, preflight, read_manifest, write_manifest
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.splits import SPLITS
@@ -364,7 +364,7 @@ def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Pa
     write_manifest(str(new), [part], "float32", "test")
     as_version(copy, version)
     manifest = read_manifest(str(copy))
-    assert (manifest.schema_version, manifest.rows("train")) == (record.SCHEMA_VERSION, 4)
+    assert (manifest.schema_version, manifest.rows("train")) == (SCHEMA_VERSION, 4)
     assert shards.splits_of(str(copy), manifest) == dict.fromkeys(("p-00", "p-01", "p-10", "p-11"), "train")
     reader = Reader(Dataset.of(str(copy), str(new)), "train")
     for columns in (None, ["subject_id", "gcs_pct"]):

@@ -31,13 +31,12 @@ from cohort import simulated, write
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset import cache as cached_files
-from kmtr.data.dataset import record, retry, shards, storage
+from kmtr.data.dataset import record, shards, storage
 from kmtr.data.dataset.cache import Cache, open_file
 from kmtr.data.dataset.files import read_many
 from kmtr.data.dataset.manifest import has_dataset, preflight, read_manifest, write_manifest
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.dataset.retry import StoreError
-from kmtr.data.dataset.storage import open_root
+from kmtr.data.dataset.storage import StoreError, open_root
 from kmtr.types import InputError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -149,7 +148,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stores opened in this test have clients that do not retry, so that what we add is seen."""
     monkeypatch.setattr(storage, "S3_TRIES", 1)
     storage._s3.cache_clear()
-    monkeypatch.setattr(retry.random, "uniform", lambda low, high: 0.02)
+    monkeypatch.setattr(storage.random, "uniform", lambda low, high: 0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -390,7 +389,7 @@ def test_many_reads_in_flight_outlive_the_clients_quota_of_retries(
     server: Server, failures: Failures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "S3_TRIES", 3)
-    monkeypatch.setattr(retry, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
+    monkeypatch.setattr(storage, "TRIES", 12)  # the 175 fall on the reads by chance: none may meet its last by bad luck
     root = server.root("quota")
     server.put(root, "x")
     into = [bytearray(1000) for _ in range(60)]
@@ -409,7 +408,7 @@ def test_a_store_that_stays_down_is_one_line(server: Server, failures: Failures)
     says = r"^down/set/x: the store failed 5 times in \d s, last: AWS Error S(LOW_DOWN|ERVICE_UNAVAILABLE)"
     with pytest.raises(StoreError, match=says) as raised:
         open_file(root, "x").read_at(0, 1000)
-    assert failures.seen.count("GET") == retry.TRIES
+    assert failures.seen.count("GET") == storage.TRIES
     assert "\n" not in str(raised.value)
 
 

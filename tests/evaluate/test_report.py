@@ -15,11 +15,12 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
-from kmtr.encoder import export_encoder, load_encoder
+from kmtr.encoder import load_encoder
 from kmtr.evaluate import predictions, probes, report
-from kmtr.evaluate.predictors import embedding, fit_ridges
+from kmtr.evaluate.predictors import fit_ridges
 from kmtr.evaluate.scores import scores_of
 from kmtr.evaluate.tables import metrics_of
+from kmtr.exported import export_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.report.html import text_table
 from kmtr.tracking.store import client
@@ -89,7 +90,7 @@ def test_the_encoder_and_its_probe_say_what_the_file_holds(small: RunConfig, enc
         reader = dataset.reader(split, config.data)
         read = pipeline.read_in_order(reader, range(len(reader)), 8, at, ("lvm_g",))
         batches = [host.to(torch.device("cpu")) for host in read]
-        x = np.concatenate([embedding(loaded)(batch) for batch in batches])
+        x = np.concatenate([loaded.features(batch) for batch in batches])
         names = reader.samples(range(len(reader))).meta.column("subject_id").to_pylist()
         parts[split] = x, np.concatenate([batch.labels.numpy() for batch in batches]), names
     ridge = fit_ridges(parts["train"][0], parts["train"][1], ("lvm_g",))["lvm_g"]

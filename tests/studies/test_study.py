@@ -10,10 +10,10 @@ import pytest
 from jobs import study
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
-from kmtr.encoder import export_encoder
 from kmtr.evaluate import predictions
 from kmtr.evaluate.predictions import HeldOut
 from kmtr.evaluate.scores import Result, difference
+from kmtr.exported import export_encoder
 from kmtr.model.encoder import line_encoder
 from kmtr.studies import ablation, comparison, labels, running
 from kmtr.studies.comparison import Cohort, Source

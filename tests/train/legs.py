@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 from kmtr.tasks import Model, Preparer
 from kmtr.train import checkpoint
 from kmtr.train.checkpoint import Progress
@@ -61,7 +61,7 @@ class Leg:
 def drive(leg: Leg, tables: dict[str, Tensor], rank: int, world: int) -> Steps:
     config = from_json(leg.config)
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
     torch.manual_seed(leg.seed)
     engine = ShardedEngine(Model(config), config, world, CPU)
     progress = Progress(step=leg.start)

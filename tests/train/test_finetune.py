@@ -19,10 +19,12 @@ from kmtr.data.loader import pipeline
 from kmtr.data.loader.collate import collate
 from kmtr.evaluate import finetune
 from kmtr.evaluate.predictions import read
-from kmtr.inference import HEAD, WEIGHTS
+from kmtr.exported import MODEL_HEAD as HEAD
+from kmtr.exported import MODEL_WEIGHTS as WEIGHTS
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.phenotypes import over_known
-from kmtr.train import driver
+from kmtr.train import driver, start
+from kmtr.train.resolve import resolve
 from kmtr.types import InputError, Study
 
 CPU = torch.device("cpu")
@@ -148,7 +150,7 @@ def test_step_zero_answers_the_mean_and_the_prevalence(
     asked = on_labels(config)
     dataset = Dataset.open(asked.data)
     reader = dataset.reader("train", asked.data)
-    moments = driver.start.label_moments(asked, reader)
+    moments = start.label_moments(asked, reader)
     prepare, (stage,) = Preparer(asked, tables | moments, CPU), stages_of(asked)
     batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
     said = Model(asked)(prepare(batch, stage), predict=True)
@@ -163,7 +165,7 @@ def test_an_unknown_label_leaves_all_other_gradients_as_they_are(
     """A label of diseases that is not known: the gradient of the phenotypes' head is the same bit for bit."""
     asked = on_labels(config)
     reader = Dataset.open(asked.data).reader("train", asked.data)
-    prepare, (stage,) = Preparer(asked, tables | driver.start.label_moments(asked, reader), CPU), stages_of(asked)
+    prepare, (stage,) = Preparer(asked, tables | start.label_moments(asked, reader), CPU), stages_of(asked)
     batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
     fewer = batch.labels.clone()
     fewer[1, prepare.labels.index("dcm")] = torch.nan
@@ -205,7 +207,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (override(on_labels(config), wide), r"model\.width: the encoder in .* has"),
     ):
         with pytest.raises(InputError, match=said) as error:
-            driver.resolve(asked)
+            resolve(asked)
         assert "\n" not in str(error.value)
     model = Path(str(tuned["model"]))
     (tmp_path / "half").mkdir()

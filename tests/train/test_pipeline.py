@@ -13,7 +13,7 @@ import torch
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 from kmtr.physics.sampling import subject_key
 
 pytestmark = pytest.mark.ray
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 @pytest.mark.parametrize(("world", "readers", "steps"), [(1, 2, range(2, 42)), (2, 1, range(2, 8))])
 def test_loaders_agree(cluster: None, config: RunConfig, world: int, readers: int, steps: range) -> None:
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
     loaders = [override(config, {"data.readers": readers}), override(config, {"data.loader": "threads"})]
     for rank in range(world):
         batches = [list(pipeline.batches(loader, reader, plan, steps, rank, world)) for loader in loaders]
@@ -49,13 +49,13 @@ def note_batches(job: dict[str, Any]) -> None:
 
     from kmtr.config import from_json
     from kmtr.data.dataset.reader import Dataset
-    from kmtr.data.loader import pipeline
+    from kmtr.data.loader import pipeline, planning
 
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     config = from_json(job["config"])
     dataset = Dataset.open(config.data)
-    plan = pipeline.plan_of(config, dataset)
+    plan = planning.plan_of(config, dataset)
     reader = dataset.reader("train", config.data)
     start, last = job["start"], ray.train.get_checkpoint()
     if last is not None:
@@ -116,7 +116,7 @@ def test_any_number_of_workers_goes_on_with_the_same_batches_after_kills_and_sto
     shared = {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "masked", "train.workers": 1}
     config = override(config, shared)
     dataset = Dataset.open(config.data)
-    plan = pipeline.plan_of(config, dataset)
+    plan = planning.plan_of(config, dataset)
     stop = 2 * plan.steps_per_epoch
     here = override(config, {"data.loader": "threads"})
     batches = pipeline.batches(here, dataset.reader("train", config.data), plan, range(stop), 0, 1)

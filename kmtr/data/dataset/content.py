@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data.dataset import record, storage
+from kmtr.data.dataset import SCHEMA_VERSION, record, storage
 from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard
 from kmtr.data.dataset.tables import PLAUSIBLE
 from kmtr.physics import centre
@@ -244,7 +244,7 @@ def _schema(found: pa.Schema) -> Iterator[str]:
     """Columns that are not what the schema says; those of earlier versions may lack what came later."""
     metadata = found.metadata or {}
     wanted = record.schema(metadata.get(b"kmtr.dtype", b"").decode())
-    later = int(metadata.get(b"kmtr.schema_version", b"0")) < record.SCHEMA_VERSION
+    later = int(metadata.get(b"kmtr.schema_version", b"0")) < SCHEMA_VERSION
     for column in wanted:
         place = found.get_field_index(column.name)
         if place < 0:

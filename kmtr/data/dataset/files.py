@@ -15,8 +15,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from kmtr.data.dataset.retry import patiently
-from kmtr.data.dataset.storage import check_bucket
+from kmtr.data.dataset.storage import check_bucket, patiently
 
 
 class File(ABC):

@@ -13,8 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data.dataset import pages, storage
-from kmtr.data.dataset.record import SCHEMA_VERSION
+from kmtr.data.dataset import SCHEMA_VERSION, pages, storage
 from kmtr.types import VIEWS, InputError, KmtrError
 
 

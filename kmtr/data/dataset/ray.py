@@ -12,13 +12,10 @@ from typing import Any
 import numpy as np
 
 from kmtr.data.dataset import writing
-from kmtr.data.dataset.causes import find_cause
 from kmtr.data.dataset.manifest import Manifest, Shard, shard_of
-from kmtr.data.dataset.retry import StoreError
-from kmtr.types import InputError
-
-MAX_BLOCKS = 500
-"""Ray Data tasks per graph: enough to overlap, few enough to start in seconds."""
+from kmtr.data.dataset.storage import StoreError
+from kmtr.ray_start import MAX_BLOCKS
+from kmtr.types import InputError, find_cause
 
 
 class Ledger:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -116,45 +116,6 @@ def _reopen(roots: tuple[str, ...], digest: str) -> Dataset:
     if dataset.digest != digest:
         raise DamagedShard(f"{roots[0]}/manifest.json: expected the dataset that training began with, got another")
     return dataset
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """Subjects whose small columns are at hand and whose k-space can be fetched."""
-
-    @property
-    def meta(self) -> pa.Table: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def in_flight(self) -> int:
-        """Fetches that are worth having under way at once."""
-        ...
-
-    def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
-        """Stored values ``slice coil t ky kx 2`` of a row's view, in `out` (contiguous, that shape) where given.
-
-        None where the subject lacks the view.
-        """
-        ...
-
-
-class Loaded:
-    """Samples out of a whole table."""
-
-    def __init__(self, table: pa.Table):
-        self.meta, self.dtype, self.in_flight = table, record.stored_dtype(table.schema), 1
-
-    def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
-        found = record.raw_kspace(self.meta, row, view)
-        if found is None:
-            return None
-        if out is not None:
-            np.copyto(out, found[0])
-            return out
-        return found[0]
 
 
 class Reader:

@@ -13,14 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kmtr.data.dataset import pages
+from kmtr.data.dataset import SCHEMA_VERSION, pages
 from kmtr.data.sources.payload import check_payload
 from kmtr.types import LABELS, VIEWS, InputError, Study, View
-
-SCHEMA_VERSION = 3
-"""1 had neither shapes nor the sizes of row groups in its manifest (`manifest.read_manifest` adds them); 2 lacked the
-columns ``contoured_<view>`` and some labels (`current` adds them, empty).
-"""
 
 FP16_PEAK = 6e4
 
@@ -189,3 +184,19 @@ def columns_of(views: Sequence[str], labels: Sequence[str] = (), segmentation: b
     """Columns that training on these views needs."""
     kinds = ["kspace", "shape", "acquired", *(["segmentation"] if segmentation else [])]
     return ["subject_id", "scale", *(f"{kind}_{view}" for view in views for kind in kinds), *labels]
+
+
+class Loaded:
+    """Samples (`loader.collate`) out of a whole table."""
+
+    def __init__(self, table: pa.Table):
+        self.meta, self.dtype, self.in_flight = table, stored_dtype(table.schema), 1
+
+    def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
+        found = raw_kspace(self.meta, row, view)
+        if found is None:
+            return None
+        if out is not None:
+            np.copyto(out, found[0])
+            return out
+        return found[0]

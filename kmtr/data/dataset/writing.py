@@ -23,10 +23,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from kmtr.config import Shards
-from kmtr.data.dataset import record, shards, storage
+from kmtr.data.dataset import SCHEMA_VERSION, record, shards, storage
 from kmtr.data.dataset.manifest import Manifest, Shard, write_manifest
-from kmtr.data.dataset.retry import StoreError
 from kmtr.data.dataset.splits import SPLITS
+from kmtr.data.dataset.storage import StoreError
 from kmtr.data.sources.payload import check_payload
 from kmtr.types import InputError, KmtrError, Study
 
@@ -152,7 +152,7 @@ class WriteShards:
         """Hash of all that decides a shard's content."""
         job = self.jobs[number]
         ids = [self.ids[item] for item in job.items]
-        what = [self.source, record.SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]
+        what = [self.source, SCHEMA_VERSION, self.settings.dtype, self.settings.compression, job.split, ids]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
 
     def _studies(self, job: ShardJob, journal: Journal, refused: list[dict[str, str]]) -> Iterator[Study]:

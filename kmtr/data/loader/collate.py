@@ -8,21 +8,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from kmtr.config import Data, RunConfig
 from kmtr.data.dataset import record
 from kmtr.data.dataset.files import run_many
-from kmtr.data.dataset.reader import Samples
 from kmtr.data.loader import patterns
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.shapes import full_shape, slots_of
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Subjects whose small columns are at hand and whose k-space can be fetched."""
+
+    @property
+    def meta(self) -> pa.Table: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def in_flight(self) -> int:
+        """Fetches that are worth having under way at once."""
+        ...
+
+    def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
+        """Stored values ``slice coil t ky kx 2`` of a row's view, in `out` (contiguous, that shape) where given.
+
+        None where the subject lacks the view.
+        """
+        ...
 
 
 def collate(

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
-from kmtr.data.loader.buckets import Buckets
+from kmtr.data.loader.buckets import Buckets, Shape
 from kmtr.types import InputError
 
 _GROUPS, _LEFT, _WINDOWS, _STEPS = range(1, 5)
@@ -162,6 +162,12 @@ class Plan:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=Lock())
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The batch shapes, of a plan that has them (`planning.plan_of`)."""
+        assert self.buckets is not None
+        return self.buckets.shapes
 
     @property
     def subjects(self) -> int:

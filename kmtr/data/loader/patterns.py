@@ -16,7 +16,8 @@ from kmtr.types import InputError
 
 
 def table(sampling: Sampling) -> Bool[Tensor, "frame line"] | None:
-    """The pattern of ``sampling.family=file``, read once per process; None for families that are drawn.
+    """The pattern of ``sampling.family=file``: that which `hold` was given, else read once per process; None for
+    families that are drawn.
 
     Raises:
         InputError: no file given, or `sources.patterns.read_pattern` refuses it.
@@ -29,7 +30,21 @@ def table(sampling: Sampling) -> Bool[Tensor, "frame line"] | None:
         return None
     if not sampling.file:
         raise InputError("sampling.file: expected a pattern file (.txt, .npy, .mat) for sampling.family=file, got none")
-    return _table(sampling.file)
+    held = _held.get(sampling.file)
+    return _read(sampling.file) if held is None else held
+
+
+def hold(sampling: Sampling, lines: Bool[np.ndarray, "frame line"] | None) -> None:
+    """Make this process use these lines, which its run began with, wherever `table` is asked for the configured file:
+    a worker's node may not have it, or a newer one. None, as of families that are drawn: nothing is held.
+    """
+    if lines is not None:
+        _held[sampling.file] = torch.from_numpy(lines.copy())  # Ray's own memory can't be written to
+
+
+def carried(sampling: Sampling) -> Bool[np.ndarray, "frame line"] | None:
+    """What `hold` needs in another process."""
+    return None if (lines := table(sampling)) is None else lines.numpy()
 
 
 def digest(sampling: Sampling) -> str:
@@ -69,8 +84,12 @@ def check_lines(table: Bool[Tensor, "frame line"], view: str, lines: int) -> Non
         )
 
 
+_held: dict[str, Tensor] = {}
+"""Pattern file -> its lines, where a run handed them to this process."""
+
+
 @lru_cache(maxsize=8)
-def _table(file: str) -> Bool[Tensor, "frame line"]:
+def _read(file: str) -> Bool[Tensor, "frame line"]:
     from kmtr.data.sources.patterns import read_pattern  # with the readers of MATLAB files, which no batch needs
 
     return torch.from_numpy(np.atleast_2d(read_pattern(file)).copy())

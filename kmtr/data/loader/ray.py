@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset.causes import find_cause
+from kmtr.data.dataset import pages
 from kmtr.data.dataset.manifest import DamagedShard
-from kmtr.data.dataset.ray import MAX_BLOCKS
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.threads import in_order
-from kmtr.data.loader.transport import pack, unpack
+from kmtr.ray_start import MAX_BLOCKS
+from kmtr.types import find_cause
 
 MIN_AHEAD_BYTES = 64 << 20
 """Object store of a worker's reading: room for blocks that are small beside it."""
@@ -109,3 +113,32 @@ class PausedExecution:
 
     def after_execution_fails(self, executor: Any, error: Exception) -> None:
         pass
+
+
+def pack(batch: HostBatch) -> pa.Table:
+    """A host batch as one row of an Arrow table, without a copy."""
+    arrays = {"stored": batch.stored} | batch.meta
+    names = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in arrays.items()}
+    header = json.dumps({"arrays": names, "shape": batch.shape, "real": batch.real, "purpose": batch.purpose})
+    columns = {name: _value(t.numpy().reshape(-1).view(np.uint8).data) for name, t in arrays.items()}
+    return pa.table(columns | {"header": pa.array([header])})
+
+
+def unpack(table: pa.Table, config: RunConfig) -> HostBatch:
+    """Inverse of `pack`; the tensors are views of Arrow's (read-only) memory."""
+    header = json.loads(table.column("header")[0].as_py())
+    tensors = {}
+    for name, (dtype, shape) in header["arrays"].items():
+        content = pages.payload_of(table.column(name), 0)
+        array = np.frombuffer(content if content is not None else b"", dtype).reshape(shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to a host batch
+            tensors[name] = torch.from_numpy(array)
+    shape = header["shape"]
+    return HostBatch(config, tensors.pop("stored"), tensors, tuple(shape), header["real"], header["purpose"])
+
+
+def _value(content: memoryview) -> pa.Array:
+    """One large binary value around existing memory."""
+    offsets = pa.py_buffer(np.array([0, len(content)], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(content)])

@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
-from kmtr.data.loader.device import HostBatch
+T = TypeVar("T")
 
 
-def in_order(make: Callable[[int], HostBatch], numbers: Iterable[int], threads: int, ahead: int) -> Iterator[HostBatch]:
+def in_order(make: Callable[[int], T], numbers: Iterable[int], threads: int, ahead: int) -> Iterator[T]:
     """``make(number)`` of each number in order, by `threads` threads, up to `ahead` of them not yet asked for."""
     with ThreadPoolExecutor(threads, thread_name_prefix="kmtr-read") as pool:
         remaining = iter(numbers)

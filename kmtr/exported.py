@@ -1,0 +1,94 @@
+"""Folders of exported encoders and models: weights and tables as safetensors, what rebuilds them as JSON. Neither holds
+code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from kmtr.config import RunConfig, override, plain
+from kmtr.files import replacing, write_atomic
+from kmtr.types import DISEASES, PHENOTYPES, InputError, first_line
+
+WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
+FORMAT = 1
+"""Format of an encoder's folder; one of another format is refused."""
+MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
+MODEL_FORMAT = 1
+"""Format of a model's folder; one of another format is refused."""
+_TASK = ("stage", "task.tasks", "task.system", "task.targets", "task.diseases")
+_SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
+
+
+def write_folder(
+    folder: Path, names: tuple[str, str], weights: dict[str, Tensor], tables: dict[str, Tensor], head: dict[str, Any]
+) -> None:
+    """Weights and tables, and their description as JSON, under these names; whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
+    content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
+    (folder / names[1]).unlink(missing_ok=True)  # written last: a folder that has it is whole
+    with replacing(folder / names[0]) as temporary:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, temporary)
+    write_atomic(folder / names[1], json.dumps(head, indent=2))
+
+
+def read_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and tables that `write_folder` wrote into one file.
+
+    Raises:
+        InputError: the file holds something else.
+    """
+    try:
+        parts: dict[str, dict[str, Tensor]] = {"weights": {}, "tables": {}}
+        for name, tensor in safetensors.torch.load_file(path, device=device).items():
+            kind, _, key = name.partition(".")
+            parts[kind][key] = tensor
+        tables = parts["tables"]
+        return parts["weights"], tables | {"static_mean": torch.view_as_complex(tables["static_mean"].contiguous())}
+    except (safetensors.SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path.name}: {path.parent} does not hold one: {first_line(error)}") from None
+
+
+def rebuilds(key: str) -> bool:
+    """True if an encoder of another value of this setting is another encoder."""
+    return key == "seed" or key in _SHAPES or key.startswith(("sampling.", "model."))
+
+
+def read_head(path: Path) -> RunConfig:
+    """The settings that an encoder was exported with; all others have their defaults.
+
+    Raises:
+        InputError: another format, or a setting that this version does not know.
+    """
+    try:
+        head = json.loads(path.read_text())
+        written, settings = head.get("format"), head.get("settings")
+    except (ValueError, AttributeError):
+        raise InputError(f"encoder: expected JSON with format and settings in {path}, got something else") from None
+    if written != FORMAT or not isinstance(settings, dict):
+        raise InputError(f"encoder: expected format {FORMAT}, got {written}, in {path}; export it anew")
+    scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
+    return override(RunConfig(), settings | scored)
+
+
+def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
+    settings = {key: value for key, value in plain(config).items() if rebuilds(key)}
+    write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "settings": settings})
+
+
+def export_model(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
+    """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run."""
+    settings = {key: value for key, value in plain(config).items() if rebuilds(key) or key in _TASK}
+    units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
+    wanted = [*config.task.targets, *config.task.diseases]
+    head = {"format": MODEL_FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
+    write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head)

@@ -1,0 +1,57 @@
+"""A run is resolved once, before any worker starts: paths absolute, all that can be refused refused, and what workers
+need of it found, so that none searches or reads it again.
+"""
+
+from __future__ import annotations
+
+from kmtr import tracking
+from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override
+from kmtr.data.dataset import storage
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import planning
+from kmtr.train import start
+from kmtr.types import InputError
+
+
+def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
+    """The configuration with absolute paths, and its dataset: all that a command needs that does not train.
+
+    Raises:
+        InputError: the dataset is missing or damaged.
+    """
+    config = override(
+        config,
+        {
+            "data.root": storage.absolute(config.data.root),
+            "data.more": tuple(map(storage.absolute, config.data.more)),
+            "sampling.file": config.sampling.file and storage.absolute(config.sampling.file),
+            "storage.root": storage.absolute(config.storage.root),
+            "tracking.uri": tracking.tracking_uri(config),
+        },
+    )
+    return config, Dataset.open(config.data)
+
+
+def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
+    """Everything that can be refused before a worker starts is refused here; paths become absolute.
+
+    Raises:
+        InputError: one line that names the key or the file.
+    """
+    config, dataset = open_data(config)
+    config = start.resolve(config, dataset)
+    planning.plan_of(config, dataset)
+    subjects = dataset.rows("train")
+    if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
+        raise InputError(
+            f"stage: alignment needs at least {MIN_ALIGNED_SUBJECTS} distinct training subjects, the dataset has "
+            f"{subjects}; use stage=masked"
+        )
+    imaged = config.align_steps or (config.masked_steps and config.masked.image_weight)
+    if set(config.data.views) & dataset.undersampled and imaged:
+        raise InputError(
+            "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
+            "use stage=masked masked.image_weight=0"
+        )
+    dataset.preflight()
+    return config, dataset
