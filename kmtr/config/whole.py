@@ -98,11 +98,8 @@ class RunConfig(Section):
             raise ValueError(
                 "masked.steps, align.steps, task.steps: expected at least one step in the chosen stage, got 0"
             )
-        if (self.stage == "task") != bool(self.task.tasks):
-            raise ValueError(
-                f"task.tasks: expected one or more with stage=task and none without, got stage={self.stage} and "
-                f"{','.join(self.task.tasks) or 'none'}"
-            )
+        if self.stage == "task" and not self.task.tasks:
+            raise ValueError("task.tasks: expected one or more tasks, as phenotypes,diseases, got none")
         if 0 < self.align_steps <= self.align.head_steps:
             raise ValueError(
                 f"align.steps: expected more than align.head_steps={self.align.head_steps}, in which the encoder does "

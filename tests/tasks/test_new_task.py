@@ -15,7 +15,7 @@ import torch.distributed as dist
 from kmtr import systems
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.collate import collate
 from kmtr.tasks import TASKS, Model, Preparer, stages_of
 from kmtr.train.engine import ShardedEngine
@@ -61,7 +61,7 @@ def test_a_task_and_a_system_of_one_file_each_are_trained_and_predict(
     """By the real engine, sharded, through the one training step; then asked for predictions."""
     config = override(toy, {"data.loader": "threads", "train.zero_stage": 2})
     dataset = Dataset.open(config.data)
-    plan = pipeline.plan_of(config, dataset)
+    plan = planning.plan_of(config, dataset)
     torch.manual_seed(0)
     engine, prepare = ShardedEngine(Model(config), config, 1, CPU), Preparer(config, tables, CPU)
     (stage,) = stages_of(config)
@@ -115,5 +115,5 @@ def test_what_is_not_there_is_refused_in_one_line(toy: RunConfig) -> None:
         Model(override(toy, {"task.tasks": "motoin"}))
     with pytest.raises(InputError, match=r"task\.system: expected one of kspace, .*thumbnail, got 'u'"):
         Model(override(toy, {"task.system": "u"}))
-    with pytest.raises(InputError, match=r"task\.tasks: expected one or more with stage=task"):
+    with pytest.raises(InputError, match=r"task\.tasks: expected one or more tasks"):
         override(toy, {"task.tasks": ()})
