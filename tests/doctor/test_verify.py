@@ -30,7 +30,7 @@ from kmtr.data.dataset import content, shards
 from kmtr.data.dataset.damage import damages
 from kmtr.data.dataset.manifest import digest_of, read_manifest
 from kmtr.data.dataset.reader import Dataset
-from kmtr.data.loader import pipeline
+from kmtr.data.loader import planning
 from kmtr.data.loader.order import Plan, Slot, Source
 from kmtr.data.loader.proof import prove
 from kmtr.doctor import verify
@@ -156,7 +156,7 @@ def test_a_good_dataset_is_proved(small: RunConfig, dataset: str, capsys: pytest
     assert json.dumps(found)
     opened = Dataset.of(dataset)
     with pytest.raises(InputError, match=r"data\.global_batch: expected a multiple of the 3 workers"):
-        verify.proved(override(small, {"verify.workers": (1, 3)}), opened, pipeline.plan_of(small, opened))
+        verify.proved(override(small, {"verify.workers": (1, 3)}), opened, planning.plan_of(small, opened))
 
 
 @pytest.mark.slow
