@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def _reopen(roots: tuple[str, ...], digest: str) -> Dataset:
 
 @runtime_checkable
 class Samples(Protocol):
-    """Subjects whose small columns are at hand and whose k-space can be fetched."""
+    """Subjects whose small columns are at hand and whose k-space and masks can be fetched."""
 
     @property
     def meta(self) -> pa.Table: ...
@@ -140,6 +141,10 @@ class Samples(Protocol):
         """
         ...
 
+    def fetch_masks(self, row: int, view: str, shape: Sequence[int]) -> np.ndarray | None:
+        """Masks uint8 ``slice t y x`` of a row's view whose k-space has this `shape`; None where it has none."""
+        ...
+
 
 class Loaded:
     """Samples out of a whole table."""
@@ -155,6 +160,9 @@ class Loaded:
             np.copyto(out, found[0])
             return out
         return found[0]
+
+    def fetch_masks(self, row: int, view: str, shape: Sequence[int]) -> np.ndarray | None:
+        return record.raw_masks(self.meta, row, view)
 
 
 class Reader:
@@ -255,6 +263,10 @@ class RowSamples:
         shard, place = self.places[row]
         return shard.fetch(place, view, shape, out)
 
+    def fetch_masks(self, row: int, view: str, shape: Sequence[int]) -> np.ndarray | None:
+        shard, place = self.places[row]
+        return shard.decoded(place, f"segmentation_{view}", np.dtype(np.uint8), (shape[0], *shape[2:]))
+
 
 class _OpenShard:
     """One shard: its file, its index, and the few row groups of several subjects that are being read."""
@@ -315,7 +327,7 @@ class _OpenShard:
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
         start, size = self.places[view][row].tolist()
         if start < 0:
-            return self._decoded(row, view, shape, out)
+            return self.decoded(row, f"kspace_{view}", self.dtype, (*shape, 2), out)
         if out is None:
             out = np.empty((*shape, 2), self.dtype)
         payload = out.reshape(-1).view(np.uint8).data
@@ -331,10 +343,11 @@ class _OpenShard:
         self._seen.add(start)
         return out
 
-    def _decoded(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
-        """By pyarrow: row groups of several subjects, compressed pages."""
+    def decoded(
+        self, row: int, column: str, dtype: np.dtype, shape: Sequence[int], out: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """A payload by pyarrow: masks, and k-space in row groups of several subjects or compressed."""
         group = self.group(row)
-        column = f"kspace_{view}"
         with self._lock:
             table = self._groups.get((group, column))
             if table is None:
@@ -350,10 +363,9 @@ class _OpenShard:
         payload = pages.payload_of(table.column(column), row - int(self.group_first[group]))
         if payload is None:
             return None
-        values = np.frombuffer(payload, self.dtype)
-        if values.size != 2 * np.prod(shape):
-            raise self.damaged(f"{values.nbytes} bytes of {view} for a shape of {'x'.join(map(str, shape))}", row)
-        values = values.reshape(*shape, 2)
+        if len(payload) != math.prod(shape) * dtype.itemsize:
+            raise self.damaged(f"{len(payload)} bytes of {column} for a shape of {'x'.join(map(str, shape))}", row)
+        values = np.frombuffer(payload, dtype).reshape(shape)
         if out is not None:
             np.copyto(out, values)
             return out

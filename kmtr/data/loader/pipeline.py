@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.manifest import merged
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import buckets
+from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
@@ -128,7 +130,7 @@ def batches(
     steps: range,
     rank: int,
     world_size: int,
-    labels: Sequence[str] = (),
+    wanted: Wanted = NOTHING,
 ) -> Iterator[HostBatch]:
     """This worker's part of the global batch of every step, in order; the same batches from either loader.
 
@@ -136,7 +138,7 @@ def batches(
         DamagedShard: a file is not what the manifest says.
     """
     data = config.data
-    make = MakeBatch(config, reader, plan, steps.start, rank, world_size, tuple(labels))
+    make = MakeBatch(config, reader, plan, steps.start, rank, world_size, wanted)
     if data.loader == "ray":
         yield from stream(make, len(steps), config, make.largest)
     else:
@@ -154,7 +156,7 @@ class MakeBatch:
     first: int
     rank: int
     world_size: int
-    labels: tuple[str, ...]
+    wanted: Wanted
 
     def __call__(self, number: int, pin: bool = False) -> HostBatch:
         slot = self.plan.share(self.first + number, self.rank, self.world_size)
@@ -163,7 +165,7 @@ class MakeBatch:
             self.config,
             shapes_of(self.plan)[slot.bucket],
             slot.epoch,
-            self.labels,
+            self.wanted,
             repeated=slot.repeated,
             real=slot.real,
             pin=pin,
@@ -171,9 +173,12 @@ class MakeBatch:
 
     @property
     def largest(self) -> int:
-        """Bytes of a host batch's k-space at most."""
-        cells = int(cells_in(self.config.data, np.array(shapes_of(self.plan))).max())
-        return self.plan.global_batch // self.world_size * cells * 2 * self.reader.dtype.itemsize
+        """Bytes of a host batch's k-space, and of its masks, at most."""
+        data, shapes = self.config.data, np.array(shapes_of(self.plan))
+        of_subject = int(cells_in(data, shapes).max()) * 2 * self.reader.dtype.itemsize
+        if self.wanted.masks:
+            of_subject += data.slices * data.frames * math.prod(data.matrix)
+        return self.plan.global_batch // self.world_size * of_subject
 
 
 def read_in_order(
@@ -181,7 +186,7 @@ def read_in_order(
     rows: Iterable[int],
     size: int,
     config: RunConfig,
-    labels: Sequence[str] = (),
+    wanted: Wanted = NOTHING,
     purpose: int = sampling.VALIDATION,
 ) -> Iterator[HostBatch]:
     """Batches of up to `size` subjects of the configuration's full shape in the order given, draws of epoch 0: for
@@ -191,6 +196,6 @@ def read_in_order(
     chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
     def make(number: int) -> HostBatch:
-        return collate(reader.samples(chunks[number]), config, None, 0, labels, purpose)
+        return collate(reader.samples(chunks[number]), config, None, 0, wanted, purpose)
 
     yield from in_order(make, range(len(chunks)), 1, config.data.prefetch)
