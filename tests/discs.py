@@ -12,8 +12,8 @@ from kmtr.physics.fourier import crop_or_pad, fft2c, magnitude_image
 from kmtr.types import UNLABELLED, Study, View
 
 SPACING_MM = (8.0, 1.0, 1.0)
-AREA = 0.07
-"""Share of the field of view that a disc has, about."""
+AREA = 0.05
+"""Share of the field of view that a disc has at least."""
 
 
 def disc(
@@ -24,7 +24,7 @@ def disc(
     """
     y, x = (((np.arange(n) - n // 2) * unit / n).reshape(s) for n, s in zip(matrix, ((-1, 1), (1, -1)), strict=True))
     z, t = np.arange(slices).reshape(-1, 1, 1, 1), np.arange(frames).reshape(-1, 1, 1)
-    mask = np.hypot(y - 9 - place - z, x + 12 - 2 * z) < 19 - 2 * t
+    mask = np.hypot(y - 9 - place - z, x + 12 - 2 * z) < 19 - t
     image = np.where(mask, 1.0, 0.02)[:, None] * np.exp(1j * np.arange(coils)).reshape(-1, 1, 1, 1)
     kspace = fft2c(image).astype(np.complex64)
     return View(kspace, segmentation=mask.astype(np.uint8), spacing_mm=SPACING_MM, contoured=(1,))

@@ -43,6 +43,19 @@ def interpolate(
 def _largest(
     labels: Sequence[UInt8[Tensor, "*shape"]], weights: Sequence[Float[Tensor, "*#shape"]], unlabelled: float
 ) -> UInt8[Tensor, "*shape"]:
+    """As `_voted`. Few pixels lie on a border: a CPU asks only these, a GPU would have to wait for their number."""
+    first, *others = labels
+    if first.is_cuda:
+        return _voted(labels, weights, unlabelled)
+    border = reduce(torch.logical_or, (other != first for other in others)).nonzero(as_tuple=True)
+    disputed = [w.expand(first.shape)[border] for w in weights]
+    first[border] = _voted([label[border] for label in labels], disputed, unlabelled)
+    return first
+
+
+def _voted(
+    labels: Sequence[UInt8[Tensor, "*shape"]], weights: Sequence[Float[Tensor, "*#shape"]], unlabelled: float
+) -> UInt8[Tensor, "*shape"]:
     """The class of the greatest weight at each place, of equal ones the smaller value."""
 
     def weight(value: Tensor | int) -> Tensor:
