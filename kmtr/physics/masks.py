@@ -45,7 +45,7 @@ def _largest(
 ) -> UInt8[Tensor, "*shape"]:
     """As `_voted`. Few pixels lie on a border: a CPU asks only these, a GPU would have to wait for their number."""
     first, *others = labels
-    if first.is_cuda:
+    if first.device.type != "cpu":
         return _voted(labels, weights, unlabelled)
     border = reduce(torch.logical_or, (other != first for other in others)).nonzero(as_tuple=True)
     disputed = [w.expand(first.shape)[border] for w in weights]

@@ -296,6 +296,16 @@ def test_what_comes_from_outside_or_from_unlabelled_pixels_is_unlabelled(config:
     assert (moved[:, 3:] == UNLABELLED).all()
 
 
+def test_nothing_waits_for_the_device(discs: RunConfig) -> None:
+    """On the meta device no value can be looked at, and no shape can depend on one."""
+    config = override(discs, {f"augment.{name}": value for name, value in MOTIONS[-1].items()})
+    reader = Dataset.open(config.data).reader("train", config.data)
+    batch = collate(reader.samples(range(3)), config, wanted=MASKS).to(torch.device("meta"))
+    assert batch.masks is not None
+    assert batch.masks.device.type == "meta"
+    assert batch.masks.shape == (3, 6, 4, *MATRIX)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_the_same_batch(discs: RunConfig) -> None:
     config = override(discs, {f"augment.{name}": value for name, value in MOTIONS[-1].items()})
