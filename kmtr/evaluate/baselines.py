@@ -6,7 +6,7 @@ is shown by winning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,19 +16,19 @@ import torch
 from jaxtyping import Bool, Complex, Float, Int, UInt8
 from torch import Tensor
 
-from kmtr.config import RunConfig, override
-from kmtr.data.dataset import record
+from kmtr.config import Data, RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch
-from kmtr.data.loader.collate import choose
+from kmtr.data.loader.masks import read_masks
+from kmtr.data.loader.shapes import full_shape
 from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, HeldOut, joined, rows
 from kmtr.evaluate.predictors import true_accelerations
 from kmtr.evaluate.tables import DICE
 from kmtr.metrics import dice, ridge_predictions
+from kmtr.metrics.segmentation import LV_CAVITY
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import phase_gain, static_part
-from kmtr.physics.sampling import VALIDATION
 from kmtr.types import SEGMENTATION_CLASSES
 
 VERSION = 2
@@ -93,16 +93,12 @@ def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, in
     Subjects are those that a probe has, as far as they are contoured; no rows where fewer than 3 of either split are,
     or sources differ in shape.
     """
-    columns = record.columns_of(config.data.views, segmentation=True)
     readers = {split: dataset.reader(split, config.data) for split in ("train", "test")}
     chosen = {
         "train": subjects.labelled(config.seed, len(readers["train"]), config.evaluate.labels),
         "test": subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects),
     }
-    cases = {
-        split: Contoured.read(dataset.reader(split, config.data, columns), rows, config)
-        for split, rows in chosen.items()
-    }
+    cases = {split: Contoured.read(readers[split], rows, config) for split, rows in chosen.items()}
     if min(map(len, cases.values())) < MIN_CONTOURED:
         return joined([])
     train, test = cases["train"], cases["test"]
@@ -162,13 +158,23 @@ class Contoured:
 
     @staticmethod
     def read(reader: Reader, rows: list[int], config: RunConfig) -> Contoured:
-        """Those of the rows that are contoured and of the configuration's matrix."""
-        found = list(_masks(reader, rows, config))
-        masks = [mask for _, (mask, _) in found]
-        empty = np.zeros((0, config.data.slices, *config.data.matrix), np.uint8)
-        return Contoured(
-            [row for row, _ in found], np.array([t for _, (_, t) in found], int), np.stack(masks) if masks else empty
-        )
+        """Those of the rows that are contoured in all slices, and of the configuration's matrix and frames."""
+        data, shape = config.data, full_shape(config.data)
+        kept: list[int] = []
+        frames: list[int] = []
+        masks = [np.zeros((0, data.slices, *data.matrix), np.uint8)]
+        complete = _complete(reader, rows, data)
+        for first in range(0, len(complete), CHUNK):
+            some = complete[first : first + CHUNK]
+            read = read_masks(reader.samples(some), data, shape)
+            drawn, segmentation = read["contoured"].any(2).all(1).numpy(), read["masks"].numpy()
+            cavity = (segmentation == LV_CAVITY).sum((1, 3, 4))
+            usable = np.flatnonzero(drawn & cavity.any(1))
+            largest = cavity[usable].argmax(1)
+            kept += [some[i] for i in usable]
+            frames += largest.tolist()
+            masks.append(segmentation[usable, :, largest])
+        return Contoured(kept, np.array(frames, int), np.concatenate(masks))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,7 +184,7 @@ class Contoured:
         parts: list[np.ndarray] = []
         true: list[np.ndarray] = []
         first = 0
-        for host in pipeline.read_in_order(reader, self.rows, CHUNK, config, (), VALIDATION):
+        for host in pipeline.read_in_order(reader, self.rows, CHUNK, config):
             batch = host.to(torch.device("cpu"))
             at = torch.from_numpy(self.frames[first : first + len(batch)])
             first += len(batch)
@@ -203,30 +209,18 @@ def _ridge_masks(
     return predicted
 
 
-def _masks(reader: Reader, rows: list[int], config: RunConfig) -> Iterator[tuple[int, tuple[np.ndarray, int]]]:
-    """Row, its masks uint8 ``slice y x`` over the configuration's slots and the frame they are of; subjects without
-    contours, or of another matrix, are left out.
-    """
-    data = config.data
-    for row in rows:
-        study = record.to_study(reader.read([row]))
-        parts: list[np.ndarray] = []
-        for view in data.views:
-            count = data.slots(view)
-            seen = study.views.get(view)
-            if seen is None or seen.segmentation is None or seen.segmentation.shape[-2:] != tuple(data.matrix):
-                break
-            slices, available = seen.segmentation.shape[:2]
-            z, t = choose(slices, count, centred=True), choose(available, data.frames, centred=False)
-            if len(z) < count or len(t) < data.frames:
-                break
-            parts.append(seen.segmentation[z][:, t])
-        else:
-            whole = np.concatenate(parts)
-            cavity = (whole == 1).sum((0, 2, 3))
-            if cavity.any():
-                frame = int(cavity.argmax())
-                yield row, (whole[:, frame], frame)
+def _complete(reader: Reader, rows: list[int], data: Data) -> list[int]:
+    """Those of the rows that fill all slices and frames, of the configuration's matrix."""
+    meta = reader.samples(rows).meta
+    shapes = zip(*(meta.column(f"shape_{view}").to_pylist() for view in data.views), strict=True)
+
+    def fills(view: str, shape: list[int] | None) -> bool:
+        if shape is None:
+            return False
+        slices, _, frames, ny, nx = shape
+        return slices >= data.slots(view) and frames >= data.frames and (ny, nx) == data.matrix
+
+    return [row for row, each in zip(rows, shapes, strict=True) if all(map(fills, data.views, each))]
 
 
 def _most_frequent(masks: np.ndarray) -> np.ndarray:

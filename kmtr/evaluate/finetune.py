@@ -17,6 +17,7 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.batch import NOTHING
 from kmtr.evaluate import baselines, probes, tables
 from kmtr.evaluate.predictions import FILE, FINETUNED, FROM_SCRATCH, MEAN, RIDGE, Name, joined, read, write
 from kmtr.evaluate.predictors import Predictor, predict
@@ -98,8 +99,8 @@ def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Tab
     parts = []
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
-        train = tell(pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, (), VALIDATION))
-        test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, (), VALIDATION))
+        train = tell(pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
+        test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, NOTHING, VALIDATION))
         fitted: dict[Name, Predictor] = {trained(config): model}
         fitted |= probes.fit({RIDGE: baselines.low_resolution}, train, known, targets, device)
         parts.append(

@@ -15,7 +15,6 @@ from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import MEAN, HeldOut, Name, joined
 from kmtr.evaluate.predictors import Constant, Features, Predictor, Probed, fit_ridges, predict
-from kmtr.physics.sampling import VALIDATION
 from kmtr.types import InputError
 
 CHUNK = 32
@@ -54,8 +53,8 @@ def score(
     parts = []
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
-        train = tell(pipeline.read_in_order(readers["train"], labelled, CHUNK, fixed, (), VALIDATION))
-        test = tell(pipeline.read_in_order(readers["test"], asked, CHUNK, fixed, (), VALIDATION))
+        train = tell(pipeline.read_in_order(readers["train"], labelled, CHUNK, fixed))
+        test = tell(pipeline.read_in_order(readers["test"], asked, CHUNK, fixed))
         fitted = fit(sources, train, known, targets, device)
         parts.append(
             predict(fitted, test, held_out, acceleration=r, seed=config.seed, labels=len(labelled), device=device)

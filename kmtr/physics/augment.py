@@ -10,6 +10,8 @@ any number of workers. With k the signed index from the centre n // 2 and r the 
     dropout   silent coils               one stays in every slice, the rest is not made louder
     noise     complex normal             on acquired lines
 
+Masks follow mirror, rotation and shift of the same draw (`augment_masks`); the other kinds move nothing.
+
 A subject sits in the middle of its array, in an `extent` of its own, with nothing around it: the field of view is the
 extent's, the array only interpolates its pixels.
 """
@@ -18,18 +20,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int, UInt8
 from torch import Tensor
 
 from kmtr.config import Augment
 from kmtr.physics import random, sampling
+from kmtr.physics.masks import interpolate
 
 SAMPLES_AT_A_TIME = 1 << 19
 """Subjects are rotated, and given noise, in parts of about so many samples (one subject at least): intermediate results
 stay small beside the batch, and on a CPU it is faster too.
 """
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Drawn motion of each subject, in the order in which it is applied; None: that kind is off.
+
+    Attributes:
+        mirrored: y, x are reversed.
+        angle: of the rotation, in rad.
+        share: shift (y, x) in fields of view.
+    """
+
+    mirrored: Bool[Tensor, "batch 2"] | None
+    angle: Float[Tensor, " batch"] | None
+    share: Float[Tensor, "batch 2"] | None
+
+    @staticmethod
+    def draw(config: Augment, seed: int, epoch: Int[Tensor, " batch"], key: Int[Tensor, " batch"]) -> Motion:
+        """Arguments as of `augment`."""
+
+        def within(purpose: int, most: float, *shape: int) -> Tensor | None:
+            return (2 * random.uniform(seed, epoch, key, purpose, shape) - 1) * most if most else None
+
+        return Motion(
+            random.uniform(seed, epoch, key, random.FLIP, (2,)) < 0.5 if config.flip else None,
+            within(random.ROTATION, math.radians(config.rotation_deg)),
+            within(random.SHIFT, config.shift, 2),
+        )
 
 
 def augment(
@@ -59,15 +91,15 @@ def augment(
     def draw(purpose: int, *shape: int) -> Tensor:
         return random.uniform(seed, epoch, key, purpose, shape)
 
-    if config.flip:
-        kspace, acquired = mirror(kspace, acquired, extent, draw(random.FLIP, 2) < 0.5)
-    if config.rotation_deg:
-        angle = (2 * draw(random.ROTATION) - 1) * math.radians(config.rotation_deg)
+    motion = Motion.draw(config, seed, epoch, key)
+    if motion.mirrored is not None:
+        kspace, acquired = mirror(kspace, acquired, extent, motion.mirrored)
+    if motion.angle is not None:
         kept = acquired[:, :, None, :, :, None] & _own(nx, extent[:, 1])[:, None, None, None, None]
-        turned = torch.where(kept, rotate(kspace, angle, extent), 0)
+        turned = torch.where(kept, rotate(kspace, motion.angle, extent), 0)
         kspace = torch.where(given[:, None, None, None, None, None], kspace, turned)
-    if config.shift:
-        kspace = shift(kspace, (2 * draw(random.SHIFT, 2) - 1) * config.shift)
+    if motion.share is not None:
+        kspace = shift(kspace, motion.share)
     if config.phase:
         angle = 2 * math.pi * draw(random.PHASE, slices)
         kspace = kspace * torch.polar(torch.ones_like(angle), angle)[:, :, None, None, None, None]
@@ -84,6 +116,55 @@ def augment(
         level = draw(random.NOISE_LEVEL) * config.noise * rms
         kspace = _add_noise(kspace, acquired[:, :, None] & heard[..., None, None], extent, level, seed, epoch, key)
     return kspace, acquired
+
+
+def augment_masks(
+    masks: UInt8[Tensor, "batch slice t y x"],
+    extent: Int[Tensor, "batch 2"],
+    config: Augment,
+    seed: int,
+    epoch: Int[Tensor, " batch"],
+    key: Int[Tensor, " batch"],
+    given: Bool[Tensor, " batch"],
+) -> UInt8[Tensor, "batch slice t y x"]:
+    """Masks moved as `augment` moves the image, by the same draw; all arguments but `masks` as there.
+
+    A pixel takes the largest class of the four that it came from by their linear weights, and is UNLABELLED where more
+    than half of the weight is unlabelled or lies outside of the field of view: the image is periodic there, the heart
+    is not. So the first row (column) of an even matrix is UNLABELLED once y (x) is mirrored.
+
+    Args:
+        masks: on a grid over the whole field of view, of any size.
+    """
+    if not (config.flip or config.rotation_deg or config.shift):
+        return masks
+    ny, nx = masks.shape[-2:]
+    y, x = _sources(Motion.draw(config, seed, epoch, key), extent, given, ny, nx)
+    moved = torch.empty_like(masks)
+    for part in _parts(masks):
+        moved[part] = interpolate(masks[part], y[part] + ny // 2, x[part] + nx // 2, unlabelled=0.5)
+    return moved
+
+
+def _sources(
+    motion: Motion, extent: Int[Tensor, "batch 2"], given: Bool[Tensor, " batch"], ny: int, nx: int
+) -> tuple[Float[Tensor, "batch {ny} {nx}"], Float[Tensor, "batch {ny} {nx}"]]:
+    """Positions, from the centre, that pixels of ny x nx had before their motion: its steps undone, the last first."""
+    y = _signed(ny, given.device).float()[:, None].expand(len(given), ny, nx)
+    x = _signed(nx, given.device).float().expand(len(given), ny, nx)
+    if motion.share is not None:
+        share = motion.share[..., None, None]
+        y, x = y - share[:, 0] * ny, x - share[:, 1] * nx
+    if motion.angle is not None:
+        angle = torch.where(given, 0, motion.angle)[:, None, None].double()  # rounded alike whatever the batch's size
+        cosine, sine = angle.cos().float(), angle.sin().float()
+        own = extent.clamp(min=1)[..., None, None]
+        aspect = (own[:, 1] / nx) / (own[:, 0] / ny)
+        y, x = cosine * y + sine * aspect * x, cosine * x - sine / aspect * y
+    if motion.mirrored is not None:
+        mirrored = motion.mirrored[..., None, None]
+        y, x = torch.where(mirrored[:, 0], -y, y), torch.where(mirrored[:, 1], -x, x)
+    return y, x
 
 
 def shift(

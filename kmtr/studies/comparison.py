@@ -29,7 +29,6 @@ from kmtr.evaluate import baselines, probes
 from kmtr.evaluate.predictions import CENTRAL, FILE, LINES, MEAN, RIDGE, HeldOut, Name, joined, read, rows, write
 from kmtr.evaluate.predictors import Features, fit_ridges, predict, true_accelerations
 from kmtr.evaluate.scores import Result, panel, results_of, summary
-from kmtr.physics.sampling import VALIDATION
 from kmtr.train import supervised
 
 VERSION = 4
@@ -177,7 +176,7 @@ def write_features(cohort: Cohort, source: Source, acceleration: int, budget: in
     mine, config, on = source.rows(cohort, budget), cohort.at(acceleration), torch.device(device)
     found: dict[str, list[np.ndarray]] = {"train": [], "test": [], "true_acceleration": []}
     for split, wanted in (("train", mine), ("test", cohort.rows)):
-        for host in pipeline.read_in_order(cohort.reader(split), wanted, probes.CHUNK, config, (), VALIDATION):
+        for host in pipeline.read_in_order(cohort.reader(split), wanted, probes.CHUNK, config):
             batch = host.to(on)
             found[split].append(make(batch))
             if split == "test":
@@ -285,7 +284,7 @@ def write_trained(
     said = [
         predict(
             {Name(method, LINES): predictor},
-            pipeline.read_in_order(reader, cohort.rows, probes.CHUNK, cohort.at(r), (), VALIDATION),
+            pipeline.read_in_order(reader, cohort.rows, probes.CHUNK, cohort.at(r)),
             cohort.held_out,
             acceleration=r,
             seed=seed,

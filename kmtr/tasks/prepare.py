@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from kmtr.config import RunConfig
-from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.model.packing import joint
 from kmtr.systems import Reader, system
 from kmtr.tasks.base import EMBEDDING, Given, Inputs, widest
@@ -36,6 +36,11 @@ class Preparer:
         self.readers: dict[str, Any] = {name: system(name).reader(config, tables, device) for name in names}
         self.labels = tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.labels))
         self.tables = {name: tables[name].to(device) for name in LABEL_TABLES if name in tables}
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a batch has to carry for the tasks."""
+        return Wanted(self.labels)
 
     def readout(self, stage: Stage) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all."""

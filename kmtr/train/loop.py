@@ -146,8 +146,8 @@ class Worker:
         config, progress = self.config, self.progress
         first = progress.step
         steps = range(first, first if progress.stopped else config.total_steps)
-        labels = self.step.prepare.labels
-        batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, labels)
+        wanted = self.step.prepare.wanted
+        batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, wanted)
         for step in steps:
             host = together(lambda: next(batches), self.device, self.watch)
             report = self.step(step, host)

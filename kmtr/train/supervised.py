@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
-from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import permutation
@@ -63,7 +63,7 @@ class Labelled:
     @staticmethod
     def read(reader: Reader, rows: list[int], config: RunConfig, targets: tuple[str, ...]) -> Labelled:
         """The subjects in these rows; R is drawn per epoch from `sampling.accelerations`."""
-        return Labelled(collate(reader.samples(rows), config, None, 0, targets, PATTERN))
+        return Labelled(collate(reader.samples(rows), config, None, 0, Wanted(targets), PATTERN))
 
     def __len__(self) -> int:
         return len(self.host)

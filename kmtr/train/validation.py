@@ -14,10 +14,10 @@ import torch.distributed as dist
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
-from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
-from kmtr.physics.sampling import VALIDATION, true_acceleration
+from kmtr.physics.sampling import true_acceleration
 from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
@@ -119,7 +119,9 @@ class Validation(ABC):
 
     def _batches(self, split: str) -> Iterator[Batch]:
         mine = self._dealt(split)[:, self.rank]
-        read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.labels, VALIDATION)
+        read = pipeline.read_in_order(
+            self.readers[split], mine.tolist(), CHUNK, self.config, Wanted(tuple(self.labels))
+        )
         return (host.to(self.device) for host in read)
 
 
@@ -203,7 +205,7 @@ class PretrainingValidation(Validation):
     def _figure(self, engine: Engine) -> Figure | None:
         """k-space, zero-filled image and reconstruction of one held-out subject at the recipe's own accelerations."""
         reader = self.readers["val"]
-        read = pipeline.read_in_order(reader, self.rows["val"][:1].tolist(), 1, self.config, self.labels, VALIDATION)
+        read = pipeline.read_in_order(reader, self.rows["val"][:1].tolist(), 1, self.config)
         batch = next(iter(read)).to(self.device)
         present = (~batch.padded).sum(-1)[0]
         z = int(torch.argmax((present == present.max()).to(torch.uint8) * (1 + _middle(len(present), self.device))))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from kmtr.data.dataset.manifest import DamagedShard
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.record import Loaded
 from kmtr.data.loader import pipeline, planning
-from kmtr.data.loader.batch import Batch
-from kmtr.data.loader.collate import choose, collate
+from kmtr.data.loader.batch import NOTHING, Batch, Wanted
+from kmtr.data.loader.collate import collate
 from kmtr.data.loader.planning import check_shapes
+from kmtr.data.loader.shapes import choose
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
 from kmtr.tasks.masked import hidden_lines, hidden_patches
@@ -33,8 +33,8 @@ def table_of(*studies: Study, dtype: str = "float32") -> pa.Table:
     return pa.Table.from_pylist([record.to_row(study, dtype) for study in studies], schema=record.schema(dtype))
 
 
-def batch_of(config: RunConfig, *studies: Study, labels: Sequence[str] = ()) -> Batch:
-    return collate(Loaded(table_of(*studies)), config, labels=labels).to(CPU)
+def batch_of(config: RunConfig, *studies: Study, wanted: Wanted = NOTHING) -> Batch:
+    return collate(Loaded(table_of(*studies)), config, wanted=wanted).to(CPU)
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -55,7 +55,7 @@ def numbered(slices: int, frames: int, matrix: tuple[int, int] = (32, 32), sampl
 
 
 def test_values_are_the_study_s(small: RunConfig, study: Study) -> None:
-    batch = batch_of(small, study, labels=("lvedv_ml", "dcm"))
+    batch = batch_of(small, study, wanted=Wanted(("lvedv_ml", "dcm")))
     expected = np.concatenate([study.views["sax"].kspace, study.views["lax_4ch"].kspace])
     np.testing.assert_array_equal(batch.kspace[0], expected)
     stored = collate(Loaded(table_of(study, dtype="float16")), small).to(CPU).kspace[0].numpy()
@@ -63,7 +63,7 @@ def test_values_are_the_study_s(small: RunConfig, study: Study) -> None:
     assert not batch.padded.any()
     np.testing.assert_allclose(batch.labels[0, 0], study.labels["lvedv_ml"], rtol=1e-6)
     assert batch.key[0] == np.uint64(sampling.subject_key(study.subject_id)).astype(np.int64)
-    unknown = batch_of(small, replace(study, labels={}), labels=("lvedv_ml",))
+    unknown = batch_of(small, replace(study, labels={}), wanted=Wanted(("lvedv_ml",)))
     assert unknown.labels.isnan().all()
 
 

@@ -19,6 +19,7 @@ from kmtr.data.dataset.manifest import DamagedShard, write_manifest
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.record import Loaded
 from kmtr.data.loader import pipeline, planning
+from kmtr.data.loader.batch import Wanted
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.ray import pack, unpack
 from kmtr.types import Study, View
@@ -220,7 +221,9 @@ def test_a_dataset_travels_as_its_paths_and_must_stay_the_same(copy: Path) -> No
 
 
 def test_a_batch_survives_its_transport(wide: RunConfig, large: str) -> None:
-    batch = collate(Dataset.of(large).reader("train", wide.data).samples([0, 3, 5]), wide, epoch=2, labels=["lvedv_ml"])
+    batch = collate(
+        Dataset.of(large).reader("train", wide.data).samples([0, 3, 5]), wide, epoch=2, wanted=Wanted(("lvedv_ml",))
+    )
     back = unpack(pack(batch), wide)
     assert back.stored.equal(batch.stored)
     assert back.meta.keys() == batch.meta.keys()

@@ -15,6 +15,7 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
+from kmtr.data.loader.batch import Wanted
 from kmtr.encoder import load_encoder
 from kmtr.evaluate import predictions, probes, report
 from kmtr.evaluate.predictors import fit_ridges
@@ -88,7 +89,7 @@ def test_the_encoder_and_its_probe_say_what_the_file_holds(small: RunConfig, enc
     parts = {}
     for split in ("train", "test"):
         reader = dataset.reader(split, config.data)
-        read = pipeline.read_in_order(reader, range(len(reader)), 8, at, ("lvm_g",))
+        read = pipeline.read_in_order(reader, range(len(reader)), 8, at, Wanted(("lvm_g",)))
         batches = [host.to(torch.device("cpu")) for host in read]
         x = np.concatenate([loaded.features(batch) for batch in batches])
         names = reader.samples(range(len(reader))).meta.column("subject_id").to_pylist()

@@ -117,7 +117,7 @@ def test_the_model_on_its_own_predicts_the_same(tuned: dict[str, object], config
     reader = dataset.reader("test", config.data)
     at = override(config, {"sampling.accelerations": (4,)})
     rows = list(range(len(reader)))
-    (host,) = pipeline.read_in_order(reader, rows, len(rows), at, ())
+    (host,) = pipeline.read_in_order(reader, rows, len(rows), at)
     found = model(host.to(CPU, model.readout))
     names = reader.samples(rows).meta.column("subject_id").to_pylist()
     for target in (*TARGETS, *DISEASES):
@@ -152,7 +152,7 @@ def test_step_zero_answers_the_mean_and_the_prevalence(
     reader = dataset.reader("train", asked.data)
     moments = start.label_moments(asked, reader)
     prepare, (stage,) = Preparer(asked, tables | moments, CPU), stages_of(asked)
-    batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
+    batch = collate(reader.samples(range(4)), asked, wanted=prepare.wanted).to(CPU)
     said = Model(asked)(prepare(batch, stage), predict=True)
     both = said["phenotypes"] | said["diseases"]
     for column, label in enumerate(prepare.labels):
@@ -166,7 +166,7 @@ def test_an_unknown_label_leaves_all_other_gradients_as_they_are(
     asked = on_labels(config)
     reader = Dataset.open(asked.data).reader("train", asked.data)
     prepare, (stage,) = Preparer(asked, tables | start.label_moments(asked, reader), CPU), stages_of(asked)
-    batch = collate(reader.samples(range(4)), asked, labels=prepare.labels).to(CPU)
+    batch = collate(reader.samples(range(4)), asked, wanted=prepare.wanted).to(CPU)
     fewer = batch.labels.clone()
     fewer[1, prepare.labels.index("dcm")] = torch.nan
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,10 @@ class RowSamples:
         shard, place = self.places[row]
         return shard.fetch(place, view, shape, out)
 
+    def fetch_masks(self, row: int, view: str, shape: Sequence[int]) -> np.ndarray | None:
+        shard, place = self.places[row]
+        return shard.decoded(place, f"segmentation_{view}", np.dtype(np.uint8), (shape[0], *shape[2:]))
+
 
 class _OpenShard:
     """One shard: its file, its index, and the few row groups of several subjects that are being read."""
@@ -276,7 +281,7 @@ class _OpenShard:
     def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
         start, size = self.places[view][row].tolist()
         if start < 0:
-            return self._decoded(row, view, shape, out)
+            return self.decoded(row, f"kspace_{view}", self.dtype, (*shape, 2), out)
         if out is None:
             out = np.empty((*shape, 2), self.dtype)
         payload = out.reshape(-1).view(np.uint8).data
@@ -292,10 +297,11 @@ class _OpenShard:
         self._seen.add(start)
         return out
 
-    def _decoded(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None) -> np.ndarray | None:
-        """By pyarrow: row groups of several subjects, compressed pages."""
+    def decoded(
+        self, row: int, column: str, dtype: np.dtype, shape: Sequence[int], out: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """A payload by pyarrow: masks, and k-space in row groups of several subjects or compressed."""
         group = self.group(row)
-        column = f"kspace_{view}"
         with self._lock:
             table = self._groups.get((group, column))
             if table is None:
@@ -311,10 +317,9 @@ class _OpenShard:
         payload = pages.payload_of(table.column(column), row - int(self.group_first[group]))
         if payload is None:
             return None
-        values = np.frombuffer(payload, self.dtype)
-        if values.size != 2 * np.prod(shape):
-            raise self.damaged(f"{values.nbytes} bytes of {view} for a shape of {'x'.join(map(str, shape))}", row)
-        values = values.reshape(*shape, 2)
+        if len(payload) != math.prod(shape) * dtype.itemsize:
+            raise self.damaged(f"{len(payload)} bytes of {column} for a shape of {'x'.join(map(str, shape))}", row)
+        values = np.frombuffer(payload, dtype).reshape(shape)
         if out is not None:
             np.copyto(out, values)
             return out

@@ -123,17 +123,14 @@ def to_study(table: pa.Table, row: int = 0) -> Study:
             continue
         stored, scale = raw
         kspace = np.ascontiguousarray(stored.astype(np.float32) * np.float32(scale)).view(np.complex64)[..., 0]
-        slices, _, frames, ny, nx = kspace.shape
+        slices, _, frames, ny, _ = kspace.shape
         packed = _value(table, f"acquired_{name}", row)
-        segmentation = _value(table, f"segmentation_{name}", row)
         spacing = _value(table, f"spacing_mm_{name}", row)
         contoured = _value(table, f"contoured_{name}", row)
         views[name] = View(
             kspace=kspace,
             sampled=None if packed is None else unpack(packed, (slices, frames, ny)),
-            segmentation=None
-            if segmentation is None
-            else np.frombuffer(segmentation, np.uint8).reshape(slices, frames, ny, nx),
+            segmentation=raw_masks(table, row, name),
             spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
             frame_time_s=_value(table, f"frame_time_s_{name}", row),
             contoured=None if contoured is None else tuple(contoured),
@@ -166,6 +163,16 @@ def raw_kspace(table: pa.Table, row: int, view: str) -> tuple[np.ndarray, float]
     return stored, table.column("scale")[row].as_py()
 
 
+def raw_masks(table: pa.Table, row: int, view: str) -> np.ndarray | None:
+    """Masks of one view without a copy, uint8 ``slice t y x``, read-only; None where it has none."""
+    name = f"segmentation_{view}"
+    payload = pages.payload_of(table.column(name), row) if name in table.column_names else None
+    if payload is None:
+        return None
+    slices, _, frames, ny, nx = table.column(f"shape_{view}")[row].as_py()
+    return np.frombuffer(payload, np.uint8).reshape(slices, frames, ny, nx)
+
+
 def stored_dtype(schema: pa.Schema) -> np.dtype:
     """Type of k-space in a table or shard."""
     return np.dtype(schema.metadata[b"kmtr.dtype"].decode())
@@ -181,8 +188,8 @@ def _value(table: pa.Table, column: str, row: int) -> Any:
 
 
 def columns_of(views: Sequence[str], labels: Sequence[str] = (), segmentation: bool = False) -> list[str]:
-    """Columns that training on these views needs."""
-    kinds = ["kspace", "shape", "acquired", *(["segmentation"] if segmentation else [])]
+    """Columns that training on these views needs; with `segmentation` also those that say what masks mean."""
+    kinds = ["kspace", "shape", "acquired", *(["segmentation", "contoured", "spacing_mm"] if segmentation else [])]
     return ["subject_id", "scale", *(f"{kind}_{view}" for view in views for kind in kinds), *labels]
 
 
@@ -200,3 +207,6 @@ class Loaded:
             np.copyto(out, found[0])
             return out
         return found[0]
+
+    def fetch_masks(self, row: int, view: str, shape: Sequence[int]) -> np.ndarray | None:
+        return raw_masks(self.meta, row, view)

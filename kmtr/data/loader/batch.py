@@ -6,10 +6,36 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float, Int, UInt8
 from torch import Tensor
 
 from kmtr.physics.fourier import centred
+from kmtr.types import LABELS, InputError
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a batch is asked to carry beside k-space; what is not asked for is not read.
+
+    Attributes:
+        labels: of `kmtr.types.LABELS`, in this order.
+        masks: segmentation, the classes that its source draws, and spacing.
+
+    Raises:
+        InputError: there is no such label.
+    """
+
+    labels: tuple[str, ...] = ()
+    masks: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.labels:
+            if name not in LABELS:
+                raise InputError(f"labels: unknown label {name!r}, expected one of {', '.join(LABELS)}")
+
+
+NOTHING = Wanted()
+"""K-space alone."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +58,12 @@ class Batch:
         real: subjects of the GLOBAL batch that are not repeated.
         same: whether coils and readout of all subjects fill the batch.
         epoch: which pass over each subject this is, in training; None elsewhere: nothing is drawn anew.
+        masks: classes on the pixels of the image of the configuration's matrix, moved by augmentation with k-space;
+            UNLABELLED where nobody contoured, in padding and beyond the field of view. None: not asked for.
+        contoured: by segmentation value, the classes that the slice's source draws: what is not among them may be
+            anywhere in its background, which itself (0) counts as drawn. All False: no masks. None: not asked for.
+        spacing_mm: distance between the chosen slices (the stretch of the stack that each of them stands for), height
+            and width of a pixel of `masks`; NaN: unknown, or padding. None: not asked for.
     """
 
     kspace: Complex[Tensor, "batch slice coil t ky kx"]
@@ -46,6 +78,9 @@ class Batch:
     real: int
     same: bool
     epoch: Int[Tensor, " batch"] | None = None
+    masks: UInt8[Tensor, "batch slice t y x"] | None = None
+    contoured: Bool[Tensor, "batch slice class"] | None = None
+    spacing_mm: Float[Tensor, "batch slice 3"] | None = None
 
     def __len__(self) -> int:
         return len(self.key)

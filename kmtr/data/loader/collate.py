@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -19,34 +17,14 @@ from kmtr.config import Data, RunConfig
 from kmtr.data.dataset import record
 from kmtr.data.dataset.files import run_many
 from kmtr.data.loader import patterns
+from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.device import HostBatch
-from kmtr.data.loader.shapes import full_shape, slots_of
+from kmtr.data.loader.masks import read_masks
+from kmtr.data.loader.samples import Samples
+from kmtr.data.loader.shapes import choose, full_shape, places_of, slots_of
 from kmtr.physics import sampling
 from kmtr.physics.fourier import crop_or_pad, fft2c, fftc, ifft2c, ifftc
-
-
-@runtime_checkable
-class Samples(Protocol):
-    """Subjects whose small columns are at hand and whose k-space can be fetched."""
-
-    @property
-    def meta(self) -> pa.Table: ...
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    @property
-    def in_flight(self) -> int:
-        """Fetches that are worth having under way at once."""
-        ...
-
-    def fetch(self, row: int, view: str, shape: Sequence[int], out: np.ndarray | None = None) -> np.ndarray | None:
-        """Stored values ``slice coil t ky kx 2`` of a row's view, in `out` (contiguous, that shape) where given.
-
-        None where the subject lacks the view.
-        """
-        ...
 
 
 def collate(
@@ -54,7 +32,7 @@ def collate(
     config: RunConfig,
     shape: Shape | None = None,
     epoch: int | np.ndarray = 0,
-    labels: Sequence[str] = (),
+    wanted: Wanted = NOTHING,
     purpose: int = sampling.PATTERN,
     repeated: np.ndarray | None = None,
     real: int | None = None,
@@ -65,6 +43,7 @@ def collate(
     Args:
         shape: of the batch; the configuration's full shape where not given.
         epoch: which pass over the data this is, of all or of each sample; seeds every draw.
+        wanted: what the batch carries beside k-space.
         purpose: the stream of the pattern; validation has its own, drawn anew for no epoch.
         repeated: samples that only fill up the batch.
         real: see `HostBatch`; all of these samples where not given.
@@ -78,27 +57,26 @@ def collate(
     columns = {c: meta.column(c).to_pylist() for v in data.views for c in (f"shape_{v}", f"acquired_{v}")}
     reads: list[Callable[[], object]] = []
     for row in range(size):
-        first = 0
-        for view in data.views:
-            count = shape[0] if view == "sax" else 1
+        for view, slots in places_of(data, shape):
             source, packed = columns[f"shape_{view}"][row], columns[f"acquired_{view}"][row]
-            reads += filled.add(samples, config, (row, view), slice(first, first + count), source, packed)
-            first += count
+            reads += filled.add(samples, config, (row, view), slots, source, packed)
     run_many(reads, samples.in_flight)
     keys = [sampling.subject_key(value) for value in meta.column("subject_id").to_pylist()]
-    named = [meta.column(name).to_numpy() for name in labels]
+    named = [meta.column(name).to_numpy() for name in wanted.labels]
     arrays = {
         "scale": meta.column("scale").to_numpy().astype(np.float32),
         "acquired": filled.acquired,
         "given": filled.given,
         "padded": filled.padded,
         "extent": filled.extent,
-        "labels": np.array(named, np.float32).reshape(len(labels), size).T.copy(),
+        "labels": np.array(named, np.float32).reshape(len(named), size).T.copy(),
         "key": np.array(keys, np.uint64).view(np.int64),
         "epoch": np.broadcast_to(np.asarray(epoch, np.int64), size).copy(),
         "repeated": np.zeros(size, bool) if repeated is None else repeated,
     }
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if wanted.masks:
+        tensors |= read_masks(samples, data, shape, pin)
     return HostBatch(config, filled.tensor, tensors, shape, size if real is None else real, purpose)
 
 
@@ -192,17 +170,6 @@ class _Filled:
             self.acquired[row, where, : len(t), y0 : y0 + lines] = pattern[z][:, t]
             self.given[row, where] = True
         return reads
-
-
-def choose(available: int, wanted: int, centred: bool) -> np.ndarray:
-    """Indices of `wanted` of `available` items, evenly spread; all of them where there are fewer.
-
-    `centred` takes the middle of equal stretches (slices: neither the outermost base nor apex); else the first of each
-    (frames: frame 0 stays).
-    """
-    if available <= wanted:
-        return np.arange(available)
-    return np.floor((np.arange(wanted) + (0.5 if centred else 0.0)) * available / wanted).astype(int)
 
 
 KEPT_BUFFERS = 8

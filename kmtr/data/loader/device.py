@@ -14,7 +14,7 @@ from kmtr.data.loader.batch import Batch, existing
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.shapes import slots_of
 from kmtr.physics import random, sampling
-from kmtr.physics.augment import augment
+from kmtr.physics.augment import augment, augment_masks
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class HostBatch:
     Attributes:
         stored: float16 or float32 ``batch slice coil t ky kx 2``.
         meta: ``scale``, ``acquired`` (of the source), ``given`` (slices whose source was undersampled), ``padded``,
-            ``extent``, ``labels``, ``key``, ``epoch``, ``repeated``.
+            ``extent``, ``labels``, ``key``, ``epoch``, ``repeated``; where asked for ``masks``, ``contoured`` and
+            ``spacing_mm``.
         shape: of the batch.
         real: subjects of the global batch that are not repeated.
         purpose: the stream of the pattern.
@@ -50,16 +51,14 @@ class HostBatch:
         if readout is not None and readout < stored.shape[-2] and self.config.augment == Augment():
             first = stored.shape[-2] // 2 - readout // 2
             stored = stored[..., first : first + readout, :]
-        if device.type == "cuda" and not stored.is_pinned():
-            stored = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=True).copy_(stored)
-        meta = {name: tensor.to(device, non_blocking=True) for name, tensor in self.meta.items()}
-        values = stored.to(device, non_blocking=True).float() * meta["scale"].view(-1, *[1] * (stored.ndim - 1))
+        meta = {name: _sent(tensor, device, pin=name == "masks") for name, tensor in self.meta.items()}
+        values = _sent(stored, device, pin=True).float() * meta["scale"].view(-1, *[1] * (stored.ndim - 1))
         kspace, acquired, given = torch.view_as_complex(values), meta["acquired"], meta["given"]
-        config, key, epoch = self.config, meta["key"], meta["epoch"]
+        config, key, epoch, masks = self.config, meta["key"], meta["epoch"], meta.get("masks")
         if self.purpose == sampling.PATTERN:
-            kspace, acquired = augment(
-                kspace, acquired, meta["extent"][..., 1:].amax(1), config.augment, config.seed, epoch, key, given.any(1)
-            )
+            how = (meta["extent"][..., 1:].amax(1), config.augment, config.seed, epoch, key, given.any(1))
+            kspace, acquired = augment(kspace, acquired, *how)
+            masks = None if masks is None else augment_masks(masks, *how)
         slots = slots_of(config.data, self.shape[0])
         sampled = draw(config, meta["extent"][..., 1], acquired, given, meta["padded"], slots, key, epoch, self.purpose)
         return Batch(
@@ -75,6 +74,9 @@ class HostBatch:
             real=self.real,
             same=self._same,
             epoch=epoch if self.purpose == sampling.PATTERN else None,
+            masks=masks,
+            contoured=meta.get("contoured"),
+            spacing_mm=meta.get("spacing_mm"),
         )
 
     @property
@@ -87,6 +89,13 @@ class HostBatch:
         """Share of `stored` that is padding."""
         cells = int(((~self.meta["padded"]).sum(2) * self.meta["extent"].prod(2)).sum())
         return 1 - 2 * cells / self.stored.numel()
+
+
+def _sent(tensor: Tensor, device: torch.device, pin: bool) -> Tensor:
+    """A tensor on the device; `pin`: through page-locked memory, which the copy to a GPU does not wait for."""
+    if pin and device.type == "cuda" and not tensor.is_pinned():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return tensor.to(device, non_blocking=True)
 
 
 def draw(

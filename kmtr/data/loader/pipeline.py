@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import patterns
+from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import Plan
@@ -28,7 +30,7 @@ def batches(
     steps: range,
     rank: int,
     world_size: int,
-    labels: Sequence[str] = (),
+    wanted: Wanted = NOTHING,
 ) -> Iterator[HostBatch]:
     """This worker's part of the global batch of every step, in order; the same batches from either loader.
 
@@ -37,7 +39,7 @@ def batches(
     """
     data = config.data
     pattern = patterns.carried(config.sampling)
-    make = MakeBatch(config, reader, plan, steps.start, rank, world_size, tuple(labels), pattern)
+    make = MakeBatch(config, reader, plan, steps.start, rank, world_size, wanted, pattern)
     if data.loader == "ray":
         yield from stream(make, len(steps), config, make.largest)
     else:
@@ -59,7 +61,7 @@ class MakeBatch:
     first: int
     rank: int
     world_size: int
-    labels: tuple[str, ...]
+    wanted: Wanted
     pattern: np.ndarray | None
 
     def __call__(self, number: int, pin: bool = False) -> HostBatch:
@@ -70,7 +72,7 @@ class MakeBatch:
             self.config,
             self.plan.shapes[slot.bucket],
             slot.epoch,
-            self.labels,
+            self.wanted,
             repeated=slot.repeated,
             real=slot.real,
             pin=pin,
@@ -78,9 +80,12 @@ class MakeBatch:
 
     @property
     def largest(self) -> int:
-        """Bytes of a host batch's k-space at most."""
-        cells = int(cells_in(self.config.data, np.array(self.plan.shapes)).max())
-        return self.plan.global_batch // self.world_size * cells * 2 * self.reader.dtype.itemsize
+        """Bytes of a host batch's k-space, and of its masks, at most."""
+        data, shapes = self.config.data, np.array(self.plan.shapes)
+        of_subject = int(cells_in(data, shapes).max()) * 2 * self.reader.dtype.itemsize
+        if self.wanted.masks:
+            of_subject += data.slices * data.frames * math.prod(data.matrix)
+        return self.plan.global_batch // self.world_size * of_subject
 
 
 def read_in_order(
@@ -88,7 +93,7 @@ def read_in_order(
     rows: Iterable[int],
     size: int,
     config: RunConfig,
-    labels: Sequence[str] = (),
+    wanted: Wanted = NOTHING,
     purpose: int = sampling.VALIDATION,
 ) -> Iterator[HostBatch]:
     """Batches of up to `size` subjects of the configuration's full shape in the order given, draws of epoch 0: for
@@ -98,6 +103,6 @@ def read_in_order(
     chunks = [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
     def make(number: int) -> HostBatch:
-        return collate(reader.samples(chunks[number]), config, None, 0, labels, purpose)
+        return collate(reader.samples(chunks[number]), config, None, 0, wanted, purpose)
 
     yield from in_order(make, range(len(chunks)), 1, config.data.prefetch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kmtr.config import Data, RunConfig
@@ -41,6 +43,26 @@ def cells_in(data: Data, shapes: np.ndarray) -> np.ndarray:
     """Complex samples of one subject in batches of these shapes, ``... 5`` -> ``...``."""
     long_axis = sum(view != "sax" for view in data.views)
     return (shapes[..., 0] + long_axis) * np.prod(shapes[..., 1:], axis=-1, dtype=np.int64)
+
+
+def choose(available: int, wanted: int, centred: bool) -> np.ndarray:
+    """Indices of `wanted` of `available` items, evenly spread; all of them where there are fewer.
+
+    `centred` takes the middle of equal stretches (slices: neither the outermost base nor apex); else the first of each
+    (frames: frame 0 stays).
+    """
+    if available <= wanted:
+        return np.arange(available)
+    return np.floor((np.arange(wanted) + (0.5 if centred else 0.0)) * available / wanted).astype(int)
+
+
+def places_of(data: Data, shape: Shape) -> Iterator[tuple[str, slice]]:
+    """Views of the configuration, and the slices of a batch of this shape that are theirs."""
+    first = 0
+    for view in data.views:
+        count = shape[0] if view == "sax" else 1
+        yield view, slice(first, first + count)
+        first += count
 
 
 def slots_of(data: Data, sax_slices: int) -> tuple[int, ...]:
