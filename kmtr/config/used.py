@@ -19,7 +19,7 @@ USED: dict[str, set[str]] = {
     "verify": {"seed", "data", "plan", "sampling", "model.patch", "evaluate.accelerations", "storage", "verify"},
     "doctor": _TRAINING,
     "pretrain": _TRAINING - {"task"},
-    "finetune": (_TRAINING - {"masked", "align"}) | {"evaluate.subjects", "evaluate.bootstrap"},
+    "finetune": (_TRAINING - {"stage"}) | {"evaluate.subjects", "evaluate.bootstrap"},
     "evaluate": (RUN_SECTIONS - {"train"}) | {"train.device", "train.bf16", "evaluate"},  # of train: the run's identity
     "study": _TRAINING | {"evaluate.subjects", "evaluate.bootstrap", "study"},
     "search": _TRAINING | {"search"},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cohort import write
 from discs import SPACING_MM, dice, disc, study, undersampled
-from kmtr.data.loader.transport import pack, unpack
+from kmtr.data.loader.ray import pack, unpack
 from test_batch import table_of
 
 from kmtr.config import RunConfig, override
