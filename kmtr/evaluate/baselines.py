@@ -167,7 +167,7 @@ class Contoured:
         for first in range(0, len(complete), CHUNK):
             some = complete[first : first + CHUNK]
             read = read_masks(reader.samples(some), data, shape)
-            drawn, segmentation = read["contoured"].numpy().any(2).all(1), read["masks"].numpy()
+            drawn, segmentation = read["contoured"].any(2).all(1).numpy(), read["masks"].numpy()
             cavity = (segmentation == LV_CAVITY).sum((1, 3, 4))
             usable = np.flatnonzero(drawn & cavity.any(1))
             largest = cavity[usable].argmax(1)
