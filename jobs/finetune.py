@@ -1,10 +1,11 @@
 """python jobs/finetune.py RECIPE task.tasks=phenotypes[,diseases] [key=value ...]
 
-Trains light heads on a pretrained encoder, and the encoder with them, on labels; then predicts the
-test split at every R beside the mean and a ridge on the low-resolution image. Starts from the
+Trains light heads on a pretrained encoder, and the encoder with them, on labels; then predicts
+the test split at every R beside the mean and a ridge on the low-resolution image. Starts from the
 encoder of the finished pretraining with the same settings (masked.* and align.* say which), from
-task.encoder=FOLDER, or from scratch with task.encoder=none. The same command resumes an unfinished
-run and prints the result of a finished one. The model that it leaves: kmtr.load_model("runs/<run>/model").predict(study).
+task.encoder=FOLDER, or from scratch with task.encoder=none. The same command resumes an
+unfinished run and prints the result of a finished one. The model that it leaves:
+kmtr.load_model("runs/<run>/model").predict(study).
 
 examples:
   python jobs/finetune.py tiny task.tasks=phenotypes

@@ -11,15 +11,16 @@ import pytest
 import torch
 from cohort import write
 from discs import SPACING_MM, dice, disc, study, undersampled
-from kmtr.data.loader.ray import pack, unpack
 from test_batch import table_of
 
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.manifest import DamagedShard
-from kmtr.data.dataset.reader import Dataset, Loaded
-from kmtr.data.loader import pipeline
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.record import Loaded
+from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.collate import collate
+from kmtr.data.loader.ray import pack, unpack
 from kmtr.data.loader.shapes import choose
 from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.types import UNLABELLED, VIEWS, InputError, Study
@@ -165,7 +166,7 @@ def test_masks_that_nobody_asked_for_are_not_read(discs: RunConfig, tmp_path: Pa
         shard.write_bytes(content)
     config = override(discs, {"data.root": str(tmp_path)})
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
     assert len(list(pipeline.batches(config, reader, plan, range(1), 0, 1, Wanted(("lvef_pct",))))) == 1
     with pytest.raises(DamagedShard, match=r"shards/train-0000\d\.parquet, row group \d: expected readable pages"):
         list(pipeline.batches(config, reader, plan, range(1), 0, 1, MASKS))
@@ -183,7 +184,7 @@ def test_labels_of_training_batches_are_in_the_order_asked_for_and_nan_where_unk
     write(tmp_path, {"train": [replace(study(i, slices=3), labels=labels) for i, labels in enumerate(known)]})
     config = override(config, {"data.root": str(tmp_path), "data.global_batch": 4})
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
     names = ("dcm", "lvm_g", "lvef_pct")
     for step, host in enumerate(pipeline.batches(config, reader, plan, range(4), 0, 1, Wanted(names))):
         expected = [[known[row].get(name, np.nan) for name in names] for row in plan.batch(step).row]
@@ -207,7 +208,7 @@ def test_masks_survive_their_transport(discs: RunConfig) -> None:
 @pytest.mark.ray
 def test_either_loader_makes_the_same_batches(cluster: None, discs: RunConfig) -> None:
     dataset = Dataset.open(discs.data)
-    reader, plan = dataset.reader("train", discs.data), pipeline.plan_of(discs, dataset)
+    reader, plan = dataset.reader("train", discs.data), planning.plan_of(discs, dataset)
     steps, wanted = range(plan.steps_per_epoch), Wanted(("lvm_g",), masks=True)
     ways = [override(discs, {"data.loader": loader}) for loader in ("ray", "threads")]
     both = [list(pipeline.batches(way, reader, plan, steps, 0, 1, wanted)) for way in ways]
@@ -222,7 +223,7 @@ def test_either_loader_makes_the_same_batches(cluster: None, discs: RunConfig) -
 def test_a_subject_has_the_same_masks_in_any_company_and_shape(discs: RunConfig, augment: dict[str, object]) -> None:
     config = override(discs, {f"augment.{name}": value for name, value in augment.items()})
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), pipeline.plan_of(config, dataset)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
     shapes, seen = set(), 0
     for world in (1, 2):
         for rank in range(world):
