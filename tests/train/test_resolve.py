@@ -15,6 +15,7 @@ import torch
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, planning
+from kmtr.data.loader.batch import NOTHING
 from kmtr.train.handed import handed, taken
 from kmtr.train.resolve import resolve
 
@@ -89,7 +90,7 @@ def test_workers_need_neither_the_pattern_file_nor_a_search(
     config, dataset = resolve(of_file)
     given = handed(config, dataset)
     reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
-    make = pipeline.MakeBatch(config, reader, plan, 0, 1, 2, (), given["pattern"])
+    make = pipeline.MakeBatch(config, reader, plan, 0, 1, 2, NOTHING, given["pattern"])
     expected = list(pipeline.batches(config, reader, plan, range(2), 1, 2))
     sampled = [host.to(torch.device("cpu")).sampled for host in expected]
     np.testing.assert_array_equal(sampled[0][0, 0].numpy(), pattern[np.arange(sampled[0].shape[2]) % 3])
