@@ -49,9 +49,9 @@ def held(job: dict[str, Any]) -> dict[str, Any]:
 
     batches = pipeline.batches
 
-    def waiting(config: Any, reader: Any, plan: Any, steps: range, rank: int, world: int) -> Iterator[Any]:
+    def waiting(config: Any, reader: Any, plan: Any, steps: range, rank: int, world: int, wanted: Any) -> Iterator[Any]:
         last = 17 if world == 1 else 12 if steps.start == 0 else -1
-        for step, batch in zip(steps, batches(config, reader, plan, steps, rank, world), strict=True):
+        for step, batch in zip(steps, batches(config, reader, plan, steps, rank, world, wanted), strict=True):
             while step == last:
                 time.sleep(0.1)
             yield batch
