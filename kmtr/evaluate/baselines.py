@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Complex, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from kmtr.config import Data, RunConfig, override
@@ -25,10 +25,11 @@ from kmtr.data.loader.shapes import full_shape
 from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, HeldOut, joined, rows
 from kmtr.evaluate.predictors import true_accelerations
 from kmtr.evaluate.tables import DICE
+from kmtr.inputs import view_shared
 from kmtr.metrics import dice, ridge_predictions
 from kmtr.metrics.segmentation import LV_CAVITY
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
-from kmtr.physics.lines import phase_gain, static_part
+from kmtr.physics.lines import phase_gain
 from kmtr.types import SEGMENTATION_CLASSES
 
 VERSION = 2
@@ -41,15 +42,6 @@ CHUNK = 32
 MIN_CONTOURED = 3
 """Contoured subjects of a split, below which masks have no score."""
 CLASSES = len(SEGMENTATION_CLASSES)
-
-
-def view_shared(batch: Batch) -> Complex[Tensor, "batch slice coil t ky kx"]:
-    """k-space in which a line that a frame lacks is the mean over the frames that have it; what no frame has is zero.
-
-    Phase and gain are removed first.
-    """
-    kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
-    return torch.where(batch.sampled[:, :, None, :, :, None], kspace, static_part(kspace, batch.sampled)[:, :, :, None])
 
 
 def central(batch: Batch) -> np.ndarray:

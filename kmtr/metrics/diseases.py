@@ -20,7 +20,7 @@ SPECIFICITY = 0.9
 
 @dataclass(frozen=True)
 class Detection:
-    """How well a score finds a disease.
+    """Metrics of a score that finds a disease.
 
     Attributes:
         auroc: chance that a diseased subject's score is above a healthy one's, ties counting one half.
@@ -170,7 +170,7 @@ def _totals(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[
 
 
 def _steps(total: Float[np.ndarray, "draw threshold"]) -> Float[np.ndarray, "draw threshold"]:
-    """What each threshold adds."""
+    """Increments at each threshold."""
     return np.diff(total, axis=1, prepend=0)
 
 

@@ -66,7 +66,7 @@ def resample(
 
 
 def _weights(rng: np.random.Generator, draws: int, subjects: int) -> Float[np.ndarray, "draw subject"]:
-    """How often each subject is among as many drawn with replacement."""
+    """Counts of each subject among as many drawn with replacement."""
     picked = rng.integers(0, max(subjects, 1), (draws, subjects)) + subjects * np.arange(draws)[:, None]
     counts = np.bincount(picked.ravel(), minlength=draws * subjects)
     return counts.reshape(draws, subjects).astype(np.float64)

@@ -55,7 +55,7 @@ METRICS = ("r2", *_METRICS)
 
 
 class Cell(NamedTuple):
-    """What one score is of."""
+    """Key of one score."""
 
     system: str
     input: str

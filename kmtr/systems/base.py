@@ -74,7 +74,7 @@ class Reader(Protocol):
 
 @runtime_checkable
 class System(Protocol):
-    """What a run needs to know of a system.
+    """A system as a run knows it.
 
     Attributes:
         input: name of what it sees of a subject (`kmtr.inputs`).
@@ -84,7 +84,7 @@ class System(Protocol):
     def input(self) -> str: ...
 
     def module(self, config: RunConfig) -> nn.Module:
-        """What learns; initial weights are drawn from torch's generator."""
+        """The half that learns; initial weights are drawn from torch's generator."""
         ...
 
     def channels(self, config: RunConfig) -> int:

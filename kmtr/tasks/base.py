@@ -40,7 +40,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Given:
-    """What a task makes its part of the inputs with.
+    """Means by which a task makes its part of the inputs.
 
     Attributes:
         readers: of the run's systems, by name.
@@ -96,7 +96,7 @@ class Task(ABC):
 
     @abstractmethod
     def ask(self, batch: Batch, given: Given) -> Pending[Any]:
-        """What the task needs of a batch: readings, and targets; made without gradient, in fp32."""
+        """The task's part of the inputs: readings, and targets; made without gradient, in fp32."""
 
     @abstractmethod
     def forward(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:

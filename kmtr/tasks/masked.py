@@ -27,7 +27,7 @@ from kmtr.tasks.losses import masked_reconstruction
 
 @dataclass(frozen=True)
 class Asked:
-    """What is shown, and what is to be predicted from it."""
+    """A reading of what is shown, and the tokens to be predicted from it."""
 
     shown: Reading
     targets: Tokens

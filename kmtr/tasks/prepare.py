@@ -39,7 +39,7 @@ class Preparer:
 
     @property
     def wanted(self) -> Wanted:
-        """What a batch has to carry for the tasks."""
+        """Columns that a batch has to carry for the tasks."""
         return Wanted(self.labels)
 
     def readout(self, stage: Stage) -> int | None:
@@ -55,7 +55,7 @@ class Preparer:
         return Inputs(joint({name: self.tasks[name].ask(batch, given) for name in stage.tasks}).settle())
 
     def given(self, frozen: frozenset[str] = frozenset()) -> Given:
-        """What tasks make their part with."""
+        """Means by which tasks make their part."""
         columns = {label: column for column, label in enumerate(self.labels)}
         return Given(self.readers, frozen, columns, self.tables)
 

@@ -119,7 +119,7 @@ def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
 def _export(
     config: RunConfig, folder: Path, returned: dict[str, Any], last: Any, tables: dict[str, torch.Tensor]
 ) -> Path:
-    """What the run leaves: the encoder of its last checkpoint, or where the guard stopped, of masked pretraining; of
+    """The folder left: the encoder of the last checkpoint, or where the guard stopped, of masked pretraining; of
     training on labels the model.
     """
     encoder = folder / ("model" if config.stage == "task" else "encoder")

@@ -1,4 +1,4 @@
-"""What the driver of a run hands to its workers, so that none searches or reads it again."""
+"""Findings that the driver of a run hands to its workers, so that none searches or reads it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kmtr.data.loader.order import Plan
 
 
 def handed(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """What workers get of a resolved run (`taken`): ``buckets``, plain, and ``pattern``, numpy ``frame line`` or None.
+    """The resolved run for its workers (`taken`): ``buckets``, plain; ``pattern``, numpy ``frame line`` or None.
 
     Raises:
         InputError: the dataset can't feed this configuration.

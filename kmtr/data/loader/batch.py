@@ -15,7 +15,7 @@ from kmtr.types import LABELS, InputError
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a batch is asked to carry beside k-space; what is not asked for is not read.
+    """Columns that a batch carries beside k-space; what is not asked for is not read.
 
     Attributes:
         labels: of `kmtr.types.LABELS`, in this order.

@@ -43,7 +43,7 @@ def hold(sampling: Sampling, lines: Bool[np.ndarray, "frame line"] | None) -> No
 
 
 def carried(sampling: Sampling) -> Bool[np.ndarray, "frame line"] | None:
-    """What `hold` needs in another process."""
+    """Lines that `hold` needs in another process."""
     return None if (lines := table(sampling)) is None else lines.numpy()
 
 

@@ -1,4 +1,4 @@
-"""What a batch is collated from."""
+"""Samples that a batch is collated from."""
 
 from __future__ import annotations
 
