@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from kmtr.data.loader.batch import Batch
 from kmtr.encoder import batch_of
 from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer, stages_of
-from kmtr.types import PHENOTYPES, InputError, Study, first_line
+from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
 
 
 class TaskModel:
@@ -49,8 +51,9 @@ class TaskModel:
         said = self.module(self.prepare(batch, self.stage), predict=True)
         return {name: values for outputs in said.values() for name, values in outputs.items()}
 
-    def predict(self, study: Study, acceleration: int | None = None) -> dict[str, float]:
-        """Predictions for one study, in `units`.
+    def predict(self, study: Study, acceleration: int | None = None) -> dict[str, Any]:
+        """Predictions for one study: numbers in `units`; ``masks`` (uint8) and ``image`` (magnitude, in the study's
+        numbers) by view group, ``slice t y x`` on the matrix of the configuration.
 
         Args:
             acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
@@ -59,7 +62,17 @@ class TaskModel:
             InputError: the study lacks a view, or its matrix or coils are not those that the model was trained on.
         """
         batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
-        return {name: float(value[0]) for name, value in self(batch).items()}
+        said = {name: values[0].cpu().numpy() for name, values in self(batch).items()}
+        present = ~batch.padded[0].cpu().numpy()
+        views = np.array([VIEWS[self.config.data.view_types[slot]] for slot in batch.slots])
+        found: dict[str, Any] = {}
+        for name, values in said.items():
+            found[name] = float(values) if values.ndim == 0 else {}
+            for view in dict.fromkeys(views.tolist()) if values.ndim else ():
+                slices = np.flatnonzero((views == view) & present.any(1))
+                if len(slices):
+                    found[name][view] = values[np.ix_(slices, np.flatnonzero(present[slices[0]]))]
+        return found
 
 
 def load_model(path: str | Path, device: str = "cpu") -> TaskModel:

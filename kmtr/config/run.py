@@ -249,6 +249,15 @@ class Task(Section):
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
     head_factor: float = Field(1.0, gt=0, description="learning rate of the heads over that of the stage")
+    patch: tuple[int, int] = Field((8, 8), description="pixels (y, x) of a query of segmentation and reconstruction")
+    queries: Literal["position", "shared"] = Field(
+        "shared", description="a query knows its place alone, or sees its patch of the temporally shared image too"
+    )
+    channels: int = Field(32, gt=0, description="channels of the image from which masks and images are made")
+    frames: int = Field(
+        0, ge=0, description="frames of a subject whose pixels are learnt in a step, drawn anew each epoch; 0: all"
+    )
+    data_consistency: bool = Field(False, description="acquired lines are put back into the reconstructed image")
 
 
 class Optimizer(Section):

@@ -204,7 +204,7 @@ def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str
     reader = dataset.reader("train", config.data)
     begun = start.tables(config)
     fitted = statistics.tables(config, reader) if begun is None else begun
-    fitted |= start.label_moments(config, reader)
+    fitted |= start.task_tables(config, reader, fitted)
     stored = {k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary)

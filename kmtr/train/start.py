@@ -14,6 +14,7 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
 from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
+from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
 from kmtr.types import InputError
 
@@ -32,7 +33,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.stage != "task":
         return config
     for name, task in tasks_of(config).items():
-        if not task.labels:
+        if not task.labels and not isinstance(task, Dense):
             raise InputError(f"task.tasks: expected tasks on labels, got {name}; pretrain with stage=masked or align")
         for label in task.labels:
             if dataset.labels.get(label, 0) < MIN_KNOWN:
@@ -75,6 +76,15 @@ def tables(config: RunConfig) -> dict[str, Tensor] | None:
     if config.stage != "task" or config.task.encoder == NONE:
         return None
     return read_weights(Path(config.task.encoder) / WEIGHTS)[1]
+
+
+def task_tables(config: RunConfig, reader: Reader, fitted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the tasks have to know of the training subjects beside `fitted`: moments of labels, means of masks."""
+    rows = range(len(reader))
+    found = label_moments(config, reader)
+    for task in tasks_of(config).values():
+        found |= task.fit(reader, rows, fitted)
+    return found
 
 
 def label_moments(config: RunConfig, reader: Reader) -> dict[str, Tensor]:

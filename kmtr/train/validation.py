@@ -72,6 +72,11 @@ class Validation(ABC):
             self.readers[split] = reader
             self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
 
+    @property
+    def wanted(self) -> Wanted:
+        """Columns of a batch that it needs."""
+        return Wanted(tuple(self.labels), self.prepare.wanted.masks)
+
     @abstractmethod
     def labels_of(self, dataset: Dataset) -> list[str]:
         """Labels that it needs."""
@@ -119,9 +124,7 @@ class Validation(ABC):
 
     def _batches(self, split: str) -> Iterator[Batch]:
         mine = self._dealt(split)[:, self.rank]
-        read = pipeline.read_in_order(
-            self.readers[split], mine.tolist(), CHUNK, self.config, Wanted(tuple(self.labels))
-        )
+        read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.wanted)
         return (host.to(self.device) for host in read)
 
 
@@ -140,12 +143,14 @@ class TaskValidation(Validation):
         said, labels, names = [], [], []
         for batch in self._batches("val"):
             out = engine(self.prepare(batch, stage), predict=True)
-            names = [(task, target) for task in stage.tasks for target in out[task]]
-            said.append(torch.stack([out[task][target] for task, target in names], dim=1))
+            numbers = {task: self.prepare.tasks[task].judge(batch, out[task]) for task in stage.tasks}
+            names = [(task, target) for task in stage.tasks for target in numbers[task]]
+            said.append(torch.stack([numbers[task][target] for task, target in names], dim=1))
             labels.append(batch.labels)
         both = self._gathered(torch.cat([torch.cat(said), torch.cat(labels)], dim=1), "val").astype(np.float64)
         truth = {name: both[:, len(names) + i] for i, name in enumerate(self.labels)}
-        means = dict(zip(self.labels, self.prepare.tables["label_mean"].tolist(), strict=True))
+        known = self.prepare.tables.get("label_mean", torch.empty(0))
+        means = dict(zip(self.labels, known.tolist(), strict=True))
         for task in stage.tasks:
             predicted = {target: both[:, i] for i, (of, target) in enumerate(names) if of == task}
             for name, value in self.prepare.tasks[task].score(truth, predicted, means).items():
