@@ -8,8 +8,10 @@ core          sections, keys, overrides, errors          run         settings th
 commands      settings of everything else                whole       all together: RunConfig, identity of a run
 recipes       tiny, base, large                             used        settings that each command reads
 help          text of --help                                submitted   paths of a command on a cluster
+budget        lines of a sampling family at some R
 """
 
+from kmtr.config.budget import check_lines, drawn_lines, most_lines
 from kmtr.config.commands import Bench, Evaluate, Ingest, Phenotypes, Search, Shards, Simulate, Study, Verify
 from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json, typed
 from kmtr.config.run import (
@@ -60,9 +62,12 @@ __all__ = [
     "Verify",
     "Workers",
     "changed",
+    "check_lines",
+    "drawn_lines",
     "flatten",
     "from_json",
     "keys",
+    "most_lines",
     "override",
     "parse",
     "plain",

@@ -133,15 +133,6 @@ class Sampling(Section):
             raise ValueError(f"expected one or more integers from 1, got {value or 'none'}")
         return value
 
-    def budget(self, lines: int, acceleration: int) -> tuple[int, int]:
-        """Lines that the family draws of so many at this R, and the least that make sense: more than the ACS lines
-        where those are counted among them. A file's lines are what they are.
-        """
-        if self.family == "kt-gaussian-acs":
-            return (2 * lines + acceleration) // (2 * acceleration), 1
-        left = lines // acceleration
-        return left, 1 if self.family == "gaussian-wide" else 0 if self.family == "file" else self.acs_lines + 1
-
 
 class Model(Section):
     width: int = Field(512, gt=0, description="channels of a token")

@@ -13,7 +13,6 @@ from kmtr.data.loader import buckets, patterns
 from kmtr.data.loader.buckets import Buckets, Shape
 from kmtr.data.loader.order import Plan, Source
 from kmtr.data.loader.shapes import cells_in, cells_of, shape_of
-from kmtr.physics import sampling
 from kmtr.types import InputError, KmtrError
 
 
@@ -51,12 +50,7 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
             if table is not None:
                 patterns.check_lines(table, view, lines)
                 continue
-            for key in ("sampling", "evaluate"):
-                for r in getattr(config, key).accelerations:
-                    try:
-                        sampling.check(lines, r, config.sampling.acs_lines, config.sampling.family)
-                    except InputError as error:
-                        raise InputError(f"{key}.accelerations: {view}: {error}") from None
+            config.check_lines(lines, view)
 
 
 def unreached(data: Data, dataset: Dataset) -> str:
