@@ -235,7 +235,16 @@ class Task(Section):
     )
     targets: Phenotypes = Field(STUDIED, description="phenotypes that the task phenotypes regresses")
     diseases: Diseases = Field(("dcm", "hcm"), description="diseases that the task diseases tells apart")
+    labels: int = Field(
+        0, ge=0, description="training subjects whose labels are used, each number's among a larger one's; 0: all"
+    )
     steps: int = Field(400, ge=0, description="optimizer steps of training on labels")
+    patience: int = Field(
+        0, ge=0, description="validations in a row without a better val/score, after which the run ends; 0: off"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="model that is left: of the best val/score, whose labels count as well, or of the last step"
+    )
     frozen: bool = Field(False, description="the system is not trained, only the heads are")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")

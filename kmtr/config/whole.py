@@ -175,6 +175,8 @@ class RunConfig(Section):
             for key, value in changed(self).items()
             if _is_identity(key) and key.partition(".")[0] not in unread
         }
+        if self.stage == "task" and (self.task.keep == "best" or self.task.patience):
+            told |= {key: value for key, value in changed(self).items() if key in _CHOOSING}
         return told | ({"train.bf16": True} if self.train.bf16 else {})
 
     def run_name(self, digest: str) -> str:
@@ -208,6 +210,10 @@ _NO_IDENTITY = {
     "data.cache",
     "data.cache_gib",
 }
+
+
+_CHOOSING = {"train.eval_every", "train.eval_subjects", "evaluate.accelerations"}
+"""Settings of validation: they change the numbers of a run on labels, whose weights it chooses."""
 
 
 def _is_identity(key: str) -> bool:

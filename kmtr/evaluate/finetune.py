@@ -44,7 +44,7 @@ from kmtr.physics.sampling import VALIDATION
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
-from kmtr.train import driver, start
+from kmtr.train import choice, driver, start
 from kmtr.train.folder import write_json
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, KmtrError
@@ -57,9 +57,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     config, dataset = resolve(config)
     name, folder = driver.run_folder(config, dataset)
     if driver.finished(folder) is None:
+        there, labels = dataset.rows("train"), config.task.labels
         begun = "initial weights" if config.task.encoder == start.NONE else "a pretrained encoder"
         print(
-            f"finetune: {name}: {', '.join(config.task.tasks)} on {dataset.rows('train')} subjects, "
+            f"finetune: {name}: {', '.join(config.task.tasks)} on {f'{labels} of ' if labels else ''}{there} subjects, "
             f"{config.task_steps} steps from {begun}{', which stays frozen' if config.task.frozen else ''}, batch "
             f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}",
             flush=True,
@@ -74,8 +75,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     tested = score(config, dataset, Path(outcome.encoder), folder)
     if not outcome.reused:
         _send(config, outcome.run_id, folder, int(outcome.metrics["step"]), tested["metrics"])
-    print(f"  model     {outcome.encoder}\n  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
-    return asdict(outcome) | {"model": outcome.encoder} | tested
+    chosen, said = choice.shown(outcome.metrics, config)
+    print(f"  model     {outcome.encoder}\n            {chosen}")
+    print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
+    return asdict(outcome) | {"model": outcome.encoder} | said | tested
 
 
 def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dict[str, Any]:
@@ -106,7 +109,8 @@ def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Tab
     device = torch.device(_device(config))
     targets = targets_of(model, dataset)
     readers = probes.readers_of(dataset, config, "finetune")
-    labelled = list(range(len(readers["train"])))
+    rows = start.budget(config, dataset)
+    labelled = list(range(len(readers["train"]))) if rows is None else rows.tolist()
     asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
     known = subjects.labels_of(readers["train"], labelled, targets)
     held_out = scored(probes.held_out_of(readers["test"], asked, targets), model)

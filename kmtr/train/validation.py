@@ -21,7 +21,7 @@ from kmtr.physics.sampling import true_acceleration
 from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
-from kmtr.train import guard
+from kmtr.train import choice, guard
 from kmtr.types import PROBED
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class Validation(ABC):
     with repeats that do not count.
 
     Patterns are fixed and drawn at `evaluate.accelerations`, so that runs which differ in `sampling` compare.
+
+    Attributes:
+        held_out: subjects of the validation split that are asked; 0: there is none, and training subjects are.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Validation(ABC):
         self.prepare, self.device = prepare, device
         self.rank, self.world = rank, world
         self.labels = self.labels_of(dataset)
-        self.shown = "Held-out subject"
+        self.shown, self.held_out = "Held-out subject", 0
         self.readers: dict[str, Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
@@ -71,6 +74,8 @@ class Validation(ABC):
                 self.shown = "Training subject (the dataset has no validation split)"
             self.readers[split] = reader
             self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
+            if reader.split == "val":
+                self.held_out = len(self.rows[split])
 
     @property
     def wanted(self) -> Wanted:
@@ -129,7 +134,7 @@ class Validation(ABC):
 
 
 class TaskValidation(Validation):
-    """Predictions of all tasks for held-out subjects, against their labels."""
+    """Predictions of all tasks for held-out subjects, against their labels; of those also `choice.SCORE`."""
 
     def labels_of(self, dataset: Dataset) -> list[str]:
         return list(self.prepare.labels)
@@ -155,7 +160,9 @@ class TaskValidation(Validation):
             predicted = {target: both[:, i] for i, (of, target) in enumerate(names) if of == task}
             for name, value in self.prepare.tasks[task].score(truth, predicted, means).items():
                 metrics[f"val/{task}_{name}" if name == SCORE else f"val/{name}"] = value
-        return self._agreed(metrics), None
+        metrics = self._agreed(metrics)
+        scores = [metrics.get(f"val/{task}_{SCORE}", np.nan) for task in stage.tasks]
+        return metrics | (choice.overall(scores) if self.held_out else {}), None
 
 
 class PretrainingValidation(Validation):
