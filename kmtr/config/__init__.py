@@ -10,7 +10,18 @@ recipes       tiny, base, large                             used        settings
 help          text of --help                                submitted   paths of a command on a cluster
 """
 
-from kmtr.config.commands import Bench, Evaluate, Ingest, Phenotypes, Search, Shards, Simulate, Study, Verify
+from kmtr.config.commands import (
+    Bench,
+    Evaluate,
+    Ingest,
+    Phenotypes,
+    Predict,
+    Search,
+    Shards,
+    Simulate,
+    Study,
+    Verify,
+)
 from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json, typed
 from kmtr.config.run import (
     MIN_ALIGNED_SUBJECTS,
@@ -29,7 +40,7 @@ from kmtr.config.run import (
     Train,
     Workers,
 )
-from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, parse, run_keys
+from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, given, parse, run_keys
 
 __all__ = [
     "IDENTITY_FORMAT",
@@ -46,6 +57,7 @@ __all__ = [
     "Optimizer",
     "Phenotypes",
     "Plan",
+    "Predict",
     "Run",
     "RunConfig",
     "Sampling",
@@ -62,6 +74,7 @@ __all__ = [
     "changed",
     "flatten",
     "from_json",
+    "given",
     "keys",
     "override",
     "parse",

@@ -32,6 +32,7 @@ def refuse_relative_under_submit(config: RunConfig) -> None:
         "sampling.file": config.sampling.file,
         "shards.split_from": config.shards.split_from,
         "ingest.labels": config.ingest.labels,
+        "predict.out": config.predict.out,
     }
     paths += [(key, path) for key, path in optional.items() if path]
     if tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):

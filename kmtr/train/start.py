@@ -12,7 +12,7 @@ from kmtr.config import RunConfig, override, plain
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
-from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights, rebuilds
+from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
 from kmtr.train.folder import finished, run_folder
 from kmtr.types import InputError
@@ -77,9 +77,36 @@ def tables(config: RunConfig) -> dict[str, Tensor] | None:
     return read_weights(Path(config.task.encoder) / WEIGHTS)[1]
 
 
+def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
+    """Facts that an exported model carries: counts of its training subjects, their labels and shapes."""
+    reader = dataset.reader("train", config.data)
+    names = labels_of_tasks(config)
+    counts = np.isfinite(subjects.labels_of(reader, range(len(reader)), names)).sum(0).tolist() if names else []
+    shapes: dict[str, tuple[list[int], list[int]]] = {}
+    for manifest in dataset.manifests:
+        numbers = {number for shard in manifest.shards if shard.split == "train" for _, number in shard.shapes}
+        for subject in (manifest.subject_shapes[number] for number in numbers):
+            for view in set(config.data.views) & set(subject):
+                least, most = shapes.get(view, (subject[view], subject[view]))
+                shapes[view] = (list(map(min, least, subject[view])), list(map(max, most, subject[view])))
+    return Trained(
+        subjects=len(reader),
+        labels=dict(zip(names, counts, strict=True)),
+        shapes={view: shapes[view] for view in config.data.views if view in shapes},
+        dataset=dataset.digest,
+        from_scratch=config.task.encoder == NONE,
+        steps=config.task.steps,
+    )
+
+
+def labels_of_tasks(config: RunConfig) -> tuple[str, ...]:
+    """Columns that the run's tasks learn from."""
+    return tuple(dict.fromkeys(label for task in tasks_of(config).values() for label in task.labels))
+
+
 def label_moments(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
     """``label_mean`` and ``label_sd`` of the tasks' labels over the training subjects; empty without such."""
-    names = tuple(dict.fromkeys(label for task in tasks_of(config).values() for label in task.labels))
+    names = labels_of_tasks(config)
     if not names:
         return {}
     known = subjects.labels_of(reader, range(len(reader)), names)
