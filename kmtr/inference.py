@@ -88,7 +88,9 @@ class TaskModel:
         batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
         if said := self.doubt(acceleration, float(batch.true_acceleration[0])):
             warnings.warn(said, stacklevel=2)
-        return {name: value[0].item() if value.ndim == 1 else value[0].cpu().numpy() for name, value in self(batch).items()}
+        return {
+            name: value[0].item() if value.ndim == 1 else value[0].cpu().numpy() for name, value in self(batch).items()
+        }
 
     def misfit(self, shapes: Mapping[str, Sequence[int]], acceleration: int | None = None) -> str:
         """Reason why the model refuses a subject of these shapes (view -> ``slice coil t ky kx``); empty: it fits."""
@@ -137,7 +139,9 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     try:
         trained = Trained(**head.get("trained", {}))
     except TypeError:
-        raise InputError(f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; export it anew") from None
+        raise InputError(
+            f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; export it anew"
+        ) from None
     config = rebuilt(settings)
     weights, tables = read_weights(folder / MODEL_WEIGHTS, device)
     try:

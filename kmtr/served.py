@@ -1,7 +1,7 @@
-"""Loader module of registered models: MLflow calls `_load_pyfunc` and asks what it returns. Imports neither MLflow nor Ray.
+"""Loader module of registered models: MLflow calls `_load_pyfunc`, and what that returns predicts. No MLflow, no Ray.
 
-    model = mlflow.pyfunc.load_model("models:/NAME/1")
-    model.predict(pandas.DataFrame({"path": ["patient_4d.nii.gz"], "acceleration": [8]}))
+model = mlflow.pyfunc.load_model("models:/NAME/1")
+model.predict(pandas.DataFrame({"path": ["patient_4d.nii.gz"], "acceleration": [8]}))
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kmtr.data.sources import Options, read
+from kmtr.data.sources import read
 from kmtr.inference import TaskModel, load_model
 from kmtr.types import InputError
 
@@ -37,7 +37,7 @@ class Served:
         accelerations = studies.get("acceleration", [0] * len(studies))
         for number, (path, acceleration) in enumerate(zip(studies["path"], accelerations, strict=True)):
             try:
-                said = self.model.predict(read(str(path), Options(dtype="float32")), int(acceleration) or None)
+                said = self.model.predict(read(str(path)), int(acceleration) or None)
             except InputError as error:
                 raise InputError(f"row {number}: {error}") from None
             rows.append({name: value for name, value in said.items() if isinstance(value, float)})

@@ -82,6 +82,7 @@ class Predict(Section):
     masks: bool = Field(
         False, description="tables of masks and images too, and NIfTI files where the source tells the size of a pixel"
     )
+    batch: int = Field(16, gt=0, description="subjects at once")
     rows: int = Field(64, gt=0, description="subjects per part: what a killed command loses at most, for each worker")
     workers: int = Field(0, ge=0, description="processes that predict; 0: one per GPU, without GPUs one per CPU")
 

@@ -1,4 +1,4 @@
-"""MLflow's model registry: exported models as versions that any MLflow loads as a Python function, and back to a folder.
+"""MLflow's model registry: exported models as versions that MLflow loads as Python functions, and back to a folder.
 
 A version is saved through a loader module (`kmtr.served`), never as a Python object: nothing of it is unpickled.
 """
@@ -56,16 +56,16 @@ def register(uri: str, run_id: str, name: str, folder: Path) -> tuple[str, bool]
 def save(folder: Path, target: Path, model_id: str | None = None, run_id: str | None = None) -> None:
     """Save the model in a folder as MLflow keeps one: its files, the loader module, and a signature.
 
-    Input: a row per study, `path` of its file or folder and, optionally, `acceleration` (nominal R that is drawn; 0: all
-    lines that the study has). Output: a column per number that the model predicts.
+    Input: a row per study, `path` of its file or folder and, optionally, `acceleration` (nominal R that is drawn; 0:
+    all lines that the study has). Output: a column per number that the model predicts.
     """
     import mlflow.pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
     units = json.loads((folder / MODEL_HEAD).read_text())["units"]
-    inputs = [ColSpec(DataType.string, "path"), ColSpec(DataType.long, "acceleration", required=False)]
-    outputs = [ColSpec(DataType.double, name) for name in units]
+    inputs: list[Any] = [ColSpec(DataType.string, "path"), ColSpec(DataType.long, "acceleration", required=False)]
+    outputs: list[Any] = [ColSpec(DataType.double, name) for name in units]
     mlflow.pyfunc.save_model(
         str(target),
         loader_module=LOADER,
@@ -90,7 +90,9 @@ def fetch(uri: str, model: str, place: Path) -> Path:
     """
     found = _URI.fullmatch(model)
     if found is None:
-        raise InputError(f"model: expected models:/name/version, models:/name/latest or models:/name@alias, got {model!r}")
+        raise InputError(
+            f"model: expected models:/name/version, models:/name/latest or models:/name@alias, got {model!r}"
+        )
     with reaching(uri) as mlflow:
         from mlflow.artifacts import download_artifacts
 
@@ -102,7 +104,7 @@ def fetch(uri: str, model: str, place: Path) -> Path:
     raise InputError(f"model: expected a model that jobs/finetune.py registered, got {model} of another kind")
 
 
-def _version(mlflow: MlflowClient, model: str, asked: dict[str, str | None]) -> str:
+def _version(mlflow: MlflowClient, model: str, asked: dict[str, Any]) -> str:
     """``name/number`` of what a URI names."""
     from mlflow.exceptions import MlflowException
 
