@@ -219,7 +219,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (asked(tmp_path / "half", root, out), f"without {MODEL_WEIGHTS}"),
         (asked(short, root, out), "unknown key 'data.nothing'"),
         (asked(model, one_view, out), "expected the model's views sax,lax_4ch, the dataset has no lax_4ch"),
-        (asked(model, wide, out), r"no subject fits the model: expected sax with at most 1 coils and matrix \(32, 32\)"),
+        (
+            asked(model, wide, out),
+            r"no subject fits the model: expected sax with at most 1 coils and matrix \(32, 32\)",
+        ),
         (asked(model, coils, out), "no subject fits the model: expected sax with at most 1 coils"),
         (asked(model, root, out, "predict.accelerations=16"), "R = 16"),
     ):
@@ -269,9 +272,7 @@ def contents_of(study: Study) -> tuple[int, ...]:
 
 def test_dense_outputs_are_tables_and_nifti_files(model: Path, small: RunConfig, tmp_path: Path) -> None:
     studies = [simulated(i, small) for i in range(4)]
-    flat = replace(
-        studies[3], views={name: replace(view, spacing_mm=None) for name, view in studies[3].views.items()}
-    )
+    flat = replace(studies[3], views={name: replace(view, spacing_mm=None) for name, view in studies[3].views.items()})
     write(tmp_path / "data", {"train": [*studies[:3], flat]})
     dataset = Dataset.of(str(tmp_path / "data"))
     loaded: Any = Drawing(kmtr.load_model(model))
