@@ -221,7 +221,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (asked(model, one_view, out), "expected the model's views sax,lax_4ch, the dataset has no lax_4ch"),
         (
             asked(model, wide, out),
-            r"no subject fits the model: expected sax with at most 1 coils and matrix \(32, 32\)",
+            "no subject fits the model: expected sax with at most 1 coils and matrix",
         ),
         (asked(model, coils, out), "no subject fits the model: expected sax with at most 1 coils"),
         (asked(model, root, out, "predict.accelerations=16"), "R = 16"),
@@ -315,7 +315,7 @@ def test_nobody_left_is_a_failure(
         return {"lvedv_ml": torch.full((len(batch),), torch.nan)}
 
     monkeypatch.setattr(TaskModel, "__call__", nan)
-    with pytest.raises(KmtrError, match="none of 12 subjects could be predicted; .* expected finite predictions"):
+    with pytest.raises(KmtrError, match=r"none of 12 subjects could be predicted; .* expected finite"):
         command.run(asked(model, small.data.root, tmp_path / "out", "predict.split=val"))
     assert len(json.loads((tmp_path / "out" / "refused.json").read_text())["refused"]) == 12
 
