@@ -15,6 +15,7 @@ from kmtr.config import RunConfig, given, override, plain, typed
 from kmtr.config.submitted import refuse_relative_under_submit, under_submit
 from kmtr.data.dataset import storage, writing
 from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import patterns
 from kmtr.evaluate.predict import parts
 from kmtr.evaluate.predict.parts import PREDICTIONS, Done, Job
 from kmtr.evaluate.predict.ray import predicted, uses_gpu, workers_of
@@ -97,6 +98,7 @@ def job_of(config: RunConfig, model: TaskModel, dataset: Dataset) -> Job:
         asked.batch,
         asked.embeddings,
         asked.masks,
+        patterns.carried(model.config.sampling) if asked.accelerations else None,
     )
     if not job.parts:
         raise InputError(f"predict.split: expected subjects in {asked.split}, the dataset has none")

@@ -22,7 +22,7 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.manifest import DamagedShard
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.dataset.splits import SPLITS
-from kmtr.data.loader import subjects
+from kmtr.data.loader import patterns, subjects
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.threads import in_order
@@ -70,6 +70,7 @@ class Job:
         accelerations: nominal R, or `ALL_LINES`.
         batch: subjects at once.
         embeddings, masks: these are written too.
+        pattern: of the model's pattern file, which another node may not have (`patterns.hold`).
     """
 
     dataset: Dataset
@@ -80,6 +81,7 @@ class Job:
     batch: int
     embeddings: bool = False
     masks: bool = False
+    pattern: Bool[np.ndarray, "frame line"] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,13 @@ class _Said:
 
     @property
     def finite(self) -> Bool[np.ndarray, " subject"]:
-        found: np.ndarray = np.all([np.ones(len(self.true), bool), *map(np.isfinite, self.numbers.values())], axis=0)
+        found = np.ones(len(self.true), bool)
+        for values in (
+            *self.numbers.values(),
+            *self.dense.values(),
+            *(() if self.vectors is None else (self.vectors,)),
+        ):
+            found &= np.isfinite(values).reshape(len(found), -1).all(1)
         return found
 
 
@@ -147,6 +155,7 @@ class PartWriter:
 
     def __init__(self, job: Job, model: TaskModel):
         self.job, self.model = job, model
+        patterns.hold(model.config.sampling, job.pattern)
         self.configs = {r: undersampled(model.config, r) for r in job.accelerations}
         self._reasons: dict[str, str] = {}
 
