@@ -106,7 +106,8 @@ def export_model(
     """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run, `trained` as `Trained` has it."""
     settings = {key: value for key, value in plain(config).items() if rebuilds(key) or key in _TASK}
     units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
-    wanted = [*config.task.targets, *config.task.diseases]
+    learnt = {"phenotypes": config.task.targets, "diseases": config.task.diseases}
+    wanted = [name for task in config.task.tasks for name in learnt.get(task, ())]
     head = {"format": MODEL_FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
     write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head | {"trained": trained or {}})
 

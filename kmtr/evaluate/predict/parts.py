@@ -90,7 +90,8 @@ class Done:
 
     Attributes:
         subjects: predicted.
-        refused: ``subject`` (pseudonym, or number of the row where that can't be read) and ``reason`` of each other.
+        refused: of each other ``subject`` (pseudonym, or number of the row where not even that can be read) and
+            ``reason``.
         outside: subjects whose own R the model was not trained for.
         unplaced: views without NIfTI files, since the size of a pixel is not known.
     """
@@ -132,11 +133,8 @@ class _Said:
     @property
     def finite(self) -> Bool[np.ndarray, " subject"]:
         found = np.ones(len(self.true), bool)
-        for values in (
-            *self.numbers.values(),
-            *self.dense.values(),
-            *(() if self.vectors is None else (self.vectors,)),
-        ):
+        vectors = [] if self.vectors is None else [self.vectors]
+        for values in [*self.numbers.values(), *self.dense.values(), *vectors]:
             found &= np.isfinite(values).reshape(len(found), -1).all(1)
         return found
 
@@ -213,7 +211,7 @@ class PartWriter:
         try:
             meta = reader.samples([row]).meta
         except DamagedShard as error:
-            return f"row {row} of {reader.split}", str(error)
+            return reader.pseudonym(row) or f"row {row} of {reader.split}", str(error)
         columns = {view: meta.column(f"shape_{view}")[0].as_py() for view in VIEWS}
         shapes = {view: shape for view, shape in columns.items() if shape is not None}
         if (key := str(shapes)) not in self._reasons:

@@ -108,4 +108,5 @@ def predicted(
         if cause is None:
             raise
         raise cause from None
-    ray.kill(ledger)
+    finally:
+        ray.kill(ledger)
