@@ -5,7 +5,8 @@ the test split at every R beside the mean and a ridge on the low-resolution imag
 encoder of the finished pretraining with the same settings (masked.* and align.* say which), from
 task.encoder=FOLDER, or from scratch with task.encoder=none. The same command resumes an
 unfinished run and prints the result of a finished one. The model that it leaves:
-kmtr.load_model("runs/<run>/model").predict(study).
+kmtr.load_model("runs/<run>/model").predict(study); its card is README.md in that folder, and
+tracking.model=NAME makes it a new version of a model in MLflow's registry.
 
 examples:
   python jobs/finetune.py tiny task.tasks=phenotypes
