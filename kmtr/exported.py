@@ -119,7 +119,7 @@ class Trained:
     Attributes:
         subjects: of the training split.
         labels: label -> training subjects that have it.
-        shapes: view -> least and greatest ``slice coil t ky kx`` of a training subject.
+        shapes: view -> [least, greatest] ``slice coil t ky kx`` of the training subjects, axis by axis.
         dataset: digest of the data.
         from_scratch: it began with initial weights, not with a pretrained encoder.
         steps: of the optimizer, on labels.
@@ -127,7 +127,7 @@ class Trained:
 
     subjects: int = 0
     labels: dict[str, int] = field(default_factory=dict)
-    shapes: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    shapes: dict[str, list[list[int]]] = field(default_factory=dict)
     dataset: str = ""
     from_scratch: bool = False
     steps: int = 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
-from kmtr.tracking.store import reaching
+from kmtr.tracking.store import SERVERS, reaching
 from kmtr.types import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def register(uri: str, run_id: str, name: str, folder: Path) -> tuple[str, bool]
             mlflow.log_model_artifacts(logged.model_id, str(Path(place) / "saved"))
         mlflow.finalize_logged_model(logged.model_id, "READY")
         _named(mlflow, name)
-        source = f"{SCHEME}{logged.model_id}"
+        # A database's client would look a models:/ source up in MLflow's global store, which is another one.
+        source = f"{SCHEME}{logged.model_id}" if uri.partition(":")[0] in SERVERS else logged.artifact_location
         made = mlflow.create_model_version(name, source, run_id=run_id, model_id=logged.model_id)
         return str(made.version), True
 
@@ -96,16 +97,16 @@ def fetch(uri: str, model: str, place: Path) -> Path:
     with reaching(uri) as mlflow:
         from mlflow.artifacts import download_artifacts
 
-        which = _version(mlflow, model, found.groupdict())
-        saved = Path(download_artifacts(f"{SCHEME}{which}", dst_path=str(place), tracking_uri=uri, registry_uri=uri))
+        where = _files(mlflow, model, found.groupdict())
+        saved = Path(download_artifacts(where, dst_path=str(place), tracking_uri=uri))
     for head in sorted(saved.glob(f"data/*/{MODEL_HEAD}")):
         if (head.parent / MODEL_WEIGHTS).is_file():
             return head.parent
     raise InputError(f"model: expected a model that jobs/finetune.py registered, got {model} of another kind")
 
 
-def _version(mlflow: MlflowClient, model: str, asked: dict[str, Any]) -> str:
-    """``name/number`` of what a URI names."""
+def _files(mlflow: MlflowClient, model: str, asked: dict[str, Any]) -> str:
+    """Address of the files of a version; models:/ itself would be looked up in MLflow's global store."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -121,7 +122,7 @@ def _version(mlflow: MlflowClient, model: str, asked: dict[str, Any]) -> str:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise InputError(f"model: expected one of MLflow's registry, got {model}, which is not there") from None
         raise
-    return f"{one.name}/{one.version}"
+    return str(mlflow.get_model_version_download_uri(one.name, str(one.version)))
 
 
 def _named(mlflow: MlflowClient, name: str) -> None:

@@ -82,13 +82,13 @@ def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
     reader = dataset.reader("train", config.data)
     names = labels_of_tasks(config)
     counts = np.isfinite(subjects.labels_of(reader, range(len(reader)), names)).sum(0).tolist() if names else []
-    shapes: dict[str, tuple[list[int], list[int]]] = {}
+    shapes: dict[str, list[list[int]]] = {}
     for manifest in dataset.manifests:
         numbers = {number for shard in manifest.shards if shard.split == "train" for _, number in shard.shapes}
         for subject in (manifest.subject_shapes[number] for number in numbers):
             for view in set(config.data.views) & set(subject):
-                least, most = shapes.get(view, (subject[view], subject[view]))
-                shapes[view] = (list(map(min, least, subject[view])), list(map(max, most, subject[view])))
+                least, most = shapes.get(view, [subject[view], subject[view]])
+                shapes[view] = [list(map(min, least, subject[view])), list(map(max, most, subject[view]))]
     return Trained(
         subjects=len(reader),
         labels=dict(zip(names, counts, strict=True)),
