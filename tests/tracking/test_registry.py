@@ -11,10 +11,11 @@ import nibabel
 import numpy as np
 import pytest
 from exported import TARGETS, model_folder
-from torch import Tensor
 
 import kmtr
 from kmtr.config import RunConfig, override
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import statistics
 from kmtr.data.sources import read
 from kmtr.exported import MODEL_HEAD
 from kmtr.tracking import fetch, open_run, register, tracking_uri
@@ -40,10 +41,11 @@ print(json.dumps({
 
 
 def test_it_is_registered_once_and_any_process_loads_it(
-    small: RunConfig, tables: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = override(small, {"storage.root": str(tmp_path / "runs"), "data.views": ("sax",)})
+    tables = statistics.fit(config, Dataset.open(config.data).reader("train", config.data)).tensors()
     folder = model_folder(tmp_path / "runs" / "model", config, tables)
     uri = tracking_uri(config)
     run_id = open_run(config, name="tuned")
