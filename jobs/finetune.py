@@ -6,7 +6,8 @@ encoder of the finished pretraining with the same settings (masked.* and align.*
 task.encoder=FOLDER, or from scratch with task.encoder=none; on all labels or those of
 task.labels subjects; leaves the model of the best validation (task.keep). The same command resumes an
 unfinished run and prints the result of a finished one. The model that it leaves:
-kmtr.load_model("runs/<run>/model").predict(study).
+kmtr.load_model("runs/<run>/model").predict(study); its card is README.md in that folder, and
+tracking.model=NAME makes it a new version of a model in MLflow's registry.
 
 examples:
   python jobs/finetune.py tiny task.tasks=phenotypes

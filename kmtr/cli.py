@@ -33,6 +33,7 @@ PATHS = (
     "evaluate.encoder",
     "task.encoder",
     "bench.folder",
+    "predict.out",
 )
 """Keys of folders and files that a command reads or writes."""
 

@@ -10,7 +10,7 @@ key of a command makes no encoder unreadable).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,29 +93,52 @@ def batch_of(study: Study, config: RunConfig, acceleration: int | None = None) -
     Raises:
         InputError: the study does not fit the configuration.
     """
-    data = config.data
-    changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
-    if acceleration is None:  # every line, which no pattern file has
-        changes |= {"sampling.family": "gaussian", "sampling.file": "", "evaluate.accelerations": (1,)}
-    config = override(config, changes)
-    patterns.check(config)
-    how, table = config.sampling, patterns.table(config.sampling)
-    for name in data.views:
-        if name not in study.views:
-            raise InputError(f"study: expected the views {','.join(data.views)}, got no {name}")
-        shape = study.views[name].kspace.shape
-        larger = shape[3] > data.matrix[0] or shape[4] > data.matrix[1]
-        if shape[1] > data.coils or (larger and not data.crop):
-            raise InputError(
-                f"study: expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
-            )
-        lines = data.matrix[0] if data.crop else shape[3]
-        if table is None:
-            sampling.check(lines, acceleration or 1, how.acs_lines, how.family)
-        else:
-            patterns.check_lines(table, name, lines)
+    config = undersampled(config, acceleration)
+    if wrong := misfit({name: view.kspace.shape for name, view in study.views.items()}, config):
+        raise InputError(f"study: {wrong}")
     table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
     return collate(Loaded(table), config, purpose=sampling.VALIDATION)
+
+
+def undersampled(config: RunConfig, acceleration: int | None) -> RunConfig:
+    """The settings of a batch at this R by a pattern of the configured family; None: with every line that there is.
+
+    Raises:
+        InputError: no such R of this family, or of this pattern file.
+    """
+    changes: dict[str, object] = {"sampling.accelerations": (acceleration or 1,)}
+    changes["evaluate.accelerations"] = changes["sampling.accelerations"]
+    if acceleration is None:  # every line, which no pattern file has
+        changes |= {"sampling.family": "gaussian", "sampling.file": ""}
+    config = override(config, changes)
+    patterns.check(config)
+    return config
+
+
+def misfit(shapes: Mapping[str, Sequence[int]], config: RunConfig) -> str:
+    """Reason why a subject can't be read with these settings, in one line; empty: it can.
+
+    Args:
+        shapes: view -> ``slice coil t ky kx``.
+        config: of one R (`undersampled`).
+    """
+    data, how, table = config.data, config.sampling, patterns.table(config.sampling)
+    for name in data.views:
+        if name not in shapes:
+            return f"expected the views {','.join(data.views)}, got no {name}"
+        shape = tuple(shapes[name])
+        larger = shape[3] > data.matrix[0] or shape[4] > data.matrix[1]
+        if shape[1] > data.coils or (larger and not data.crop):
+            return f"expected {name} with at most {data.coils} coils and matrix {data.matrix}, got axes {shape}"
+        lines = data.matrix[0] if data.crop else shape[3]
+        try:
+            if table is None:
+                sampling.check(lines, how.accelerations[0], how.acs_lines, how.family)
+            else:
+                patterns.check_lines(table, name, lines)
+        except InputError as error:
+            return str(error)
+    return ""
 
 
 def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False) -> KSpaceEncoder:

@@ -5,6 +5,8 @@ code.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,15 @@ def read_head(path: Path) -> RunConfig:
         raise InputError(f"encoder: expected JSON with format and settings in {path}, got something else") from None
     if written != FORMAT or not isinstance(settings, dict):
         raise InputError(f"encoder: expected format {FORMAT}, got {written}, in {path}; export it anew")
+    return rebuilt(settings)
+
+
+def rebuilt(settings: dict[str, Any]) -> RunConfig:
+    """The configuration of exported settings; all others have their defaults.
+
+    Raises:
+        InputError: a setting that this version does not know.
+    """
     scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
     return override(RunConfig(), settings | scored)
 
@@ -88,10 +99,57 @@ def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], 
     write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "settings": settings})
 
 
-def export_model(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run."""
+def export_model(
+    folder: Path,
+    config: RunConfig,
+    weights: dict[str, Tensor],
+    tables: dict[str, Tensor],
+    trained: dict[str, Any] | None = None,
+) -> None:
+    """Write a model's folder; `weights` of `tasks.Model`, `tables` of the run, `trained` as `Trained` has it."""
     settings = {key: value for key, value in plain(config).items() if rebuilds(key) or key in _TASK}
     units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
-    wanted = [*config.task.targets, *config.task.diseases]
+    learnt = {"phenotypes": config.task.targets, "diseases": config.task.diseases}
+    wanted = [name for task in config.task.tasks for name in learnt.get(task, ())]
     head = {"format": MODEL_FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
-    write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head)
+    write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head | {"trained": trained or {}})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Facts about what a model was trained on; names no subject.
+
+    Attributes:
+        subjects: of the training split.
+        labels: label -> training subjects that have it.
+        shapes: view -> [least, greatest] ``slice coil t ky kx`` of the training subjects, axis by axis.
+        dataset: digest of the data.
+        from_scratch: it began with initial weights, not with a pretrained encoder.
+        steps: of the optimizer, on labels.
+    """
+
+    subjects: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    shapes: dict[str, list[list[int]]] = field(default_factory=dict)
+    dataset: str = ""
+    from_scratch: bool = False
+    steps: int = 0
+
+    def misfit(self, shapes: Mapping[str, Sequence[int]], crop: bool) -> str:
+        """Reason why a subject is not of the kind that was trained on, in one line; empty: it is.
+
+        Args:
+            shapes: view -> ``slice coil t ky kx``.
+            crop: the matrix is made that of the model, whatever it was.
+        """
+        for view, (least, most) in self.shapes.items():
+            for what, first, last in (("coils", 1, 2), *(() if crop else (("a matrix", 3, 5),))):
+                low, got, high = (tuple(shape[first:last]) for shape in (least, shapes[view], most))
+                if not all(a <= b <= c for a, b, c in zip(low, got, high, strict=True)):
+                    span = f"{_typed(low)}" if low == high else f"{_typed(low)} to {_typed(high)}"
+                    return f"{view}: expected {what} of {span}, as the model was trained on, got {_typed(got)}"
+        return ""
+
+
+def _typed(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

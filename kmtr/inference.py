@@ -10,26 +10,40 @@ labels) and ``model.json`` (format, the settings that rebuild it, and the unit o
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from kmtr.config import RunConfig, override
+from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch
-from kmtr.encoder import batch_of
-from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, read_weights
+from kmtr.encoder import batch_of, misfit, undersampled
+from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, Trained, read_weights, rebuilt
 from kmtr.tasks import Model, Preparer, stages_of
+from kmtr.tasks.base import EMBEDDING
 from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
+
+R_TOLERANCE = 1.1
+"""Ratio of a measured R to those of training, within which it counts as one of them: views differ in their lines."""
 
 
 class TaskModel:
     """A fitted system with the heads of its tasks: batch or study -> predictions."""
 
-    def __init__(self, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor], device: torch.device):
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        config: RunConfig,
+        weights: dict[str, Tensor],
+        tables: dict[str, Tensor],
+        device: torch.device,
+        trained: Trained | None = None,
+    ):
+        self.config, self.device, self.trained = config, device, trained or Trained()
         self.module = Model(config).to(device).eval()
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)
@@ -51,9 +65,18 @@ class TaskModel:
         said = self.module(self.prepare(batch, self.stage), predict=True)
         return {name: values for outputs in said.values() for name, values in outputs.items()}
 
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> Float[Tensor, "batch channel"]:
+        """Vectors of the system, from the lines that are `sampled`, fp32."""
+        inputs = self.prepare.embedding(batch, self.config.task.system)
+        vector: Tensor = self.module(inputs)[EMBEDDING]["vector"]
+        return vector.float()
+
     def predict(self, study: Study, acceleration: int | None = None) -> dict[str, Any]:
         """Predictions for one study: numbers in `units`; ``masks`` (uint8) and ``image`` (magnitude, in the study's
         numbers) by view group, ``slice t y x`` on the matrix of the configuration.
+
+        Warns (`warnings`) of an R that the model was not trained for.
 
         Args:
             acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
@@ -61,18 +84,51 @@ class TaskModel:
         Raises:
             InputError: the study lacks a view, or its matrix or coils are not those that the model was trained on.
         """
+        if wrong := self.misfit({name: view.kspace.shape for name, view in study.views.items()}, acceleration):
+            raise InputError(f"study: {wrong}")
         batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
-        said = {name: values[0].cpu().numpy() for name, values in self(batch).items()}
-        present = ~batch.padded[0].cpu().numpy()
-        views = np.array([VIEWS[self.config.data.view_types[slot]] for slot in batch.slots])
-        found: dict[str, Any] = {}
-        for name, values in said.items():
-            found[name] = float(values) if values.ndim == 0 else {}
-            for view in dict.fromkeys(views.tolist()) if values.ndim else ():
-                slices = np.flatnonzero((views == view) & present.any(1))
-                if len(slices):
-                    found[name][view] = values[np.ix_(slices, np.flatnonzero(present[slices[0]]))]
-        return found
+        if warning := self.doubt(acceleration, float(batch.true_acceleration[0])):
+            warnings.warn(warning, stacklevel=2)
+        return {
+            name: values[0].item() if values.ndim == 1 else by_view(self.config.data, batch, values.cpu().numpy(), 0)
+            for name, values in self(batch).items()
+        }
+
+    def misfit(self, shapes: Mapping[str, Sequence[int]], acceleration: int | None = None) -> str:
+        """Reason why the model refuses a subject of these shapes (view -> ``slice coil t ky kx``); empty: it fits."""
+        reason = misfit(shapes, undersampled(self.config, acceleration))
+        return reason or self.trained.misfit(shapes, self.config.data.crop)
+
+    def doubt(self, acceleration: int | None, true: float = 1.0) -> str:
+        """Warning about an R that the model was not trained for, in one line; empty: it was.
+
+        Args:
+            acceleration: nominal R that is drawn; None: the study's own lines, of which `true` is R.
+        """
+        how, lines = self.config.sampling, self.config.data.matrix[0]
+        least, most = min(how.accelerations), max(how.accelerations)
+        if acceleration is None:
+            low, high = (lines / most_lines(lines, r, how.acs_lines, how.family) for r in (least, most))
+            inside = low / R_TOLERANCE <= true <= high * R_TOLERANCE
+        else:
+            inside = least <= acceleration <= most
+        if inside:
+            return ""
+        got = f"{true:.2f}" if acceleration is None else acceleration
+        span = f"{least}" if least == most else f"{least} to {most}"
+        return f"R = {got} is not among R = {span}, which the model was trained for"
+
+
+def by_view(data: Data, batch: Batch, values: np.ndarray, row: int) -> dict[str, np.ndarray]:
+    """One subject's dense output ``batch slice t ...`` by view group, without padding."""
+    present = ~batch.padded[row].cpu().numpy()
+    views = np.array([VIEWS[data.view_types[slot]] for slot in batch.slots])
+    found = {}
+    for view in dict.fromkeys(views.tolist()):
+        slices = np.flatnonzero((views == view) & present.any(1))
+        if len(slices):
+            found[view] = values[row][np.ix_(slices, np.flatnonzero(present[slices[0]]))]
+    return found
 
 
 def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
@@ -94,10 +150,15 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
         raise InputError(f"model: expected JSON with format and settings in {folder / MODEL_HEAD}") from None
     if written != MODEL_FORMAT:
         raise InputError(f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; export it anew")
-    scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
-    config = override(RunConfig(), settings | scored)
+    try:
+        trained = Trained(**head.get("trained", {}))
+    except TypeError:
+        raise InputError(
+            f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; export it anew"
+        ) from None
+    config = rebuilt(settings)
     weights, tables = read_weights(folder / MODEL_WEIGHTS, device)
     try:
-        return TaskModel(config, weights, tables, torch.device(device))
+        return TaskModel(config, weights, tables, torch.device(device), trained)
     except RuntimeError as error:
         raise InputError(f"model: {folder} does not hold one: {first_line(error)}") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killed_command import killed_when
 
 from jobs import ingest, simulate
 from kmtr.config import Shards
@@ -174,7 +174,6 @@ def test_a_subject_that_ends_its_process_is_refused_and_the_others_are_written(c
 
     def make(item: int) -> Study:
         import os
-        import signal
 
         if item == 4 or (item == 1 and not once.exists()):  # one for ever, the other by bad luck
             once.touch()
@@ -209,18 +208,7 @@ def test_who_is_refused_for_crashes_stays_refused_when_the_shard_is_made_again()
 
 def killed(command: list[str], root: Path, shards_before: int) -> None:
     """Run a job and kill -9 it when some of its shards are finished."""
-    import ray
-
-    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    running = subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        while len(list(root.glob("shards/*.index"))) < shards_before:
-            assert running.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
-    finally:
-        running.send_signal(signal.SIGKILL)
-        running.communicate()
-    assert running.returncode == -signal.SIGKILL
+    killed_when(lambda: len(list(root.glob("shards/*.index"))) >= shards_before, command)
     assert not (root / "manifest.json").exists()
 
 

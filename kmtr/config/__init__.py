@@ -12,7 +12,18 @@ budget        lines of a sampling family at some R
 """
 
 from kmtr.config.budget import check_lines, drawn_lines, most_lines
-from kmtr.config.commands import Bench, Evaluate, Ingest, Phenotypes, Search, Shards, Simulate, Study, Verify
+from kmtr.config.commands import (
+    Bench,
+    Evaluate,
+    Ingest,
+    Phenotypes,
+    Predict,
+    Search,
+    Shards,
+    Simulate,
+    Study,
+    Verify,
+)
 from kmtr.config.core import Section, changed, flatten, keys, override, plain, to_json, typed
 from kmtr.config.run import (
     MIN_ALIGNED_SUBJECTS,
@@ -31,7 +42,7 @@ from kmtr.config.run import (
     Train,
     Workers,
 )
-from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, parse, run_keys
+from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, given, parse, run_keys
 
 __all__ = [
     "IDENTITY_FORMAT",
@@ -48,6 +59,7 @@ __all__ = [
     "Optimizer",
     "Phenotypes",
     "Plan",
+    "Predict",
     "Run",
     "RunConfig",
     "Sampling",
@@ -66,6 +78,7 @@ __all__ = [
     "drawn_lines",
     "flatten",
     "from_json",
+    "given",
     "keys",
     "most_lines",
     "override",

@@ -70,6 +70,30 @@ class Evaluate(Section):
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
 
 
+class Predict(Section):
+    """jobs/predict.py: an exported model over a whole dataset."""
+
+    out: str = Field("", description="folder or URI that predictions are written to; the same command resumes there")
+    split: Literal["all", "train", "val", "test"] = Field("all", description="subjects that are predicted")
+    accelerations: tuple[int, ...] = Field(
+        (), description="nominal R, drawn as for the model's evaluation; empty: all lines that the source acquired"
+    )
+    embeddings: bool = Field(False, description="a table of the system's vectors too")
+    masks: bool = Field(
+        False, description="tables of masks and images too, and NIfTI files where the source tells the size of a pixel"
+    )
+    batch: int = Field(16, gt=0, description="subjects at once")
+    rows: int = Field(64, gt=0, description="subjects per part: what a killed command loses at most, for each worker")
+    workers: int = Field(0, ge=0, description="processes that predict; 0: one per GPU, without GPUs one per CPU")
+
+    @pydantic.field_validator("accelerations")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if value and (min(value) < 1 or len(set(value)) < len(value)):
+            raise ValueError(f"expected different integers from 1, got {value}")
+        return value
+
+
 class Verify(Section):
     workers: tuple[int, ...] = Field((), description="numbers of workers proved; empty: all up to 64 that can be")
     epochs: int = Field(2, gt=0, description="epochs of the plan that are proved")

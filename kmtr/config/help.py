@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from kmtr.config.core import flatten, typed
-from kmtr.config.recipes import RECIPES, named
+from kmtr.config.recipes import RECIPES, WITHOUT, named
 from kmtr.config.run import Workers
 from kmtr.config.used import settings_of
 from kmtr.config.whole import RunConfig
@@ -42,7 +42,7 @@ def help_text(usage: str, command: str, words: Sequence[str]) -> str:
     recipe = named(command, words)
     values = flatten(RECIPES[recipe]() if recipe else RunConfig())
     lines = usage.strip().splitlines()
-    if command != "ingest":
+    if command not in WITHOUT:
         lines += ["", "recipes:", *(line for name in RECIPES for line in _recipe(name))]
     shown = f"the values of recipe {recipe}" if recipe else "their defaults (no recipe is given)"
     lines += ["", *EXIT_STATUS.splitlines(), "", f"settings of {command}, with {shown}"]

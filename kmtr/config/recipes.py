@@ -69,10 +69,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "larg
 KINDS = {"study": {"labels": "tiny", "ablation": "tiny"}, "bench": {"data": "base", "step": "tiny"}}
 """Commands whose first word is what to do -> what it may be -> recipe where none is given."""
 
+WITHOUT = ("ingest", "predict")
+"""Commands that take no recipe: their settings come from a source or from a model."""
+
 
 def named(command: str, words: Sequence[str]) -> str:
     """Recipe of a command as it is typed, else its default one; empty: it has none, and all settings their defaults."""
-    if command == "ingest":
+    if command in WITHOUT:
         return ""
     kinds = KINDS.get(command, {})
     default = next((kinds[word] for word in words if word in kinds), next(iter(kinds.values()), ""))

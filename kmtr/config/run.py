@@ -380,3 +380,13 @@ class Storage(Section):
 class Tracking(Section):
     uri: str = Field("", description="MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in storage.root")
     experiment: str = Field("kmtr", description="MLflow experiment")
+    model: str = Field(
+        "", description="finetune.py: name in MLflow's registry, of which the model is a new version; empty: none"
+    )
+
+    @pydantic.field_validator("model")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value and not re.fullmatch(r"\w[\w. -]{0,99}", value):
+            raise ValueError(f"expected letters, digits, blanks and _.- (at most 100), got {value!r}")
+        return value

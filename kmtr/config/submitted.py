@@ -18,13 +18,18 @@ def data_root(words: Sequence[str]) -> Path:
     return Path((RECIPES[recipe]() if recipe else RunConfig()).data.root).absolute()
 
 
+def under_submit() -> bool:
+    """True in a command that `ray job submit` started."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def refuse_relative_under_submit(config: RunConfig) -> None:
     """Refuse relative paths under `ray job submit`: they would be lost with the working directory.
 
     Raises:
         InputError: a path is relative; says which key.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+    if not under_submit():
         return
     tracking = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     paths = [("data.root", config.data.root), ("storage.root", config.storage.root)]
@@ -32,6 +37,7 @@ def refuse_relative_under_submit(config: RunConfig) -> None:
         "sampling.file": config.sampling.file,
         "shards.split_from": config.shards.split_from,
         "ingest.labels": config.ingest.labels,
+        "predict.out": config.predict.out,
     }
     paths += [(key, path) for key, path in optional.items() if path]
     if tracking.startswith("sqlite:///") and not tracking.startswith("sqlite:////"):

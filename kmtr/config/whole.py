@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from kmtr.config.budget import check_lines
-from kmtr.config.commands import Bench, Evaluate, Ingest, Search, Shards, Simulate, Study, Verify
+from kmtr.config.commands import Bench, Evaluate, Ingest, Predict, Search, Shards, Simulate, Study, Verify
 from kmtr.config.core import Section, changed, flatten, load, override
 from kmtr.config.run import (
     MIN_ALIGNED_SUBJECTS,
@@ -58,6 +58,7 @@ class RunConfig(Section):
     simulate: Simulate = Simulate()
     ingest: Ingest = Ingest()
     evaluate: Evaluate = Evaluate()
+    predict: Predict = Predict()
     search: Search = Search()
     bench: Bench = Bench()
     verify: Verify = Verify()
@@ -237,6 +238,15 @@ def parse(words: Sequence[str], recipe: str, recipes: dict[str, Any]) -> RunConf
     """The configuration of ``RECIPE key=value ...``; `recipes` maps a name to a function returning a RunConfig."""
     if recipe not in recipes:
         raise InputError(f"recipe: expected one of {', '.join(recipes)}, got {recipe!r}")
+    return override(recipes[recipe](), given(words))
+
+
+def given(words: Sequence[str]) -> dict[str, Any]:
+    """Settings as typed, ``key=value ...``.
+
+    Raises:
+        InputError: another word, or a key that is given twice.
+    """
     changes: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -245,7 +255,7 @@ def parse(words: Sequence[str], recipe: str, recipes: dict[str, Any]) -> RunConf
         if key in changes:
             raise InputError(f"{key}: given twice")
         changes[key] = value
-    return override(recipes[recipe](), changes)
+    return changes
 
 
 def from_json(text: str) -> RunConfig:

@@ -17,7 +17,9 @@ from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import phase_gain
 
 VERSION = 3
-"""Version of the baselines; 1 did not separate static and dynamic part, 2 scored masks of one frame. A result of another one is made anew."""
+"""Version of the baselines; 1 did not separate static and dynamic part, 2 scored masks of one frame. A result of
+another one is made anew.
+"""
 LOW_RESOLUTION = 16
 CENTRE = (4, 8)
 """Lines and samples along each, about the centre of k-space."""

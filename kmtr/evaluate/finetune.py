@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from kmtr import tracking
+from kmtr import card, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
@@ -45,7 +45,7 @@ from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
 from kmtr.train import choice, driver, start
-from kmtr.train.folder import write_json
+from kmtr.train.folder import Outcome, write_json
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, KmtrError
 
@@ -74,11 +74,22 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"finetune: {name} finished in {time.perf_counter() - began:.0f} s")
     tested = score(config, dataset, Path(outcome.encoder), folder)
     if not outcome.reused:
-        _send(config, outcome.run_id, folder, int(outcome.metrics["step"]), tested["metrics"])
+        _send(config, outcome, int(outcome.metrics["step"]), tested["metrics"])
     chosen, said = choice.shown(outcome.metrics, config)
     print(f"  model     {outcome.encoder}\n            {chosen}")
     print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
-    return asdict(outcome) | {"model": outcome.encoder} | said | tested
+    return asdict(outcome) | {"model": outcome.encoder} | said | tested | registered(config, outcome)
+
+
+def registered(config: RunConfig, outcome: Outcome) -> dict[str, str]:
+    """Put the model into MLflow's registry under `tracking.model`, or find it there; empty: it is not asked for."""
+    name = config.tracking.model
+    if not name:
+        return {}
+    version, new = tracking.register(config.tracking.uri, outcome.run_id, name, Path(outcome.encoder))
+    uri = f"models:/{name}/{version}"
+    print(f"  registry  {uri}{f', also models:/{name}/latest' if new else ', registered before'}")
+    return {"registered": uri}
 
 
 def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dict[str, Any]:
@@ -100,6 +111,7 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     shown, metrics = summary(read(path), config)
     text = "\n\n".join(map(text_table, shown))
     print(text)
+    card.write_card(model, shown)
     write_json(kept, {"predictions": str(path), "metrics": metrics, "text": text})
     return {"predictions": str(path), "metrics": metrics}
 
@@ -210,9 +222,11 @@ def _device(config: RunConfig) -> str:
     return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _send(config: RunConfig, run_id: str, folder: Path, step: int, metrics: dict[str, float]) -> None:
-    """Metrics of the test split to the run in MLflow; of the predictions nothing, since they name subjects."""
-    spool = tracking.Spool(folder / "test-spool", config.tracking.uri, run_id)
+def _send(config: RunConfig, outcome: Outcome, step: int, metrics: dict[str, float]) -> None:
+    """Metrics and the card to the run in MLflow; of the predictions nothing, since they name subjects."""
+    folder, model = Path(outcome.folder), Path(outcome.encoder)
+    spool = tracking.Spool(folder / "test-spool", config.tracking.uri, outcome.run_id)
+    spool.artifact(model / card.FILE, model.name)
     spool.metrics(step, {f"test/{name}": value for name, value in metrics.items() if np.isfinite(value)})
     try:
         unsent = spool.close(30.0)

@@ -140,12 +140,19 @@ def write(path: Path, table: pa.Table) -> None:
     Raises:
         InputError: two rows have the same key.
     """
+    content = encoded(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store, base = storage.open_root(str(path.parent))
+    storage.write_atomic(store, f"{base}/{path.name}", content)
+
+
+def encoded(table: pa.Table) -> bytes:
+    """Content of a file of predictions. Raises as `write`."""
     _check_keys(table, "what is to be written")
     sink = pa.BufferOutputStream()
     pq.write_table(table.cast(SCHEMA).replace_schema_metadata(SCHEMA.metadata), sink, compression="zstd")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    store, base = storage.open_root(str(path.parent))
-    storage.write_atomic(store, f"{base}/{path.name}", sink.getvalue().to_pybytes())
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
 
 
 def append(path: Path, table: pa.Table) -> None:
@@ -158,12 +165,16 @@ def append(path: Path, table: pa.Table) -> None:
 
 
 def read(path: Path) -> pa.Table:
-    """The rows of a file of predictions, in their order.
+    """The rows of a file of predictions, in their order, or of all files in a folder (`jobs/predict.py`).
 
     Raises:
         InputError: no such file; another format; columns, types or empty cells that the format does not have; two rows
             with the same key.
     """
+    if path.is_dir():
+        whole = joined([read(part) for part in sorted(path.glob("*.parquet"))])
+        _check_keys(whole, str(path))
+        return whole
     if not path.is_file():
         raise InputError(f"predictions: expected a file, got none at {path}; evaluate writes it")
     try:

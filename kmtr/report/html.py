@@ -75,6 +75,14 @@ def text_table(table: Table) -> str:
     return "\n".join([*lines, table.note] if table.note else lines)
 
 
+def markdown_table(table: Table) -> str:
+    """The table in Markdown: caption, rows, note; no final line end."""
+    aligned = ["---:" if right else "---" for right in _right_columns(table)]
+    rows = [table.columns, aligned, *_texts(table)]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n\n".join(filter(None, (table.caption, body, table.note)))
+
+
 def write_report(
     path: str | Path,
     *,

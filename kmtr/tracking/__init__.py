@@ -3,8 +3,21 @@
 ``import mlflow`` costs seconds, so it happens inside functions, never when this package is imported.
 """
 
+from kmtr.tracking.registry import fetch, register
 from kmtr.tracking.run import end_run, find_run, log_dataset, open_run
 from kmtr.tracking.spool import Spool, history, replay
 from kmtr.tracking.store import tracking_uri, where
 
-__all__ = ["Spool", "end_run", "find_run", "history", "log_dataset", "open_run", "replay", "tracking_uri", "where"]
+__all__ = [
+    "Spool",
+    "end_run",
+    "fetch",
+    "find_run",
+    "history",
+    "log_dataset",
+    "open_run",
+    "register",
+    "replay",
+    "tracking_uri",
+    "where",
+]

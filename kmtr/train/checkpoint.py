@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.exported import export_encoder, export_model
+from kmtr.exported import Trained, export_encoder, export_model
 from kmtr.train import state
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.state import CheckpointError
@@ -152,7 +152,9 @@ def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: d
     export_encoder(target, config, state.whole(states(folder), kind, model, "systems.kspace"), tables)
 
 
-def export_model_from(folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
+def export_model_from(
+    folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor], trained: Trained
+) -> None:
     """The whole model of a checkpoint as `kmtr.load_model` reads it: of the best validation where the run keeps that
     (`task.keep`), else of the last step, of its EMA where there is one.
     """
@@ -166,7 +168,7 @@ def export_model_from(folder: Path, target: Path, config: RunConfig, tables: dic
         for part in ("systems", "heads")
         for name, weight in state.whole(states(folder), kind, model, part).items()
     }
-    export_model(target, config, weights, tables)
+    export_model(target, config, weights, tables, asdict(trained))
 
 
 def _same_model(stored: dict[str, list[int]], built: dict[str, list[int]]) -> None:

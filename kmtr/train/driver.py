@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 
 from kmtr import tracking
+from kmtr.card import write_card
 from kmtr.config import RunConfig, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
@@ -85,7 +86,7 @@ def fit(
         with Display(job["progress"], config.total_steps, quiet) as display:
             result = trainer.fit()
         returned = _returned(name, result, display)
-        encoder = _export(config, folder, returned, result.checkpoint, tables)
+        encoder = _export(config, dataset, folder, returned, result.checkpoint, tables)
         _send_files(config, folder, run_id, encoder)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         if returned["stopped"]:
@@ -120,15 +121,21 @@ def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
 
 
 def _export(
-    config: RunConfig, folder: Path, returned: dict[str, Any], last: Any, tables: dict[str, torch.Tensor]
+    config: RunConfig,
+    dataset: Dataset,
+    folder: Path,
+    returned: dict[str, Any],
+    last: Any,
+    tables: dict[str, torch.Tensor],
 ) -> Path:
     """The folder left: the encoder of the last checkpoint, or where the guard stopped, of masked pretraining; of
-    training on labels the model, best or last (`task.keep`), which the last checkpoint both has.
+    training on labels the model with its card, best or last (`task.keep`), which the last checkpoint both has.
     """
     encoder = folder / ("model" if config.stage == "task" else "encoder")
     if config.stage == "task":
         with last.as_directory() as place:
-            checkpoint.export_model_from(Path(place), encoder, config, tables)
+            checkpoint.export_model_from(Path(place), encoder, config, tables, start.trained_on(config, dataset))
+        write_card(encoder)
         return encoder
     if returned["stopped"]:
         _copy_tree(folder / MASKED_ENCODER, encoder)

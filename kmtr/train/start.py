@@ -14,7 +14,7 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
 from kmtr.data.loader.subjects import MIN_KNOWN
-from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights, rebuilds
+from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
@@ -76,6 +76,29 @@ def tables(config: RunConfig) -> dict[str, Tensor] | None:
     if config.stage != "task" or config.task.encoder == NONE:
         return None
     return read_weights(Path(config.task.encoder) / WEIGHTS)[1]
+
+
+def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
+    """Facts that an exported model carries: counts of its training subjects, their labels and shapes."""
+    reader = dataset.reader("train", config.data)
+    rows, names = budget(config, dataset), labels_of(config)
+    chosen = range(len(reader)) if rows is None else rows.tolist()
+    counts = np.isfinite(subjects.labels_of(reader, chosen, names)).sum(0).tolist()
+    shapes: dict[str, list[list[int]]] = {}
+    for manifest in dataset.manifests:
+        numbers = {number for shard in manifest.shards if shard.split == "train" for _, number in shard.shapes}
+        for subject in (manifest.subject_shapes[number] for number in numbers):
+            for view in set(config.data.views) & set(subject):
+                least, most = shapes.get(view, [subject[view], subject[view]])
+                shapes[view] = [list(map(min, least, subject[view])), list(map(max, most, subject[view]))]
+    return Trained(
+        subjects=len(chosen),
+        labels=dict(zip(names, counts, strict=True)),
+        shapes={view: shapes[view] for view in config.data.views if view in shapes},
+        dataset=dataset.digest,
+        from_scratch=config.task.encoder == NONE,
+        steps=config.task.steps,
+    )
 
 
 def labels_of(config: RunConfig) -> tuple[str, ...]:

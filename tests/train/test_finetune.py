@@ -83,7 +83,7 @@ def on_labels(config: RunConfig, **changes: object) -> RunConfig:
 def tuned(forked: None, config: RunConfig) -> dict[str, object]:
     """What the command answers, of a run from the pretrained encoder."""
     encoder = driver.fit(config).encoder
-    return finetune.run(on_labels(config, encoder=encoder))
+    return finetune.run(override(on_labels(config, encoder=encoder), {"tracking.model": "heart"}))
 
 
 def test_it_ends_with_tables_a_model_and_predictions(
@@ -96,9 +96,14 @@ def test_it_ends_with_tables_a_model_and_predictions(
     assert set(table.column("acceleration").to_pylist()) == {2, 4}
     metrics = dict(tuned["metrics"])  # type: ignore[call-overload]
     assert {"lvedv_r2", "lvedv_r2_ridge", "mean_r2", "dcm_auroc"} <= metrics.keys()
+    assert tuned["registered"] == "models:/heart/1"
+    card = (Path(str(tuned["model"])) / "README.md").read_text()
+    for said in ("24 subjects, 6 steps from a pretrained encoder", "`lvef_pct` of 18", "K-MTR Fine-Tuned", "| Mean |"):
+        assert said.lower() in card.lower()
     again = finetune.run(on_labels(config, encoder=str(Path(str(tuned["folder"])).parent / _encoder_of(config))))
     assert again["reused"]
     assert again["metrics"] == metrics
+    assert "registered" not in again
     assert "is finished, reused" in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ import os
 from functools import partial
 from typing import Any
 
-from kmtr.config import RunConfig, override
+from kmtr.config import RunConfig, given, override
 from kmtr.config.submitted import refuse_relative_under_submit
 from kmtr.data import sources
 from kmtr.data.dataset import splits, storage, tables
@@ -51,13 +51,7 @@ def run(words: list[str]) -> dict[str, Any]:
     """Ingest ``FORMAT SOURCE key=value ...``, or find that it is done; what the last line on stdout says."""
     if len(words) < 2 or "=" in words[0] or "=" in words[1]:
         raise InputError(f"expected FORMAT SOURCE first, FORMAT one of {', '.join(sources.FORMATS)}; see --help")
-    changes: dict[str, Any] = {}
-    for word in words[2:]:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise InputError(f"expected key=value, got {word!r}")
-        changes[key] = value
-    config = override(RunConfig(), changes)
+    config = override(RunConfig(), given(words[2:]))
     refuse_relative_under_submit(config)
     options_of(config)  # a slip in a key is said before any file is opened
     subject_key = os.environ.get("KMTR_SUBJECT_KEY", "kmtr").encode()

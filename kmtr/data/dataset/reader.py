@@ -187,9 +187,19 @@ class Reader:
         """
         return RowSamples(self, [int(row) for row in rows])
 
+    def pseudonym(self, row: int) -> str | None:
+        """Pseudonym of a row by the index beside its shard, which may be there when the shard is not; else None."""
+        number = self._number(row)
+        index = shards.stored_index(*self.shards[number])
+        return None if index is None else str(index.column("subject_id")[row - int(self.first[number])].as_py())
+
+    def _number(self, row: int) -> int:
+        """Number of the shard that holds a row."""
+        return int(np.searchsorted(self.first, row, side="right")) - 1
+
     def _shard(self, row: int) -> tuple[_OpenShard, int]:
         """The open shard of a row, and the row's place in it."""
-        number = int(np.searchsorted(self.first, row, side="right")) - 1
+        number = self._number(row)
         with self._lock:
             shard = self._open.get(number)
             if shard is None:

@@ -101,6 +101,11 @@ class Batch:
         """Lines that a fully sampled scan would have: those of no padding."""
         return existing(self.padded, self.extent[..., 1], self.kspace.shape[-2])
 
+    @property
+    def true_acceleration(self) -> Float[Tensor, " batch"]:
+        """Lines that exist over those acquired, of every subject; fp64."""
+        return self.existing.flatten(1).sum(1).double() / self.sampled.flatten(1).sum(1)
+
 
 def existing(
     padded: Bool[Tensor, "batch slice t"], ny: Int[Tensor, "batch slice"], lines: int

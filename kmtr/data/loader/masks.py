@@ -40,7 +40,7 @@ def read_masks(samples: Samples, data: Data, shape: Shape, pin: bool = False) ->
                 continue
             where = slice(slots.start, slots.start + min(stored["shape"][0], slots.stop - slots.start))
             if stored["spacing_mm"] is not None:
-                spacing[row, where] = torch.tensor(_spacing_mm(stored, data, where.stop - where.start))
+                spacing[row, where] = torch.tensor(chosen_spacing_mm(stored, data, where.stop - where.start))
             reads.append(partial(_fill, samples, data, (row, view), stored, masks[row, where], contoured[row, where]))
     run_many(reads, samples.in_flight)
     return {"masks": masks, "contoured": contoured, "spacing_mm": spacing}
@@ -79,8 +79,12 @@ def _on_grid(masks: Tensor, data: Data, stored: dict[str, Any]) -> Tensor:
     return masks if masks.shape[-2:] == data.matrix else zero_filled(masks, data.matrix)
 
 
-def _spacing_mm(stored: dict[str, Any], data: Data, chosen: int) -> tuple[float, float, float]:
-    """Distance of `chosen` slices and size of a pixel: zero-filled images keep the field of view, cropped the pixel."""
+def chosen_spacing_mm(stored: dict[str, Any], data: Data, chosen: int) -> tuple[float, float, float]:
+    """Distance of `chosen` slices and size of a pixel: zero-filled images keep the field of view, cropped the pixel.
+
+    Args:
+        stored: ``shape``, ``acquired`` and ``spacing_mm`` of the view, as its row has them.
+    """
     slices, _, _, ny, nx = stored["shape"]
     between, *pixel = stored["spacing_mm"]
     height, width = (

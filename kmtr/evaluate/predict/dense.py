@@ -1,0 +1,137 @@
+"""Dense outputs of a model (masks, images): a table of each, and NIfTI files where the size of a pixel is known."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Shaped
+
+from kmtr.config import Data
+from kmtr.data.dataset import storage
+from kmtr.data.loader.masks import chosen_spacing_mm
+from kmtr.data.loader.shapes import full_shape, places_of
+from kmtr.data.sources import optional
+
+NIFTI = "nifti"
+_SAFE = re.compile(r"\w[\w-]{0,99}")
+
+
+class Tables:
+    """Files of the dense outputs of one part, written as they come.
+
+    A table lies in a folder called after its output. A row is one subject at one R: ``values`` holds the array of
+    ``shape`` (slice t y x, on the grid of the model's matrix), of the type that the schema's ``kmtr.dtype`` says;
+    slices are those of ``kmtr.slices`` (view -> first and last + 1), those that the subject lacks too.
+
+    Args:
+        files: closes them; what it is left by with an error leaves no file.
+
+    Attributes:
+        unplaced: views of subjects without a NIfTI file, since the size of a pixel is not known.
+    """
+
+    def __init__(self, out: str, number: int, data: Data, files: ExitStack):
+        self.out, self.number, self.data, self.files = out, number, data, files
+        self.unplaced = 0
+        self._writers: dict[str, pq.ParquetWriter] = {}
+
+    def add(
+        self,
+        names: Sequence[str],
+        meta: pa.Table,
+        acceleration: int,
+        true: Float[np.ndarray, " subject"],
+        outputs: Mapping[str, Shaped[np.ndarray, "subject slice t y x"]],
+    ) -> None:
+        """Write the outputs for some subjects.
+
+        Args:
+            meta: their rows in the dataset, without payloads.
+        """
+        for output, arrays in outputs.items():
+            columns = {
+                "subject": pa.array(names, pa.string()),
+                "acceleration": pa.array(np.full(len(names), acceleration, np.int32)),
+                "true_acceleration": pa.array(true),
+                "shape": pa.array([list(array.shape) for array in arrays], pa.list_(pa.int32())),
+                "values": pa.array([array.tobytes() for array in arrays], pa.large_binary()),
+            }
+            slices = {view: [at.start, at.stop] for view, at in places_of(self.data, full_shape(self.data))}
+            table = pa.table(columns).replace_schema_metadata(
+                {"kmtr.dtype": str(arrays.dtype), "kmtr.slices": json.dumps(slices)}
+            )
+            if output not in self._writers:
+                sink = self.files.enter_context(storage.writing(self.out, f"{output}/part-{self.number:05d}.parquet"))
+                writer = pq.ParquetWriter(sink, table.schema, compression="zstd")
+                self._writers[output] = self.files.enter_context(writer)
+            self._writers[output].write_table(table)
+            for i, array in enumerate(arrays):
+                stem = f"{_file_name(names[i], self.number, i)}_R{acceleration}"
+                for view, content in self._volumes(array, meta, i):
+                    self._put(f"{NIFTI}/{stem}_{view}_{output}.nii.gz", content)
+
+    def _volumes(
+        self, array: Shaped[np.ndarray, "slice t y x"], meta: pa.Table, row: int
+    ) -> Iterator[tuple[str, bytes]]:
+        """View -> NIfTI file of what there is of it, of one subject."""
+        for view, slots in places_of(self.data, full_shape(self.data)):
+            stored: dict[str, Any] = {
+                kind: meta.column(f"{kind}_{view}")[row].as_py()
+                for kind in ("shape", "acquired", "spacing_mm", "frame_time_s")
+            }
+            if stored["shape"] is None:
+                continue
+            if stored["spacing_mm"] is None:
+                self.unplaced += 1
+                continue
+            slices = min(stored["shape"][0], slots.stop - slots.start)
+            frames = min(stored["shape"][2], array.shape[1])
+            spacing = chosen_spacing_mm(stored, self.data, slices)
+            frame_time_s = (stored["frame_time_s"] or 0.0) * stored["shape"][2] / frames
+            yield view, nifti(array[slots][:slices, :frames], spacing, frame_time_s)
+
+    def _put(self, name: str, content: bytes) -> None:
+        with storage.writing(self.out, name) as sink:
+            sink.write(content)
+
+
+def nifti(
+    values: Shaped[np.ndarray, "slice t y x"], spacing_mm: tuple[float, float, float], frame_time_s: float
+) -> bytes:
+    """A compressed NIfTI-1 file with axes x y slice t; the same bytes for the same values.
+
+    It has no orientation (qform and sform codes 0): a dataset keeps the size of a pixel alone.
+
+    Args:
+        spacing_mm: between slices, height and width of a pixel.
+        frame_time_s: 0: unknown.
+
+    Raises:
+        InputError: nibabel is not installed.
+    """
+    image = optional("nibabel").Nifti1Image(np.ascontiguousarray(values.transpose(3, 2, 0, 1)), None)
+    between, height, width = spacing_mm
+    image.header.set_zooms((width, height, between, frame_time_s))
+    image.header.set_xyzt_units("mm", "sec")
+    return gzip.compress(image.to_bytes(), 6, mtime=0)
+
+
+def parquet(table: pa.Table) -> bytes:
+    """Content of a Parquet file of a table."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _file_name(subject: str, part: int, row: int) -> str:
+    """A pseudonym as it may stand in a file's name; a number for one that may not."""
+    return subject if _SAFE.fullmatch(subject) else f"part-{part:05d}-{row}"
