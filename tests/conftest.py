@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -66,22 +68,44 @@ SMALL = {
 
 LONG = (
     "test_resized",
+    "test_finetune",
+    "test_packed",
     "test_training",
     "test_equivalence",
-    "test_packed",
+    "test_study",
+    "test_study_runs",
     "test_spool",
+    "test_run",
     "test_verify",
     "test_sharding",
+    "test_new_task",
+    "test_objectives",
 )
 """Files that take longest, so that none of them is left for the end, when one processor has nothing else to do."""
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="kmtr-ray-", dir="/tmp")  # a socket's path is short
 
 
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    """Ray's tests come first, then the long files. One process runs a file, and one all tests that share a Ray."""
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("ray"):
+            return -1
+        return LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG)
+
+    items.sort(key=place)
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -125,10 +149,18 @@ def batch(small: RunConfig, reader: Reader) -> Batch:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One local Ray for all tests; four logical CPUs: two workers, their readers and a trial fit on two cores."""
-    os.environ["RAY_DATA_LOG_LEVEL"] = "ERROR"
+    """One Ray of its own for all tests; four logical CPUs: two workers, their readers and a trial fit on two cores."""
+    os.environ |= {"RAY_DATA_LOG_LEVEL": "ERROR", "RAY_raylet_start_wait_time_s": "300"}
     import ray
 
-    ray.init(num_cpus=4, namespace="kmtr", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    ray.init(
+        "local",  # never one that runs here already
+        num_cpus=4,
+        object_store_memory=1 << 30,
+        namespace="kmtr",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        include_dashboard=False,
+    )
     yield
     ray.shutdown()

@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.ndimage import uniform_filter
-from scipy.special import ellipe, ellipkm1
 
 from kmtr.physics.fourier import fft2c, ifft2c
 from kmtr.physics.noise import Purpose, generator
@@ -130,6 +128,8 @@ def adaptive_sensitivities(images: np.ndarray, window: int = 5) -> np.ndarray:
     Args:
         images: complex ``coil t y x``.
     """
+    from scipy.ndimage import uniform_filter  # half a second, which a training worker need not pay
+
     coils = len(images)
     correlation = np.empty((*images.shape[2:], coils, coils), np.complex64)
     for a in range(coils):
@@ -204,6 +204,8 @@ def _loop_field(points: np.ndarray, normal: np.ndarray, radius: float) -> np.nda
     Closed form of Simpson, Lane, Immer and Youngquist (NASA, 2001), "Simple analytic expressions for the magnetic
     field of a circular current loop", equations 24 and 25, in cylindrical coordinates (rho, z) about the loop's axis.
     """
+    from scipy.special import ellipe, ellipkm1
+
     z = points @ normal
     across = points - z[..., None] * normal
     rho = np.linalg.norm(across, axis=-1)

@@ -2,31 +2,39 @@
 
 ``k = fftshift(fft2(ifftshift(x)))`` with ``norm="ortho"`` over the last two axes (y, x): the centre of both domains is
 index ``n // 2``, the transform is unitary, so its inverse is its adjoint and energy is kept (Parseval).
+
+torch is imported for tensors alone: whoever simulates or writes a dataset starts without it, seconds sooner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 
 def fftc(x: Array, axes: Sequence[int]) -> Array:
     """Image to k-space along `axes`; complex output of the same shape and precision."""
-    if isinstance(x, torch.Tensor):
-        return torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(x, axes), dim=axes, norm="ortho"), axes)
-    return np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(x, axes), axes=axes, norm="ortho"), axes)
+    if isinstance(x, np.ndarray):
+        return np.fft.fftshift(np.fft.fftn(np.fft.ifftshift(x, axes), axes=axes, norm="ortho"), axes)
+    from torch import fft
+
+    return fft.fftshift(fft.fftn(fft.ifftshift(x, axes), dim=axes, norm="ortho"), axes)
 
 
 def ifftc(k: Array, axes: Sequence[int]) -> Array:
     """k-space to image along `axes`: inverse and adjoint of `fftc`."""
-    if isinstance(k, torch.Tensor):
-        return torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(k, axes), dim=axes, norm="ortho"), axes)
-    return np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(k, axes), axes=axes, norm="ortho"), axes)
+    if isinstance(k, np.ndarray):
+        return np.fft.fftshift(np.fft.ifftn(np.fft.ifftshift(k, axes), axes=axes, norm="ortho"), axes)
+    from torch import fft
+
+    return fft.fftshift(fft.ifftn(fft.ifftshift(k, axes), dim=axes, norm="ortho"), axes)
 
 
 def fft2c(x: Array) -> Array:
@@ -52,7 +60,7 @@ def crop_or_pad(x: Array, size: Sequence[int], axes: Sequence[int]) -> Array:
             before = want // 2 - have // 2
             shape = list(x.shape)
             shape[axis] = want
-            out = x.new_zeros(shape) if isinstance(x, torch.Tensor) else np.zeros(shape, x.dtype)
+            out = np.zeros(shape, x.dtype) if isinstance(x, np.ndarray) else x.new_zeros(shape)
             index = [slice(None)] * x.ndim
             index[axis] = slice(before, before + have)
             out[tuple(index)] = x
@@ -62,6 +70,8 @@ def crop_or_pad(x: Array, size: Sequence[int], axes: Sequence[int]) -> Array:
 
 def centred(size: torch.Tensor, length: int) -> torch.Tensor:
     """Places of `size` samples on an axis of `length` with the same centre ``n // 2``: bool ``... length``."""
+    import torch
+
     offset = torch.arange(length, device=size.device) - length // 2
     return (offset >= -(size // 2)[..., None]) & (offset < (size - size // 2)[..., None])
 
@@ -71,5 +81,7 @@ def magnitude_image(kspace: torch.Tensor) -> torch.Tensor:
 
     A shift of k-space only turns the image's phase, so the magnitude needs no shift before the transform.
     """
+    import torch
+
     real, imaginary = torch.view_as_real(torch.fft.ifft2(kspace, norm="ortho")).square_().unbind(-1)
     return torch.fft.fftshift((real + imaginary).sum(-4).sqrt_(), (-2, -1))  # a sum over the axis of two is slow

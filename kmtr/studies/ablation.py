@@ -19,7 +19,7 @@ from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
-from kmtr.studies import comparison
+from kmtr.studies import comparison, running
 from kmtr.studies.running import finished, named, open_run, probe_all, publish, rate
 from kmtr.studies.variants import Group, asked, check
 from kmtr.train import driver
@@ -155,18 +155,10 @@ def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], p
 
 def _train_all(configs: Sequence[RunConfig], parent: str, at_once: int) -> dict[str, str]:
     """Run name -> why it failed."""
-    import ray
-
-    task = ray.remote(num_cpus=0, max_retries=0)(_train)
-    bar, left, done = Bar("study: runs"), list(configs), 0
-    running: list[Any] = []
-    failures: dict[str, str] = {}
-    while left or running:
-        while left and len(running) < at_once:
-            running.append(task.remote(to_json(left.pop(0)), parent))
-        ready, running = ray.wait(running)
-        name, failure, seconds = ray.get(ready[0])
-        done += 1
+    bar, failures = Bar("study: runs"), {}
+    jobs = [(to_json(config), parent) for config in configs]
+    results = running.ended(_train, jobs, at_once, num_cpus=0, max_retries=0)
+    for done, (name, failure, seconds) in enumerate(results, 1):
         if failure:
             failures[name] = failure
         print(f"  {name}  {f'failed: {failure}' if failure else f'finished in {seconds:.0f} s'}", flush=True)

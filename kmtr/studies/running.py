@@ -28,6 +28,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def ended(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], at_once: int = 0, **wanted: Any
+) -> Iterator[Any]:
+    """Results of `function` called with every job's arguments, as Ray tasks, in the order in which they end.
+    Ray must be up (kmtr.ray_start.start_ray).
+
+    Args:
+        at_once: tasks that run side by side; 0: as many as the cluster has room for.
+        wanted: options of the tasks (num_cpus, num_gpus, max_retries).
+
+    Raises:
+        ray.exceptions.RayError: of the first task that failed; the others are cancelled.
+    """
+    import ray
+
+    task, left = ray.remote(**wanted)(function), list(jobs)
+    running: list[Any] = []
+    try:
+        while left or running:
+            while left and (not at_once or len(running) < at_once):
+                running.append(task.remote(*left.pop(0)))
+            ready, running = ray.wait(running)
+            yield from ray.get(ready)
+    finally:
+        for other in running:
+            ray.cancel(other)
+
+
 def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: str, device: str) -> None:
     """Call `function` with every job's arguments, as Ray tasks of one core (and one GPU) each, with a bar.
 
@@ -37,22 +65,15 @@ def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: s
     if not jobs:
         return
     start_ray()
-    import ray
+    from ray.exceptions import RayError
 
-    task = ray.remote(num_cpus=1, num_gpus=int(device == "cuda"))(function)
-    bar, total = Bar(what), len(jobs)
-    waiting = [task.remote(*job) for job in jobs]
+    bar = Bar(what)
     try:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            ray.get(ready)
-            bar(total - len(waiting), total)
-    except ray.exceptions.RayError as error:
+        for done, _ in enumerate(ended(function, jobs, num_cpus=1, num_gpus=int(device == "cuda")), 1):
+            bar(done, len(jobs))
+    except RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise KmtrError(f"{what}: {lines[-1].strip()}") from None
-    finally:
-        for left in waiting:
-            ray.cancel(left)
 
 
 def device_of(config: RunConfig) -> str:

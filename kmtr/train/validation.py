@@ -18,7 +18,6 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import true_acceleration
-from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
 from kmtr.train import choice, guard
@@ -228,6 +227,8 @@ class PretrainingValidation(Validation):
         filled = self.prepare.readers["kspace"].lines.fill(batch.kspace, batch.sampled, values, targets)
         if self.rank != 0:
             return None
+        from kmtr.report import figures_kspace as figures  # with Matplotlib, which the other workers do not need
+
         frames = slice(0, int(present[z]))
         sampled = batch.sampled[0, z, frames].cpu().numpy()
         shown = (slice(0, 1), slice(z, z + 1), frames)

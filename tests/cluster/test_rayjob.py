@@ -23,10 +23,6 @@ from ray.runtime_env import RuntimeEnv
 from kmtr.config import RunConfig, parse
 from kmtr.config.recipes import RECIPES
 
-with warnings.catch_warnings():  # the command line pulls in Ray Serve, which uses deprecated parts of pydantic
-    warnings.simplefilter("ignore")
-    from ray.scripts.scripts import start as ray_start
-
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "cluster" / "rayjob-pretrain.yaml"
 DOCKERFILE = ROOT / "cluster" / "Dockerfile"
@@ -154,6 +150,10 @@ def kubernetes_problems(resource: dict[str, Any], path: str) -> Iterator[str]:
 
 def start_problems(cluster: dict[str, Any]) -> Iterator[str]:
     """rayStartParams against the options of the installed `ray start`."""
+    with warnings.catch_warnings():  # the command line pulls in Ray Serve, which uses deprecated parts of pydantic
+        warnings.simplefilter("ignore")
+        from ray.scripts.scripts import start as ray_start
+
     known = {option.removeprefix("--"): param for param in ray_start.params for option in param.opts}
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         for name, text in group["rayStartParams"].items():

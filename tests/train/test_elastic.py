@@ -73,6 +73,7 @@ def test_ray_train_still_has_what_the_trainer_replaces() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("kills")  # both are held against `undisturbed`
 def test_a_node_that_goes_and_comes_back_changes_no_number(
     longer: RunConfig, undisturbed: tuple[RunConfig, Outcome], tmp_path: Path
 ) -> None:

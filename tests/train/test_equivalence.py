@@ -78,7 +78,8 @@ def test_zero_stages_workers_and_accumulation_agree(dataset: str, tmp_path: Path
     saving = {"train.zero_stage": 3, "model.checkpointing": True, "align.train_image_encoder": False}
     variants["checkpointing"] = override(base, saving)
     two = run(variants, 2, tmp_path / "two")
-    one = run({k: override(c, {"train.workers": 1}) for k, c in stages.items()}, 1, tmp_path / "one")
+    alone = {name: override(stages[name], {"train.workers": 1}) for name in ("zero0", "zero3")}
+    one = run(alone, 1, tmp_path / "one")
     first = one["zero0"]
     curve = [step["kspace_loss"] for step in first]
     assert np.isfinite(curve).all()
@@ -91,5 +92,5 @@ def test_zero_stages_workers_and_accumulation_agree(dataset: str, tmp_path: Path
         GOLDEN.write_text(json.dumps(rounded, indent=2) + "\n")
     golden = json.loads(GOLDEN.read_text())
     for workers, found in ((1, one), (2, two)):
-        for name in stages:
+        for name in stages.keys() & found:
             assert_equal(found[name], golden, f"golden, {name} on {workers} worker(s)", rtol=1e-3, atol=1e-4)

@@ -1,4 +1,6 @@
-"""Training on labels by Ray Train's own workers and Ray Data's readers."""
+"""Training on labels by Ray Train's own workers and Ray Data's readers: together what other tests hold apart, Ray in
+pretraining, labels on forked workers, and the columns that a task wants through either loader.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from kmtr.config import RunConfig, override
 from kmtr.evaluate import finetune
 
 
+@pytest.mark.full
 @pytest.mark.ray
 def test_the_command_on_ray(cluster: None, config: RunConfig, tmp_path: Path) -> None:  # noqa: F811
     """Ray Train's own workers and Ray Data's readers, sharded; labels go through the readers."""

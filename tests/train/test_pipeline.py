@@ -18,18 +18,19 @@ from kmtr.physics.sampling import subject_key
 
 pytestmark = pytest.mark.ray
 
+Batches = dict[int, list]
+"""Step -> keys and contents of the subjects of a global batch, in the order of ranks."""
 
-@pytest.mark.parametrize(("world", "readers", "steps"), [(1, 2, range(2, 42)), (2, 1, range(2, 8))])
-def test_loaders_agree(cluster: None, config: RunConfig, world: int, readers: int, steps: range) -> None:
+
+def test_loaders_agree(cluster: None, config: RunConfig) -> None:
     dataset = Dataset.open(config.data)
-    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
-    loaders = [override(config, {"data.readers": readers}), override(config, {"data.loader": "threads"})]
-    for rank in range(world):
-        batches = [list(pipeline.batches(loader, reader, plan, steps, rank, world)) for loader in loaders]
-        assert len(batches[0]) == len(batches[1]) == len(steps)
-        for a, b in zip(*batches, strict=True):
-            assert a.stored.equal(b.stored)
-            assert all(a.meta[name].equal(b.meta[name]) for name in a.meta)
+    reader, plan, steps = dataset.reader("train", config.data), planning.plan_of(config, dataset), range(2, 42)
+    loaders = [override(config, {"data.readers": 2}), override(config, {"data.loader": "threads"})]
+    batches = [list(pipeline.batches(loader, reader, plan, steps, 0, 1)) for loader in loaders]
+    assert len(batches[0]) == len(batches[1]) == len(steps)
+    for a, b in zip(*batches, strict=True):
+        assert a.stored.equal(b.stored)
+        assert all(a.meta[name].equal(b.meta[name]) for name in a.meta)
 
 
 def contents(stored: torch.Tensor) -> list[int]:
@@ -77,8 +78,8 @@ def note_batches(job: dict[str, Any]) -> None:
                 ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def noted(folder: Path, config: RunConfig, workers: int, start: int, stop: int, kill_at: int = -1) -> dict[int, list]:
-    """Global batches that a TorchTrainer of so many workers saw: step -> (keys, content) in the order of ranks."""
+def noted(folder: Path, config: RunConfig, workers: int, start: int, stop: int, kill_at: int = -1) -> Batches:
+    """Global batches that a TorchTrainer of so many workers saw."""
     import ray.cloudpickle
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -110,22 +111,50 @@ def noted(folder: Path, config: RunConfig, workers: int, start: int, stop: int, 
     }
 
 
-def test_any_number_of_workers_goes_on_with_the_same_batches_after_kills_and_stops(
-    cluster: None, config: RunConfig, tmp_path: Path
-) -> None:
-    shared = {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "masked", "train.workers": 1}
-    config = override(config, shared)
+def shared(config: RunConfig, steps: range, world: int) -> Batches:
+    """Global batches that so many workers share, made by this process."""
+    dataset = Dataset.open(config.data)
+    reader, plan = dataset.reader("train", config.data), planning.plan_of(config, dataset)
+    ranks = [list(pipeline.batches(config, reader, plan, steps, rank, world)) for rank in range(world)]
+    return {
+        step: [
+            [key for share in shares for key in share.meta["key"].tolist()],
+            [content for share in shares for content in contents(share.stored)],
+        ]
+        for step, *shares in zip(steps, *ranks, strict=True)
+    }
+
+
+@pytest.fixture
+def twice(config: RunConfig) -> tuple[RunConfig, Batches, int]:
+    """A run, its global batches of two epochs as one worker sees them, and the steps of an epoch."""
+    config = override(config, {"data.global_batch": 4, "data.read_cpus": 0.25, "stage": "masked", "train.workers": 1})
     dataset = Dataset.open(config.data)
     plan = planning.plan_of(config, dataset)
-    stop = 2 * plan.steps_per_epoch
-    here = override(config, {"data.loader": "threads"})
-    batches = pipeline.batches(here, dataset.reader("train", config.data), plan, range(stop), 0, 1)
-    whole = {step: [batch.meta["key"].tolist(), contents(batch.stored)] for step, batch in enumerate(batches)}
-    middle = plan.steps_per_epoch + 1
-    two = noted(tmp_path / "two", config, 2, 0, middle, kill_at=plan.steps_per_epoch // 2)
-    four = noted(tmp_path / "four", config, 4, middle, stop)
-    assert two | four == whole
+    whole = shared(override(config, {"data.loader": "threads"}), range(2 * plan.steps_per_epoch), 1)
     keys = dataset.reader("train", config.data).samples(range(24)).meta.column("subject_id").to_pylist()
     number = {np.uint64(subject_key(key)).astype(np.int64): row for row, key in enumerate(keys)}
     for step, (seen, _) in whole.items():
         assert [number[key] for key in seen] == plan.batch(step).row.tolist()
+    return config, whole, plan.steps_per_epoch
+
+
+def test_any_number_of_workers_goes_on_with_the_same_batches(
+    cluster: None, twice: tuple[RunConfig, Batches, int]
+) -> None:
+    """Two workers by Ray Data, then four by threads."""
+    config, whole, epoch = twice
+    two = shared(config, range(epoch + 1), 2)
+    four = shared(override(config, {"data.loader": "threads"}), range(epoch + 1, 2 * epoch), 4)
+    assert two | four == whole
+
+
+@pytest.mark.full
+def test_workers_of_ray_train_go_on_with_the_same_batches_after_kills_and_stops(
+    cluster: None, twice: tuple[RunConfig, Batches, int], tmp_path: Path
+) -> None:
+    """Bit for bit what `test_a_killed_worker_changes_no_number` shows by the losses, on two workers and on four."""
+    config, whole, epoch = twice
+    two = noted(tmp_path / "two", config, 2, 0, epoch + 1, kill_at=epoch // 2)
+    four = noted(tmp_path / "four", config, 4, epoch + 1, 2 * epoch)
+    assert two | four == whole

@@ -23,6 +23,7 @@ from kmtr.tracking.store import client
 from kmtr.train import checkpoint, driver
 from kmtr.train.folder import RESULT, Outcome
 from kmtr.train.loop import MASKED_ENCODER
+from kmtr.train.progress import Display, Sender
 from kmtr.types import KmtrError
 
 
@@ -37,7 +38,7 @@ def training_workers() -> list[psutil.Process]:
 
 def kill_after_checkpoint(folder: Path, killed: list[int]) -> None:
     """SIGKILL one training worker as soon as the run has a checkpoint."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         if list((folder / "train").glob(f"checkpoint_*/{checkpoint.HEAD}")):
             for process in training_workers()[:1]:
@@ -55,6 +56,7 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
 
 
 @pytest.mark.ray
+@pytest.mark.xdist_group("kills")  # both are held against `undisturbed`
 def test_a_killed_worker_changes_no_number(
     cluster: None, longer: RunConfig, undisturbed: tuple[RunConfig, Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,13 +168,34 @@ def test_too_many_skipped_steps_stop_the_run(forked: None, config: RunConfig) ->
     assert curve(config, run_id, "run/skipped_steps") == {2: [1.0], 3: [2.0], 4: [3.0]}
 
 
+@pytest.mark.ray
+def test_the_driver_hears_the_first_failure_and_all_lines(cluster: None, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray
+
+    with Display("progress-of-a-test", total=4, quiet=False) as display:
+        ray.get(display.mailbox.drain.remote())  # it has started
+        first, second = Sender("progress-of-a-test"), Sender("progress-of-a-test")
+        assert display.first_failure() == ""
+        first.say("a line")
+        first.fail("shards/train-00000.parquet: damaged")
+        second.fail("connection closed by peer")
+        assert display.first_failure() == "shards/train-00000.parquet: damaged"
+    assert "a line\n" in capsys.readouterr().out
+    Sender("nobody").say("lost, without an error")
+
+
 def run_name(changes: dict[str, object], config: RunConfig) -> str:
     resolved, dataset = driver.resolve(override(config, changes))
     return driver.run_folder(resolved, dataset)[0]
 
 
-@pytest.mark.ray
-def test_damage_in_mid_run_ends_all_ranks_at_once(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["forked", pytest.param("cluster", marks=[pytest.mark.ray, pytest.mark.full])])
+def test_damage_in_mid_run_ends_all_ranks_at_once(
+    place: str, config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The worker that met it says so first; the other one, which only lost its peer, is not listened to."""
+    request.getfixturevalue(place)
+    config = override(config, {"data.loader": "ray" if place == "cluster" else "threads"})
     root = tmp_path / "damaged"
     source = Path(config.data.root)
     (root / "shards").mkdir(parents=True)

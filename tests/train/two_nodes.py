@@ -86,7 +86,7 @@ def main() -> None:
     from kmtr.train import driver
 
     config = from_json(Path(sys.argv[1]).read_text())
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "20"  # of workers on a node whose loss is not known yet
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "45"  # of workers on a node whose loss is not known yet
     noticed_soon = {"health_check_failure_threshold": 2, "health_check_period_ms": 1000}
     cluster = Cluster(
         initialize_head=True,

@@ -1,8 +1,15 @@
-"""Both studies from their command to their report, on real Ray: tables, MLflow, and the same command again."""
+"""Both studies from their command to their report: tables, MLflow, and the same command again.
+
+By default their tasks are run here, one after the other, and their trainings by forked processes. That Ray runs both is
+proved by single tasks below, and by the search, whose trainings start from within its trials; the marker `full` adds
+whole studies on Ray.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +21,13 @@ from jobs import study
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.studies import labels, variants
+from kmtr.data.dataset.reader import Dataset
+from kmtr.evaluate import predictions
+from kmtr.studies import ablation, comparison, labels, running, variants
+from kmtr.studies.comparison import Source
 from kmtr.studies.variants import Group
 from kmtr.tracking.store import client
 from kmtr.types import KmtrError
-
-pytestmark = pytest.mark.ray
 
 SMALL = {
     "train.workers": 1,
@@ -32,16 +40,32 @@ SMALL = {
     "study.copies": 2,
     "study.ablation_steps": 4,
     "study.ablation_align_steps": 2,
+    "evaluate.accelerations": (2,),
     "evaluate.bootstrap": 50,
 }
 
 
+def one_by_one(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], *_: Any, **wanted: Any) -> Iterator[Any]:
+    """`running.ended`, without Ray."""
+    return (function(*job) for job in jobs)
+
+
 @pytest.fixture
 def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A study whose trainings are forked processes: that Ray Train starts them is no promise of a study."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    instead_of_ray_train(monkeypatch)
     return override(small, SMALL | {"storage.root": str(tmp_path)})
+
+
+@pytest.fixture(params=["here", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.full])])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tasks run. Trainings that the study itself starts are forked in either place."""
+    instead_of_ray_train(monkeypatch)
+    if request.param == "ray":
+        request.getfixturevalue("cluster")
+        return
+    monkeypatch.setattr(running, "ended", one_by_one)
+    for module in (running, labels, ablation):
+        monkeypatch.setattr(module, "start_ray", lambda: None)
 
 
 def told(config: RunConfig, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -66,7 +90,7 @@ def results(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_labels_from_its_command_to_its_report_and_on_with_more_seeds(
-    cluster: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    place: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = study.run(["labels", *command.words(config)])
     found = results(said)
@@ -100,7 +124,7 @@ def test_labels_from_its_command_to_its_report_and_on_with_more_seeds(
 
 
 def test_ablation_from_its_command_to_its_report(
-    cluster: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+    place: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a name, and a seed that is none of the study's. No variant is the recipe's own choice of its stage."""
     group = Group("alignment alone", "?", {"without the masked loss": {"align.masked_weight": 0.0}}, stage="both")
@@ -125,6 +149,39 @@ def test_ablation_from_its_command_to_its_report(
     assert study.run(["ablation", *words])["run_id"] == said["run_id"]
     assert len(children(config, said["run_id"])) == 4
     assert told(config, said["run_id"], metric) == points, "what has not changed is not said again"
+
+
+@pytest.mark.ray
+def test_the_tasks_of_a_study_run_on_ray(cluster: None, config: RunConfig, tmp_path: Path) -> None:
+    """Features and probes as here; at most so many tasks side by side; and one that fails says why in one line."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import tests
+    cohorts = [
+        comparison.cohort(config, Dataset.open(config.data), tmp_path / name, (6, 12)) for name in ("ray", "here")
+    ]
+    source = Source("lowres", seeds=(0,), augmented=True)
+    running.probe_all(cohorts[0], {(0, "lowres-augmented"): source})
+    for budget in cohorts[1].budgets:
+        comparison.write_features(cohorts[1], source, 2, budget, "cpu")
+    comparison.write_probes(cohorts[1], source, "lowres-augmented", 0)
+    for budget in cohorts[1].budgets:
+        ours, theirs = (predictions.read(comparison.part(c, 0, "lowres-augmented", budget)) for c in cohorts)
+        assert ours.equals(theirs)
+
+    def alone(number: int) -> int:
+        (tmp_path / "alone").mkdir()  # it must not be there
+        (tmp_path / "alone").rmdir()
+        return number**2
+
+    assert list(running.ended(alone, [(n,) for n in range(4)], at_once=1, num_cpus=0)) == [0, 1, 4, 9]
+
+    def fails(number: int) -> None:
+        raise KmtrError(f"subject {number} is odd")
+
+    with pytest.raises(KmtrError, match=r"^study: features: .*subject 3 is odd$") as error:
+        running.each(fails, [(3,)], "study: features", "cpu")
+    assert "\n" not in str(error.value)
 
 
 def test_mlflow_takes_the_names_of_all_variants(tmp_path: Path) -> None:
