@@ -144,8 +144,10 @@ class Worker:
         """
         agree(None, self.device)
         self.prepare.on = on
+        # A run of this stage alone, unchecked: a process's share of the batch may be too few subjects to align.
+        config = config.model_copy(update={"stage": stage})
         # In alignment behind `align.head_steps`: from there on all learns that does in the longest part of the stage.
-        number = 0 if stage == "masked" else config.masked_steps + config.align.head_steps
+        number = 0 if stage == "masked" else config.align.head_steps
         TrainingStep(config, engine, self.prepare, self.device, self.world)(number, host)
 
     def timed(self, work: Callable[[], Any]) -> float:
