@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from kmtr.types import InputError, KmtrError, first_line
+from kmtr.types import KmtrError, first_line
 
 NAMESPACE = "kmtr"
 
@@ -58,12 +58,15 @@ def start_ray() -> None:
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    resources = ray.cluster_resources()
-    print(
-        f"ray: {len(ray.nodes())} node(s), {resources.get('CPU', 0):.0f} CPUs, {resources.get('GPU', 0):.0f} GPUs, "
-        f"ready in {time.perf_counter() - began:.0f} s",
-        flush=True,
-    )
+    print(f"ray: {described()}, ready in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def described() -> str:
+    """Size of the cluster as text. Ray must be up."""
+    import ray
+
+    have, alive = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
+    return f"{len(alive)} node(s), {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
 
 
 def listens(host: str, port: int) -> bool:
@@ -104,25 +107,6 @@ def wait_for(
             said = True
             print(f"ray: waiting for {address} (RAY_ADDRESS), up to {GIVE_UP_AFTER_S:.0f} s", flush=True)
         sleep(1.0)
-
-
-def refuse_missing_gpu(device: str) -> None:
-    """Refuse ``train.device=cuda`` on a cluster without GPUs, before anything waits for one. Ray must be up.
-
-    Not where RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is set: there nodes with GPUs may still be starting.
-
-    Raises:
-        InputError: there is none.
-    """
-    import ray
-
-    if os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):
-        return
-    if device == "cuda" and not ray.cluster_resources().get("GPU", 0):
-        raise InputError(
-            "train.device: expected GPUs in the Ray cluster for cuda, got none; use train.device=auto or cpu, or start "
-            "a node with a GPU"
-        )
 
 
 def ray_logs() -> str:

@@ -11,7 +11,7 @@ import pytest
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
 from kmtr.types import InputError
-from tune import search, space
+from tune import space
 from tune.ledger import STATE, Ledger
 
 
@@ -106,9 +106,3 @@ def test_a_ledger_goes_on_where_it_was_and_is_done_when_all_ended(tmp_path: Path
     assert not longer.done  # the next command tries it again
     assert Ledger(tmp_path / "search", "s", drawn[:1]).trials == again.trials[:1]
     assert [path.name for path in (tmp_path / "search").iterdir()] == [STATE]
-
-
-def test_what_concurrent_trials_reserve_is_their_workers_and_readers() -> None:
-    config = config_of(**{"search.concurrent": 3, "train.workers": 2, "train.cpus_per_worker": 1.0, "data.readers": 2})
-    assert search.wanted(config, gpus=False) == {"CPU": 3 * 2 * (1 + 2 * 0.5)}
-    assert search.wanted(config, gpus=True) == {"CPU": 12, "GPU": 6}

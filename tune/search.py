@@ -35,6 +35,7 @@ from jobs import main, recipe_config  # first: goes on with the project's Python
 from kmtr.config import RunConfig, override, to_json
 from kmtr.files import write_atomic
 from kmtr.ray_start import start_ray
+from kmtr.train.room import lacking, reserved, uses_gpus
 from kmtr.types import InputError, KmtrError
 
 if TYPE_CHECKING:
@@ -168,21 +169,12 @@ def check_room(config: RunConfig) -> None:
     import ray
 
     train, count, have = config.train, config.search.concurrent, ray.cluster_resources()
-    gpus = train.device == "cuda" or (train.device == "auto" and have.get("GPU", 0) > 0)
-    for kind, number in wanted(config, gpus=gpus).items():
-        if number > have.get(kind, 0) + 1e-6:
-            raise InputError(
-                f"search.concurrent: {count} trial(s) of {train.workers} worker(s) with their readers need {number:g} "
-                f"{kind}s, the cluster has {have.get(kind, 0):g}; lower search.concurrent or train.workers"
-            )
-
-
-def wanted(config: RunConfig, *, gpus: bool) -> dict[str, float]:
-    """Ray's resource -> how much of it all concurrent trials reserve, each at its fewest workers."""
-    train, data = config.train, config.data
-    workers = config.search.concurrent * train.workers.least
-    cpus = workers * (train.cpus_per_worker + data.readers * data.read_cpus)
-    return {"CPU": cpus} | ({"GPU": float(workers)} if gpus else {})
+    wanted = reserved(config, count * train.workers.least, gpus=uses_gpus(train.device))
+    for kind in lacking(wanted, have):
+        raise InputError(
+            f"search.concurrent: {count} trial(s) of {train.workers} worker(s) with their readers need "
+            f"{wanted[kind]:g} {kind}s, the cluster has {have.get(kind, 0):g}; lower search.concurrent or train.workers"
+        )
 
 
 def search_name(config: RunConfig, digest: str) -> str:

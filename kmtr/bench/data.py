@@ -79,9 +79,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         "train.accumulation": 1,
     }
     config = override(config, one_worker)
-    load = os.getloadavg()[0]
-    if load > BUSY * (os.cpu_count() or 1):
-        print(f"bench: the machine is busy (load {load:.1f}): don't trust rates and ratios", flush=True)
+    load = load_of_machine()
     installed = versions(config.bench.peers)
     for name in config.bench.peers:
         print(f"bench: {name}, {installed.get(name, MISSING)}", flush=True)
@@ -124,6 +122,14 @@ class Bytes:
     @property
     def bytes(self) -> int:
         return self.rows.count * self.rows.bytes
+
+
+def load_of_machine() -> float:
+    """Processes that want a core, over the last minute; said where they are so many that nothing is to be trusted."""
+    load = os.getloadavg()[0]
+    if load > BUSY * (os.cpu_count() or 1):
+        print(f"bench: the machine is busy (load {load:.1f}): don't trust times, rates and ratios", flush=True)
+    return load
 
 
 def noise(number: int, config: RunConfig) -> Study:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Generator
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
+from kmtr import machine
 from kmtr.bench.peers import BATCH, SEED, Rows, measure
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset import shards
@@ -89,7 +89,7 @@ def planned(config: RunConfig) -> dict[str, Any]:
     batch = -(-config.data.global_batch // world) * world
     per_group = max(1, shards.ROW_GROUP_BYTES // rows_of(config, subjects).bytes)
     groups = [(subjects // per_group, per_group), (1, subjects % per_group)]
-    before = peak_rss()
+    before = machine.peak()
     began = time.perf_counter()
     source = Source(subjects, np.array([run for run in groups if run[1]]), np.array([(subjects, 0)]))
     plan = Plan([source], batch, config.seed, config.plan.tail, config.plan.window)
@@ -107,14 +107,9 @@ def planned(config: RunConfig) -> dict[str, Any]:
         "steps_per_epoch": plan.steps_per_epoch,
         "plan_ready_s": round(times[0], 3),
         "next_epoch_s": round(times[1], 3),
-        "peak_rss_gib": round(peak_rss(), 3),
-        "rss_before_gib": round(before, 3),
+        "peak_rss_gib": round(machine.peak() / 2**30, 3),
+        "rss_before_gib": round(before / 2**30, 3),
     }
-
-
-def peak_rss() -> float:
-    """Peak memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def answer(request: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kmtr import machine
 from kmtr.types import KmtrError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +38,7 @@ def ask(command: list[str], request: dict[str, Any], limit_s: float, environment
         peak, end = 0, time.monotonic() + limit_s
         try:
             while process.poll() is None:
-                peak = max(peak, tree_memory(process.pid))
+                peak = max(peak, machine.family(process.pid))
                 if time.monotonic() > end:
                     raise KmtrError(f"took longer than {limit_s:.0f} s")
                 time.sleep(SAMPLED_S)
@@ -51,29 +52,3 @@ def ask(command: list[str], request: dict[str, Any], limit_s: float, environment
             words = [line for line in err.read().splitlines() if line.strip()] or [f"status {process.returncode}"]
             raise KmtrError(words[-1])
         return json.loads(out.read().splitlines()[-1]), peak / 2**30
-
-
-def tree_memory(root: int) -> int:
-    """Bytes of a process and its descendants: the sum of their proportional set sizes, which counts a page that several
-    of them share (of the object store, or of batches on their way from worker to worker) once.
-
-    0 where the system does not tell (no ``/proc``).
-    """
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError):  # it has just ended
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    total = 0
-    queue = [root]
-    while queue:
-        process = queue.pop()
-        queue += children.get(process, [])
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-    return total

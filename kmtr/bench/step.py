@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from kmtr.bench.data import BUSY, written
+from kmtr import machine
+from kmtr.bench.data import load_of_machine, written
 from kmtr.bench.parts import PARTS
 from kmtr.bench.reference import BATCH, HEAD, Reference, count, our_parameters, widening_of
 from kmtr.bench.step_worker import TABLES, work
@@ -69,11 +70,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         f"{parameters['ours'] / 1e6:.2f} M parameters, reference {parameters['reference'] / 1e6:.2f} M",
         flush=True,
     )
-    load = os.getloadavg()[0]
-    if load > BUSY * (os.cpu_count() or 1):
-        print(f"bench: the machine is busy (load {load:.1f}): don't trust times and ratios", flush=True)
+    load = load_of_machine()
     stages = stages_of(config)
-    threads = max(1, (os.cpu_count() or 1) // world)
+    threads = machine.threads(world)
     data = written(config, "random k-space", 2 * d.global_batch)
     config = override(config, {"data.root": str(data.folder / "ours")})
     with tempfile.TemporaryDirectory() as folder:
@@ -103,10 +102,10 @@ def device_of(config: RunConfig) -> str:
     Raises:
         InputError: a GPU is asked for and there is none.
     """
-    there = torch.cuda.is_available()
-    if config.train.device == "cuda" and not there:
+    found = machine.device(config.train.device)
+    if config.train.device == "cuda" and found != "cuda":
         raise InputError("train.device: expected a GPU, got none; use train.device=cpu")
-    return "cuda" if there and config.train.device != "cpu" else "cpu"
+    return found
 
 
 def fitting(config: RunConfig, limit: int) -> RunConfig:

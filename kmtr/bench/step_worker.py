@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -24,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kmtr import machine
 from kmtr.bench import flops as count
 from kmtr.bench.parts import PARTS, Announced, Clock, OnTheClock, watched
 from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
@@ -144,8 +143,10 @@ class Worker:
         """
         agree(None, self.device)
         self.prepare.on = on
+        # A run of this stage alone, unchecked: a process's share of the batch may be too few subjects to align.
+        config = config.model_copy(update={"stage": stage})
         # In alignment behind `align.head_steps`: from there on all learns that does in the longest part of the stage.
-        number = 0 if stage == "masked" else config.masked_steps + config.align.head_steps
+        number = 0 if stage == "masked" else config.align.head_steps
         TrainingStep(config, engine, self.prepare, self.device, self.world)(number, host)
 
     def timed(self, work: Callable[[], Any]) -> float:
@@ -235,7 +236,7 @@ def _peak(worker: Worker, step: Callable[[], None]) -> float:
     if worker.device.type == "cuda":
         return torch.cuda.max_memory_allocated(worker.device) / 2**30
     if not RESET_PEAK.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+        return machine.peak() / 2**30
     lines = (RESET_PEAK.parent / "status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import time
 import uuid
 from typing import Any
 
+from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset import storage
 from kmtr.doctor.check import Check, lines
 from kmtr.doctor.environment import SAME_EVERYWHERE
+from kmtr.train.room import lacking, reserved, uses_gpus
 from kmtr.types import KmtrError, last_line
 
 NODE_TIMEOUT_S = 120
@@ -41,7 +42,7 @@ def look(storage_root: str, data_root: str, token: str) -> dict[str, Any]:
         said["manifest"] = hashlib.sha256(storage.read_bytes(store, f"{base}/manifest.json")).hexdigest()
     except (OSError, KmtrError) as error:
         said["data"] = last_line(error)
-    said["memory"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said["memory"] = machine.memory()
     sizes = lines("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     if sizes:
         said["gpu"] = min(int(size) for size in sizes) * 2**20
@@ -141,12 +142,10 @@ def room(config: RunConfig) -> Check:
     """Check that the cluster has the CPUs and GPUs that the workers and their readers reserve."""
     import ray
 
-    train, data, have = config.train, config.data, ray.cluster_resources()
-    wanted = {"CPU": train.workers.least * (train.cpus_per_worker + data.readers * data.read_cpus)}
-    if train.device == "cuda" or (train.device == "auto" and have.get("GPU", 0)):
-        wanted["GPU"] = float(train.workers.least)
+    train, have = config.train, ray.cluster_resources()
+    wanted = reserved(config, train.workers.least, gpus=uses_gpus(train.device))
     text = ", ".join(f"{number:g} of {have.get(kind, 0):g} {kind}s" for kind, number in wanted.items())
-    if any(number > have.get(kind, 0) + 1e-6 for kind, number in wanted.items()):
+    if lacking(wanted, have):
         return Check(
             "room",
             "FAIL",

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kmtr.doctor.check import Check, first_line
-from kmtr.ray_start import start_ray
+from kmtr.ray_start import described, start_ray
 
 SAME_EVERYWHERE = ("torch", "ray", "deepspeed", "pyarrow", "numpy", "mlflow")
 
@@ -52,10 +52,7 @@ def cluster() -> Check:
     import ray
 
     start_ray()
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    dead = len(ray.nodes()) - len(alive)
-    have = ray.cluster_resources()
-    found = f"{len(alive)} node(s), {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs"
-    if dead:
+    found = described()
+    if dead := sum(not node["Alive"] for node in ray.nodes()):
         return Check("ray", "warn", f"{found}; {dead} node(s) were lost since it started: see ray status")
     return Check("ray", "ok", found)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from kmtr import card, tracking
+from kmtr import card, machine, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
@@ -107,7 +107,7 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
         print(f"finetune: note: the dataset has {dataset.rows('test')} test subjects, too few to score the model on")
         return {"metrics": {}}
     path = folder / FILE
-    write(path, predictions(config, dataset, load_model(model, _device(config))))
+    write(path, predictions(config, dataset, load_model(model, machine.device(config.train.device))))
     shown, metrics = summary(read(path), config)
     text = "\n\n".join(map(text_table, shown))
     print(text)
@@ -118,7 +118,7 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
 
 def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Table:
     """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns."""
-    device = torch.device(_device(config))
+    device = torch.device(machine.device(config.train.device))
     targets = targets_of(model, dataset)
     readers = probes.readers_of(dataset, config, "finetune")
     rows = start.budget(config, dataset)
@@ -216,10 +216,6 @@ def disease_table(table: pa.Table) -> tuple[Table, dict[str, float]]:
             rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))
     title = "AUROC on held-out subjects (average precision; a guess has the prevalence behind it)"
     return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows)), metrics
-
-
-def _device(config: RunConfig) -> str:
-    return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _send(config: RunConfig, outcome: Outcome, step: int, metrics: dict[str, float]) -> None:

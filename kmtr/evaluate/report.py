@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kmtr import tracking
+from kmtr import machine, tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"evaluate: done before, reused\n{(target / 'tables.txt').read_text()}\nreport: {result['report']}")
         return result
 
-    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = machine.device(config.train.device)
     sources = {
         TRAINED: load_encoder(found.encoder, device).features,
         UNTRAINED: load_encoder(found.encoder, device, untrained=True).features,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kmtr import machine
 from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.scores import Result, difference
@@ -101,8 +102,12 @@ def base_of(config: RunConfig, stage: str) -> dict[str, Any]:
         "train.workers": 1,
         "train.eval_every": -(-steps // config.train.log_every) * config.train.log_every,  # only at a stage's end
     }
-    at_once = min(config.study.concurrent, os.cpu_count() or 1)
-    return changes | {"train.threads": config.train.threads or max(1, (os.cpu_count() or 1) // at_once)}
+    return changes | {"train.threads": config.train.threads or machine.threads(at_once(config))}
+
+
+def at_once(config: RunConfig) -> int:
+    """Runs at the same time, each on a core at least."""
+    return min(config.study.concurrent, os.cpu_count() or 1)
 
 
 def variants_of(config: RunConfig, groups: Sequence[Group]) -> list[Variant]:
@@ -145,7 +150,7 @@ def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], p
     if waiting:
         print(f"study: {len(waiting)} runs of {config.study.ablation_steps} steps", flush=True)
         start_ray()
-        failures = _train_all(list(waiting.values()), parent, min(config.study.concurrent, os.cpu_count() or 1))
+        failures = _train_all(list(waiting.values()), parent, at_once(config))
     for variant in everything:
         if variant.config is not None:
             variant.outcome = finished(variant.config, dataset)
@@ -153,11 +158,11 @@ def pretrain(config: RunConfig, dataset: Dataset, variants: Sequence[Variant], p
                 variant.failure = failures.get(variant.run, "it ended without a result")
 
 
-def _train_all(configs: Sequence[RunConfig], parent: str, at_once: int) -> dict[str, str]:
+def _train_all(configs: Sequence[RunConfig], parent: str, most: int) -> dict[str, str]:
     """Run name -> why it failed."""
     bar, failures = Bar("study: runs"), {}
     jobs = [(to_json(config), parent) for config in configs]
-    results = running.ended(_train, jobs, at_once, num_cpus=0, max_retries=0)
+    results = running.ended(_train, jobs, most, num_cpus=0, max_retries=0)
     for done, (name, failure, seconds) in enumerate(results, 1):
         if failure:
             failures[name] = failure

@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float
 
+from kmtr import machine
 from kmtr.config import RunConfig, Study, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import patterns, pipeline, subjects
@@ -163,12 +164,13 @@ class Source:
         return cohort.folder / "features" / name
 
 
-def write_features(cohort: Cohort, source: Source, acceleration: int, budget: int, device: str) -> None:
+def write_features(cohort: Cohort, source: Source, acceleration: int, budget: int) -> None:
     """Features of a source at one R, of its labelled and of the held-out subjects, on validation's patterns.
 
     The labelled ones' are ``subject copy feature``: as they are, then augmented copies on patterns of their own.
     """
     make: Features
+    device = machine.device(cohort.config.train.device)
     if source.encoder:
         make = load_encoder(source.encoder, device, untrained=source.untrained).features
     else:
@@ -255,9 +257,7 @@ def write_mean(cohort: Cohort, seed: int, budget: int) -> None:
     )
 
 
-def write_trained(
-    cohort: Cohort, encoder: str, method: str, seed: int, budget: int, scratch: bool, device: str
-) -> None:
+def write_trained(cohort: Cohort, encoder: str, method: str, seed: int, budget: int, scratch: bool) -> None:
     """Train an encoder on the labels of a budget, from its weights or from scratch, and ask it at each R.
 
     One model for all R, which every epoch draws anew for a subject, as in pretraining.
@@ -274,9 +274,8 @@ def write_trained(
     )
     mine = cohort.labelled[seed][:budget]
     labelled = supervised.Labelled.read(cohort.reader("train"), mine, config, cohort.targets)
-    regressor = supervised.Regressor(
-        load_encoder(encoder, device, untrained=scratch), labelled.labels, config.train.bf16
-    )
+    start = load_encoder(encoder, machine.device(config.train.device), untrained=scratch)
+    regressor = supervised.Regressor(start, labelled.labels, config.train.bf16)
     regressor.standardise(labelled)
     supervised.train(regressor, labelled, training, config)
     predictor = supervised.Regressed(regressor, cohort.targets)

@@ -19,7 +19,7 @@ from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison
 from kmtr.studies.comparison import Cohort, Source
-from kmtr.studies.running import device_of, each, finished, named, open_run, probe_all, publish, rate
+from kmtr.studies.running import each, finished, named, open_run, probe_all, publish, rate
 from kmtr.train import driver
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import InputError
@@ -103,9 +103,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     with open_run(config, dataset, name) as run_id:
         trained, longer_steps = pretrain(config, dataset, folder, run_id)
         encoders = encoders_of(trained)
-        device = device_of(config)
         probe_all(cohort, sources(cohort, encoders, longer_steps))
-        each(comparison.write_trained, trainings(cohort, encoders, device), "study: trainings", device)
+        each(comparison.write_trained, trainings(cohort, encoders), "study: trainings", config.train.device)
         results = collect(cohort, encoders, longer_steps)
         stopped = {seed: one.metrics.get("align_stopped") for (seed, what), one in trained.items() if what == "aligned"}
         return report(cohort, name, run_id, results, stopped, longer_steps, time.perf_counter() - began)
@@ -197,18 +196,16 @@ def sources(
     }
 
 
-def trainings(
-    cohort: Cohort, encoders: Mapping[tuple[int, str], str], device: str
-) -> list[tuple[Cohort, str, str, int, int, bool, str]]:
+def trainings(cohort: Cohort, encoders: Mapping[tuple[int, str], str]) -> list[tuple[Cohort, str, str, int, int, bool]]:
     """Arguments of `comparison.write_trained` for what is not there yet, the most labels first."""
     wanted = []
     for budget in reversed(cohort.budgets):
         for seed in cohort.labelled:
-            wanted.append((cohort, encoders[seed, "masked"], "scratch", seed, budget, True, device))
+            wanted.append((cohort, encoders[seed, "masked"], "scratch", seed, budget, True))
             for method in ("masked", "aligned"):
                 if (seed, method) in encoders:
                     encoder = encoders[seed, method]
-                    wanted.append((cohort, encoder, f"{method}-tuned", seed, budget, False, device))
+                    wanted.append((cohort, encoder, f"{method}-tuned", seed, budget, False))
     return [job for job in wanted if not comparison.part(cohort, job[3], job[2], job[4]).is_file()]
 
 

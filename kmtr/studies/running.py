@@ -22,6 +22,7 @@ from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.studies.comparison import Cohort, Source, part, write_features, write_mean, write_probes
 from kmtr.train import folder as runs
+from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import KmtrError
 
 if TYPE_CHECKING:
@@ -59,7 +60,11 @@ def ended(
 def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: str, device: str) -> None:
     """Call `function` with every job's arguments, as Ray tasks of one core (and one GPU) each, with a bar.
 
+    Args:
+        device: `train.device`, or ``cpu`` for a function that needs none; within a task `machine.device` says the rest.
+
     Raises:
+        InputError: it asks for GPUs, and the cluster has none.
         KmtrError: the first job that failed says why; the others are cancelled.
     """
     if not jobs:
@@ -67,23 +72,18 @@ def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: s
     start_ray()
     from ray.exceptions import RayError
 
+    refuse_missing_gpu(device)
     bar = Bar(what)
     try:
-        for done, _ in enumerate(ended(function, jobs, num_cpus=1, num_gpus=int(device == "cuda")), 1):
+        for done, _ in enumerate(ended(function, jobs, num_cpus=1, num_gpus=int(uses_gpus(device))), 1):
             bar(done, len(jobs))
     except RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise KmtrError(f"{what}: {lines[-1].strip()}") from None
 
 
-def device_of(config: RunConfig) -> str:
-    """Device of the features and trainings of a study."""
-    return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
 def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
     """Rows of the probes of all (seed, method) from their sources, and of the mean; what is there stays."""
-    device = device_of(cohort.config)
     missing = {
         (seed, method): source
         for (seed, method), source in sources.items()
@@ -91,13 +91,13 @@ def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None
     }
     distinct = list(dict.fromkeys(missing.values()))
     features = [
-        (cohort, source, r, budget, device)
+        (cohort, source, r, budget)
         for source in distinct
         for r in cohort.accelerations
         for budget in source.budgets(cohort)
         if not source.path(cohort, r, budget).is_file()
     ]
-    each(write_features, features, "study: features", device)
+    each(write_features, features, "study: features", cohort.config.train.device)
     probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
     each(write_probes, probes, "study: probes", "cpu")
     for seed in {seed for seed, _ in sources}:

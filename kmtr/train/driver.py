@@ -18,8 +18,7 @@ from kmtr.config import RunConfig, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.files import replacing, write_atomic
-from kmtr.ray_start import refuse_missing_gpu
-from kmtr.train import checkpoint, start
+from kmtr.train import checkpoint, room, start
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER, train_worker
@@ -58,7 +57,7 @@ def fit(
     done = finished(folder)
     if done is not None:
         return done
-    refuse_missing_gpu(config.train.device)
+    room.refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
     write_atomic(folder / "config.json", to_json(config))
     rows = start.budget(config, dataset)
@@ -167,13 +166,12 @@ def _end(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"],
 
 def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Any:
     """The Ray Train trainer of a run: a fixed number of workers, or as many as share the batch and have room."""
-    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
     train = config.train
-    use_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-    resources = {"CPU": train.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    use_gpu = room.uses_gpus(train.device)
+    resources = room.of_worker(config, gpus=use_gpu)
     run = ray.train.RunConfig(
         name="train",
         storage_path=str(folder),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kmtr import machine
 from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
@@ -84,8 +83,7 @@ class Worker:
         self.device = device = ray.train.torch.get_device()
         torch.manual_seed(config.seed)
         if device.type == "cpu":
-            share = max(1, (os.cpu_count() or 1) // context.get_local_world_size())
-            torch.set_num_threads(config.train.threads or share)
+            torch.set_num_threads(config.train.threads or machine.threads(context.get_local_world_size()))
         if config.train.deterministic:
             deterministic()
         self.tables = {name: torch.from_numpy(array) for name, array in job["tables"].items()}
@@ -352,19 +350,14 @@ class _Watch:
         the batches that is padding, peak memory in GiB.
         """
         seconds, lines = time.perf_counter() - self.began, int(self.lines)
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device) / 2**30
-        else:
-            peak = (
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
-            )
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak()
         rates = {
             "subjects_per_s": self.steps * config.data.global_batch / seconds,
             "tokens_per_s": lines * world / seconds,
             "data_wait_fraction": self.wait_s / seconds,
             "true_acceleration": int(self.existing) / max(lines, 1),
             "padding_fraction": 1 - self.data / max(self.bytes, 1),
-            "memory_gib": peak,
+            "memory_gib": peak / 2**30,
         }
         self.reset()
         return rates

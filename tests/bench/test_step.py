@@ -255,10 +255,16 @@ def test_collectives_are_on_the_clock_and_work_afterwards(small: RunConfig, tmp_
 # -------------------------------------------------------------------------------------------------------------- step
 
 
-@pytest.mark.parametrize("stage", ["masked", "align"])
-def test_a_measured_step_is_that_of_training(small: RunConfig, tables: Tables, tmp_path: Path, stage: str) -> None:
+SHARE = {"stage": "masked", "data.global_batch": 4}
+"""One process's share of a batch: too few subjects for a run that aligns."""
+
+
+@pytest.mark.parametrize(("stage", "share"), [("masked", {}), ("align", {}), ("masked", SHARE), ("align", SHARE)])
+def test_a_measured_step_is_that_of_training(
+    small: RunConfig, tables: Tables, tmp_path: Path, stage: str, share: dict[str, object]
+) -> None:
     changes = {"masked.image_weight": 0.0, "align.head_steps": 1, "train.workers": 1}
-    config = override(small, changes)
+    config = override(small, changes | share)
     asked, seen, parts = [], [], []
 
     class Engine(Alone):

@@ -136,7 +136,7 @@ def test_everything_is_computed_once(
     monkeypatch.setattr(running, "each", here)
     for _ in range(2):
         running.probe_all(cohort, labels.sources(cohort, encoders, 10))
-        here(comparison.write_trained, labels.trainings(cohort, encoders, "cpu"), "trainings", "cpu")
+        here(comparison.write_trained, labels.trainings(cohort, encoders), "trainings", "cpu")
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
     # Baselines are shared by the seeds; augmented copies are made for each budget.
     assert called.count("study: features") == ((2 + 2 + 2 + 2 + 1) + (1 + 2 + 2 + 1) * budgets) * accelerations
@@ -169,7 +169,7 @@ def test_augmented_copies_are_other_views_of_the_same_subjects(cohort: Cohort) -
     assert plain.path(cohort, 4, 24) != augmented.path(cohort, 4, 24)
     found = []
     for source in (plain, augmented):
-        comparison.write_features(cohort, source, 4, 24, "cpu")
+        comparison.write_features(cohort, source, 4, 24)
         with np.load(source.path(cohort, 4, 24)) as file:
             found.append(dict(file))
     (rows, as_they_are), copies = found[0]["train"].shape[:2], found[1]["train"]
@@ -199,9 +199,9 @@ def test_the_first_step_of_fine_tuning_goes_where_the_ridge_probe_points(
     some = comparison.cohort(config, Dataset.open(config.data), tmp_path, (12,))
     module = line_encoder(config.data, config.model)
     export_encoder(tmp_path / "e", config, {k: p.detach().clone() for k, p in module.state_dict().items()}, tables)
-    comparison.write_trained(some, str(tmp_path / "e"), "masked-tuned", 0, 12, False, "cpu")
+    comparison.write_trained(some, str(tmp_path / "e"), "masked-tuned", 0, 12, False)
     source = Source("masked-0", str(tmp_path / "e"), seeds=(0,))
-    comparison.write_features(some, source, 4, 12, "cpu")
+    comparison.write_features(some, source, 4, 12)
     comparison.write_probes(some, source, "masked", 0)
     comparison.write_mean(some, 0, 12)
     results = comparison.gather(some, [("masked-tuned", 0, 12), ("masked", 0, 12)])

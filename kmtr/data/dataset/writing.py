@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import time
 import traceback
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 from pyarrow import fs
 
+from kmtr import machine
 from kmtr.config import Shards
 from kmtr.data.dataset import SCHEMA_VERSION, record, shards, storage
 from kmtr.data.dataset.manifest import Manifest, Shard, write_manifest
@@ -141,8 +141,7 @@ class WriteShards:
                 f"shards/{job.name}: it can't be written: {storage.reason(error)}; finished shards stay, the same "
                 "command goes on behind them"
             ) from None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-        return shard, summary, Cost(shard.rows, time.process_time() - began, peak)
+        return shard, summary, Cost(shard.rows, time.process_time() - began, machine.peak())
 
     def finished(self, number: int) -> tuple[Shard, dict[str, Any]] | None:
         """A shard that an earlier run of the same command left whole."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
-import torch
 
+from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import patterns
@@ -43,7 +43,7 @@ def batches(
     if data.loader == "ray":
         yield from stream(make, len(steps), config, make.largest)
     else:
-        pin = torch.cuda.is_available() and config.train.device != "cpu"
+        pin = machine.device(config.train.device) == "cuda"
         yield from in_order(partial(make, pin=pin), range(len(steps)), data.readers, data.prefetch)
 
 

@@ -22,7 +22,8 @@ from kmtr.evaluate.predict.ray import predicted, uses_gpu, workers_of
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel, load_model
 from kmtr.progress import Bar
-from kmtr.ray_start import refuse_missing_gpu, start_ray
+from kmtr.ray_start import start_ray
+from kmtr.train.room import refuse_missing_gpu
 from kmtr.types import InputError, KmtrError
 
 BEGUN = "predict.json"
