@@ -28,7 +28,7 @@ from kmtr.evaluate.predict.parts import Done, Job, PartWriter
 from kmtr.evaluate.predictions import read
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel
-from kmtr.types import InputError, KmtrError, Study
+from kmtr.types import InputError, KmtrError
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_the_same_bytes_after_a_stop_and_finished_parts_are_kept(
     said = command.run(asked(model, small.data.root, half))
     assert in_process == [3, 7]
     assert said["computed"] == 2
-    assert "9 of 11 parts (40 of 48 subjects) are finished, kept" in capsys.readouterr().out
+    assert "9 of 11 parts (41 of 48 subjects) are finished, kept" in capsys.readouterr().out
     assert content(half) == content(whole)
     in_process.clear()
     command.run(asked(model, small.data.root, half))
@@ -249,25 +249,18 @@ def test_another_r_than_in_training_is_a_warning(model: Path, small: RunConfig, 
             loaded.predict(study, acceleration=r)
 
 
-class Drawing:
+class Drawing(TaskModel):
     """A model that draws too: the phenotypes of another one, masks, and an image."""
 
     def __init__(self, model: TaskModel):
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
+        self.__dict__ |= model.__dict__
 
     def __call__(self, batch: Any) -> dict[str, Tensor]:
-        size = (len(batch), *batch.padded.shape[1:], *self.model.config.data.matrix)
+        size = (len(batch), *batch.padded.shape[1:], *self.config.data.matrix)
         key = (batch.key % 4).view(-1, 1, 1, 1, 1)
         masks = (torch.arange(size[1]).view(1, -1, 1, 1, 1) + key).expand(size).to(torch.uint8).clone()
         masks[..., 0, :] = 5
-        return self.model(batch) | {"masks": masks, "image": masks.float() / 7}
-
-
-def contents_of(study: Study) -> tuple[int, ...]:
-    return study.views["sax"].kspace.shape
+        return super().__call__(batch) | {"masks": masks, "image": masks.float() / 7}
 
 
 def test_dense_outputs_are_tables_and_nifti_files(model: Path, small: RunConfig, tmp_path: Path) -> None:
@@ -275,7 +268,7 @@ def test_dense_outputs_are_tables_and_nifti_files(model: Path, small: RunConfig,
     flat = replace(studies[3], views={name: replace(view, spacing_mm=None) for name, view in studies[3].views.items()})
     write(tmp_path / "data", {"train": [*studies[:3], flat]})
     dataset = Dataset.of(str(tmp_path / "data"))
-    loaded: Any = Drawing(kmtr.load_model(model))
+    loaded = Drawing(kmtr.load_model(model))
 
     def written(out: Path) -> Done:
         job = Job(dataset, small.data, str(out), parts.parts_of(dataset, "all", 4), (2, 4), 3, masks=True)
