@@ -42,8 +42,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     computed: list[int] = []
 
     def predicted(job: Job, files: dict[str, bytes], missing: list[int], workers: int, gpu: bool) -> Any:
-        with pytest.MonkeyPatch.context():
-            model = kmtr.load_model(files_to(files, Path(job.out).parent / "unpacked"))
+        model = kmtr.load_model(files_to(files, Path(job.out).parent / "unpacked"))
         writer = PartWriter(job, model)
         for number in missing:
             computed.append(number)
@@ -275,7 +274,7 @@ def test_dense_outputs_are_tables_and_nifti_files(model: Path, small: RunConfig,
         return PartWriter(job, loaded)(0)
 
     done = written(tmp_path / "a")
-    assert done == Done(4, [], 0, 2 * 2 * 2)  # one subject without geometry: views, R, outputs
+    assert done == Done(4, [], 0, 4 * 2 * 2, 2 * 2 * 2)  # one subject without geometry: views, R, outputs
     assert len(read(tmp_path / "a" / "predictions")) == 4 * 2 * len(TARGETS)
     table = pq.read_table(tmp_path / "a" / "masks" / "part-00000.parquet")
     assert table.schema.metadata[b"kmtr.dtype"] == b"uint8"
