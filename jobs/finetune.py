@@ -3,7 +3,8 @@
 Trains light heads on a pretrained encoder, and the encoder with them, on labels; then predicts
 the test split at every R beside the mean and a ridge on the low-resolution image. Starts from the
 encoder of the finished pretraining with the same settings (masked.* and align.* say which), from
-task.encoder=FOLDER, or from scratch with task.encoder=none. The same command resumes an
+task.encoder=FOLDER, or from scratch with task.encoder=none; on all labels or those of
+task.labels subjects; leaves the model of the best validation (task.keep). The same command resumes an
 unfinished run and prints the result of a finished one. The model that it leaves:
 kmtr.load_model("runs/<run>/model").predict(study); its card is README.md in that folder, and
 tracking.model=NAME makes it a new version of a model in MLflow's registry.
@@ -12,6 +13,7 @@ examples:
   python jobs/finetune.py tiny task.tasks=phenotypes
   python jobs/finetune.py tiny task.tasks=phenotypes,diseases task.diseases=dcm,hcm
   python jobs/finetune.py tiny task.tasks=phenotypes task.encoder=none
+  python jobs/finetune.py tiny task.tasks=phenotypes task.labels=100 task.patience=5
 """
 
 from __future__ import annotations

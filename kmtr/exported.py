@@ -25,7 +25,10 @@ FORMAT = 1
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
 MODEL_FORMAT = 1
 """Format of a model's folder; one of another format is refused."""
-_TASK = ("stage", "task.tasks", "task.system", "task.targets", "task.diseases")
+_TASK = {"stage"} | {
+    f"task.{name}"
+    for name in ("tasks", "system", "targets", "diseases", "patch", "queries", "channels", "data_consistency")
+}
 _SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 

@@ -13,20 +13,20 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kmtr.config import RunConfig
+from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch
 from kmtr.encoder import batch_of, misfit, undersampled
 from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, Trained, read_weights, rebuilt
-from kmtr.physics import sampling
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.base import EMBEDDING
-from kmtr.types import PHENOTYPES, InputError, Study, first_line
+from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
 
 R_TOLERANCE = 1.1
 """Ratio of a measured R to those of training, within which it counts as one of them: views differ in their lines."""
@@ -72,8 +72,9 @@ class TaskModel:
         vector: Tensor = self.module(inputs)[EMBEDDING]["vector"]
         return vector.float()
 
-    def predict(self, study: Study, acceleration: int | None = None) -> dict[str, float | np.ndarray]:
-        """Predictions for one study: numbers in `units`; dense outputs without the batch's axis.
+    def predict(self, study: Study, acceleration: int | None = None) -> dict[str, Any]:
+        """Predictions for one study: numbers in `units`; ``masks`` (uint8) and ``image`` (magnitude, in the study's
+        numbers) by view group, ``slice t y x`` on the matrix of the configuration.
 
         Warns (`warnings`) of an R that the model was not trained for.
 
@@ -86,10 +87,11 @@ class TaskModel:
         if wrong := self.misfit({name: view.kspace.shape for name, view in study.views.items()}, acceleration):
             raise InputError(f"study: {wrong}")
         batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
-        if said := self.doubt(acceleration, float(batch.true_acceleration[0])):
-            warnings.warn(said, stacklevel=2)
+        if warning := self.doubt(acceleration, float(batch.true_acceleration[0])):
+            warnings.warn(warning, stacklevel=2)
         return {
-            name: value[0].item() if value.ndim == 1 else value[0].cpu().numpy() for name, value in self(batch).items()
+            name: values[0].item() if values.ndim == 1 else by_view(self.config.data, batch, values.cpu().numpy(), 0)
+            for name, values in self(batch).items()
         }
 
     def misfit(self, shapes: Mapping[str, Sequence[int]], acceleration: int | None = None) -> str:
@@ -106,7 +108,7 @@ class TaskModel:
         how, lines = self.config.sampling, self.config.data.matrix[0]
         least, most = min(how.accelerations), max(how.accelerations)
         if acceleration is None:
-            low, high = (lines / sampling.most_lines(lines, r, how.acs_lines, how.family) for r in (least, most))
+            low, high = (lines / most_lines(lines, r, how.acs_lines, how.family) for r in (least, most))
             inside = low / R_TOLERANCE <= true <= high * R_TOLERANCE
         else:
             inside = least <= acceleration <= most
@@ -115,6 +117,18 @@ class TaskModel:
         got = f"{true:.2f}" if acceleration is None else acceleration
         span = f"{least}" if least == most else f"{least} to {most}"
         return f"R = {got} is not among R = {span}, which the model was trained for"
+
+
+def by_view(data: Data, batch: Batch, values: np.ndarray, row: int) -> dict[str, np.ndarray]:
+    """One subject's dense output ``batch slice t ...`` by view group, without padding."""
+    present = ~batch.padded[row].cpu().numpy()
+    views = np.array([VIEWS[data.view_types[slot]] for slot in batch.slots])
+    found = {}
+    for view in dict.fromkeys(views.tolist()):
+        slices = np.flatnonzero((views == view) & present.any(1))
+        if len(slices):
+            found[view] = values[row][np.ix_(slices, np.flatnonzero(present[slices[0]]))]
+    return found
 
 
 def load_model(path: str | Path, device: str = "cpu") -> TaskModel:

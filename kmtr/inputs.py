@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
-from kmtr.physics.fourier import magnitude_image
-from kmtr.physics.images import scale_image
+from kmtr.physics.fourier import crop_or_pad, magnitude_image
+from kmtr.physics.images import rms, scale_image
 from kmtr.physics.lines import phase_gain, static_part
 
 KSpace = Complex[Tensor, "batch slice coil t ky kx"]
@@ -45,9 +46,40 @@ def shared(batch: Batch) -> Image:
     return _image(view_shared(batch), batch)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """`view_shared` and its magnitude image, of unit RMS per subject, and what leads back to the source's numbers.
+
+    Attributes:
+        unit: the source's number for 1 in `image`; known from acquired lines alone, like all here.
+    """
+
+    kspace: KSpace
+    image: Image
+    unit: Float[Tensor, " batch"]
+
+    @staticmethod
+    def of(batch: Batch, matrix: tuple[int, int]) -> Shared:
+        """
+        Args:
+            matrix: that k-space is cropped or filled up with zeros to.
+        """
+        gain = phase_gain(batch.kspace, batch.sampled)
+        kspace = crop_or_pad(view_shared(batch), matrix, (-2, -1))
+        image = magnitude_image(kspace)
+        scale = rms(image, batch.padded)
+        inverse = (1 / scale)[:, None, None, None, None]
+        return Shared(kspace * inverse[..., None], image * inverse, scale * gain[:, 0, 0].abs())
+
+
 def full(batch: Batch) -> Image:
     """Magnitude image of all that the source has, of unit RMS per subject."""
     return _image(batch.kspace, batch)
+
+
+def full_image(batch: Batch, matrix: tuple[int, int]) -> Image:
+    """Magnitude image of all that the source has, in its own numbers, k-space cropped or filled up to a matrix."""
+    return magnitude_image(crop_or_pad(batch.kspace, matrix, (-2, -1)))
 
 
 INPUTS: dict[str, Callable[[Batch], Tensor]] = {

@@ -70,6 +70,9 @@ COVARIATES = {"male": "0 or 1", "age_y": "years", "bsa_m2": "m2", "heart_rate_bp
 LABELS = (*PHENOTYPES, *DISEASES, *COVARIATES)
 """All numbers that a study may carry."""
 
+MYOCARDIAL_DENSITY_G_ML = 1.05
+"""Mass of myocardium over its volume, g/mL."""
+
 SEGMENTATION_CLASSES = ("background", "lv_cavity", "lv_myocardium", "rv", "la", "ra")
 """Names of the segmentation values 0 to 5."""
 

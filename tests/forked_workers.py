@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +74,7 @@ class Forked:
         world = self.config.train.workers.sizes(self.config.data.global_batch)[-1]
         (self.folder / "train").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as meeting:
-            processes.run(work, world, world, self.job, meeting)
+            processes.run(WORK, world, world, self.job, meeting)
             returned = json.loads((Path(meeting) / "returned.json").read_text())
         return SimpleNamespace(return_value=returned, checkpoint=last_checkpoint(self.folder))
 
@@ -116,3 +117,7 @@ def work(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
         (Path(meeting) / "returned.json").write_text(json.dumps(returned))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+WORK: Callable[..., None] = work
+"""One worker; a test may put another in its place."""

@@ -1,8 +1,9 @@
 """Where the time of a training step goes: one clock that always stands on some part of it.
 
-The clock is moved by whoever runs a step, by hooks at the encoders and decoders, in the backward pass by marks that
-their outputs leave in the graph, and by every collective of torch.distributed. On a GPU it waits for the device at
-each turn, so that a measured step is slower than an undisturbed one: shares count, not sums.
+The clock is moved by whoever runs a step, by hooks at the encoders and decoders, in the backward pass by hooks at their
+outputs, and by every collective of torch.distributed. On a GPU it waits for the device at each turn, so that a measured
+step is slower than an undisturbed one: shares count, not sums. (torch.profiler knows no part of the backward pass but
+by such hooks, and not how long a collective is waited for.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,10 +89,9 @@ def watched(clock: Clock, module: nn.Module) -> Iterator[None]:
         def enter(_: nn.Module, __: Any, part: str = part) -> None:
             clock(part)
 
-        def leave(_: nn.Module, __: Any, out: Any, part: str = part) -> Any:
-            out = _marked(out, clock, part)
+        def leave(_: nn.Module, __: Any, out: Any, part: str = part) -> None:
+            _at_backward(out, partial(clock, part))
             clock("rest")
-            return out
 
         handles += [child.register_forward_pre_hook(enter), child.register_forward_hook(leave)]
     originals = {name: vars(ProcessGroup)[name] for name in COLLECTIVES if name in vars(ProcessGroup)}
@@ -121,26 +121,15 @@ def _waiting(collective: Callable[..., Any], clock: Clock) -> Callable[..., Any]
     return call
 
 
-def _marked(out: Any, clock: Clock, part: str) -> Any:
-    if isinstance(out, Encoded):
-        tokens, vectors = _Mark.apply(clock, part, out.tokens, out.vectors)
-        return replace(out, tokens=tokens, vectors=vectors)
-    return _Mark.apply(clock, part, out)[0]
+def _at_backward(out: Any, turn: Callable[[], None]) -> None:
+    """Call `turn` when the backward pass reaches a part of the model by this output of it."""
 
+    def reached(_: Tensor) -> None:
+        turn()
 
-class _Mark(torch.autograd.Function):
-    """The identity; its backward pass, where that of a part begins, turns the clock."""
-
-    @staticmethod
-    def forward(ctx: Any, clock: Clock, part: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.clock, ctx.part = clock, part
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        ctx.clock(ctx.part)
-        return (None, None, *gradients)
+    for tensor in (out.vectors, out.tokens) if isinstance(out, Encoded) else (out,):
+        if tensor.requires_grad:
+            tensor.register_hook(reached)
 
 
 class Announced(Preparer):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kmtr.bench import flops as count
 from kmtr.bench.parts import PARTS, Announced, Clock, OnTheClock, watched
 from kmtr.bench.reference import BATCH, Positions, Reference, widening_of
-from kmtr.config import RunConfig, from_json, override
+from kmtr.config import RunConfig, drawn_lines, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.device import HostBatch
@@ -258,8 +258,10 @@ def _sweep(worker: Worker) -> dict[str, list[float]]:
     """R -> seconds of steps of masked pretraining at this R alone, in turns; fewer ACS lines where R leaves no more."""
     config = worker.config
     ny = config.data.matrix[0]
-    factors = [r for r in SWEEP if ny // r > 0]
-    acs = {"sampling.acs_lines": min(config.sampling.acs_lines, ny // factors[-1] - 1)}
+    factors = [r for r in SWEEP if drawn_lines(ny, r, config.sampling.family)]
+    acs = {
+        "sampling.acs_lines": min(config.sampling.acs_lines, drawn_lines(ny, factors[-1], config.sampling.family) - 1)
+    }
     configs = {r: override(config, acs | {"sampling.accelerations": (r,)}) for r in factors}
     engine = ShardedEngine(worker.model(), config, 1, worker.device)
     batches = worker.batches(config)

@@ -8,8 +8,10 @@ core          sections, keys, overrides, errors          run         settings th
 commands      settings of everything else                whole       all together: RunConfig, identity of a run
 recipes       tiny, base, large                             used        settings that each command reads
 help          text of --help                                submitted   paths of a command on a cluster
+budget        lines of a sampling family at some R
 """
 
+from kmtr.config.budget import check_lines, drawn_lines, most_lines
 from kmtr.config.commands import (
     Bench,
     Evaluate,
@@ -72,10 +74,13 @@ __all__ = [
     "Verify",
     "Workers",
     "changed",
+    "check_lines",
+    "drawn_lines",
     "flatten",
     "from_json",
     "given",
     "keys",
+    "most_lines",
     "override",
     "parse",
     "plain",

@@ -133,15 +133,6 @@ class Sampling(Section):
             raise ValueError(f"expected one or more integers from 1, got {value or 'none'}")
         return value
 
-    def budget(self, lines: int, acceleration: int) -> tuple[int, int]:
-        """Lines that the family draws of so many at this R, and the least that make sense: more than the ACS lines
-        where those are counted among them. A file's lines are what they are.
-        """
-        if self.family == "kt-gaussian-acs":
-            return (2 * lines + acceleration) // (2 * acceleration), 1
-        left = lines // acceleration
-        return left, 1 if self.family == "gaussian-wide" else 0 if self.family == "file" else self.acs_lines + 1
-
 
 class Model(Section):
     width: int = Field(512, gt=0, description="channels of a token")
@@ -244,11 +235,29 @@ class Task(Section):
     )
     targets: Phenotypes = Field(STUDIED, description="phenotypes that the task phenotypes regresses")
     diseases: Diseases = Field(("dcm", "hcm"), description="diseases that the task diseases tells apart")
+    labels: int = Field(
+        0, ge=0, description="training subjects whose labels are used, each number's among a larger one's; 0: all"
+    )
     steps: int = Field(400, ge=0, description="optimizer steps of training on labels")
+    patience: int = Field(
+        0, ge=0, description="validations in a row without a better val/score, after which the run ends; 0: off"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="model that is left: of the best val/score, whose labels count as well, or of the last step"
+    )
     frozen: bool = Field(False, description="the system is not trained, only the heads are")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
     head_factor: float = Field(1.0, gt=0, description="learning rate of the heads over that of the stage")
+    patch: tuple[int, int] = Field((8, 8), description="pixels (y, x) of a query of segmentation and reconstruction")
+    queries: Literal["position", "shared"] = Field(
+        "shared", description="a query knows its place alone, or sees its patch of the temporally shared image too"
+    )
+    channels: int = Field(32, gt=0, description="channels of the image from which masks and images are made")
+    frames: int = Field(
+        0, ge=0, description="frames of a subject whose pixels are learnt in a step, drawn anew each epoch; 0: all"
+    )
+    data_consistency: bool = Field(False, description="acquired lines are put back into the reconstructed image")
 
 
 class Optimizer(Section):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 
+from kmtr.config.budget import check_lines
 from kmtr.config.commands import Bench, Evaluate, Ingest, Predict, Search, Shards, Simulate, Study, Verify
 from kmtr.config.core import Section, changed, flatten, load, override
 from kmtr.config.run import (
@@ -72,18 +73,7 @@ class RunConfig(Section):
                 f"data.global_batch: expected a multiple of train.workers * train.accumulation = "
                 f"{sizes[-1] if sizes else t.workers} * {t.accumulation}, got {d.global_batch}"
             )
-        lines = d.matrix[0]
-        for key, accelerations in (
-            ("sampling", self.sampling.accelerations),
-            ("evaluate", self.evaluate.accelerations),
-        ):
-            for r in accelerations:
-                left, least = self.sampling.budget(lines, r)
-                if r > 1 and left < least:
-                    raise ValueError(
-                        f"{key}.accelerations: R = {r} leaves {left} of {lines} lines, expected at least {least} for "
-                        f"sampling.family={self.sampling.family}, sampling.acs_lines={self.sampling.acs_lines}"
-                    )
+        self.check_lines(d.matrix[0])
         if d.frames % self.model.patch[0] or any(n % p for n, p in zip(d.matrix, self.model.patch[1:], strict=True)):
             raise ValueError(
                 f"model.patch: expected a divisor of (data.frames, *data.matrix) = {(d.frames, *d.matrix)}, "
@@ -121,6 +111,21 @@ class RunConfig(Section):
                 f"got {d.global_batch}; use stage=masked"
             )
         return self
+
+    def check_lines(self, lines: int, view: str = "") -> None:
+        """Check that patterns of so many lines can be drawn at every R of training and evaluation.
+
+        Args:
+            view: that has so many, for the error.
+
+        Raises:
+            InputError: too few lines would be left.
+        """
+        how = self.sampling
+        for key, accelerations in (("sampling", how.accelerations), ("evaluate", self.evaluate.accelerations)):
+            what = f"{key}.accelerations" + (f": {view}" if view else "")
+            for r in accelerations:
+                check_lines(lines, r, how.acs_lines, how.family, what)
 
     def accumulation(self, workers: int) -> int:
         """Micro-batches per step and worker when so many workers train: no micro-batch is larger than at the most.
@@ -171,6 +176,8 @@ class RunConfig(Section):
             for key, value in changed(self).items()
             if _is_identity(key) and key.partition(".")[0] not in unread
         }
+        if self.stage == "task" and (self.task.keep == "best" or self.task.patience):
+            told |= {key: value for key, value in changed(self).items() if key in _CHOOSING}
         return told | ({"train.bf16": True} if self.train.bf16 else {})
 
     def run_name(self, digest: str) -> str:
@@ -204,6 +211,10 @@ _NO_IDENTITY = {
     "data.cache",
     "data.cache_gib",
 }
+
+
+_CHOOSING = {"train.eval_every", "train.eval_subjects", "evaluate.accelerations"}
+"""Settings of validation: they change the numbers of a run on labels, whose weights it chooses."""
 
 
 def _is_identity(key: str) -> bool:

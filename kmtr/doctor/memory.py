@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kmtr.bench.flops import RANK, Counts
-from kmtr.config import RunConfig
+from kmtr.config import RunConfig, most_lines
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.tasks import Model
 from kmtr.train.engine import BUCKET
@@ -87,11 +87,7 @@ def most_tokens(config: RunConfig) -> Counts:
     """Tokens of a subject that fills all slices and frames, at the lowest acceleration."""
     data, sampling, how = config.data, config.sampling, config.masked
     lines, r = data.matrix[0], min(sampling.accelerations)
-    kept, _ = sampling.budget(lines, r)
-    if r == 1:
-        kept = lines
-    elif sampling.family == "kt-gaussian-acs":
-        kept = min(lines, kept + sampling.acs_lines)
+    kept = most_lines(lines, r, sampling.acs_lines, sampling.family)
     cells = data.slices * data.frames
     patch_cells = cells // config.model.patch[0]
     sampled = cells * kept

@@ -19,6 +19,7 @@ from kmtr.doctor.check import Check
 from kmtr.doctor.cluster import SESSION
 from kmtr.doctor.memory import activation_bytes, most_tokens, parameters, state_bytes
 from kmtr.tracking.store import local_path, reaching
+from kmtr.train import start
 from kmtr.train.resolve import resolve
 
 GIB = 2**30
@@ -81,9 +82,9 @@ def shapes(config: RunConfig) -> Check:
 
 def plan(config: RunConfig) -> Check:
     """Check that the steps can be shared by the workers, and all else that the driver of a run refuses."""
-    _, data = resolve(config)
+    resolved, data = resolve(config)
     train = config.train
-    order = planning.plan_of(config, data)
+    order = planning.plan_of(config, data, rows=start.budget(resolved, data))
     steps = order.steps_per_epoch
     accumulation = config.accumulation(workers := fewest(config))
     size = config.data.global_batch // workers // accumulation

@@ -17,18 +17,34 @@ from kmtr import card, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
-from kmtr.data.loader.batch import NOTHING
-from kmtr.evaluate import baselines, probes, tables
-from kmtr.evaluate.predictions import FILE, FINETUNED, FROM_SCRATCH, MEAN, RIDGE, Name, joined, read, write
+from kmtr.data.loader.batch import NOTHING, Wanted
+from kmtr.evaluate import baselines, masks, probes, tables
+from kmtr.evaluate.predictions import (
+    FILE,
+    FINETUNED,
+    FROM_SCRATCH,
+    MASK_RIDGE,
+    MEAN,
+    MEAN_MASK,
+    RIDGE,
+    SHARED,
+    ZEROFILLED,
+    HeldOut,
+    Name,
+    joined,
+    read,
+    write,
+)
 from kmtr.evaluate.predictors import Predictor, predict
 from kmtr.evaluate.scores import panel, scores_of
 from kmtr.inference import TaskModel, load_model
+from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
 from kmtr.metrics.diseases import detection
 from kmtr.physics.sampling import VALIDATION
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
-from kmtr.train import driver, start
+from kmtr.train import choice, driver, start
 from kmtr.train.folder import Outcome, write_json
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, KmtrError
@@ -41,9 +57,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     config, dataset = resolve(config)
     name, folder = driver.run_folder(config, dataset)
     if driver.finished(folder) is None:
+        there, labels = dataset.rows("train"), config.task.labels
         begun = "initial weights" if config.task.encoder == start.NONE else "a pretrained encoder"
         print(
-            f"finetune: {name}: {', '.join(config.task.tasks)} on {dataset.rows('train')} subjects, "
+            f"finetune: {name}: {', '.join(config.task.tasks)} on {f'{labels} of ' if labels else ''}{there} subjects, "
             f"{config.task_steps} steps from {begun}{', which stays frozen' if config.task.frozen else ''}, batch "
             f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}",
             flush=True,
@@ -58,8 +75,10 @@ def run(config: RunConfig) -> dict[str, Any]:
     tested = score(config, dataset, Path(outcome.encoder), folder)
     if not outcome.reused:
         _send(config, outcome, int(outcome.metrics["step"]), tested["metrics"])
-    print(f"  model     {outcome.encoder}\n  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
-    return asdict(outcome) | {"model": outcome.encoder} | tested | registered(config, outcome)
+    chosen, said = choice.shown(outcome.metrics, config)
+    print(f"  model     {outcome.encoder}\n            {chosen}")
+    print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
+    return asdict(outcome) | {"model": outcome.encoder} | said | tested | registered(config, outcome)
 
 
 def registered(config: RunConfig, outcome: Outcome) -> dict[str, str]:
@@ -100,25 +119,49 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
 def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Table:
     """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns."""
     device = torch.device(_device(config))
-    targets = model.prepare.labels
+    targets = targets_of(model, dataset)
     readers = probes.readers_of(dataset, config, "finetune")
-    labelled = list(range(len(readers["train"])))
+    rows = start.budget(config, dataset)
+    labelled = list(range(len(readers["train"]))) if rows is None else rows.tolist()
     asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
     known = subjects.labels_of(readers["train"], labelled, targets)
-    held_out = probes.held_out_of(readers["test"], asked, targets)
+    held_out = scored(probes.held_out_of(readers["test"], asked, targets), model)
+    wanted = Wanted(masks=model.prepare.wanted.masks)
     total = len(config.evaluate.accelerations) * (len(labelled) + len(asked))
     tell = probes.Counter(Bar("finetune: subjects"), total)
     parts = []
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
         train = tell(pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
-        test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, NOTHING, VALIDATION))
+        test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, wanted, VALIDATION))
         fitted: dict[Name, Predictor] = {trained(config): model}
-        fitted |= probes.fit({RIDGE: baselines.low_resolution}, train, known, targets, device)
+        if targets:
+            fitted |= probes.fit({RIDGE: baselines.low_resolution}, train, known, targets, device)
+        if "segmentation" in model.prepare.tasks:
+            train = pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
+            fitted |= masks.fit(config, readers["train"], labelled, train)
+        if "reconstruction" in model.prepare.tasks:
+            fitted |= {ZEROFILLED: masks.zerofilled_image(config.data.matrix)}
+            fitted |= {SHARED: masks.shared_image(config.data.matrix)}
+        seed, labels = config.seed, len(labelled)
         parts.append(
-            predict(fitted, test, held_out, acceleration=r, seed=config.seed, labels=len(labelled), device=device)
+            predict(fitted, test, held_out, config.data, acceleration=r, seed=seed, labels=labels, device=device)
         )
     return joined(parts)
+
+
+def targets_of(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
+    """Labels of the model's tasks, and those that can be measured on masks, as far as the dataset has them."""
+    measured = masks_phenotypes({}) if "segmentation" in model.prepare.tasks else {}
+    return tuple(name for name in dict.fromkeys([*model.prepare.labels, *measured]) if dataset.labels.get(name))
+
+
+def scored(held_out: HeldOut, model: TaskModel) -> HeldOut:
+    """With the scores of masks and images as targets, which have no truth."""
+    names = (*DICE, *DISTANCES) if "segmentation" in model.prepare.tasks else ()
+    names += (*IMAGES, *IN_BOX) if "reconstruction" in model.prepare.tasks else ()
+    empty = np.full((len(held_out.subjects), len(names)), np.nan)
+    return HeldOut(held_out.subjects, (*held_out.targets, *names), np.concatenate([held_out.truth, empty], axis=1))
 
 
 def trained(config: RunConfig) -> Name:
@@ -144,6 +187,14 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
         found = disease_table(areas)
         shown.append(found[0])
         metrics |= found[1]
+    if names & set(DICE):
+        dice = tables.mean_dice(table)
+        shown.append(tables.mask_table(dice))
+        for name, suffix in ((trained(config), ""), (MASK_RIDGE, "_ridge"), (MEAN_MASK, "_mean")):
+            if name in dice[-1][2]:
+                metrics[f"mean_dice{suffix}"] = float(np.nanmean(dice[-1][2][name]))
+    if names & set(IMAGES):
+        shown.append(tables.image_table(table))
     return shown, metrics
 
 

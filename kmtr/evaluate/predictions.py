@@ -68,7 +68,13 @@ TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LIN
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
 FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scratch", LINES)
 MEAN = Name("mean", NOTHING)
-MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "zero-filled image")
+MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "temporally shared image")
+ZEROFILLED, SHARED = Name("zero-filled image", LINES), Name("temporally shared image", LINES)
+
+
+def from_masks(name: Name) -> Name:
+    """Name of the phenotypes that are measured on a system's masks."""
+    return Name(f"{name.system}, masks", name.input)
 
 
 @dataclass(frozen=True)

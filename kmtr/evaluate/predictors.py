@@ -16,10 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kmtr.config import Data
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
-from kmtr.evaluate.predictions import HeldOut, Name, joined, rows
+from kmtr.evaluate.predictions import HeldOut, Name, from_masks, joined, rows
+from kmtr.inputs import full_image
 from kmtr.metrics import Ridge, fit_ridge
+from kmtr.metrics.dense import mask_distances, mask_scores, masks_phenotypes, reconstruction_scores
+from kmtr.tasks.views import views_of
 
 MIN_LABELLED = 3
 """Labelled subjects, below which no ridge regression is fitted to a target."""
@@ -82,6 +86,7 @@ def predict(
     predictors: Mapping[Name, Predictor],
     batches: Iterable[HostBatch],
     held_out: HeldOut,
+    data: Data,
     *,
     acceleration: int,
     seed: int,
@@ -89,23 +94,24 @@ def predict(
     device: torch.device,
     readout: int | None = None,
 ) -> pa.Table:
-    """Rows of what each predictor says of the held-out subjects' targets; targets that it lacks have none.
+    """Rows of what each predictor says of the held-out subjects' targets; targets that it lacks have none. Masks and
+    images become their scores, masks also phenotypes under a name of their own (`numbers`).
 
     Args:
         batches: the held-out subjects in their order, at this acceleration.
         labels: number of labelled subjects that the predictors learnt from.
         readout: central kx samples that the predictors look at; None: all.
     """
-    found: dict[Name, list[np.ndarray]] = {name: [] for name in predictors}
+    found: dict[Name, list[np.ndarray]] = {}
     true: list[np.ndarray] = []
     for host in batches:
         batch = host.to(device, readout)
         true.append(true_accelerations(batch))
         for name, predictor in predictors.items():
-            outputs = predictor(batch)
             missing = torch.full((len(batch),), torch.nan)
-            said = [outputs.get(target, missing).double().cpu() for target in held_out.targets]
-            found[name].append(torch.stack(said, dim=1).numpy())
+            for who, outputs in numbers(name, batch, predictor(batch), data).items():
+                said = [outputs.get(target, missing).double().cpu() for target in held_out.targets]
+                found.setdefault(who, []).append(torch.stack(said, dim=1).numpy())
     return joined(
         [
             rows(
@@ -120,6 +126,33 @@ def predict(
             for name, parts in found.items()
         ]
     )
+
+
+def numbers(name: Name, batch: Batch, outputs: Outputs, data: Data) -> dict[Name, dict[str, Tensor]]:
+    """A predictor's outputs as numbers ``batch``: those that are, and of masks and images the scores (`metrics.dense`).
+
+    Returns:
+        By name of the system; phenotypes that were measured on the masks have one of their own.
+    """
+    own = {target: values for target, values in outputs.items() if values.ndim == 1}
+    measured: dict[str, Tensor] = {}
+    if "masks" in outputs and batch.masks is not None:
+        views = list(views_of(batch, data, batch.masks, outputs["masks"]))
+        own |= _stacked([mask_scores(each) | mask_distances(each) for each in views])
+        measured = _stacked([masks_phenotypes(each) for each in views])
+    if "image" in outputs:
+        views = list(views_of(batch, data, full_image(batch, data.matrix), outputs["image"]))
+        boxes: list[dict[str, np.ndarray]] = [{} for _ in views]
+        if batch.masks is not None:
+            drawn = views_of(batch, data, batch.masks, batch.masks)
+            boxes = [{view: pair.truth for view, pair in each.items()} for each in drawn]
+        own |= _stacked([reconstruction_scores(each, box) for each, box in zip(views, boxes, strict=True)])
+    found = {name: own}
+    return found | ({from_masks(name): measured} if measured else {})
+
+
+def _stacked(subjects: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    return {key: torch.tensor([one[key] for one in subjects], dtype=torch.float64) for key in subjects[0]}
 
 
 def true_accelerations(batch: Batch) -> Float[np.ndarray, " batch"]:

@@ -57,7 +57,16 @@ def score(
         test = tell(pipeline.read_in_order(readers["test"], asked, CHUNK, fixed))
         fitted = fit(sources, train, known, targets, device)
         parts.append(
-            predict(fitted, test, held_out, acceleration=r, seed=config.seed, labels=len(labelled), device=device)
+            predict(
+                fitted,
+                test,
+                held_out,
+                config.data,
+                acceleration=r,
+                seed=config.seed,
+                labels=len(labelled),
+                device=device,
+            )
         )
     return joined(parts)
 

@@ -18,7 +18,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
 from kmtr.data.loader.planning import check_shapes
 from kmtr.encoder import WEIGHTS, load_encoder
-from kmtr.evaluate import baselines, probes, tables
+from kmtr.evaluate import baselines, masks, probes, tables
 from kmtr.evaluate.predictions import (
     CENTRAL,
     FILE,
@@ -170,7 +170,7 @@ def run_baselines(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     path = folder_of(config, dataset, fingerprint(config, None, dataset)) / FILE
     sources = {CENTRAL: baselines.central, RIDGE: baselines.low_resolution}
     write(path, probes.score(config, dataset, sources, Bar("baselines: subjects"), torch.device("cpu")))
-    append(path, baselines.score_masks(config, dataset, Bar("baselines: masks")))
+    append(path, masks.score_masks(config, dataset, Bar("baselines: masks")))
     said = read(path)
     scores, dice = scores_of(said), tables.mean_dice(said)
     shown = [tables.r2_table(scores, config)] + ([tables.mask_table(dice)] if dice else [])

@@ -6,14 +6,12 @@ import numpy as np
 import pyarrow as pa
 
 from kmtr.config import RunConfig
-from kmtr.evaluate.predictions import MASK_RIDGE, MEAN, MEAN_MASK, RIDGE, TRAINED, UNTRAINED, Name
+from kmtr.evaluate.predictions import MEAN, MEAN_MASK, RIDGE, TRAINED, UNTRAINED, Name
 from kmtr.evaluate.scores import Scores, panel
 from kmtr.metrics import bootstrap_r2, paired_bootstrap
+from kmtr.metrics.dense import DICE, IMAGES, IN_BOX, PHASES
 from kmtr.report.html import Cell, Table
 from kmtr.types import PHENOTYPES, SEGMENTATION_CLASSES
-
-DICE = tuple(f"dice_{name}" for name in SEGMENTATION_CLASSES[1:])
-"""Targets of the rows that hold the Dice of a subject's mask, by class."""
 
 
 def short(target: str) -> str:
@@ -88,7 +86,7 @@ def metrics_of(scores: list[Scores], config: RunConfig) -> dict[str, float]:
 
 
 def mean_dice(table: pa.Table) -> list[tuple[int, float, dict[Name, np.ndarray]]]:
-    """R, true R, and Dice per class (LV cavity to RA) of each baseline, mean over the subjects that have the class.
+    """R, true R, and `DICE` of each system, mean over the subjects that have the class.
 
     Empty where no masks were scored; NaN: no subject has the class.
     """
@@ -108,16 +106,40 @@ def mean_dice(table: pa.Table) -> list[tuple[int, float, dict[Name, np.ndarray]]
 
 
 def mask_table(dice: list[tuple[int, float, dict[Name, np.ndarray]]]) -> Table:
-    """Dice of the baselines: the mean mask, which needs no input, once, and a row per acceleration of the ridge."""
-    rows: list[tuple[Cell, ...]] = [("any", "", MEAN_MASK.title, *_cells(means[MEAN_MASK])) for _, _, means in dice[:1]]
+    """Dice of each class at end-diastole and end-systole: a row per acceleration and system; the mean mask, which needs
+    no input, once.
+    """
+    rows: list[tuple[Cell, ...]] = [
+        ("any", "", MEAN_MASK.title, *_cells(means[MEAN_MASK])) for _, _, means in dice[:1] if MEAN_MASK in means
+    ]
     for r, true, means in dice:
-        rows.append((r, f"{true:.2f}", MASK_RIDGE.title, *_cells(means[MASK_RIDGE])))
+        rows += [(r, f"{true:.2f}", name.title, *_cells(found)) for name, found in means.items() if name != MEAN_MASK]
     return Table(
-        "Dice at the frame with the largest LV cavity, mean over held-out subjects",
-        ("R", "true R", "baseline", *SEGMENTATION_CLASSES[1:], "mean"),
+        "Dice at the truth's end-diastole / end-systole, mean over held-out subjects",
+        ("R", "true R", "system", *SEGMENTATION_CLASSES[1:], "mean"),
         tuple(rows),
     )
 
 
 def _cells(scores: np.ndarray) -> list[str]:
-    return [f"{value:.3f}" if np.isfinite(value) else "-" for value in (*scores, np.nanmean(scores))]
+    phases = scores.reshape(len(PHASES), -1)
+    both = [*phases.T, [np.nanmean(phase) if np.isfinite(phase).any() else np.nan for phase in phases]]
+    return [" / ".join(f"{value:.3f}" if np.isfinite(value) else "-" for value in pair) for pair in both]
+
+
+def image_table(table: pa.Table) -> Table:
+    """PSNR, SSIM and NMSE, on the field of view and on the heart's box: a row per acceleration and system."""
+    seen = panel(table, targets=(*IMAGES, *IN_BOX))
+    rows: list[tuple[Cell, ...]] = []
+    for number, r in enumerate(seen.accelerations):
+        for fit, values in seen.values.items():
+            if np.isfinite(values[number]).any():
+                means = [np.nanmean(v) if np.isfinite(v).any() else np.nan for v in values[number].T]
+                cells = [f"{value:.2f}" if i % 3 == 0 else f"{value:.4f}" for i, value in enumerate(means)]
+                rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))
+    columns = ("PSNR (dB)", "SSIM", "NMSE")
+    return Table(
+        "Images on the field of view, and on the heart's box, mean over held-out subjects",
+        ("R", "true R", "system", *columns, *(f"{name}, heart" for name in columns)),
+        tuple(rows),
+    )

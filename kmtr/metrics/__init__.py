@@ -22,7 +22,7 @@ from kmtr.metrics.resampling import (
     resample,
     weighted_mean,
 )
-from kmtr.metrics.ridge import RIDGE_PENALTIES, Probe, Ridge, fit_ridge, probe, ridge_predictions
+from kmtr.metrics.ridge import RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, probe
 from kmtr.metrics.segmentation import ContourDistance, contour_distance, dice, dice_at, extreme_frames, hd95
 from kmtr.metrics.tables import Cell, Comparison, Score, compare, score_table
 from kmtr.metrics.volumes import Masks, area_length_ml, length_mm, mask_phenotypes, simpson_ml, volume_curves
@@ -37,6 +37,7 @@ __all__ = [
     "Difference",
     "Estimate",
     "ImageScores",
+    "Kernel",
     "Masks",
     "Probe",
     "Ridge",
@@ -68,7 +69,6 @@ __all__ = [
     "psnr_db",
     "r2",
     "resample",
-    "ridge_predictions",
     "score_table",
     "simpson_ml",
     "ssim",

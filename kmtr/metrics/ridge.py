@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
 from kmtr.metrics.phenotypes import r2
 
@@ -54,21 +55,32 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
     return Ridge(mean, scale, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
 
 
-def ridge_predictions(features: np.ndarray, targets: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Predictions for `others` by `fit_ridge` on (`features`, `targets`), for many targets with one penalty.
-
-    Weights are never formed, so that a target may be every pixel of an image.
+class Kernel:
+    """Ridge regression in its dual form: of many outputs, as every pixel of an image, with one penalty. Weights of
+    features are never formed.
 
     Args:
-        features, others: ``subject feature``; targets: ``subject output``; all finite.
-
-    Returns:
-        float32 ``subject output`` of `others`.
+        features: ``row feature``, float32; `copies` rows that follow each other are of one subject.
+        targets: ``row output``, some of the outputs: the penalty is chosen for them as `fit_ridge` does.
     """
-    bias = targets.mean(0)
-    mean, scale, _, dual = _best(features, targets - bias)
-    x, y = ((values - mean) / scale for values in (features, others))
-    return (y @ x.T / x.shape[1]).astype(np.float32) @ dual.astype(np.float32) + bias.astype(np.float32)
+
+    def __init__(self, features: np.ndarray, targets: np.ndarray, copies: int = 1):
+        self.mean, self.scale, self.penalty, _ = _best(features, targets - targets.mean(0), copies)
+        self.rows = ((features - self.mean) / self.scale).astype(np.float32)
+        gram = (self.rows @ self.rows.T / self.rows.shape[1]).astype(np.float64)
+        values, vectors = np.linalg.eigh(gram)
+        self.solve = ((vectors / (np.clip(values, 0, None) + self.penalty)) @ vectors.T).astype(np.float32)
+
+    def weights(self, targets: Float[np.ndarray, "row output"]) -> tuple[np.ndarray, np.ndarray]:
+        """Dual weights ``row output`` and bias ``output`` of some outputs, float32."""
+        bias = targets.mean(0)
+        return self.solve @ (targets - bias).astype(np.float32), bias.astype(np.float32)
+
+    def __call__(self, features: Float[np.ndarray, "other feature"]) -> Float[np.ndarray, "other row"]:
+        """What dual weights are multiplied by to predict these others."""
+        seen = ((features - self.mean) / self.scale).astype(np.float32)
+        found: np.ndarray = seen @ self.rows.T / self.rows.shape[1]
+        return found
 
 
 def _best(features: np.ndarray, y: np.ndarray, copies: int = 1) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:

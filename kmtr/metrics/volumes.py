@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from kmtr.metrics.segmentation import LA, LV_CAVITY, LV_MYOCARDIUM, RA, RV, contoured_classes
-from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, InputError
+from kmtr.types import MYOCARDIAL_DENSITY_G_ML, SEGMENTATION_CLASSES, UNLABELLED, InputError
 
-MYOCARDIAL_DENSITY_G_ML = 1.05
 SIMPSON_SLICES = 6
 """Short-axis slices from which on their sum is a volume."""
 

@@ -109,10 +109,15 @@ class Encoded:
         """Static and dynamic part of every slice of the configuration, fp32: the embedding of a subject."""
         return torch.cat(static_dynamic(self.frames, self.absent), dim=-1).flatten(1)
 
-    def vector_of(self, places: Places) -> Int[Tensor, " token"]:
-        """Index of the vector at the slice and time of each of these places."""
+    def vector_of(self, places: Places, span: int = 1) -> Int[Tensor, " token"]:
+        """Index of the vector at the slice and time of each of these places.
+
+        Args:
+            span: steps of the places' time that one vector covers.
+        """
         number = (~self.absent).flatten().cumsum(0) - 1
-        return number[places.cell((self.absent.shape[1], self.absent.shape[2]))]
+        slices, times = self.absent.shape[1:]
+        return number[(places.lengths.subject * slices + places.index[:, 0]) * times + places.index[:, 1] // span]
 
 
 def on_grid(

@@ -18,7 +18,7 @@ from torch import Tensor
 # What a draw is for: each purpose has a stream of its own, so that adding one (at the end) changes no other.
 ACCELERATION, PATTERN, HIDDEN_LINES, HIDDEN_PATCHES, VALIDATION = range(5)
 SHIFT, ROTATION, FLIP, PHASE, COIL_DROPOUT, NOISE_LEVEL, NOISE = range(5, 12)
-DEPTH, TARGET_LINES = 12, 13
+DEPTH, TARGET_LINES, FRAMES = 12, 13, 14
 
 _STEP = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: the step of SplitMix64's counter."""

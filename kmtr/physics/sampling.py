@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kmtr.config import check_lines, drawn_lines
 from kmtr.physics import random
 from kmtr.physics.fourier import centred, crop_or_pad
 from kmtr.physics.random import HIDDEN_LINES, HIDDEN_PATCHES, PATTERN, TARGET_LINES, VALIDATION
@@ -36,15 +36,12 @@ __all__ = [
     "kt_gaussian_acs",
     "line_density",
     "measured_acs_lines",
-    "most_lines",
     "pattern",
     "repeat",
     "subject_key",
     "true_acceleration",
     "wide_density",
 ]
-
-Whole = TypeVar("Whole", int, Tensor)
 
 
 def subject_key(subject_id: str) -> int:
@@ -60,19 +57,7 @@ def check(lines: int, acceleration: int, acs_lines: int, family: str = "gaussian
     """
     if family not in FAMILIES:
         raise InputError(f"sampling.family: expected one of {', '.join(FAMILIES)}, got {family!r}")
-    budget = most_lines(lines, acceleration, 0, family)
-    if acceleration == 1 or (budget and family in ("gaussian-wide", "kt-gaussian-acs")):
-        return
-    if budget <= acs_lines or not budget:
-        least = f"more than {acs_lines} ACS; lower R or sampling.acs_lines" if budget else "some; lower R"
-        raise InputError(f"sampling: R = {acceleration} leaves {budget} of {lines} lines, expected {least}")
-
-
-def most_lines(lines: int, acceleration: int, acs_lines: int, family: str = "gaussian") -> int:
-    """Lines of a frame: exactly so many, but for ``kt-gaussian-acs``, where drawn lines may fall on ACS lines."""
-    if family == "kt-gaussian-acs":
-        return min(int(_rounded(lines, acceleration)) + acs_lines, lines)
-    return lines // acceleration
+    check_lines(lines, acceleration, acs_lines, family)
 
 
 def draw_acceleration(
@@ -120,7 +105,9 @@ def gaussian(
 
     Exactly ``floor(lines / R)`` lines in every frame, the ACS lines among them.
     """
-    return _weighted(u, line_density(acceleration, lines, u.shape[-1]), lines // acceleration, acs_lines)
+    return _weighted(
+        u, line_density(acceleration, lines, u.shape[-1]), drawn_lines(lines, acceleration, "gaussian"), acs_lines
+    )
 
 
 def gaussian_wide(
@@ -134,7 +121,7 @@ def gaussian_wide(
     No ACS lines, whatever is asked for. It is the narrower one where there are many lines (SD 21 of 128, where family
     (a) has 26 and a floor), the wider one below 84.
     """
-    return _weighted(u, wide_density(lines, u.shape[-1]), lines // acceleration, 0)
+    return _weighted(u, wide_density(lines, u.shape[-1]), drawn_lines(lines, acceleration, "gaussian-wide"), 0)
 
 
 def equispaced(
@@ -151,7 +138,7 @@ def equispaced(
     """
     size = u.shape[-1]
     start = u[..., size // 2].double()[..., None]
-    others, left = lines - acs_lines, lines // acceleration - acs_lines
+    others, left = lines - acs_lines, drawn_lines(lines, acceleration, "equispaced") - acs_lines
     place = torch.arange(size + 1, device=u.device)
     acs = size // 2 - acs_lines // 2
     before = place - (size // 2 - lines // 2)[:, None] - (place - acs).clamp(0, acs_lines)
@@ -174,7 +161,7 @@ def kt_gaussian_acs(
     Drawn lines may be ACS lines, so that the number differs between frames, and the true R is below the nominal one.
     The challenge draws with replacement and moves repeats to the next free line; here none is drawn twice.
     """
-    sampled = _weighted(u, kt_density(lines, u.shape[-1]), _rounded(lines, acceleration), 0)
+    sampled = _weighted(u, kt_density(lines, u.shape[-1]), drawn_lines(lines, acceleration, "kt-gaussian-acs"), 0)
     first = u.shape[-1] // 2 - acs_lines // 2
     sampled[..., first : first + acs_lines] = True
     return sampled
@@ -272,11 +259,6 @@ def measured_acs_lines(sampled: Bool[Tensor, "*rest ky"]) -> int:
 def _own(lines: Int[Tensor, " batch"], size: int) -> tuple[Int[Tensor, " ky"], Bool[Tensor, "batch ky"]]:
     """Offset of each line from the centre, and which belong to each subject."""
     return torch.arange(size, device=lines.device) - size // 2, centred(lines, size)
-
-
-def _rounded(lines: Whole, acceleration: Whole) -> Whole:
-    """lines / R to the next whole number, halves up as MATLAB has them; of numbers and of tensors."""
-    return (2 * lines + acceleration) // (2 * acceleration)
 
 
 def _weighted(

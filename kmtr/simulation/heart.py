@@ -25,9 +25,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from kmtr.simulation.population import Anatomy, Region, bump_mean
+from kmtr.types import MYOCARDIAL_DENSITY_G_ML
 
-MYOCARDIAL_DENSITY = 1.05
-"""g/mL."""
 LV_TRUNCATION = 0.3
 """Extent of the LV's spheroid beyond its equator to the base, in polar half-axes."""
 ATRIAL_TRUNCATION = 0.6
@@ -142,7 +141,7 @@ def heart(who: Anatomy, phase: np.ndarray) -> Heart:
     base = who.length_mm - who.base_motion_mm * s
     lv = 1000 * (who.lvedv_ml + (who.lvesv_ml - who.lvedv_ml) * s)
     rv = 1000 * (who.rvedv_ml + (who.rvesv_ml - who.rvedv_ml) * s)
-    wall = _wall(lv, 1000 * who.lvm_g / MYOCARDIAL_DENSITY, base)
+    wall = _wall(lv, 1000 * who.lvm_g / MYOCARDIAL_DENSITY_G_ML, base)
     endo_radius, endo_half, epi_half = _ventricle(lv, base, wall)
     rv_apex = who.rv_apex * base
     # Volume of the RV: the integral over w of K(w) times half the integral of q over the angle, 16/15 rv_half.

@@ -286,6 +286,7 @@ def write_trained(
             {Name(method, LINES): predictor},
             pipeline.read_in_order(reader, cohort.rows, probes.CHUNK, cohort.at(r)),
             cohort.held_out,
+            config.data,
             acceleration=r,
             seed=seed,
             labels=budget,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
+from kmtr.data.dataset.reader import Reader as SplitReader
 from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import Pending
 from kmtr.systems import Reader, Reading
@@ -47,16 +48,24 @@ class Given:
         frozen: systems that do not learn in the stage.
         labels: column of a batch's labels that holds each.
         tables: fitted on the training split, on the batch's device; for labels ``label_mean`` and ``label_sd``.
+        whole: passes over all of a batch that were asked for already, by system.
     """
 
     readers: Mapping[str, Any]
     frozen: frozenset[str] = frozenset()
     labels: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Pending[Reading]] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, batch: Batch, **how: Any) -> Pending[Reading]:
-        """One pass of a system over what `Reader` is told of the batch."""
+        """One pass of a system over what `Reader` is told of the batch. Tasks that ask for all of it (`shown` not
+        given) share one pass, whose number is the first one's.
+        """
+        if "shown" not in how and name in self.whole:
+            return self.whole[name]
         pending: Pending[Reading] = self.readers[name](batch, learns=name not in self.frozen, **how)
+        if "shown" not in how:
+            pending = self.whole[name] = Pending(pending.cells, once(pending.make))
         return pending
 
 
@@ -68,12 +77,14 @@ class Task(ABC):
         systems: names of those that it trains, in the order in which their weights are drawn.
         label: its loss is logged as ``<label>_loss``.
         labels: columns that it needs of a batch, as the dataset names them.
+        masks: it needs the segmentation.
         couples: the loss of a subject depends on the others of the global batch: `couple` takes the place of `LOSS`.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
     couples: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -89,6 +100,14 @@ class Task(ABC):
     def readout(self, readers: Mapping[str, Reader]) -> int | None:
         """Central kx samples of a batch that the task looks at; None: all."""
         return widest(readers[name].readout for name in self.systems)
+
+    def fit(self, reader: SplitReader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tables of its own, by their names in `Given.tables`, of some training subjects.
+
+        Args:
+            tables: those that there are already.
+        """
+        return {}
 
     @abstractmethod
     def head(self) -> nn.Module:
@@ -110,6 +129,10 @@ class Task(ABC):
         """Inside the engine: the predictions themselves, numbers by their target's name and in its unit."""
         raise NotImplementedError(f"{self.name} predicts nothing")
 
+    def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Numbers ``batch`` of what was predicted: numbers as they are, scores of masks and images (NaN: has none)."""
+        return dict(outputs)
+
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:
@@ -123,6 +146,18 @@ class Task(ABC):
     def couple(self, outputs: Sequence[dict[str, Tensor]], micro: Sequence[Batch], log: Sums) -> Link:
         """Part of each micro-batch in a loss over the global batch, given the outputs for all of them."""
         raise NotImplementedError(f"{self.name} couples no subjects")
+
+
+def once(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make`, whose first result is every result."""
+    made: list[Any] = []
+
+    def first(lengths: Any) -> Any:
+        if not made:
+            made.append(make(lengths))
+        return made[0]
+
+    return first
 
 
 SCORE = "score"

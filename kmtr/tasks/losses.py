@@ -6,9 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from kmtr.metrics.images import WINDOW
+from kmtr.types import UNLABELLED
 
 HDR_EPS = 0.5
 
@@ -100,3 +103,80 @@ def _info_nce(
     negative[:, local, positive] = True
     hardest = cosine.detach().masked_fill(negative, -1.0).amax(-1)
     return logits.logsumexp(-1) - matched, matched >= logits.amax(-1), own - hardest
+
+
+def over_subjects(values: Float[Tensor, "cell ..."], counts: Int[Tensor, " batch"]) -> Float[Tensor, "batch ..."]:
+    """Sum over the cells of each subject, which come one after the other; 0 for a subject that has none."""
+    return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)  # unsafe: asks nothing
+
+
+def cross_entropy_and_dice(
+    logits: Float[Tensor, "cell class y x"],
+    truth: UInt8[Tensor, "cell y x"],
+    drawn: Bool[Tensor, "cell class"],
+    counts: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """Cross entropy, mean over pixels, and 1 - soft Dice, mean over the classes drawn, of each subject; 0 for a subject
+    without a labelled pixel.
+
+    Where a source does not draw a class, its background may be that class: the probability of a background pixel is
+    that of the background and the undrawn classes together (marginal loss of Fang and Yan, IEEE Trans Med Imaging
+    39:3619, 2020; Shi et al., Med Image Anal 70:101979, 2021). Dice (Milletari 2016) is over all pixels of the subject
+    together, where the class is drawn, without the background, smoothed by one pixel.
+
+    Args:
+        truth: UNLABELLED pixels count for nothing, whatever is predicted there.
+        drawn: classes that the cell's source draws; the background (0) counts as drawn.
+        counts: cells of each subject, which come one after the other.
+    """
+    counted = truth != UNLABELLED
+    wanted = truth.long().masked_fill(~counted, 0)
+    foreground = drawn.clone()
+    foreground[:, 0] = False
+    log_p = logits.float().log_softmax(1)
+    unsure = log_p.masked_fill(foreground[..., None, None], -torch.inf).logsumexp(1)
+    right = torch.where(wanted == 0, unsure, log_p.gather(1, wanted[:, None])[:, 0])
+    pixels = over_subjects(counted.sum((1, 2)).float(), counts)
+    entropy = over_subjects(torch.where(counted, -right, 0.0).sum((1, 2)), counts) / pixels.clamp(min=1)
+
+    asked = counted[:, None] & foreground[:, 1:, None, None]
+    p = torch.where(asked, log_p[:, 1:].exp(), 0.0)
+    true = asked & (wanted[:, None] == torch.arange(1, logits.shape[1], device=truth.device)[:, None, None])
+    both = over_subjects((p * true).sum((2, 3)), counts)
+    sizes = over_subjects(p.sum((2, 3)) + true.sum((2, 3)), counts)
+    seen = over_subjects(asked.any(-1).any(-1).float(), counts) > 0
+    overlap = torch.where(seen, (2 * both + 1) / (sizes + 1), 0.0).sum(1) / seen.sum(1).clamp(min=1)
+    return entropy + torch.where(seen.any(1), 1 - overlap, 0.0)
+
+
+def absolute_and_structural(
+    predicted: Float[Tensor, "cell y x"],
+    truth: Float[Tensor, "cell y x"],
+    peak: Float[Tensor, " batch"],
+    counts: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """Mean absolute error over the subject's peak, and 1 - SSIM (`metrics.images.ssim`'s convention), mean over the
+    cells of each subject; 0 for a subject that has none.
+
+    Args:
+        peak: maximum of each subject's true images, the data range of SSIM.
+        counts: cells of each subject, which come one after the other.
+    """
+    rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(truth))
+    scale = peak.clamp(min=torch.finfo(torch.float32).tiny)[rows, None, None]
+    x, y = predicted.float() / scale, truth.float() / scale
+    error = (x - y).abs().mean((1, 2)) + 1 - _ssim(x, y)
+    return over_subjects(error, counts) / counts.clamp(min=1)
+
+
+def _ssim(x: Float[Tensor, "cell y x"], y: Float[Tensor, "cell y x"]) -> Float[Tensor, " cell"]:
+    """SSIM of images whose data range is 1: uniform windows that lie within the image, variances over n - 1."""
+    means = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y], dim=1), WINDOW, stride=1)
+    mean_x, mean_y, xx, yy, xy = means.unbind(1)
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    variances = unbiased * (xx - mean_x.square() + yy - mean_y.square())
+    covariance = unbiased * (xy - mean_x * mean_y)
+    luminance, contrast = 0.01**2, 0.03**2
+    similarity = (2 * mean_x * mean_y + luminance) * (2 * covariance + contrast)
+    similarity = similarity / ((mean_x.square() + mean_y.square() + luminance) * (variances + contrast))
+    return similarity.mean((1, 2))

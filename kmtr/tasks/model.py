@@ -37,12 +37,19 @@ class Model(nn.Module):
         All goes through here, since ZeRO-3 gathers weights around an engine's call.
         """
         out: dict[str, dict[str, Tensor]] = {}
+        encoded: dict[int, Any] = {}
+
+        def encode(reading: Reading) -> Any:
+            if id(reading) not in encoded:  # tasks may share a reading
+                encoded[id(reading)] = self.encode(reading)
+            return encoded[id(reading)]
+
         for name, asked in inputs.tasks.items():
             if name == EMBEDDING:
-                out[name] = {"vector": self.encode(asked).vector}
+                out[name] = {"vector": encode(asked).vector}
             else:
                 task, head = self.tasks[name], self.heads[name]
-                out[name] = (task.predict if predict else task.forward)(self.encode, head, asked)
+                out[name] = (task.predict if predict else task.forward)(encode, head, asked)
         return out
 
     def encode(self, reading: Reading) -> Any:

@@ -17,8 +17,10 @@ from kmtr.tasks.base import EMBEDDING, Given, Inputs, widest
 from kmtr.tasks.registry import tasks_of
 from kmtr.tasks.stages import Stage
 
-LABEL_TABLES = ("label_mean", "label_sd")
-"""Moments of the labels that the tasks need, in their order, over the training subjects."""
+TABLES = ("label_mean", "label_sd", "mask_log_prior", "mask_constant", "image_constant", "image_mean", "image_sd")
+"""What tasks look up: moments of their labels, in their order; log of each class's frequency at each pixel; losses of
+the mean mask and of the mean image; the population's mean image and SD.
+"""
 
 
 class Preparer:
@@ -35,12 +37,12 @@ class Preparer:
         names = dict.fromkeys(name for task in self.tasks.values() for name in task.systems)
         self.readers: dict[str, Any] = {name: system(name).reader(config, tables, device) for name in names}
         self.labels = tuple(dict.fromkeys(label for task in self.tasks.values() for label in task.labels))
-        self.tables = {name: tables[name].to(device) for name in LABEL_TABLES if name in tables}
+        self.tables = {name: tables[name].to(device) for name in TABLES if name in tables}
 
     @property
     def wanted(self) -> Wanted:
         """Columns that a batch has to carry for the tasks."""
-        return Wanted(self.labels)
+        return Wanted(self.labels, any(task.masks for task in self.tasks.values()))
 
     def readout(self, stage: Stage) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all."""

@@ -8,9 +8,13 @@ from kmtr.tasks.base import Task
 from kmtr.tasks.diseases import Diseases
 from kmtr.tasks.masked import Masked, MaskedImages
 from kmtr.tasks.phenotypes import Phenotypes
+from kmtr.tasks.reconstruction import Reconstruction
+from kmtr.tasks.segmentation import Segmentation
 from kmtr.types import InputError
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Masked, MaskedImages, Align, Phenotypes, Diseases)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Masked, MaskedImages, Align, Phenotypes, Diseases, Segmentation, Reconstruction)
+}
 """Name -> task. Adding one is a file and its line here."""
 
 

@@ -15,7 +15,8 @@ class Stage:
 
     Attributes:
         name: before the names of what it logs.
-        tasks: name -> weight of its loss.
+        tasks: name -> weight of its loss, in the order of `registry.TASKS`: a system's passes are made in it, and their
+            gradients added up, so that another order gives other last bits.
         settings: steps, learning rate and warm-up.
         frozen: systems that do not learn in it.
         fresh: tasks whose heads begin with it: they learn at `head_factor` times the rate, and for the first
@@ -44,8 +45,11 @@ def align(config: RunConfig) -> Stage:
     """
     settings = config.align
     learns = settings.train_image_encoder
-    weights = {"align": 1.0, "masked": settings.masked_weight}
-    weights["masked_images"] = settings.masked_weight * config.masked.image_weight * learns
+    weights = {
+        "masked": settings.masked_weight,
+        "masked_images": settings.masked_weight * config.masked.image_weight * learns,
+        "align": 1.0,
+    }
     frozen = frozenset() if learns else frozenset({"image"})
     return Stage(
         "align",

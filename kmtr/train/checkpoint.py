@@ -1,6 +1,6 @@
 """Checkpoints: all that a run needs to go on, hashed by whoever wrote it, readable by any number of workers.
 
-state-rankNN.safetensors     pieces of weights, AdamW's moments and EMA of one worker (`state`)
+state-rankNN.safetensors     pieces of weights, AdamW's moments, EMA and best weights of one worker (`state`)
 checkpoint.json              format, step, what the run knows of itself, the model's shapes, how it was executed
 sha256-rankNN.json           hashes of the files of one worker
 
@@ -37,7 +37,11 @@ class Progress:
         skipped: of those, steps whose gradient was not finite.
         metrics: of the last validation; a run that was killed behind its last step still ends with them.
         reference: validation metrics at the end of masked reconstruction, for alignment's guard.
-        stopped: the guard ended alignment.
+        stopped: the guard ended alignment, or patience training on labels.
+        best_step: step of the best validation of training on labels (`choice`); 0: there was none. Where its weights
+            are kept, the checkpoint has them as well.
+        best: metrics of that validation.
+        worse: validations since.
         layouts: [first step, how it was executed] of each change (`layout_of`), the present one last.
     """
 
@@ -46,6 +50,9 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     stopped: bool = False
+    best_step: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    worse: int = 0
     layouts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
 
 
@@ -148,9 +155,14 @@ def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: d
 def export_model_from(
     folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor], trained: Trained
 ) -> None:
-    """The whole model of a checkpoint, of its EMA where the run keeps one, as `kmtr.load_model` reads it."""
-    model = read_head(folder)["model"]
+    """The whole model of a checkpoint as `kmtr.load_model` reads it: of the best validation where the run keeps that
+    (`task.keep`), else of the last step, of its EMA where there is one.
+    """
+    head = read_head(folder)
+    model = head["model"]
     kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
+    if config.task.keep == "best" and head["progress"]["best_step"]:
+        kind = state.BEST
     weights = {
         f"{part}.{name}": weight
         for part in ("systems", "heads")

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Int
 
 from kmtr import tracking
 from kmtr.card import write_card
@@ -59,7 +61,8 @@ def fit(
     refuse_missing_gpu(config.train.device)
     begin(folder, config, dataset)
     write_atomic(folder / "config.json", to_json(config))
-    tables = fitted_tables(config, dataset, folder)
+    rows = start.budget(config, dataset)
+    tables = fitted_tables(config, dataset, folder, rows)
     uri = config.tracking.uri
     run_id = tracking.open_run(
         config,
@@ -72,7 +75,7 @@ def fit(
     job: dict[str, Any] = {
         "config": to_json(config),
         "folder": str(folder),
-        "resolved": handed(config, dataset),
+        "resolved": handed(config, dataset, rows),
         "tables": {key: table.numpy() for key, table in tables.items()},
         "tracking": {"uri": uri, "run_id": run_id, "spool": str(folder / SPOOL)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
@@ -87,7 +90,7 @@ def fit(
         _send_files(config, folder, run_id, encoder)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         if returned["stopped"]:
-            metrics["align_stopped"] = metrics["step"]
+            metrics["task_stopped" if config.stage == "task" else "align_stopped"] = metrics["step"]
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
         finish(outcome)
         status = "FINISHED"
@@ -126,7 +129,7 @@ def _export(
     tables: dict[str, torch.Tensor],
 ) -> Path:
     """The folder left: the encoder of the last checkpoint, or where the guard stopped, of masked pretraining; of
-    training on labels the model with its card.
+    training on labels the model with its card, best or last (`task.keep`), which the last checkpoint both has.
     """
     encoder = folder / ("model" if config.stage == "task" else "encoder")
     if config.stage == "task":
@@ -200,8 +203,14 @@ def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: 
     )
 
 
-def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str, torch.Tensor]:
-    """Normalisation statistics of the run, fitted once and kept beside its checkpoints."""
+def fitted_tables(
+    config: RunConfig, dataset: Dataset, folder: Path, rows: Int[np.ndarray, " chosen"] | None = None
+) -> dict[str, torch.Tensor]:
+    """Normalisation statistics of the run, fitted once and kept beside its checkpoints.
+
+    Args:
+        rows: whose labels count (`start.budget`); k-space, which needs no labels, is that of all training subjects.
+    """
     from safetensors.torch import load_file, save_file
 
     path = folder / "statistics.safetensors"
@@ -211,7 +220,7 @@ def fitted_tables(config: RunConfig, dataset: Dataset, folder: Path) -> dict[str
     reader = dataset.reader("train", config.data)
     begun = start.tables(config)
     fitted = statistics.tables(config, reader) if begun is None else begun
-    fitted |= start.label_moments(config, reader)
+    fitted |= start.task_tables(config, reader, fitted, rows)
     stored = {k: (torch.view_as_real(v) if v.is_complex() else v).contiguous() for k, v in fitted.items()}
     with replacing(path) as temporary:
         save_file(stored, temporary)

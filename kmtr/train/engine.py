@@ -173,6 +173,7 @@ class ShardedEngine:
         )
         self.held = Held(self.wrapped)
         self.average = Average(self.held.masters, config.optimizer.ema) if config.optimizer.ema else None
+        self._best: list[Tensor] = []
         self._clip_norm = config.optimizer.clip_norm
         self._autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=config.train.bf16 and not config.train.zero_stage
@@ -233,13 +234,23 @@ class ShardedEngine:
         yield
         self._exchange(self.average)
 
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Copy the weights as they are, their EMA where they are `averaged`; from now on every checkpoint has them.
+
+        The copy lies in the host's memory: 4 bytes a weight, divided among the workers as AdamW's state is.
+        """
+        self._best = self._best or self._like_masters()
+        for kept, master in zip(self._best, self.held.masters, strict=True):
+            kept.copy_(master)
+
     def shapes(self) -> dict[str, list[int]]:
         """Weight -> its shape."""
         return state.shapes(self.wrapped.module)
 
     def save(self, path: Path) -> None:
-        """Write this worker's pieces of weights, AdamW's state and EMA; every worker must."""
-        state.save(path, self.held, self._averages())
+        """Write this worker's pieces of weights, AdamW's state, EMA and what it remembers; every worker must."""
+        state.save(path, self.held, self._copies())
 
     def load(self, paths: Iterable[Path]) -> None:
         """Go on from the pieces that any number of workers in any ZeRO stage wrote; every worker must.
@@ -247,12 +258,19 @@ class ShardedEngine:
         Raises:
             CheckpointError: something is missing in them.
         """
-        updates = state.load(paths, self.held, self._averages())
+        files = list(paths)
+        self._best = self._like_masters() if state.BEST in state.kinds(files) else []
+        updates = state.load(files, self.held, self._copies())
         if self.average is not None:
             self.average.updates = updates
 
-    def _averages(self) -> dict[Tensor, Tensor] | None:
-        return None if self.average is None else dict(zip(self.held.masters, self.average.values, strict=True))
+    def _copies(self) -> dict[str, dict[Tensor, Tensor]]:
+        """Kind -> master -> copy of it, of the kinds that there are."""
+        found = {state.AVERAGE: self.average.values if self.average else [], state.BEST: self._best}
+        return {kind: dict(zip(self.held.masters, some, strict=True)) for kind, some in found.items() if some}
+
+    def _like_masters(self) -> list[Tensor]:
+        return [torch.empty_like(master, device="cpu") for master in self.held.masters]
 
     @torch.no_grad()
     def _exchange(self, average: Average) -> None:

@@ -29,7 +29,8 @@ class Outcome:
         encoder: folder of the exported encoder, for `kmtr.load_encoder`; of `stage=task` the model's, for
             `kmtr.load_model`.
         metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
-            alignment) encoder and metrics are those of the end of masked reconstruction.
+            alignment) encoder and metrics are those of the end of masked reconstruction. Of `stage=task` those of the
+            model that is left, what chose it (`choice.result`), and ``task_stopped`` where patience ended the run.
         reused: it was finished before; nothing was trained.
     """
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
+
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns, planning
@@ -12,15 +15,19 @@ from kmtr.data.loader.buckets import Buckets
 from kmtr.data.loader.order import Plan
 
 
-def handed(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """The resolved run for its workers (`taken`): ``buckets``, plain; ``pattern``, numpy ``frame line`` or None.
+def handed(config: RunConfig, dataset: Dataset, rows: Int[np.ndarray, " chosen"] | None = None) -> dict[str, Any]:
+    """The resolved run for its workers (`taken`): ``buckets``, plain; ``pattern``, numpy ``frame line`` or None;
+    ``rows`` as given.
+
+    Args:
+        rows: of the training split, that are trained on alone (`start.budget`).
 
     Raises:
         InputError: the dataset can't feed this configuration.
     """
-    chosen = planning.plan_of(config, dataset).buckets
+    chosen = planning.plan_of(config, dataset, rows=rows).buckets
     assert chosen is not None
-    return {"buckets": asdict(chosen), "pattern": patterns.carried(config.sampling)}
+    return {"buckets": asdict(chosen), "pattern": patterns.carried(config.sampling), "rows": rows}
 
 
 def taken(config: RunConfig, dataset: Dataset, given: dict[str, Any]) -> Plan:
@@ -32,4 +39,4 @@ def taken(config: RunConfig, dataset: Dataset, given: dict[str, Any]) -> Plan:
     patterns.hold(config.sampling, given["pattern"])
     found = given["buckets"]
     chosen = Buckets(tuple(map(tuple, found["shapes"])), tuple(found["of_class"]), found["overflow"])
-    return planning.plan_of(config, dataset, chosen)
+    return planning.plan_of(config, dataset, chosen, given["rows"])

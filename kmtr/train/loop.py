@@ -24,7 +24,7 @@ from kmtr.data.loader.device import HostBatch
 from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, guard, validation
+from kmtr.train import checkpoint, choice, guard, validation
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.handed import taken
@@ -104,7 +104,7 @@ class Worker:
         self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
         self.tell = Sender(job["progress"]) if self.rank == 0 else None
         self.progress = self._restored()
-        self.metrics = self.progress.reference if self.progress.stopped else self.progress.metrics
+        self.metrics = self.progress.metrics
         self.watch = _Watch()
 
     def _restored(self) -> Progress:
@@ -139,9 +139,9 @@ class Worker:
         """Train to the end.
 
         Returns:
-            ``metrics`` of the last validation; ``step``; ``stopped``: the guard ended alignment, so the metrics are
-            those of the end of masked reconstruction, whose encoder is to be used; ``unsent``: records that tracking
-            could not send yet.
+            ``metrics`` of the weights that the run leaves; ``step``; ``stopped``: patience ended training on labels, or
+            the guard alignment, so that the encoder of the end of masked reconstruction is to be used; ``unsent``:
+            records that tracking could not send yet.
         """
         config, progress = self.config, self.progress
         first = progress.step
@@ -164,10 +164,16 @@ class Worker:
             if progress.step % config.train.checkpoint_every == 0 or ends or progress.stopped:
                 self._save()
             if progress.stopped:
-                self.metrics = progress.reference
                 break
         unsent = self.spool.close(30.0) if self.spool else 0
-        return {"metrics": self.metrics, "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+
+    def _left(self) -> dict[str, float]:
+        """Metrics of the weights that the run leaves."""
+        progress = self.progress
+        if self.config.stage == "task":
+            return choice.result(progress, self.config, self.validate.held_out)
+        return progress.reference if progress.stopped else progress.metrics
 
     def _look(self, report: Report) -> None:
         """Count a step that was skipped.
@@ -210,11 +216,14 @@ class Worker:
             self.tell.put(done, stage, logged)
 
     def _evaluate(self, stage: str) -> None:
-        """Validation, and the guard of alignment."""
+        """Validation, the guard of alignment, and of training on labels the choice of its weights."""
         progress, done = self.progress, self.progress.step
         with self.engine.averaged():
             self.metrics, figure = self.validate(self.engine)
-        progress.metrics = self.metrics
+            progress.metrics = self.metrics
+            better = stage == "task" and choice.judge(progress, self.metrics)
+            if better and choice.keeps_best(progress, self.config):
+                self.engine.remember()
         if self.spool and self.tell:
             self.spool.metrics(done, self.metrics)
             self.tell.put(done, stage, self.metrics)
@@ -228,7 +237,23 @@ class Worker:
             if lost and self.tell:
                 self.tell.put(done, stage, {f"lost/{name.removeprefix('val/')}": loss for name, loss in lost.items()})
             progress.stopped = bool(lost)
+        if stage == "task":
+            self._end_early()
         self.watch.reset()
+
+    def _end_early(self) -> None:
+        """Stop where `task.patience` validations were no better than the best, which tracking is told."""
+        progress = self.progress
+        progress.stopped = choice.ends(progress, self.config)
+        if self.spool and self.tell and progress.best_step:
+            best = progress.best[choice.SCORE]
+            told = {"step": progress.best_step, "score": best, "validation_subjects": self.validate.held_out}
+            self.spool.metrics(progress.step, {f"best/{name}": float(value) for name, value in told.items()})
+            if progress.stopped:
+                self.tell.say(
+                    f"  step {progress.step:>6}  stopped      {progress.worse} validations without a better val/score "
+                    f"than {best:.3f} at step {progress.best_step}"
+                )
 
     def _save(self) -> None:
         """A checkpoint, and at the end of masked reconstruction its encoder."""

@@ -133,7 +133,7 @@ class Display:
             return
         if any(name.startswith("val/") for name in metrics):
             shown = {k.removeprefix("val/"): v for k, v in metrics.items() if k.startswith("val/")}
-            text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if k.endswith(("_loss", "_r2")))
+            text = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if k.endswith(("_loss", "_r2")) or k == "score")
             self.screen.line(f"  step {step:>6}  validation   {text}")
             return
         if any(name.startswith("lost/") for name in metrics):

@@ -40,7 +40,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
     """
     config, dataset = open_data(config)
     config = start.resolve(config, dataset)
-    planning.plan_of(config, dataset)
+    planning.plan_of(config, dataset, rows=start.budget(config, dataset))
     subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:
         raise InputError(

@@ -6,21 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from kmtr.config import RunConfig, override, plain
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
+from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
+from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
-from kmtr.types import InputError
+from kmtr.types import DISEASES, InputError
 
 NONE = "none"
 """Value of `task.encoder` for a system that starts from its initial weights."""
-MIN_KNOWN = 3
-"""Training subjects with a label, below which it can't be learnt."""
 
 
 def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
@@ -32,7 +33,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     if config.stage != "task":
         return config
     for name, task in tasks_of(config).items():
-        if not task.labels:
+        if not task.labels and not isinstance(task, Dense):
             raise InputError(f"task.tasks: expected tasks on labels, got {name}; pretrain with stage=masked or align")
         for label in task.labels:
             if dataset.labels.get(label, 0) < MIN_KNOWN:
@@ -80,8 +81,9 @@ def tables(config: RunConfig) -> dict[str, Tensor] | None:
 def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
     """Facts that an exported model carries: counts of its training subjects, their labels and shapes."""
     reader = dataset.reader("train", config.data)
-    names = labels_of_tasks(config)
-    counts = np.isfinite(subjects.labels_of(reader, range(len(reader)), names)).sum(0).tolist() if names else []
+    rows, names = budget(config, dataset), labels_of(config)
+    chosen = range(len(reader)) if rows is None else rows.tolist()
+    counts = np.isfinite(subjects.labels_of(reader, chosen, names)).sum(0).tolist()
     shapes: dict[str, list[list[int]]] = {}
     for manifest in dataset.manifests:
         numbers = {number for shard in manifest.shards if shard.split == "train" for _, number in shard.shapes}
@@ -90,7 +92,7 @@ def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
                 least, most = shapes.get(view, [subject[view], subject[view]])
                 shapes[view] = [list(map(min, least, subject[view])), list(map(max, most, subject[view]))]
     return Trained(
-        subjects=len(reader),
+        subjects=len(chosen),
         labels=dict(zip(names, counts, strict=True)),
         shapes={view: shapes[view] for view in config.data.views if view in shapes},
         dataset=dataset.digest,
@@ -99,17 +101,55 @@ def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
     )
 
 
-def labels_of_tasks(config: RunConfig) -> tuple[str, ...]:
-    """Columns that the run's tasks learn from."""
+def labels_of(config: RunConfig) -> tuple[str, ...]:
+    """Labels that the tasks of a run learn from, each once."""
     return tuple(dict.fromkeys(label for task in tasks_of(config).values() for label in task.labels))
 
 
-def label_moments(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
-    """``label_mean`` and ``label_sd`` of the tasks' labels over the training subjects; empty without such."""
-    names = labels_of_tasks(config)
+def budget(config: RunConfig, dataset: Dataset) -> Int[np.ndarray, " chosen"] | None:
+    """Training rows on whose labels the run trains, ascending; None: all of them (`task.labels` is 0, another stage).
+
+    What needs no label does not go by it: the normalisation statistics of a run that starts from no encoder are those
+    of all training subjects.
+
+    Raises:
+        InputError: the budget is larger than what there is, or too small for the labels or for a batch.
+    """
+    if config.stage != "task" or not config.task.labels:
+        return None
+    names, reader, batch = labels_of(config), dataset.reader("train", config.data), config.data.global_batch
+    labels = subjects.labels_of(reader, range(len(reader)), names)
+    rows = subjects.budget(config.seed, labels, np.isin(names, DISEASES), config.task.labels)
+    if len(rows) < batch and config.plan.tail == "drop":
+        raise InputError(
+            f"task.labels: expected at least data.global_batch={batch} subjects, got {len(rows)}; lower "
+            "data.global_batch, or fill batches up with repeats that no loss counts by plan.tail=pad"
+        )
+    return rows
+
+
+def task_tables(
+    config: RunConfig, reader: Reader, fitted: dict[str, Tensor], rows: Int[np.ndarray, " chosen"] | None = None
+) -> dict[str, Tensor]:
+    """What the tasks have to know of the training subjects, or those in `rows`, beside `fitted`: moments of labels,
+    means of masks.
+    """
+    found, some = label_moments(config, reader, rows), range(len(reader)) if rows is None else rows.tolist()
+    for task in tasks_of(config).values():
+        found |= task.fit(reader, some, fitted)
+    return found
+
+
+def label_moments(
+    config: RunConfig, reader: Reader, rows: Int[np.ndarray, " chosen"] | None = None
+) -> dict[str, Tensor]:
+    """``label_mean`` and ``label_sd`` of the tasks' labels over the training subjects, or those in `rows`; empty
+    without such labels.
+    """
+    names = labels_of(config)
     if not names:
         return {}
-    known = subjects.labels_of(reader, range(len(reader)), names)
+    known = subjects.labels_of(reader, range(len(reader)) if rows is None else rows.tolist(), names)
     sd = np.nanstd(known, axis=0)
     moments = {"label_mean": np.nanmean(known, axis=0), "label_sd": np.where(sd > 0, sd, 1.0)}
     return {name: torch.from_numpy(values.astype(np.float32)) for name, values in moments.items()}

@@ -1,9 +1,9 @@
 """The training state of an engine as named pieces of whole weights, in files that any number of workers reads.
 
-Each worker holds pieces: the part of a weight that its AdamW updates, with both moments and the EMA, in fp32. It writes
-them to ``state-rankNN.safetensors`` as flat tensors named ``kind:start:weight``, where start counts numbers of the
-flattened weight. Whoever restarts, with another number of workers or in another ZeRO stage, reads the ranges that it
-needs. Nothing is gathered and nothing is unpickled.
+Each worker holds pieces: the part of a weight that its AdamW updates, with both moments and what there is of copies
+(the EMA, the weights of the best validation), in fp32. It writes them to ``state-rankNN.safetensors`` as flat tensors
+named ``kind:start:weight``, where start counts numbers of the flattened weight. Whoever restarts, with another number
+of workers or in another ZeRO stage, reads the ranges that it needs. Nothing is gathered and nothing is unpickled.
 
 The only file that knows where DeepSpeed keeps what AdamW updates: `Held`.
 """
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from kmtr.types import KmtrError
 
-WEIGHT, AVERAGE = "weight", "average"
+WEIGHT, AVERAGE, BEST = "weight", "average", "best"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, as torch names them."""
+Copies = Mapping[str, Mapping[Tensor, Tensor]]
+"""Kind (`AVERAGE`, `BEST`) -> master -> a tensor like it, on any device."""
 
 
 class CheckpointError(KmtrError):
@@ -122,11 +124,8 @@ def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(weight, "ds_shape", weight.shape)) for name, weight in module.named_parameters()}
 
 
-def save(path: Path, held: Held, average: Mapping[Tensor, Tensor] | None) -> None:
+def save(path: Path, held: Held, copies: Copies) -> None:
     """Write this worker's pieces, with the number of AdamW's updates in the header.
-
-    Args:
-        average: master -> its EMA; None: none is kept.
 
     Raises:
         CheckpointError: weights that were updated unlike often, which one number could not say.
@@ -135,7 +134,7 @@ def save(path: Path, held: Held, average: Mapping[Tensor, Tensor] | None) -> Non
     for piece in held.pieces():
         state = held.moments(piece.master)
         updates.add(float(state["step"]))
-        for kind, tensor in _kinds(piece.master, state, average).items():
+        for kind, tensor in _kinds(piece.master, state, copies).items():
             if piece.size:
                 content[f"{kind}:{piece.start}:{piece.name}"] = piece.of(tensor)
     if len(updates) > 1:
@@ -144,8 +143,8 @@ def save(path: Path, held: Held, average: Mapping[Tensor, Tensor] | None) -> Non
 
 
 @torch.no_grad()
-def load(paths: Iterable[Path], held: Held, average: Mapping[Tensor, Tensor] | None) -> int:
-    """Fill an engine's weights, moments and EMA from the files of all workers that wrote; returns AdamW's updates.
+def load(paths: Iterable[Path], held: Held, copies: Copies) -> int:
+    """Fill an engine's weights, moments and copies from the files of all workers that wrote; returns AdamW's updates.
 
     Raises:
         CheckpointError: part of a weight is in none of the files.
@@ -154,15 +153,21 @@ def load(paths: Iterable[Path], held: Held, average: Mapping[Tensor, Tensor] | N
         for piece in held.pieces(whole=True):
             state = held.moments(piece.master)
             state["step"].fill_(stored.updates)
-            for kind, tensor in _kinds(piece.master, state, average).items():
+            for kind, tensor in _kinds(piece.master, state, copies).items():
                 stored.read(kind, piece.name, piece.start, piece.of(tensor))
         held.refresh()
         return stored.updates
 
 
-def _kinds(master: Tensor, state: Mapping[str, Tensor], average: Mapping[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    kinds = {WEIGHT: master} | {kind: state[kind] for kind in MOMENTS}
-    return kinds if average is None else kinds | {AVERAGE: average[master]}
+def kinds(paths: Iterable[Path]) -> set[str]:
+    """Kinds of tensors in the files of all workers."""
+    with Pieces(paths) as stored:
+        return stored.kinds
+
+
+def _kinds(master: Tensor, state: Mapping[str, Tensor], copies: Copies) -> dict[str, Tensor]:
+    found = {WEIGHT: master} | {kind: state[kind] for kind in MOMENTS}
+    return found | {kind: of[master] for kind, of in copies.items()}
 
 
 class Pieces:
@@ -190,6 +195,10 @@ class Pieces:
     def __exit__(self, *error: object) -> None:
         self._open.close()
 
+    @property
+    def kinds(self) -> set[str]:
+        return {kind for kind, _ in self._found}
+
     def read(self, kind: str, name: str, start: int, into: Tensor) -> None:
         """Fill `into`, flat, with the numbers of a weight from `start` on.
 
@@ -214,7 +223,7 @@ def whole(paths: Iterable[Path], kind: str, model: Mapping[str, list[int]], pref
     """Whole weights of a submodule out of the files of all workers, fp32 on the CPU, under their names in it.
 
     Args:
-        kind: `WEIGHT` or `AVERAGE`.
+        kind: `WEIGHT`, `AVERAGE` or `BEST`.
         model: weight -> shape, as `shapes` tells.
     """
     found = {}

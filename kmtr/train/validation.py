@@ -21,7 +21,7 @@ from kmtr.physics.sampling import true_acceleration
 from kmtr.report import figures_kspace as figures
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
-from kmtr.train import guard
+from kmtr.train import choice, guard
 from kmtr.types import PROBED
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class Validation(ABC):
     with repeats that do not count.
 
     Patterns are fixed and drawn at `evaluate.accelerations`, so that runs which differ in `sampling` compare.
+
+    Attributes:
+        held_out: subjects of the validation split that are asked; 0: there is none, and training subjects are.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Validation(ABC):
         self.prepare, self.device = prepare, device
         self.rank, self.world = rank, world
         self.labels = self.labels_of(dataset)
-        self.shown = "Held-out subject"
+        self.shown, self.held_out = "Held-out subject", 0
         self.readers: dict[str, Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
@@ -71,6 +74,13 @@ class Validation(ABC):
                 self.shown = "Training subject (the dataset has no validation split)"
             self.readers[split] = reader
             self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
+            if reader.split == "val":
+                self.held_out = len(self.rows[split])
+
+    @property
+    def wanted(self) -> Wanted:
+        """Columns of a batch that it needs."""
+        return Wanted(tuple(self.labels), self.prepare.wanted.masks)
 
     @abstractmethod
     def labels_of(self, dataset: Dataset) -> list[str]:
@@ -119,14 +129,12 @@ class Validation(ABC):
 
     def _batches(self, split: str) -> Iterator[Batch]:
         mine = self._dealt(split)[:, self.rank]
-        read = pipeline.read_in_order(
-            self.readers[split], mine.tolist(), CHUNK, self.config, Wanted(tuple(self.labels))
-        )
+        read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.wanted)
         return (host.to(self.device) for host in read)
 
 
 class TaskValidation(Validation):
-    """Predictions of all tasks for held-out subjects, against their labels."""
+    """Predictions of all tasks for held-out subjects, against their labels; of those also `choice.SCORE`."""
 
     def labels_of(self, dataset: Dataset) -> list[str]:
         return list(self.prepare.labels)
@@ -140,17 +148,21 @@ class TaskValidation(Validation):
         said, labels, names = [], [], []
         for batch in self._batches("val"):
             out = engine(self.prepare(batch, stage), predict=True)
-            names = [(task, target) for task in stage.tasks for target in out[task]]
-            said.append(torch.stack([out[task][target] for task, target in names], dim=1))
+            numbers = {task: self.prepare.tasks[task].judge(batch, out[task]) for task in stage.tasks}
+            names = [(task, target) for task in stage.tasks for target in numbers[task]]
+            said.append(torch.stack([numbers[task][target] for task, target in names], dim=1))
             labels.append(batch.labels)
         both = self._gathered(torch.cat([torch.cat(said), torch.cat(labels)], dim=1), "val").astype(np.float64)
         truth = {name: both[:, len(names) + i] for i, name in enumerate(self.labels)}
-        means = dict(zip(self.labels, self.prepare.tables["label_mean"].tolist(), strict=True))
+        known = self.prepare.tables.get("label_mean", torch.empty(0))
+        means = dict(zip(self.labels, known.tolist(), strict=True))
         for task in stage.tasks:
             predicted = {target: both[:, i] for i, (of, target) in enumerate(names) if of == task}
             for name, value in self.prepare.tasks[task].score(truth, predicted, means).items():
                 metrics[f"val/{task}_{name}" if name == SCORE else f"val/{name}"] = value
-        return self._agreed(metrics), None
+        metrics = self._agreed(metrics)
+        scores = [metrics.get(f"val/{task}_{SCORE}", np.nan) for task in stage.tasks]
+        return metrics | (choice.overall(scores) if self.held_out else {}), None
 
 
 class PretrainingValidation(Validation):

@@ -150,6 +150,35 @@ def test_repeats_only_fill_up_the_last_batch_of_an_epoch(plan: Plan) -> None:
             assert max(real) - min(real) <= 1
 
 
+@given(plans(weighted=False), st.data(), st.integers(0, 3))
+def test_a_plan_over_some_rows_draws_those_alone_and_each_once(plan: Plan, data: st.DataObject, epoch: int) -> None:
+    """As a budget of labels: the same promises over a subset, by its rows' own numbers."""
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, plan.subjects - 1), min_size=1))))
+    ends = np.cumsum([s.rows for s in plan.sources])
+    parts = [chosen[(chosen >= end - s.rows) & (chosen < end)] for s, end in zip(plan.sources, ends, strict=True)]
+    fewer = [s.only(part - (end - s.rows)) for s, part, end in zip(plan.sources, parts, ends, strict=True)]
+    for s, less, part, end in zip(plan.sources, fewer, parts, ends, strict=True):
+        assert classes(less).tolist() == classes(s)[part - (end - s.rows)].tolist()
+        assert less.group_sizes().tolist() == [n for n in np.bincount(s.group_of_row()[part - (end - s.rows)]) if n]
+    batch = min(plan.global_batch, len(chosen)) if plan.tail == "drop" else plan.global_batch
+    few = Plan(fewer, batch, plan.seed, plan.tail, plan.window, plan.buckets, chosen)
+    found = drawn(few, range(epoch, epoch + 1))
+    assert set(found.values()) == {1}
+    assert {row for row, _ in found} <= set(chosen.tolist())
+    assert len(chosen) - len(found) == (len(chosen) % batch if plan.tail == "drop" else 0)
+    for world in (1, 2):
+        if batch % world == 0:
+            step = few.step_of(epoch, few.steps_per_epoch - 1)
+            parts_of = [part.row for part in shares(few, step, world)]
+            np.testing.assert_array_equal(np.concatenate(parts_of), few.batch(step).row)
+    assert same(pickle.loads(pickle.dumps(few)).batch(epoch), few.batch(epoch))
+
+
+def test_rows_that_the_sources_do_not_have_are_refused() -> None:
+    with pytest.raises(InputError, match="expected sources of the 2 rows chosen, got 9 rows"):
+        Plan(one(9), 2, rows=np.array([1, 4]))
+
+
 def test_dropped_rows_are_others_each_epoch() -> None:
     for per_group in (1, 5, 20):
         plan = Plan(one(20, per_group), 8)

@@ -14,7 +14,7 @@ import torch
 from cohort import simulated, write
 from inside import prepared, shown
 
-from kmtr.config import RunConfig, override
+from kmtr.config import RunConfig, most_lines, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
@@ -206,7 +206,7 @@ def test_families_reach_the_batch(small: RunConfig, reader: Reader, family: str)
     r = sampling.draw_acceleration((2, 4), config.seed, torch.zeros_like(batch.key), batch.key)
     for row, acceleration in enumerate(r.tolist()):
         counts = batch.sampled[row].sum(-1)
-        most = sampling.most_lines(32, acceleration, 4, family)
+        most = most_lines(32, acceleration, 4, family)
         assert counts.max() <= most
         assert family == "kt-gaussian-acs" or counts.min() == most
     other = collate(reader.samples(range(8)), small).to(CPU)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cohort import simulated, write
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import subjects
+from kmtr.types import InputError
+
+RARE = np.array([True, True, False])
+"""Targets of `cohort_of`: two diseases and a phenotype."""
 
 
 @pytest.mark.parametrize("choose", [subjects.validated, subjects.labelled, subjects.held_out])
@@ -37,3 +44,58 @@ def test_labels_and_pseudonyms_are_those_of_the_rows(small: RunConfig, tmp_path:
     found = subjects.labels_of(reader, [2, 4], ("lvm_g", "lvedv_ml"))
     expected = [[studies[i].labels[name] for name in ("lvm_g", "lvedv_ml")] for i in (2, 1)]
     np.testing.assert_array_equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- budgets of labels
+
+
+def cohort_of(subjects_: int, seed: int = 0) -> np.ndarray:
+    """Labels of a cohort: a disease of 40 %, one of 2 %, and a phenotype that few have; some subjects have no label."""
+    rng = np.random.default_rng(seed)
+    labels = np.stack(
+        [rng.random(subjects_) < 0.4, rng.random(subjects_) < 0.02, rng.normal(150, 30, subjects_)], axis=1
+    ).astype(np.float64)
+    labels[rng.random(labels.shape) < (0.1, 0.1, 0.8)] = np.nan
+    return labels
+
+
+@given(st.integers(0, 99), st.integers(0, 2**31), st.lists(st.integers(11, 250), min_size=2, max_size=4))
+def test_budgets_are_nested_and_lack_no_label(cohort: int, seed: int, counts: list[int]) -> None:
+    labels = cohort_of(300, cohort)
+    budgets = [set(subjects.budget(seed, labels, RARE, count).tolist()) for count in sorted(counts)]
+    assert [len(budget) for budget in budgets] == sorted(counts)
+    for smaller, larger in pairwise(budgets):
+        assert smaller <= larger
+    for budget in budgets:
+        mine = labels[sorted(budget)]
+        assert np.isfinite(mine).any(1).all(), "a budget is of labelled subjects"
+        assert (np.isfinite(mine).sum(0) >= np.minimum(3, np.isfinite(labels).sum(0))).all()
+        for column in (0, 1):
+            for value in (0, 1):
+                there = (labels[:, column] == value).sum()
+                assert (mine[:, column] == value).sum() >= min(2, there)
+
+
+def test_a_budget_is_a_function_of_seed_and_labels_alone() -> None:
+    labels = cohort_of(300)
+    chosen = [tuple(subjects.budget(seed, labels, RARE, 40)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert all(rows == tuple(sorted(rows)) for rows in chosen)
+    known = np.nan_to_num(labels)
+    first = np.isin(subjects.labelled(0, 300, 40), subjects.budget(0, known, RARE, 40))
+    assert first.sum() >= 40 - 9, "the random order that probes take, but for what no budget may lack"
+
+
+def test_where_no_label_is_asked_for_every_subject_may_be_chosen() -> None:
+    found = subjects.budget(0, np.empty((50, 0)), np.empty(0, bool), 50)
+    assert found.tolist() == list(range(50))
+
+
+@pytest.mark.parametrize("count", [3, 301])
+def test_budgets_that_can_not_be_had_are_refused_in_a_line(count: int) -> None:
+    labels = np.nan_to_num(cohort_of(300))
+    with pytest.raises(InputError, match=rf"^task\.labels: expected from \d+, .* to the 300 .* got {count}$") as error:
+        subjects.budget(0, labels, RARE, count)
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"to the 0 training subjects"):
+        subjects.budget(0, np.full((9, 1), np.nan), np.array([False]), 4)

@@ -105,4 +105,4 @@ def test_the_input_is_told_where_the_system_leaves_it_open() -> None:
         "ridge on central lines",
         "mean",
     ]
-    assert predictions.MASK_RIDGE.title == "ridge on zero-filled image"
+    assert predictions.MASK_RIDGE.title == "ridge on temporally shared image"

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kmtr.config import drawn_lines, most_lines
 from kmtr.physics import random, sampling
-from kmtr.physics.sampling import FAMILIES, kt_density, line_density, most_lines, wide_density
+from kmtr.physics.sampling import FAMILIES, kt_density, line_density, wide_density
 from kmtr.types import InputError
 
 KEYS = st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 1000), st.integers(-(2**63), 2**63 - 1))
@@ -192,7 +193,7 @@ def test_challenge_lines_are_drawn_and_acs_lines_added_on_top() -> None:
     assert sampled.equal(plain)
     assert 246 / 47 < float(sampling.true_acceleration(sampled)) < 246 / 37
     assert sampling.measured_acs_lines(sampled) == 16
-    assert most_lines(20, 8, 0, "kt-gaussian-acs") == 3  # halves up, as MATLAB rounds
+    assert drawn_lines(20, 8, "kt-gaussian-acs") == 3  # halves up, as MATLAB rounds
 
 
 # What is refused and what is measured

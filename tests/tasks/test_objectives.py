@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.data.loader.batch import Batch
-from kmtr.tasks import Model, Preparer, base
+from kmtr.tasks import Model, Preparer, base, stages_of, tasks_of
 from kmtr.tasks.align import contrastive
 from kmtr.tasks.base import Sums
 from kmtr.types import InputError, Study
@@ -89,6 +89,14 @@ def test_stages_train_what_they_should(folder: Path) -> None:
     assert trained(3) == kspace | heads  # the image encoder is a frozen teacher
     assert trained(6) == kspace | image | heads
     assert trained(9) == {"systems.kspace"} | heads
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_tasks_of_a_stage_are_in_the_order_of_the_model(small: RunConfig, change: dict[str, object]) -> None:
+    """Gradients of a system that several tasks train are added in one order: the last bits of a run depend on it."""
+    config = override(small, change)
+    for stage in stages_of(config):
+        assert list(stage.tasks) == [name for name in tasks_of(config) if name in stage.tasks]
 
 
 def test_what_is_logged_is_the_mean_over_subjects(small: RunConfig, tables: Tables, batch: Batch) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -72,6 +72,13 @@ class Source:
     def group_sizes(self) -> Int[np.ndarray, " group"]:
         return np.repeat(self.groups[:, 1], self.groups[:, 0])
 
+    def only(self, rows: Int[np.ndarray, " chosen"]) -> Source:
+        """The source that has these rows alone, ascending; a row group is what is left of it."""
+        sizes = np.unique(self.group_of_row()[rows], return_counts=True)[1]
+        classes = np.repeat(self.shapes[:, 1], self.shapes[:, 0])[rows]
+        runs = [np.stack([np.ones_like(values), values], axis=1) for values in (sizes, classes)]
+        return replace(self, rows=len(rows), groups=runs[0], shapes=runs[1])
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -124,6 +131,8 @@ class Plan:
             Sources with weights have none: their passes run on through the epochs.
         window: row groups of a lane whose rows are shuffled among each other.
         buckets: batch shapes; None: all rows have one.
+        rows: numbers of the rows that `sources` hold, ascending, where these are not all (`Source.only`): order and
+            epochs count places among them, and only a `Slot` says their numbers. None: all.
 
     Raises:
         InputError: the rows fill no batch, weights are incomplete, or a row's shape class has no bucket.
@@ -135,6 +144,7 @@ class Plan:
     tail: Literal["drop", "pad"] = "drop"
     window: int = 4
     buckets: Buckets | None = None
+    rows: Int[np.ndarray, " chosen"] | None = None
     _orders: dict[int, _Order] = field(default_factory=dict, init=False, repr=False)
     _lock: Any = field(default_factory=Lock, init=False, repr=False)
 
@@ -144,6 +154,8 @@ class Plan:
                 f"data.global_batch: expected at most the {self.subjects} training subjects of the dataset, "
                 f"got {self.global_batch}"
             )
+        if self.rows is not None and len(self.rows) != self.subjects:
+            raise InputError(f"plan: expected sources of the {len(self.rows)} rows chosen, got {self.subjects} rows")
         for number, source in enumerate(self.sources):
             if self.weighted and not (source.weight and source.rows):
                 raise InputError(
@@ -224,7 +236,8 @@ class Plan:
             which = np.arange(self.global_batch) * real // self.global_batch
             draw = order.tail[which[mine]]
             repeated = (np.diff(which, prepend=-1) == 0)[mine]
-        return Slot(order.row[draw].astype(np.int64), self._epochs(epoch, draw), repeated, bucket, real)
+        row = order.row[draw] if self.rows is None else self.rows[order.row[draw]]
+        return Slot(row.astype(np.int64), self._epochs(epoch, draw), repeated, bucket, real)
 
     def _epochs(self, epoch: int, draw: Int[np.ndarray, " batch"]) -> Int64[np.ndarray, " batch"]:
         ends = np.cumsum(self.draws)

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
+import numpy as np
+from jaxtyping import Int
+
 from kmtr.config import Data, RunConfig
 from kmtr.data.dataset.manifest import merged
 from kmtr.data.dataset.reader import Dataset
@@ -13,7 +16,6 @@ from kmtr.data.loader import buckets, patterns
 from kmtr.data.loader.buckets import Buckets, Shape
 from kmtr.data.loader.order import Plan, Source
 from kmtr.data.loader.shapes import cells_in, cells_of, shape_of
-from kmtr.physics import sampling
 from kmtr.types import InputError, KmtrError
 
 
@@ -51,12 +53,7 @@ def check_shapes(config: RunConfig, dataset: Dataset) -> None:
             if table is not None:
                 patterns.check_lines(table, view, lines)
                 continue
-            for key in ("sampling", "evaluate"):
-                for r in getattr(config, key).accelerations:
-                    try:
-                        sampling.check(lines, r, config.sampling.acs_lines, config.sampling.family)
-                    except InputError as error:
-                        raise InputError(f"{key}.accelerations: {view}: {error}") from None
+            config.check_lines(lines, view)
 
 
 def unreached(data: Data, dataset: Dataset) -> str:
@@ -91,33 +88,54 @@ class Classes:
     of: dict[tuple[int, int], int]
 
 
-def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train") -> Classes:
+Rows = Int[np.ndarray, " chosen"] | None
+"""Rows of a split that are trained on alone, ascending (`subjects.budget`); None: all of them."""
+
+
+def members(dataset: Dataset, split: str, rows: Rows = None) -> list[Source]:
+    """Each dataset's rows of a split, or those chosen; their shape class is the index into its
+    `Manifest.subject_shapes`.
+    """
+    found, first = [], 0
+    for manifest in dataset.manifests:
+        shards = [shard for shard in manifest.shards if shard.split == split]
+        groups, shapes = (merged(run for shard in shards for run in getattr(shard, of)) for of in ("groups", "shapes"))
+        source = Source(sum(shard.rows for shard in shards), groups, shapes)
+        if rows is not None:
+            here = rows[(rows >= first) & (rows < first + source.rows)]
+            first, source = first + source.rows, source.only(here - first)
+        found.append(source)
+    return found
+
+
+def shape_classes(config: RunConfig, dataset: Dataset, split: str = "train", rows: Rows = None) -> Classes:
     """The shapes that the subjects of a split need; those of other splits do not make its batches larger."""
     found: dict[Shape, int] = {}
     counts: list[int] = []
     totals: list[int] = []
     of: dict[tuple[int, int], int] = {}
-    for d, manifest in enumerate(dataset.manifests):
-        rows = [0] * len(manifest.subject_shapes)
-        for shard in manifest.shards:
-            if shard.split == split:
-                for count, number in shard.shapes:
-                    rows[number] += count
+    for d, (manifest, source) in enumerate(zip(dataset.manifests, members(dataset, split, rows), strict=True)):
+        each = np.zeros(len(manifest.subject_shapes), np.int64)
+        np.add.at(each, source.shapes[:, 1], source.shapes[:, 0])
         for number, subject in enumerate(manifest.subject_shapes):
-            if not rows[number]:
+            if not each[number]:
                 continue
             at = of[d, number] = found.setdefault(shape_of(config, subject), len(found))
             if at == len(counts):
                 counts.append(0)
                 totals.append(0)
-            counts[at] += rows[number]
-            totals[at] += rows[number] * cells_of(config, subject)
+            counts[at] += int(each[number])
+            totals[at] += int(each[number]) * cells_of(config, subject)
     held = tuple(total / max(count, 1) for total, count in zip(totals, counts, strict=True))
     return Classes(tuple(found), tuple(counts), held, of)
 
 
 def sources_of(
-    dataset: Dataset, split: str, classes: dict[tuple[int, int], int], weights: Sequence[float] = ()
+    dataset: Dataset,
+    split: str,
+    classes: dict[tuple[int, int], int],
+    weights: Sequence[float] = (),
+    rows: Rows = None,
 ) -> list[Source]:
     """Sources of the plan: what it needs to know of each dataset's split.
 
@@ -125,27 +143,19 @@ def sources_of(
         classes: (dataset, index into its `Manifest.subject_shapes`) -> shape class.
     """
     found = []
-    for d, manifest in enumerate(dataset.manifests):
-        members = [shard for shard in manifest.shards if shard.split == split]
-        groups = merged(run for shard in members for run in shard.groups)
-        shapes = merged((rows, classes[d, shape]) for shard in members for rows, shape in shard.shapes)
-        found.append(
-            Source(
-                rows=sum(shard.rows for shard in members),
-                groups=groups,
-                shapes=shapes,
-                weight=weights[d] if weights else 0.0,
-            )
-        )
+    for d, source in enumerate(members(dataset, split, rows)):
+        shapes = merged((count, classes[d, shape]) for count, shape in source.shapes.tolist())
+        found.append(dataclasses.replace(source, shapes=shapes, weight=weights[d] if weights else 0.0))
     return found
 
 
-def plan_of(config: RunConfig, dataset: Dataset, chosen: Buckets | None = None) -> Plan:
+def plan_of(config: RunConfig, dataset: Dataset, chosen: Buckets | None = None, rows: Rows = None) -> Plan:
     """The order of training on a dataset, and the shapes of its batches.
 
     Args:
         chosen: batch shapes that were chosen before for this configuration and dataset, as a run's driver hands them to
             its workers; None: the dataset is checked, and they are searched for.
+        rows: training rows that are trained on alone.
 
     Raises:
         InputError: the dataset can't feed this configuration.
@@ -153,7 +163,7 @@ def plan_of(config: RunConfig, dataset: Dataset, chosen: Buckets | None = None) 
     """
     if chosen is None:
         check_shapes(config, dataset)
-    classes = shape_classes(config, dataset)
+    classes = shape_classes(config, dataset, rows=rows)
     batch = config.data.global_batch
     if chosen is None:
         chosen = _chosen(config.data, classes.shapes, classes.counts, config.plan.shapes, batch)
@@ -162,8 +172,8 @@ def plan_of(config: RunConfig, dataset: Dataset, chosen: Buckets | None = None) 
             f"data.root: expected the dataset whose {len(chosen.of_class)} shapes of subjects the run began with, got "
             f"one of {len(classes.shapes)}, which its batches don't fit; restore it, or start with run.fresh=true"
         )
-    sources = sources_of(dataset, "train", classes.of, config.data.weights)
-    return Plan(sources, batch, config.seed, config.plan.tail, config.plan.window, chosen)
+    sources = sources_of(dataset, "train", classes.of, config.data.weights, rows)
+    return Plan(sources, batch, config.seed, config.plan.tail, config.plan.window, chosen, rows)
 
 
 @lru_cache(maxsize=8)
@@ -184,6 +194,6 @@ def _fits(chosen: Buckets, classes: tuple[Shape, ...]) -> bool:
 def padding_of(config: RunConfig, dataset: Dataset, plan: Plan) -> buckets.Waste:
     """Padding of the batches of an epoch, by shape."""
     assert plan.buckets is not None
-    classes = shape_classes(config, dataset)
+    classes = shape_classes(config, dataset, rows=plan.rows)
     cells = partial(cells_in, config.data)
     return buckets.waste(plan.buckets, classes.shapes, classes.counts, plan.global_batch, cells, classes.held)

@@ -65,13 +65,14 @@ def _once(plan: Plan, drawn: np.ndarray, step: int) -> None:
     lost = sum(plan.draws) - drawn.shape[1]
     if not 0 <= lost < plan.global_batch or (lost and plan.tail == "pad"):
         raise KmtrError(f"plan: the epoch that ends at step {step} lacks {lost} of {sum(plan.draws)} draws")
-    if drawn[0].min() < 0 or drawn[0].max() >= plan.subjects:
+    there = np.arange(plan.subjects) if plan.rows is None else plan.rows
+    if not np.isin(drawn[0], there).all():
         raise KmtrError(f"plan: the epoch that ends at step {step} has rows outside of the dataset")
 
 
 def _never_twice(plan: Plan, drawn: np.ndarray) -> None:
     """No row twice in one pass over its source."""
-    key = np.sort(drawn[1] * plan.subjects + drawn[0])
+    key = np.sort(drawn[1] * (drawn[0].max() + 1) + drawn[0])
     if (key[1:] == key[:-1]).any():
         raise KmtrError("plan: a subject comes twice in one pass over its dataset")
 

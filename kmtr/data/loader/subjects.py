@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader.order import permutation
+from kmtr.types import InputError
+
+MIN_KNOWN = 3
+"""Training subjects with a label, below which it can't be learnt."""
+MIN_CLASS = 2
+"""Training subjects with a disease, and without it, in every budget of labels, where there are as many."""
 
 
 def validated(seed: int, there: int, count: int) -> list[int]:
@@ -23,6 +29,42 @@ def validated(seed: int, there: int, count: int) -> list[int]:
 def labelled(seed: int, there: int, count: int) -> list[int]:
     """Up to `count` of the `there` training rows, those whose labels a probe or a fine-tuning is fitted on."""
     return _chosen(seed + 2, there, count)
+
+
+def budget(
+    seed: int, labels: Float[np.ndarray, "subject target"], diseases: Bool[np.ndarray, " target"], count: int
+) -> Int[np.ndarray, " chosen"]:
+    """Rows of the training split, ascending: the `count` subjects on whose labels a run trains.
+
+    They are the beginning of one order of all that have a label of the run, so the subjects of a smaller budget are
+    among those of a larger one. It is the random order of `labelled`, before which comes what no budget may lack: the
+    first MIN_CLASS in that order with and without each disease and the first MIN_KNOWN that have each label, all of
+    them where there are fewer. Small budgets are therefore richer in a rare disease than the split.
+
+    Args:
+        labels: of all training subjects, in file order; NaN: unknown. Without targets all subjects are labelled, as
+            where a task learns from masks or from the image.
+        diseases: targets that are 0 or 1.
+
+    Raises:
+        InputError: more than there are, or fewer than no budget may lack.
+    """
+    order = permutation(seed + 2, 0, len(labels))
+    known = np.isfinite(labels)
+    if labels.shape[1]:
+        order = order[known[order].any(1)]
+    first = np.zeros(len(order), bool)
+    for values, has, disease in zip(labels[order].T, known[order].T, diseases, strict=True):
+        first[np.flatnonzero(has)[:MIN_KNOWN]] = True
+        for one in (0, 1) if disease else ():
+            first[np.flatnonzero(values == one)[:MIN_CLASS]] = True
+    if not (least := max(int(first.sum()), 1)) <= count <= len(order):
+        raise InputError(
+            f"task.labels: expected from {least}, with which every label is known of {MIN_KNOWN} subjects and every "
+            f"disease has {MIN_CLASS} with and {MIN_CLASS} without it, to the {len(order)} training subjects that have "
+            f"labels, or 0 for all, got {count}"
+        )
+    return np.sort(np.concatenate([order[first], order[~first]])[:count])
 
 
 def held_out(seed: int, there: int, count: int) -> list[int]:
@@ -37,6 +79,8 @@ def _chosen(seed: int, there: int, count: int) -> list[int]:
 
 def labels_of(reader: Reader, rows: Sequence[int], targets: Sequence[str]) -> Float[np.ndarray, "subject target"]:
     """Labels of these rows in their units, float64; NaN: unknown."""
+    if not targets:
+        return np.empty((len(rows), 0))
     meta = reader.samples(rows).meta
     return np.stack([meta.column(name).to_numpy().astype(np.float64) for name in targets], axis=1)
 

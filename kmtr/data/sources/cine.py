@@ -33,9 +33,7 @@ from kmtr.data.sources import Options, anatomy
 from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, RV
 from kmtr.physics.fourier import crop_or_pad
 from kmtr.simulation.acquisition import acquire
-from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
-
-MYOCARDIAL_DENSITY_G_ML = 1.05
+from kmtr.types import MYOCARDIAL_DENSITY_G_ML, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
 
 FRAME_TIME_S = (0.005, 0.2)
 """Plausible time between two frames of a cine; other values in a header are place holders."""

@@ -1,0 +1,147 @@
+"""Base of tasks whose output is an image: what all of them ask of a batch, and the decoder that is their head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kmtr.data.loader.batch import Batch
+from kmtr.inputs import Shared
+from kmtr.model.dense import DenseDecoder
+from kmtr.model.packing import Pending, Places, gather
+from kmtr.physics import random
+from kmtr.systems import Reader, Reading
+from kmtr.tasks.base import Encode, Given, Task
+
+SHOWN = 2
+"""Images that a query sees of its slice: the temporally shared one of its frame, and their mean over the cycle."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Slices and frames whose pixels are wanted.
+
+    Attributes:
+        cells: (slice, t), slices as the configuration numbers them.
+        place: of each cell in the batch: subject, slice, t.
+        seen: what acquired lines show; None: the task does not look.
+    """
+
+    cells: Places
+    place: tuple[Int[Tensor, " cell"], ...]
+    seen: Shared | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reading of the subjects, and the slices and frames whose pixels are wanted.
+
+    Attributes:
+        cells: (slice, t), slices as the configuration numbers them.
+        place: of each cell in the batch: subject, slice, t.
+        size: subjects, slices and frames of the batch.
+        shown: images of the cells that a query may see; None: nothing but k-space's tokens.
+        extra: what else the task needs of the cells.
+    """
+
+    seen: Reading
+    cells: Places
+    place: tuple[Int[Tensor, " cell"], ...]
+    size: tuple[int, ...]
+    shown: Float[Tensor, "cell image y x"] | None
+    extra: Mapping[str, Any]
+
+    def on_grid(self, values: Tensor, empty: int | float) -> Tensor:
+        """Values ``cell ...`` as ``batch slice t ...``, `empty` where no cell was asked for."""
+        whole = values.new_full((*self.size, *values.shape[1:]), empty)
+        whole[self.place] = values
+        return whole
+
+
+class Dense(Task):
+    """Base of tasks that answer every pixel of slices and frames, by a decoder that reads a transformer's tokens.
+
+    In training only frames that can teach are decoded, with `task.frames` so many of each subject, drawn anew in every
+    epoch; elsewhere all that are there.
+    """
+
+    outputs: ClassVar[int]
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        return (self.config.task.system,)
+
+    @property
+    def shows(self) -> bool:
+        """Whether queries see images."""
+        return self.config.task.queries == "shared"
+
+    @property
+    def looks(self) -> bool:
+        """Whether the task needs the temporally shared image."""
+        return self.shows
+
+    def readout(self, readers: Mapping[str, Reader]) -> int | None:
+        return None if self.looks else super().readout(readers)
+
+    def head(self) -> nn.Module:
+        config = self.config
+        shown, channels = SHOWN * self.shows, config.task.channels
+        return DenseDecoder(config.data, config.model, config.task.patch, self.outputs, shown, channels)
+
+    @abstractmethod
+    def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
+        """Slices and frames that have something to learn from."""
+
+    @abstractmethod
+    def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
+        """What the task itself needs of the chosen cells."""
+
+    def chosen(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
+        """Slices and frames whose pixels are decoded."""
+        if batch.epoch is None:
+            return ~batch.padded
+        cells = self.teaching(batch) & ~batch.padded
+        if not self.config.task.frames:
+            return cells
+        able = cells.any(1)
+        u = random.uniform(self.config.seed, batch.passes, batch.key, random.FRAMES, able.shape[1:])
+        rank = u.masked_fill(~able, torch.inf).argsort(1).argsort(1)
+        return cells & (rank < self.config.task.frames)[:, None]
+
+    def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
+        reading = given.read(self.systems[0], batch, number=2)
+        chosen = self.chosen(batch)
+        seen = Shared.of(batch, self.config.data.matrix) if self.looks else None
+        images = self.images(batch, given, seen) if self.shows and seen is not None else None
+
+        def make(lengths: Sequence[Any]) -> Asked:
+            local = gather(chosen, lengths[-1])
+            place = (local.lengths.subject, *local.index.unbind(-1))
+            slots = torch.tensor(batch.slots, device=chosen.device)
+            cells = replace(local, index=torch.stack([slots[place[1]], place[2]], dim=-1))
+            shown = None if images is None else images[place]
+            extra = self.extra(batch, given, Chosen(cells, place, seen))
+            return Asked(reading.make(lengths[:-1]), cells, place, tuple(chosen.shape), shown, extra)
+
+        return Pending((*reading.cells, chosen), make)
+
+    def images(self, batch: Batch, given: Given, seen: Shared) -> Float[Tensor, "batch slice t image y x"]:
+        """`SHOWN` images of every slice and frame, in the population's SD about its mean image."""
+        mean, sd = (given.tables[name] for name in ("image_mean", "image_sd"))
+        present = (~batch.padded)[..., None, None]
+        still = (seen.image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
+        slots = torch.tensor(batch.slots, device=mean.device)
+        both = torch.stack([seen.image, still.expand_as(seen.image)], dim=3)
+        return (both - mean[slots, None, None]) / sd
+
+    def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "cell output y x"]:
+        """Output of the head, fp32: zero at step 0."""
+        found: Tensor = head(encode(asked.seen), asked.cells, asked.shown)
+        return found

@@ -1,0 +1,112 @@
+"""Image reconstruction: the fully sampled magnitude image, from a system's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Complex, Float
+from torch import Tensor
+
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader.batch import Batch
+from kmtr.inputs import full_image
+from kmtr.metrics.dense import reconstruction_scores
+from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, magnitude_image
+from kmtr.tasks import priors
+from kmtr.tasks.base import LOSS, SCORE, Encode, Given
+from kmtr.tasks.dense import Asked, Chosen, Dense
+from kmtr.tasks.losses import absolute_and_structural
+from kmtr.tasks.views import views_of
+
+
+class Reconstruction(Dense):
+    """Magnitude image (root sum of squares of the coils); the loss is L1 + (1 - SSIM), over what the training subjects'
+    mean image has of it.
+
+    Begins at the temporally shared image where queries see it, else at the mean image. Inside, 1 is the RMS of the
+    subject's temporally shared image, which acquired lines tell; predictions are in the source's numbers.
+    """
+
+    name = label = "reconstruction"
+    outputs = 1
+
+    @property
+    def looks(self) -> bool:
+        return True
+
+    def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``image_constant``, the loss of the mean image."""
+        some = priors.chosen(self.config, rows)
+        return {"image_constant": priors.image_constant(self.config, reader, some, tables["image_mean"])}
+
+    def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
+        return (batch.acquired | ~batch.existing).all(-1)
+
+    def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
+        assert chosen.seen is not None
+        seen, place, matrix = chosen.seen, chosen.place, self.config.data.matrix
+        mean = given.tables["image_mean"][chosen.cells.index[:, 0]]
+        start = seen.image[place] if self.shows else mean
+        truth = full_image(batch, matrix) / seen.unit[:, None, None, None, None]
+        extra = {"start": start, "scale": given.tables["image_sd"], "unit": seen.unit[place[0]]}
+        extra |= {"truth": truth[place], "peak": truth.amax((1, 2, 3, 4)), "constant": given.tables["image_constant"]}
+        if self.config.task.data_consistency:
+            row, z, t = place
+            sampled = crop_or_pad(batch.sampled, matrix[:1], (-1,))
+            extra |= {"kspace": seen.kspace[row, z, :, t], "sampled": sampled[place]}
+        return extra
+
+    def image(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "cell y x"]:
+        """In units of the temporally shared image's RMS."""
+        extra = asked.extra
+        found = extra["start"] + extra["scale"] * self.raw(encode, head, asked)[:, 0]
+        return consistent(found, extra["kspace"], extra["sampled"]) if "kspace" in extra else found
+
+    def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        extra, counts = asked.extra, asked.cells.lengths.counts
+        loss = absolute_and_structural(self.image(encode, head, asked), extra["truth"], extra["peak"], counts)
+        return {LOSS: loss / extra["constant"]}
+
+    def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        """``image`` float32 ``batch slice t y x``, in the source's numbers, NaN where nothing is there."""
+        found = self.image(encode, head, asked).clamp(min=0) * asked.extra["unit"][:, None, None]
+        return {"image": asked.on_grid(found, torch.nan)}
+
+    def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``psnr_db``, ``ssim``, ``nmse`` of each subject, over the field of view."""
+        truth = full_image(batch, self.config.data.matrix)
+        scores = [reconstruction_scores(views) for views in views_of(batch, self.config.data, truth, outputs["image"])]
+        return {
+            name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)
+            for name in (scores[0] if scores else ())
+        }
+
+    def score(
+        self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Mean PSNR, SSIM and NMSE; SSIM is what counts."""
+        means = {n: float(np.nanmean(v)) for n, v in predicted.items() if np.isfinite(v).any()}
+        return means | {SCORE: means.get("ssim", float("nan"))}
+
+
+def consistent(
+    image: Float[Tensor, "cell y x"],
+    kspace: Complex[Tensor, "cell coil ky kx"],
+    sampled: Bool[Tensor, "cell ky"],
+) -> Float[Tensor, "cell y x"]:
+    """The image with the acquired lines put back.
+
+    Phase and coil sensitivities are taken from the image of `kspace` itself: every coil's part of it keeps its share of
+    the root sum of squares.
+
+    Args:
+        kspace: acquired lines, and an estimate of the others.
+    """
+    coils = ifft2c(kspace)
+    total = coils.abs().square().sum(1, keepdim=True).sqrt()
+    share = coils / total.clamp(min=torch.finfo(torch.float32).tiny)
+    filled = torch.where(sampled[:, None, :, None], kspace, fft2c(share * image[:, None]))
+    return magnitude_image(filled[:, :, None])[:, 0]

@@ -1,0 +1,80 @@
+"""Segmentation: the class of every pixel, from a system's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader.batch import Batch
+from kmtr.metrics.dense import mask_scores
+from kmtr.tasks import priors
+from kmtr.tasks.base import LOSS, SCORE, Encode, Given
+from kmtr.tasks.dense import Asked, Chosen, Dense
+from kmtr.tasks.losses import cross_entropy_and_dice
+from kmtr.tasks.views import views_of
+from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
+
+
+class Segmentation(Dense):
+    """The six classes of `kmtr.types.SEGMENTATION_CLASSES`; the loss is cross entropy and soft Dice, over what the
+    training subjects' mean mask has of it.
+
+    Logits begin at the log of each class's frequency at the pixel (of the slice slot), so that step 0 answers the mean
+    mask. Nothing is asked where the truth is UNLABELLED; where a source does not draw a class, its background may be
+    that class.
+    """
+
+    name = label = "segmentation"
+    outputs = len(SEGMENTATION_CLASSES)
+    masks = True
+
+    def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``mask_log_prior``, where the logits begin, and ``mask_constant``, the loss there."""
+        some = priors.chosen(self.config, rows)
+        prior = priors.mask_log_prior(self.config, reader, some)
+        return {"mask_log_prior": prior, "mask_constant": priors.mask_constant(self.config, reader, some, prior)}
+
+    def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
+        assert batch.masks is not None
+        return (batch.masks != UNLABELLED).any(-1).any(-1)
+
+    def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
+        prior = given.tables["mask_log_prior"][chosen.cells.index[:, 0]]
+        if batch.masks is None or batch.contoured is None:
+            return {"prior": prior}
+        drawn = batch.contoured[chosen.place[:2]]
+        truth = batch.masks[chosen.place]
+        return {"prior": prior, "truth": truth, "drawn": drawn, "constant": given.tables["mask_constant"]}
+
+    def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        extra = asked.extra
+        logits = self.raw(encode, head, asked) + extra["prior"]
+        loss = cross_entropy_and_dice(logits, extra["truth"], extra["drawn"], asked.cells.lengths.counts)
+        return {LOSS: loss / extra["constant"]}
+
+    def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
+        """``masks`` uint8 ``batch slice t y x``, UNLABELLED where nothing is there."""
+        found = (self.raw(encode, head, asked) + asked.extra["prior"]).argmax(1).to(torch.uint8)
+        return {"masks": asked.on_grid(found, UNLABELLED)}
+
+    def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Dice of each class at the truth's end-diastole and end-systole, ``dice_<class>_ed``, ``..._es``."""
+        assert batch.masks is not None
+        scores = [mask_scores(views) for views in views_of(batch, self.config.data, batch.masks, outputs["masks"])]
+        return {
+            name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)
+            for name in (scores[0] if scores else ())
+        }
+
+    def score(
+        self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Mean Dice over the subjects of every class and phase, and over all of them."""
+        means = {n: float(np.nanmean(v)) for n, v in predicted.items() if n.startswith("dice") and np.isfinite(v).any()}
+        return means | {SCORE: float(np.mean(list(means.values()))) if means else float("nan")}
