@@ -134,10 +134,12 @@ class _Said:
 
     @property
     def finite(self) -> Bool[np.ndarray, " subject"]:
+        """True where all numbers are finite, and of dense outputs some: they are NaN where nothing is there."""
         found = np.ones(len(self.true), bool)
-        vectors = [] if self.vectors is None else [self.vectors]
-        for values in [*self.numbers.values(), *self.dense.values(), *vectors]:
+        for values in [*self.numbers.values(), *([] if self.vectors is None else [self.vectors])]:
             found &= np.isfinite(values).reshape(len(found), -1).all(1)
+        for values in self.dense.values():
+            found &= np.isfinite(values).reshape(len(found), -1).any(1)
         return found
 
 
