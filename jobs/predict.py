@@ -13,8 +13,8 @@ masks/, ...    dense outputs, a folder each (predict.masks=true), and nifti/ for
 refused.json   subjects that could not be predicted, by pseudonym, and why
 
 examples:
-  python jobs/predict.py runs/tiny-1a2b3c4d/model data.root=runs/mine predict.out=runs/mine-predicted
-  python jobs/predict.py models:/heart/latest data.root=runs/tiny predict.out=p predict.accelerations=4,8
+  python jobs/predict.py runs/RUN/model data.root=runs/mine predict.out=runs/out
+  python jobs/predict.py models:/heart/latest predict.out=runs/out predict.accelerations=4,8
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from kmtr.files import write_atomic
 from kmtr.report.html import Table, markdown_table
 
 FILE = "README.md"
+DENSE = {"segmentation": "`masks` (a class for every pixel)", "reconstruction": "`image` (magnitude of every pixel)"}
 UNSCORED = "Not scored: no test split was at hand, or it had too few subjects."
 
 
@@ -71,12 +72,13 @@ A whole dataset: `python jobs/predict.py FOLDER data.root=... predict.out=...`.
 def facts(config: RunConfig, head: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the card's table."""
     data, how, trained = config.data, config.sampling, Trained(**head.get("trained") or {})
-    outputs = ", ".join(f"`{name}` ({unit})" for name, unit in head.get("units", {}).items())
+    outputs = [f"`{name}` ({unit})" for name, unit in head.get("units", {}).items()]
+    outputs += [DENSE[task] for task in config.task.tasks if task in DENSE]
     labels = ", ".join(f"`{name}` of {count}" for name, count in trained.labels.items())
     slices = f" ({data.sax_slices} short-axis slices)" if "sax" in data.views else ""
     begun = "initial weights" if trained.from_scratch else "a pretrained encoder"
     return [
-        ("predicts", outputs or "see its task"),
+        ("predicts", ", ".join(outputs) or "see its task"),
         ("system", f"`{config.task.system}`, width {config.model.width}, depth {config.model.depth}"),
         ("views", f"{', '.join(data.views)}{slices}"),
         ("frames, matrix, coils", f"{data.frames}, {data.matrix[0]} x {data.matrix[1]}, up to {data.coils}"),

@@ -17,16 +17,18 @@ from kmtr.train import start
 TARGETS = ("lvedv_ml", "lvef_pct")
 
 
-def model_folder(folder: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> Path:
-    """Write a model of phenotypes for the dataset of `config`."""
-    asked = {"stage": "task", "task.tasks": ("phenotypes",), "task.targets": TARGETS, "task.encoder": "none"}
+def model_folder(
+    folder: Path, config: RunConfig, tables: dict[str, torch.Tensor], tasks: tuple[str, ...] = ("phenotypes",)
+) -> Path:
+    """Write a model of these tasks for the dataset of `config`."""
+    asked = {"stage": "task", "task.tasks": tasks, "task.targets": TARGETS, "task.encoder": "none"}
     config = override(config, asked)
     dataset = Dataset.open(config.data)
     torch.manual_seed(0)
     model = Model(config)
     for parameter in model.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    tables = tables | start.label_moments(config, dataset.reader("train", config.data))
+    tables = tables | start.task_tables(config, dataset.reader("train", config.data), tables)
     export_model(folder, config, model.state_dict(), tables, asdict(start.trained_on(config, dataset)))
     write_card(folder)
     return folder

@@ -47,7 +47,7 @@ from kmtr.report.html import Cell, Table, text_table
 from kmtr.train import choice, driver, start
 from kmtr.train.folder import Outcome, write_json
 from kmtr.train.resolve import resolve
-from kmtr.types import DISEASES, PHENOTYPES, KmtrError
+from kmtr.types import DISEASES, PHENOTYPES, InputError, KmtrError
 
 RESULT = "test.json"
 
@@ -55,6 +55,11 @@ RESULT = "test.json"
 def run(config: RunConfig) -> dict[str, Any]:
     """Train on labels, or find that it is done; what the last line on stdout says."""
     config, dataset = resolve(config)
+    if config.tracking.model and not start.labels_of(config):
+        raise InputError(
+            "tracking.model: expected a task that predicts numbers (phenotypes, diseases), which a registered model "
+            f"answers with, got task.tasks={','.join(config.task.tasks)}; jobs/predict.py writes masks and images"
+        )
     name, folder = driver.run_folder(config, dataset)
     if driver.finished(folder) is None:
         there, labels = dataset.rows("train"), config.task.labels

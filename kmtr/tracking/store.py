@@ -26,6 +26,7 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default blocks for about four minutes when the server is down
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run of patient data leaves for a third party
 }
 """Set before mlflow is imported, where the user has not set them."""

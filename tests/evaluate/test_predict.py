@@ -23,12 +23,12 @@ import kmtr
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate.predict import command, parts
-from kmtr.evaluate.predict.parts import Done, Job, PartWriter
+from kmtr.evaluate.predict import command
+from kmtr.evaluate.predict.parts import Job, PartWriter
 from kmtr.evaluate.predictions import read
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel
-from kmtr.types import InputError, KmtrError, Study
+from kmtr.types import InputError, KmtrError
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     computed: list[int] = []
 
     def predicted(job: Job, files: dict[str, bytes], missing: list[int], workers: int, gpu: bool) -> Any:
-        with pytest.MonkeyPatch.context():
-            model = kmtr.load_model(files_to(files, Path(job.out).parent / "unpacked"))
+        model = kmtr.load_model(files_to(files, Path(job.out).parent / "unpacked"))
         writer = PartWriter(job, model)
         for number in missing:
             computed.append(number)
@@ -131,7 +130,7 @@ def test_the_same_bytes_after_a_stop_and_finished_parts_are_kept(
     said = command.run(asked(model, small.data.root, half))
     assert in_process == [3, 7]
     assert said["computed"] == 2
-    assert "9 of 11 parts (40 of 48 subjects) are finished, kept" in capsys.readouterr().out
+    assert "9 of 11 parts (41 of 48 subjects) are finished, kept" in capsys.readouterr().out
     assert content(half) == content(whole)
     in_process.clear()
     command.run(asked(model, small.data.root, half))
@@ -249,63 +248,50 @@ def test_another_r_than_in_training_is_a_warning(model: Path, small: RunConfig, 
             loaded.predict(study, acceleration=r)
 
 
-class Drawing:
-    """A model that draws too: the phenotypes of another one, masks, and an image."""
-
-    def __init__(self, model: TaskModel):
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, batch: Any) -> dict[str, Tensor]:
-        size = (len(batch), *batch.padded.shape[1:], *self.model.config.data.matrix)
-        key = (batch.key % 4).view(-1, 1, 1, 1, 1)
-        masks = (torch.arange(size[1]).view(1, -1, 1, 1, 1) + key).expand(size).to(torch.uint8).clone()
-        masks[..., 0, :] = 5
-        return self.model(batch) | {"masks": masks, "image": masks.float() / 7}
-
-
-def contents_of(study: Study) -> tuple[int, ...]:
-    return study.views["sax"].kspace.shape
-
-
-def test_dense_outputs_are_tables_and_nifti_files(model: Path, small: RunConfig, tmp_path: Path) -> None:
+def test_dense_outputs_are_tables_and_nifti_files(
+    small: RunConfig, tables: dict[str, Tensor], tmp_path: Path, in_process: list[int]
+) -> None:
+    drawing = model_folder(tmp_path / "model", small, tables, ("phenotypes", "segmentation", "reconstruction"))
     studies = [simulated(i, small) for i in range(4)]
     flat = replace(studies[3], views={name: replace(view, spacing_mm=None) for name, view in studies[3].views.items()})
-    write(tmp_path / "data", {"train": [*studies[:3], flat]})
-    dataset = Dataset.of(str(tmp_path / "data"))
-    loaded: Any = Drawing(kmtr.load_model(model))
-
-    def written(out: Path) -> Done:
-        job = Job(dataset, small.data, str(out), parts.parts_of(dataset, "all", 4), (2, 4), 3, masks=True)
-        return PartWriter(job, loaded)(0)
-
-    done = written(tmp_path / "a")
-    assert done == Done(4, [], 0, 2 * 2 * 2)  # one subject without geometry: views, R, outputs
-    assert len(read(tmp_path / "a" / "predictions")) == 4 * 2 * len(TARGETS)
-    table = pq.read_table(tmp_path / "a" / "masks" / "part-00000.parquet")
+    write(tmp_path / "data", {"train": [*studies[:3], flat]}, "float32")
+    out, words = tmp_path / "a", ("predict.accelerations=2,4", "predict.masks=true")
+    said = command.run(asked(drawing, tmp_path / "data", out, *words))
+    assert len(read(Path(said["predictions"]))) == 4 * 2 * len(TARGETS)
+    assert json.loads((out / "parts" / "00000.json").read_text()) == {
+        "subjects": 4,
+        "refused": [],
+        "outside": 0,
+        "dense": 4 * 2 * 2,
+        "unplaced": 2 * 2 * 2,  # one subject without geometry: views, R, outputs
+    }
+    table = pq.read_table(out / "masks" / "part-00000.parquet")
     assert table.schema.metadata[b"kmtr.dtype"] == b"uint8"
     assert json.loads(table.schema.metadata[b"kmtr.slices"]) == {"sax": [0, 2], "lax_4ch": [2, 3]}
     rows = table.to_pylist()
     assert [(row["subject"], row["acceleration"]) for row in rows] == [
         (study.subject_id, r) for some in (studies[:3], studies[3:]) for r in (2, 4) for study in some
     ]
+    alone = kmtr.load_model(drawing).predict(studies[0], acceleration=2)
     masks = np.frombuffer(rows[0]["values"], np.uint8).reshape(rows[0]["shape"])
     assert masks.shape == (3, 4, 32, 32)
-    name = f"{studies[0].subject_id}_R2_sax_masks.nii.gz"
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress((tmp_path / "a" / "nifti" / name).read_bytes()))
-    np.testing.assert_array_equal(np.asarray(image.dataobj), masks[:2].transpose(3, 2, 0, 1))
+    assert len(np.unique(masks)) > 1
+    assert (masks[:2] == alone["masks"]["sax"]).mean() > 0.999
+    floats = pq.read_table(out / "image").to_pylist()[0]
+    image = np.frombuffer(floats["values"], np.float32).reshape(floats["shape"])
+    np.testing.assert_allclose(image[2:], alone["image"]["lax_4ch"], rtol=1e-4, atol=1e-4 * np.nanmax(image))
+
+    assert len(list((out / "nifti").iterdir())) == 3 * 2 * 2 * 2
+    content_of = (out / "nifti" / f"{studies[0].subject_id}_R2_sax_masks.nii.gz").read_bytes()
+    file = nibabel.Nifti1Image.from_bytes(gzip.decompress(content_of))
+    np.testing.assert_array_equal(np.asarray(file.dataobj), masks[:2].transpose(3, 2, 0, 1))
     view = studies[0].views["sax"]
     assert view.spacing_mm is not None
     assert view.frame_time_s is not None
     z, y, x = view.spacing_mm
-    np.testing.assert_allclose(image.header.get_zooms(), (x, y, z, view.frame_time_s), rtol=1e-5)
-    assert len(list((tmp_path / "a" / "nifti").iterdir())) == 3 * 2 * 2 * 2
-    floats = pq.read_table(tmp_path / "a" / "image").to_pylist()[0]
-    np.testing.assert_allclose(np.frombuffer(floats["values"], np.float32).reshape(floats["shape"]), masks / 7)
-    written(tmp_path / "b")
-    assert content(tmp_path / "a") == content(tmp_path / "b")
+    np.testing.assert_allclose(file.header.get_zooms(), (x, y, z, view.frame_time_s), rtol=1e-5)
+    command.run(asked(drawing, tmp_path / "data", tmp_path / "b", *words))
+    assert content(out) == content(tmp_path / "b")
 
 
 def test_nobody_left_is_a_failure(

@@ -214,6 +214,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
         with pytest.raises(InputError, match=said) as error:
             resolve(asked)
         assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"tracking\.model: expected a task that predicts numbers"):
+        finetune.run(override(on_labels(config, tasks="segmentation"), {"tracking.model": "heart"}))
     model = Path(str(tuned["model"]))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / HEAD).write_bytes((model / HEAD).read_bytes())

@@ -16,6 +16,7 @@ from kmtr.config.submitted import refuse_relative_under_submit, under_submit
 from kmtr.data.dataset import storage, writing
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
+from kmtr.data.sources import optional
 from kmtr.evaluate.predict import parts
 from kmtr.evaluate.predict.parts import PREDICTIONS, Done, Job
 from kmtr.evaluate.predict.ray import predicted, uses_gpu, workers_of
@@ -41,9 +42,7 @@ def run(words: list[str]) -> dict[str, Any]:
     refuse_relative_under_submit(config)
     if not config.predict.out:
         raise InputError("predict.out: expected a folder or URI for the predictions, got none")
-    files = model_files(words[0], config)
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(_unpacked(files, Path(folder)))
+    model, files = opened(words[0], config)
     root = storage.absolute(config.data.root)
     job = job_of(override(config, {"data.root": root}), model, Dataset.of(root))
     begin(job.out, identity(config, files, job.dataset))
@@ -51,42 +50,30 @@ def run(words: list[str]) -> dict[str, Any]:
     return predict(config, job, files, done)
 
 
-def model_files(model: str, config: RunConfig) -> dict[str, bytes]:
-    """Content of a model's folder, by name.
+def opened(asked: str, config: RunConfig) -> tuple[TaskModel, dict[str, bytes]]:
+    """A model, and the content of the files of its folder, by name.
 
     Args:
-        model: a folder, or ``models:/...`` of the registry in `tracking.uri`.
+        asked: a folder, or ``models:/...`` of the registry in `tracking.uri`.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or its files do not fit each other.
     """
-    if model.startswith("models:"):
-        with tempfile.TemporaryDirectory() as place:
-            return _content(tracking.fetch(tracking.tracking_uri(config), model, Path(place)), model)
-    if under_submit() and not Path(model).is_absolute():
-        raise InputError(f"MODEL: expected an absolute path under ray job submit, got {model!r}")
-    return _content(Path(model), model)
-
-
-def _content(folder: Path, model: str) -> dict[str, bytes]:
-    names = (MODEL_WEIGHTS, MODEL_HEAD)
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"model: expected a folder with {' and '.join(names)}, got {model} without {name}")
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def _unpacked(files: dict[str, bytes], folder: Path) -> Path:
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
+    with tempfile.TemporaryDirectory() as place:
+        if asked.startswith("models:"):
+            folder = tracking.fetch(tracking.tracking_uri(config), asked, Path(place))
+        elif under_submit() and not Path(asked).is_absolute():
+            raise InputError(f"MODEL: expected an absolute path under ray job submit, got {asked!r}")
+        else:
+            folder = Path(asked)
+        return load_model(folder), {name: (folder / name).read_bytes() for name in (MODEL_WEIGHTS, MODEL_HEAD)}
 
 
 def job_of(config: RunConfig, model: TaskModel, dataset: Dataset) -> Job:
     """The job, and what there is to say about it before it starts.
 
     Raises:
-        InputError: no subject of the dataset fits the model, or there is no such R.
+        InputError: no subject of the dataset fits the model, there is no such R, or nibabel is missing for masks.
     """
     asked = config.predict
     accelerations: tuple[int | None, ...] = asked.accelerations or (parts.ALL_LINES,)
@@ -101,6 +88,8 @@ def job_of(config: RunConfig, model: TaskModel, dataset: Dataset) -> Job:
         asked.masks,
         patterns.carried(model.config.sampling) if asked.accelerations else None,
     )
+    if asked.masks:
+        optional("nibabel")
     if not job.parts:
         raise InputError(f"predict.split: expected subjects in {asked.split}, the dataset has none")
     views = model.config.data.views
@@ -207,6 +196,8 @@ def finish(job: Job, done: Sequence[Done]) -> dict[str, Any]:
         print(f"predict: note: {outside} subjects have an R that the model was not trained for")
     if unplaced := sum(one.unplaced for one in done):
         print(f"predict: note: no NIfTI file of {unplaced} views, the size of whose pixels the source does not tell")
+    if job.masks and not any(one.dense for one in done):
+        print("predict: note: the model has no masks or images, so predict.masks=true wrote none")
     if not subjects:
         raise KmtrError(
             f"predict: none of {len(refused)} subjects could be predicted; the first: {refused[0]['reason']}"

@@ -35,12 +35,13 @@ class Tables:
         files: closes them; what it is left by with an error leaves no file.
 
     Attributes:
+        written: arrays.
         unplaced: views of subjects without a NIfTI file, since the size of a pixel is not known.
     """
 
     def __init__(self, out: str, number: int, data: Data, files: ExitStack):
         self.out, self.number, self.data, self.files = out, number, data, files
-        self.unplaced = 0
+        self.written = self.unplaced = 0
         self._writers: dict[str, pq.ParquetWriter] = {}
 
     def add(
@@ -73,6 +74,7 @@ class Tables:
                 writer = pq.ParquetWriter(sink, table.schema, compression="zstd")
                 self._writers[output] = self.files.enter_context(writer)
             self._writers[output].write_table(table)
+            self.written += len(arrays)
             for i, array in enumerate(arrays):
                 stem = f"{_file_name(names[i], self.number, i)}_R{acceleration}"
                 for view, content in self._volumes(array, meta, i):

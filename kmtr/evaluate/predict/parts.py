@@ -93,12 +93,14 @@ class Done:
         refused: of each other ``subject`` (pseudonym, or number of the row where not even that can be read) and
             ``reason``.
         outside: subjects whose own R the model was not trained for.
+        dense: arrays written, of masks and images.
         unplaced: views without NIfTI files, since the size of a pixel is not known.
     """
 
     subjects: int
     refused: list[dict[str, str]] = field(default_factory=list)
     outside: int = 0
+    dense: int = 0
     unplaced: int = 0
 
 
@@ -132,10 +134,12 @@ class _Said:
 
     @property
     def finite(self) -> Bool[np.ndarray, " subject"]:
+        """True where all numbers are finite, and of dense outputs some: they are NaN where nothing is there."""
         found = np.ones(len(self.true), bool)
-        vectors = [] if self.vectors is None else [self.vectors]
-        for values in [*self.numbers.values(), *self.dense.values(), *vectors]:
+        for values in [*self.numbers.values(), *([] if self.vectors is None else [self.vectors])]:
             found &= np.isfinite(values).reshape(len(found), -1).all(1)
+        for values in self.dense.values():
+            found &= np.isfinite(values).reshape(len(found), -1).any(1)
         return found
 
 
@@ -179,7 +183,7 @@ class PartWriter:
                 kept.append(replace(answers, said={r: replace(said, dense={}) for r, said in answers.said.items()}))
         self._write(number, reader, kept)
         names = [name for answers in kept for name in answers.names]
-        done = Done(len(names), refused, self._outside(kept), tables.unplaced)
+        done = Done(len(names), refused, self._outside(kept), tables.written, tables.unplaced)
         self._put(f"{MARKS}/{number:05d}.json", json.dumps(asdict(done), indent=1).encode())
         return done
 
