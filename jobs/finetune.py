@@ -1,18 +1,20 @@
-"""python jobs/finetune.py RECIPE task.tasks=phenotypes[,diseases] [key=value ...]
+"""python jobs/finetune.py RECIPE task.tasks=TASK[,TASK ...] [key=value ...]
 
-Trains light heads on a pretrained encoder, and the encoder with them, on labels; then predicts
-the test split at every R beside the mean and a ridge on the low-resolution image. Starts from the
-encoder of the finished pretraining with the same settings (masked.* and align.* say which), from
-task.encoder=FOLDER, or from scratch with task.encoder=none; on all labels or those of
-task.labels subjects; leaves the model of the best validation (task.keep). The same command resumes an
-unfinished run and prints the result of a finished one. The model that it leaves:
+Trains light heads (phenotypes, diseases, segmentation, reconstruction) on a pretrained encoder,
+and the encoder with them; then predicts the test split at every R beside floors that need no
+network. Starts from the encoder of the finished pretraining with the same settings (masked.* and
+align.* say which), from an encoder's folder (task.encoder=FOLDER) or from scratch
+(task.encoder=none). It learns from all training subjects, or from the number in task.labels, and
+leaves the model of the best validation, or with task.keep=last of the last step. The same command
+resumes an unfinished run and prints the result of a finished one. The model is for
 kmtr.load_model("runs/<run>/model").predict(study); its card is README.md in that folder, and
-tracking.model=NAME makes it a new version of a model in MLflow's registry.
+tracking.model=NAME makes it a new version in MLflow's registry.
 
 examples:
   python jobs/finetune.py tiny task.tasks=phenotypes
   python jobs/finetune.py tiny task.tasks=phenotypes,diseases task.diseases=dcm,hcm
   python jobs/finetune.py tiny task.tasks=phenotypes task.encoder=none
+  python jobs/finetune.py tiny task.tasks=phenotypes,segmentation,reconstruction task.frames=2
   python jobs/finetune.py tiny task.tasks=phenotypes task.labels=100 task.patience=5
 """
 

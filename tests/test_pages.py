@@ -80,6 +80,11 @@ def check_script(script: str, words: list[str]) -> None:
         assert "=" not in source, f"{script}: expected SOURCE, got {source}"
         override(RunConfig(), dict(word.split("=", 1) for word in words))
         return
+    if path.stem == "predict":
+        model, *words = words
+        assert "=" not in model, f"{script}: expected MODEL, got {model}"
+        override(RunConfig(), dict(word.split("=", 1) for word in words))
+        return
     if path.stem in ("study", "bench"):
         kind, *words = words
         assert f"python {script} {kind} " in path.read_text(), f"{script}: its help has no {kind}"
