@@ -3,9 +3,9 @@
 Trains light heads on a pretrained encoder, and the encoder with them, on labels; then predicts
 the test split at every R beside the mean and a ridge on the low-resolution image. Starts from the
 encoder of the finished pretraining with the same settings (masked.* and align.* say which), from
-task.encoder=FOLDER, or from scratch with task.encoder=none; on all labels or those of
-task.labels subjects; leaves the model of the best validation (task.keep). The same command resumes an
-unfinished run and prints the result of a finished one. The model that it leaves:
+task.encoder=FOLDER, or from scratch with task.encoder=none; on all labels or those of task.labels
+subjects. The same command resumes an unfinished run and prints the result of a finished one. The
+model that it leaves, of the best validation or the last step (task.keep):
 kmtr.load_model("runs/<run>/model").predict(study).
 
 examples:
