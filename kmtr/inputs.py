@@ -10,9 +10,10 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
+from kmtr.physics import lines
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.images import rms, scale_image
-from kmtr.physics.lines import phase_gain, static_part
+from kmtr.physics.lines import phase_gain
 
 KSpace = Complex[Tensor, "batch slice coil t ky kx"]
 Image = Float[Tensor, "batch slice t y x"]
@@ -29,7 +30,7 @@ def view_shared(batch: Batch) -> KSpace:
     Phase and gain are removed first.
     """
     kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
-    return torch.where(batch.sampled[:, :, None, :, :, None], kspace, static_part(kspace, batch.sampled)[:, :, :, None])
+    return lines.view_shared(kspace, batch.sampled)
 
 
 def _image(kspace: KSpace, batch: Batch) -> Image:

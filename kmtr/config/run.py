@@ -162,6 +162,13 @@ class Model(Section):
         "kept; none: one factor for all",
     )
     normalisation_power: float = Field(0.5, ge=0, le=1, description="power of the population's SD, for population")
+    centre: int = Field(
+        0,
+        ge=0,
+        multiple_of=2,
+        description="pixels along each side of the temporally shared image of low resolution that the k-space encoder "
+        "sees beside its tokens, made of the lines that it may see; 0: none",
+    )
     drop_path: float = Field(
         0.0, ge=0, lt=1, description="stochastic depth per subject in training: rate of the last encoder block, 0 first"
     )

@@ -88,6 +88,7 @@ class Encoded:
         lengths: of the tokens.
         cells: (slice, t) of the vectors.
         absent: (slice, t) without one.
+        low: what the encoder saw at low resolution (`tokenizers.Centre`), zero where absent; None: it saw none.
     """
 
     tokens: Float[Tensor, "token channel"]
@@ -95,6 +96,7 @@ class Encoded:
     vectors: Float[Tensor, "cell channel"]
     cells: Places
     absent: Bool[Tensor, "batch slice t"]
+    low: Float[Tensor, "batch slice t pixel"] | None = None
 
     @property
     def frames(self) -> Float[Tensor, "batch slice t channel"]:
@@ -106,8 +108,13 @@ class Encoded:
 
     @property
     def vector(self) -> Float[Tensor, "batch channel"]:
-        """Static and dynamic part of every slice of the configuration, fp32: the embedding of a subject."""
-        return torch.cat(static_dynamic(self.frames, self.absent), dim=-1).flatten(1)
+        """Static and dynamic part of every slice of the configuration, fp32, of the vectors and of what was seen at low
+        resolution: the embedding of a subject.
+        """
+        parts = [*static_dynamic(self.frames, self.absent)]
+        if self.low is not None:
+            parts += static_dynamic(self.low, self.absent)
+        return torch.cat(parts, dim=-1).flatten(1)
 
     def vector_of(self, places: Places, span: int = 1) -> Int[Tensor, " token"]:
         """Index of the vector at the slice and time of each of these places.
@@ -143,9 +150,12 @@ class Encoder(nn.Module):
         vocabularies: grid and embedding of each kind of tokens that it reads.
         grid: of the frame vectors; that of the first kind where not given. A token that spans several of its frames
             counts in each; of several kinds, each kind's mean weighs the same, however many tokens it has.
+        low: pixels of an image of low resolution that the frame vectors see; 0: none.
     """
 
-    def __init__(self, vocabularies: Sequence[tuple[Grid, nn.Module]], model: Model, grid: Grid | None = None):
+    def __init__(
+        self, vocabularies: Sequence[tuple[Grid, nn.Module]], model: Model, grid: Grid | None = None, low: int = 0
+    ):
         super().__init__()
         width, heads = model.width, model.width // model.head_width
         grids = [each for each, _ in vocabularies]
@@ -161,6 +171,7 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.frame_block = Block(width, heads, model.mlp_ratio)
         self.frame_norm = nn.LayerNorm(width)
+        self.low = nn.Linear(low, width) if low else None
 
     def forward(
         self,
@@ -168,6 +179,7 @@ class Encoder(nn.Module):
         cells: Places,
         absent: Bool[Tensor, "batch slice t"],
         draws: Float[Tensor, "batch block 2"] | None = None,
+        low: Float[Tensor, "batch slice t pixel"] | None = None,
     ) -> Encoded:
         """
         Args:
@@ -175,6 +187,7 @@ class Encoder(nn.Module):
             cells: (slice, t) that hold data; those that are not `absent`.
             draws: uniform numbers for stochastic depth (Huang 2016): a subject leaves out a block's attention or MLP
                 where its number is below the block's rate, and the rest grows by as much. None: nothing is left out.
+            low: on the grid of the frame vectors, if the encoder sees any.
         """
         embedded = [
             (embed(tokens.values, tokens.index) + position(tokens.index), tokens.lengths)
@@ -196,8 +209,10 @@ class Encoder(nn.Module):
             for tokens, place, span in zip(kinds, places, self.spans, strict=True)
         ]
         pooled = (sum(means[1:], means[0]) / len(means)).to(x.dtype)
+        if self.low is not None and low is not None:
+            pooled = pooled + self.low(low.flatten(0, 2)[cells.cell(self.grid_shape)].to(x.dtype))
         vectors = self.frame_block(pooled + self.position[self.frame_position](cells.index), cells.lengths)
-        return Encoded(x, lengths, self.frame_norm(vectors), cells, absent)
+        return Encoded(x, lengths, self.frame_norm(vectors), cells, absent, low)
 
     def _pool(
         self, x: Float[Tensor, "token channel"], tokens: Tokens, span: int, cells: Places
@@ -298,7 +313,7 @@ def line_encoder(data: Data, model: Model) -> Encoder:
         vocabularies.append((lines, LineEmbed(LineTokenizer.features(data, model), data.matrix[0], model.width)))
     if model.encoder_inputs != "kspace":
         vocabularies.append((patches, PatchEmbed(PatchTokenizer.features(model), model.width)))
-    return Encoder(vocabularies, model, lines)
+    return Encoder(vocabularies, model, lines, model.centre**2)
 
 
 def patch_encoder(data: Data, model: Model) -> Encoder:

@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, gather
+from kmtr.physics.cycle import shared_centre
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import compress, compression, mix, phase_gain, readout, readout_inverse, static_part
+from kmtr.physics.lines import (
+    compress,
+    compression,
+    mix,
+    phase_gain,
+    readout,
+    readout_inverse,
+    static_part,
+)
 
 LINE_TABLES = ("static_mean", "static_sd", "dynamic_sd")
 FAINTEST = 1e-4
@@ -274,6 +283,32 @@ class PatchTokenizer:
     ) -> Tokens:
         """All patches of the images that the `visible` lines alone make, aliased as they are."""
         return self(batch, self.images(batch, visible), self.present(batch), lengths)
+
+
+class Centre:
+    """The temporally shared image at low resolution of every slice and frame, of the lines that may be seen.
+
+    Of its mean over the cycle the population's is taken off; what stands still and what moves are then brought to unit
+    variance each, so that the little that moves is not lost beside the rest.
+
+    Args:
+        tables: `data.loader.statistics.centre`.
+    """
+
+    def __init__(self, model: Model, tables: dict[str, Tensor], device: torch.device):
+        self.side = model.centre
+        self.mean, self.still, self.moving = (
+            tables[f"centre_{name}"].to(device) for name in ("mean", "still", "moving")
+        )
+
+    def __call__(
+        self, batch: Acquisition, visible: Bool[Tensor, "batch slice t ky"]
+    ) -> Float[Tensor, "batch slice t pixel"]:
+        image, mean = shared_centre(batch.kspace, visible, batch.padded, self.side)
+        slots = torch.tensor(batch.slots, device=image.device)
+        still = (mean - self.mean[slots, None]) / self.still
+        found: Tensor = (still + (image - mean) / self.moving) * ~batch.padded[..., None]
+        return found
 
 
 def encoder_inputs(model: Model, lines: Tokens, zerofilled: Tokens | None) -> list[Tokens]:

@@ -114,6 +114,13 @@ def static_part(
     return torch.view_as_complex(mean.contiguous())
 
 
+def view_shared(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"], visible: Bool[Tensor, "batch slice t ky"]
+) -> Complex[Tensor, "batch slice coil t ky kx"]:
+    """k-space in which a line that a frame lacks is the mean over the frames that saw it; what none saw is zero."""
+    return torch.where(visible[:, :, None, :, :, None], kspace, static_part(kspace, visible)[:, :, :, None])
+
+
 def readout(lines: Complex[Tensor, "*axes kx"], samples: int, hybrid: bool = False) -> Complex[Tensor, "*axes readout"]:
     """The central `samples` of each line along kx, zeros around a shorter one; `hybrid`: their inverse transform, x.
 

@@ -27,6 +27,7 @@ from kmtr.data.loader.device import HostBatch
 from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
 from kmtr.physics.sampling import PATTERN
+from kmtr.systems import system
 from kmtr.train.engine import parameter_groups, warm_cosine
 
 CHUNK = 32
@@ -107,7 +108,7 @@ class Regressor(nn.Module):
         self.encoder, self.device = encoder, encoder.device
         self.systems = nn.ModuleDict({"kspace": encoder.module})  # named as in training: parameter groups go by names
         self.bf16 = bf16
-        features = 3 * encoder.config.model.width * encoder.config.data.slices
+        features = system("kspace").channels(encoder.config)
         self.mean, self.sd = moments(labels)
         self.head = nn.Linear(features, labels.shape[1], device=self.device)
         nn.init.zeros_(self.head.weight)

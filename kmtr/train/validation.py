@@ -198,9 +198,10 @@ class PretrainingValidation(Validation):
         """Which features of the embedding are static and which dynamic: a probe that knows only the anatomy's says
         whether the motion was thrown away.
         """
-        width, slices = self.config.model.width, self.config.data.slices
-        place = np.tile(np.arange(3 * width), slices)  # of each slice: static, then cosine and sine
-        return {"_static": place < width, "_dynamic": place >= width}
+        model, slices = self.config.model, self.config.data.slices
+        static = [np.arange(3 * n) < n for n in (model.width, model.centre**2)]  # static, then cosine and sine
+        of_slices = np.tile(np.concatenate(static), slices)
+        return {"_static": of_slices, "_dynamic": ~of_slices}
 
     def _embed(self, engine: Engine, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings ``subject feature`` and labels ``subject label`` of a split, in the order of its rows."""

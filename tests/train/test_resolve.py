@@ -97,7 +97,7 @@ def test_workers_need_neither_the_pattern_file_nor_a_search(
 
     (tmp_path / "make").write_bytes(pickle.dumps(make))
     Path(config.sampling.file).unlink()
-    plain = json.dumps({"buckets": given["buckets"], "pattern": given["pattern"].tolist()})
+    plain = json.dumps({"buckets": given["buckets"], "pattern": given["pattern"].tolist(), "rows": None})
     said = output(WORKER, config.model_dump_json(), plain)
     assert len(said.splitlines()) == 2
     assert [line.split()[:-1] for line in said.splitlines()] == [

@@ -13,7 +13,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.order import permutation
-from kmtr.physics.cycle import clean_parts
+from kmtr.physics.cycle import clean_parts, shared_centre
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import compress, phase_gain, readout, static_part
@@ -48,8 +48,11 @@ class Statistics:
 
 
 def tables(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
-    """All that a run has to know of its population: `fit`, and `components` where they are alignment's teacher."""
-    return fit(config, reader).tensors() | (components(config, reader) if config.has_components else {})
+    """All that a run has to know of its population: `fit`, `components` where they are alignment's teacher, and
+    `centre` where the encoder sees it.
+    """
+    found = fit(config, reader).tensors() | (components(config, reader) if config.has_components else {})
+    return found | (centre(config, reader) if config.model.centre else {})
 
 
 def fit(config: RunConfig, reader: Reader) -> Statistics:
@@ -144,6 +147,37 @@ def components(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
         tables[f"{part}_clean_mean"] = mean.float()
         tables[f"{part}_clean_basis"] = (vectors / spread.sqrt() / spread.sum().sqrt()).float().contiguous()
     return tables
+
+
+def centre(config: RunConfig, reader: Reader) -> dict[str, Tensor]:
+    """Tables of `model.tokenizers.Centre` of the same training subjects as `fit` sees, all lines of theirs.
+
+    Returns:
+        ``centre_mean`` ``slice pixel``, the mean over subjects and frames; ``centre_still`` and ``centre_moving``, SD
+        over all pixels of a subject's mean over the cycle and of the deviation from it.
+    """
+    rows = permutation(config.seed, 0, len(reader))[:MAX_SUBJECTS]
+    side = config.model.centre
+    total = torch.zeros(config.data.slices, side * side, dtype=torch.float64)
+    count, still, moving, frames = torch.zeros(config.data.slices, 1, dtype=torch.float64), 0.0, 0.0, 0
+    for host in pipeline.read_in_order(reader, np.asarray(rows).tolist(), 8, config):
+        batch = host.to(torch.device("cpu"))
+        image, mean = shared_centre(batch.kspace, batch.acquired, batch.padded, side)
+        there, present = (~batch.padded).any(2), ~batch.padded
+        count += there.sum(0)[:, None]
+        total += (mean[:, :, 0] * there[..., None]).double().sum(0)
+        still += float((mean[:, :, 0] * there[..., None]).double().square().sum())
+        moving += float(((image - mean) * present[..., None]).double().square().sum())
+        frames += int(present.sum())
+    mean_of_slice = total / count.clamp(min=1)
+    if len(rows) < MIN_SUBJECTS_FOR_MEAN:
+        mean_of_slice = torch.zeros_like(mean_of_slice)
+    spread = (still - float((mean_of_slice.square() * count).sum())) / (float(count.sum()) * side * side)
+    return {
+        "centre_mean": mean_of_slice.float(),
+        "centre_still": torch.tensor(max(spread, 1e-12)).sqrt(),
+        "centre_moving": torch.tensor(max(moving / (frames * side * side), 1e-12)).sqrt(),
+    }
 
 
 def _floored(sd: Tensor) -> Float[Tensor, ...]:
