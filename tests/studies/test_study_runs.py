@@ -37,7 +37,7 @@ SMALL = {
     "study.longer_steps": 2,
     "study.steps": 2,
     "study.scratch_steps": 2,
-    "study.copies": 2,
+    "study.copies": 1,
     "study.ablation_steps": 4,
     "study.ablation_align_steps": 2,
     "evaluate.accelerations": (2,),

@@ -24,7 +24,7 @@ from kmtr.types import InputError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-STEPS = 75
+STEPS = 150
 
 
 def example(page: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def toy(small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     thumbnail = example("kmtr/systems/README.md")["Thumbnail"]()
     monkeypatch.setitem(systems.SYSTEMS, "thumbnail", thumbnail)
     monkeypatch.setitem(TASKS, "motion", example("kmtr/tasks/README.md")["Motion"])
-    changes = {"stage": "task", "task.tasks": "motion", "task.steps": STEPS, "task.learning_rate": 2e-2}
+    changes = {"stage": "task", "task.tasks": "motion", "task.steps": STEPS, "task.learning_rate": 1e-2}
     return override(small, changes | {"task.system": "thumbnail", "train.workers": 1, "data.global_batch": 8})
 
 
