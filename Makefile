@@ -36,13 +36,11 @@ setup: .venv/.installed
 	@$(PY) -m compileall -qq -j 0 .venv/lib || true
 	@echo "$(PINS)" > $@
 
-##  demo         setup; then simulate, pretrain on two workers and evaluate: 9 minutes; the same command again resumes;
-##               ARGS="key=value ..." are its settings, and ARGS= is the whole recipe, at twice the time
-ARGS ?= masked.steps=400 align.steps=80
+##  demo         setup; then simulate, pretrain on two workers, evaluate, fine-tune four tasks; the same command again
+##               resumes; ARGS="key=value ..." are its settings, and ARGS= is the whole recipe
+ARGS ?= masked.steps=400 align.steps=80 task.steps=150 task.frames=1
 demo: setup
-	@$(PY) jobs/simulate.py tiny $(ARGS)
-	@$(PY) jobs/pretrain.py tiny $(ARGS)
-	@$(PY) jobs/evaluate.py tiny $(ARGS)
+	@$(PY) jobs/demo.py tiny $(ARGS)
 
 # Three processes on two cores: two of them begin with what needs Ray (each on one of its own), which often waits.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder

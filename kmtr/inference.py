@@ -43,7 +43,7 @@ class TaskModel:
         device: torch.device,
         trained: Trained | None = None,
     ):
-        self.config, self.device, self.trained = config, device, trained or Trained()
+        self.config, self.tables, self.device, self.trained = config, tables, device, trained or Trained()
         self.module = Model(config).to(device).eval()
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)

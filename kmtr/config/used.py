@@ -21,6 +21,7 @@ USED: dict[str, set[str]] = {
     "pretrain": _TRAINING - {"task"},
     "finetune": (_TRAINING - {"stage"}) | {"evaluate.subjects", "evaluate.bootstrap"},
     "evaluate": (RUN_SECTIONS - {"train"}) | {"train.device", "train.bf16", "evaluate"},  # of train: the run's identity
+    "demo": (_TRAINING - {"stage"}) | {"evaluate", "shards", "simulate"},
     "predict": {"data.root", "data.verify_pages", "data.cache", "data.cache_gib", "train.device", "predict"}
     | {"storage.root", "tracking.uri"},  # of a model in MLflow's registry: the store
     "study": _TRAINING | {"evaluate.subjects", "evaluate.bootstrap", "study"},

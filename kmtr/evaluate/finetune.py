@@ -18,6 +18,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
+from kmtr.encoder import KSpaceEncoder
 from kmtr.evaluate import baselines, masks, probes, tables
 from kmtr.evaluate.predictions import (
     FILE,
@@ -28,6 +29,7 @@ from kmtr.evaluate.predictions import (
     MEAN_MASK,
     RIDGE,
     SHARED,
+    UNTRAINED,
     ZEROFILLED,
     HeldOut,
     Name,
@@ -35,7 +37,7 @@ from kmtr.evaluate.predictions import (
     read,
     write,
 )
-from kmtr.evaluate.predictors import Predictor, predict
+from kmtr.evaluate.predictors import Features, Predictor, predict
 from kmtr.evaluate.scores import panel, scores_of
 from kmtr.inference import TaskModel, load_model
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
@@ -141,7 +143,7 @@ def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Tab
         test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, wanted, VALIDATION))
         fitted: dict[Name, Predictor] = {trained(config): model}
         if targets:
-            fitted |= probes.fit({RIDGE: baselines.low_resolution}, train, known, targets, device)
+            fitted |= probes.fit(sources(model), train, known, targets, device)
         if "segmentation" in model.prepare.tasks:
             train = pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
             fitted |= masks.fit(config, readers["train"], labelled, train)
@@ -153,6 +155,14 @@ def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Tab
             predict(fitted, test, held_out, config.data, acceleration=r, seed=seed, labels=labels, device=device)
         )
     return joined(parts)
+
+
+def sources(model: TaskModel) -> dict[Name, Features]:
+    """Features that ridges are fitted on: the low-resolution image, and what an untrained encoder says."""
+    found: dict[Name, Features] = {RIDGE: baselines.low_resolution}
+    if model.config.task.system == "kspace":
+        found[UNTRAINED] = KSpaceEncoder(model.config, None, model.tables, model.device).features
+    return found
 
 
 def targets_of(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ def test_it_ends_with_tables_a_model_and_predictions(
 ) -> None:
     table = read(Path(str(tuned["predictions"])))
     systems = set(table.column("system").to_pylist())
-    assert systems == {"k-MTR fine-tuned", "ridge", "mean"}
+    assert systems == {"k-MTR fine-tuned", "untrained encoder", "ridge", "mean"}
     assert set(table.column("target").to_pylist()) == {*TARGETS, *DISEASES}
     assert set(table.column("acceleration").to_pylist()) == {2, 4}
     metrics = dict(tuned["metrics"])  # type: ignore[call-overload]
