@@ -51,7 +51,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(command, "predicted", predicted)
     monkeypatch.setattr(command, "start_ray", lambda: None)
     monkeypatch.setattr(command, "refuse_missing_gpu", lambda device: None)
-    monkeypatch.setattr(command, "uses_gpu", lambda device: False)
+    monkeypatch.setattr(command, "uses_gpus", lambda device: False)
     monkeypatch.setattr(command, "workers_of", lambda asked, gpu: 1)
     return computed
 

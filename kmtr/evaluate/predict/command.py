@@ -19,12 +19,12 @@ from kmtr.data.loader import patterns
 from kmtr.data.sources import optional
 from kmtr.evaluate.predict import parts
 from kmtr.evaluate.predict.parts import PREDICTIONS, Done, Job
-from kmtr.evaluate.predict.ray import predicted, uses_gpu, workers_of
+from kmtr.evaluate.predict.ray import predicted, workers_of
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel, load_model
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
-from kmtr.train.room import refuse_missing_gpu
+from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import InputError, KmtrError
 
 BEGUN = "predict.json"
@@ -163,7 +163,7 @@ def predict(config: RunConfig, job: Job, files: dict[str, bytes], done: dict[int
     if missing:
         start_ray()
         refuse_missing_gpu(config.train.device)
-        gpu = uses_gpu(config.train.device)
+        gpu = uses_gpus(config.train.device)
         workers = workers_of(config.predict.workers, gpu)
         bar, began, now = Bar("predict: subjects"), time.perf_counter(), kept
         for number, one in predicted(job, files, missing, workers, gpu):

@@ -54,13 +54,6 @@ class Predict:
         return done
 
 
-def uses_gpu(device: str) -> bool:
-    """True if ``train.device`` means GPUs here. Ray must be up."""
-    import ray
-
-    return device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-
-
 def workers_of(asked: int, gpu: bool) -> int:
     """Processes that predict: as many as asked for, else one per GPU or CPU of the cluster. Ray must be up."""
     import ray
