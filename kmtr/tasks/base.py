@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,8 +25,19 @@ from kmtr.systems import Reader, Reading
 EMBEDDING = "embedding"
 """In place of a task: the vector of a reading, without any head."""
 
-Encode = Callable[[Reading], Any]
-"""Reading -> features of the system that it is for (`systems.Features`, or the system's own type)."""
+
+@runtime_checkable
+class Encode(Protocol):
+    """Reading -> features of the system that it is for (`systems.Features`, or the system's own type).
+
+    Attributes:
+        answers: of this pass, what tasks leave to those that come `after` them, by task.
+    """
+
+    answers: dict[str, Tensor]
+
+    def __call__(self, reading: Reading, /) -> Any: ...
+
 
 Link = Callable[[int, dict[str, Tensor]], Tensor]
 """Number of a micro-batch and a task's output for it -> its part of a loss that couples subjects, summed over them."""
@@ -78,6 +89,7 @@ class Task(ABC):
         label: its loss is logged as ``<label>_loss``.
         labels: columns that it needs of a batch, as the dataset names them.
         masks: it needs the segmentation.
+        after: tasks whose answers it uses, where a model has them.
         couples: the loss of a subject depends on the others of the global batch: `couple` takes the place of `LOSS`.
     """
 
@@ -85,6 +97,7 @@ class Task(ABC):
     label: ClassVar[str]
     couples: ClassVar[bool] = False
     masks: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RunConfig):
         self.config = config

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmtr.metrics.diseases import detection
 from kmtr.tasks.base import LOSS, SCORE, Encode
@@ -20,22 +20,39 @@ RAREST = 1e-3
 
 class Diseases(OnVector):
     """A logit for each of `task.diseases`, whose odds begin at the training subjects' prevalence; the loss is the mean
-    binary cross entropy over those that are known.
+    binary cross entropy over those that are known, over what the prevalence has of it.
+
+    Where the model regresses phenotypes too, the head also sees those that it predicts: most diseases are read off
+    them. Phenotypes learn nothing from that.
     """
 
     name = label = "diseases"
+    after = ("phenotypes",)
 
     @property
     def labels(self) -> tuple[str, ...]:
         return self.config.task.diseases
 
+    def head(self) -> nn.Module:
+        direct = super().head()
+        if "phenotypes" not in self.config.task.tasks:
+            return direct
+        seen = nn.Linear(len(self.config.task.targets), len(self.labels), bias=False)
+        nn.init.zeros_(seen.weight)
+        return nn.ModuleList([*direct, seen])  # type: ignore[misc]
+
     def logits(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
-        return self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
+        found = self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
+        if "phenotypes" in encode.answers:
+            found = found + head[2](encode.answers["phenotypes"].detach().to(head[2].weight.dtype)).float()
+        return found
 
     def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         wanted = asked.truth.nan_to_num()
         error = F.binary_cross_entropy_with_logits(self.logits(encode, head, asked), wanted, reduction="none")
-        return {LOSS: over_known(error, asked.truth)}
+        p = asked.mean.clamp(RAREST, 1 - RAREST)
+        constant = F.binary_cross_entropy(p, p)  # the mean entropy: what the prevalence itself has to pay
+        return {LOSS: over_known(error, asked.truth) / constant}
 
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         return dict(zip(self.labels, self.logits(encode, head, asked).sigmoid().unbind(1), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,14 +38,9 @@ class Model(nn.Module):
         All goes through here, since ZeRO-3 gathers weights around an engine's call.
         """
         out: dict[str, dict[str, Tensor]] = {}
-        encoded: dict[int, Any] = {}
-
-        def encode(reading: Reading) -> Any:
-            if id(reading) not in encoded:  # tasks may share a reading
-                encoded[id(reading)] = self.encode(reading)
-            return encoded[id(reading)]
-
-        for name, asked in inputs.tasks.items():
+        encode = _Pass(self.encode)
+        for name in sorted(inputs.tasks, key=lambda name: name in self.tasks and bool(self.tasks[name].after)):
+            asked = inputs.tasks[name]
             if name == EMBEDDING:
                 out[name] = {"vector": encode(asked).vector}
             else:
@@ -56,3 +52,16 @@ class Model(nn.Module):
         """Features of a reading; without gradient where its system is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and reading.learns):
             return self.systems[reading.system](*reading.arguments)
+
+
+class _Pass:
+    """`tasks.base.Encode` of one call of the model: tasks that share a reading share its features."""
+
+    def __init__(self, make: Callable[[Reading], Any]):
+        self.make, self.encoded = make, dict[int, Any]()
+        self.answers: dict[str, Tensor] = {}
+
+    def __call__(self, reading: Reading, /) -> Any:
+        if id(reading) not in self.encoded:
+            self.encoded[id(reading)] = self.make(reading)
+        return self.encoded[id(reading)]

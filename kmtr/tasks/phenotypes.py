@@ -60,7 +60,8 @@ class OnVector(Task):
     def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
         """Output of the head, fp32."""
         vector = encode(asked.seen).vector
-        found: Tensor = head(vector.to(head[1].weight.dtype)).float()
+        norm, linear = head[0], head[1]
+        found: Tensor = linear(norm(vector.to(linear.weight.dtype))).float()
         return found
 
 
@@ -75,10 +76,15 @@ class Phenotypes(OnVector):
 
     def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         wanted = (asked.truth - asked.mean) / asked.sd
-        return {LOSS: over_known((self.raw(encode, head, asked) - wanted.nan_to_num()).square(), wanted)}
+        return {LOSS: over_known((self.answer(encode, head, asked) - wanted.nan_to_num()).square(), wanted)}
+
+    def answer(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
+        """In units of the training subjects' SD about their mean; left to the tasks that use it."""
+        encode.answers[self.name] = found = self.raw(encode, head, asked)
+        return found
 
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
-        found = self.raw(encode, head, asked) * asked.sd + asked.mean
+        found = self.answer(encode, head, asked) * asked.sd + asked.mean
         return dict(zip(self.labels, found.unbind(1), strict=True))
 
     def score(

@@ -221,3 +221,34 @@ def test_what_does_not_fit_is_refused_in_one_line(
     (tmp_path / "half" / HEAD).write_bytes((model / HEAD).read_bytes())
     with pytest.raises(InputError, match=rf"model: expected a folder with .* without {WEIGHTS}"):
         kmtr.load_model(tmp_path / "half")
+
+
+def test_diseases_see_the_phenotypes_that_are_predicted(config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
+    """Whatever the order of the tasks; the phenotypes' head has no gradient from it."""
+    for tasks in ("phenotypes,diseases", "diseases,phenotypes"):
+        asked = on_labels(config, tasks=tasks)
+        reader = Dataset.open(asked.data).reader("train", asked.data)
+        prepare, (stage,) = Preparer(asked, tables | start.label_moments(asked, reader), CPU), stages_of(asked)
+        batch = collate(reader.samples(range(4)), asked, wanted=prepare.wanted).to(CPU)
+        model = Model(asked)
+        head, seen = model.heads["phenotypes"][1], model.heads["diseases"][2]
+        torch.nn.init.ones_(head.bias)
+        before = model(prepare(batch, stage), predict=True)["diseases"]["dcm"]
+        torch.nn.init.ones_(seen.weight)
+        out = model(prepare(batch, stage), predict=True)["diseases"]["dcm"]
+        torch.testing.assert_close(
+            out.logit() - before.logit(), torch.full_like(out, len(TARGETS)), rtol=1e-4, atol=1e-4
+        )
+        model(prepare(batch, stage))["diseases"]["loss"].sum().backward()
+        assert head.weight.grad is None
+        assert seen.weight.grad is not None
+        assert seen.weight.grad.any()
+
+
+def test_the_prevalence_has_a_loss_of_one(config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
+    asked = on_labels(config)
+    reader = Dataset.open(asked.data).reader("train", asked.data)
+    prepare, (stage,) = Preparer(asked, tables | start.label_moments(asked, reader), CPU), stages_of(asked)
+    batch = collate(reader.samples(range(len(reader))), asked, wanted=prepare.wanted).to(CPU)
+    out = Model(asked)(prepare(batch, stage))
+    assert float(out["diseases"]["loss"].mean()) == pytest.approx(1, rel=1e-4)
