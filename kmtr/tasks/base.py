@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
-from kmtr.data.dataset.reader import Reader as SplitReader
 from kmtr.data.loader.batch import Batch
 from kmtr.model.packing import Pending
 from kmtr.systems import Reader, Reading
@@ -114,10 +113,12 @@ class Task(ABC):
         """Central kx samples of a batch that the task looks at; None: all."""
         return widest(readers[name].readout for name in self.systems)
 
-    def fit(self, reader: SplitReader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fit(self, reader: Any, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tables of its own, by their names in `Given.tables`, of some training subjects.
 
         Args:
+            reader: of the training split (`data.dataset.reader.Reader`).
+            rows: of the subjects.
             tables: those that there are already.
         """
         return {}
