@@ -28,6 +28,7 @@ from kmtr.metrics.dense import DICE
 from kmtr.metrics.segmentation import extreme_frames
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.tasks import priors
+from kmtr.train import start
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
 CHUNK = 32
@@ -53,7 +54,7 @@ class MeanMask:
     @staticmethod
     def fit(config: RunConfig, reader: Reader, rows: Sequence[int]) -> MeanMask:
         """The class that is most frequent at each pixel, where the task `segmentation` begins."""
-        prior = priors.mask_log_prior(config, reader, priors.chosen(config, rows))
+        prior = priors.mask_log_prior(config.data, start.averaged(config, reader, rows, masks=True))
         return MeanMask(prior.argmax(1).to(torch.uint8))
 
     def __call__(self, batch: Batch, /) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from kmtr.config import Data, Model
 from kmtr.model.packing import Lengths, Places, gather
-from kmtr.physics.cycle import shared_centre
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import (
@@ -21,6 +20,7 @@ from kmtr.physics.lines import (
     phase_gain,
     readout,
     readout_inverse,
+    shared_centre,
     static_part,
 )
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import view_shared
 
 SIDE = 16
 """Pixels along each side of the image whose parts `clean_parts` takes: about 2 cm each on a usual field of view."""
@@ -33,21 +32,6 @@ def static_dynamic(
     basis = torch.stack([angle.cos(), angle.sin()], dim=-1)
     harmonic = torch.einsum("bstc,bstk->bskc", deviation, basis) * (2 / count[..., None])
     return mean, harmonic.flatten(2)
-
-
-def shared_centre(
-    kspace: Complex[Tensor, "batch slice coil t ky kx"],
-    visible: Bool[Tensor, "batch slice t ky"],
-    padded: Bool[Tensor, "batch slice t"],
-    side: int,
-) -> tuple[Float[Tensor, "batch slice t pixel"], Float[Tensor, "batch slice 1 pixel"]]:
-    """Magnitude image of the central `side` x `side` of `physics.lines.view_shared`, of unit RMS per subject, and its
-    mean over the cycle.
-    """
-    shared = view_shared(crop_or_pad(kspace, (side, side), (-2, -1)), crop_or_pad(visible, (side,), (-1,)))
-    image = scale_image(magnitude_image(shared), padded).flatten(3)
-    present = (~padded)[..., None]
-    return image, (image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
 
 
 def clean_parts(

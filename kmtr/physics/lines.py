@@ -16,10 +16,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Complex
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from kmtr.physics.fourier import crop_or_pad, fftc, ifftc
+from kmtr.physics.fourier import crop_or_pad, fftc, ifftc, magnitude_image
+from kmtr.physics.images import scale_image
 
 CENTRE = 4
 """Central samples along ky (and kx) that phase and gain are estimated from: the usual ACS lines."""
@@ -119,6 +120,21 @@ def view_shared(
 ) -> Complex[Tensor, "batch slice coil t ky kx"]:
     """k-space in which a line that a frame lacks is the mean over the frames that saw it; what none saw is zero."""
     return torch.where(visible[:, :, None, :, :, None], kspace, static_part(kspace, visible)[:, :, :, None])
+
+
+def shared_centre(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"],
+    visible: Bool[Tensor, "batch slice t ky"],
+    padded: Bool[Tensor, "batch slice t"],
+    side: int,
+) -> tuple[Float[Tensor, "batch slice t pixel"], Float[Tensor, "batch slice 1 pixel"]]:
+    """Magnitude image of the central `side` x `side` of `view_shared`, of unit RMS per subject, and its
+    mean over the cycle.
+    """
+    shared = view_shared(crop_or_pad(kspace, (side, side), (-2, -1)), crop_or_pad(visible, (side,), (-1,)))
+    image = scale_image(magnitude_image(shared), padded).flatten(3)
+    present = (~padded)[..., None]
+    return image, (image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
 
 
 def readout(lines: Complex[Tensor, "*axes kx"], samples: int, hybrid: bool = False) -> Complex[Tensor, "*axes readout"]:

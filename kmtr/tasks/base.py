@@ -7,7 +7,7 @@ weighted set of tasks (`stages`), `accumulate` makes the gradients of a step of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -113,12 +113,11 @@ class Task(ABC):
         """Central kx samples of a batch that the task looks at; None: all."""
         return widest(readers[name].readout for name in self.systems)
 
-    def fit(self, reader: Any, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tables of its own, by their names in `Given.tables`, of some training subjects.
 
         Args:
-            reader: of the training split (`data.dataset.reader.Reader`).
-            rows: of the subjects.
+            batches: these subjects, on the CPU, as often as they are asked for.
             tables: those that there are already.
         """
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import full_image
 from kmtr.metrics.dense import reconstruction_scores
@@ -37,10 +36,9 @@ class Reconstruction(Dense):
     def looks(self) -> bool:
         return True
 
-    def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``image_constant``, the loss of the mean image."""
-        some = priors.chosen(self.config, rows)
-        return {"image_constant": priors.image_constant(self.config, reader, some, tables["image_mean"])}
+        return {"image_constant": priors.image_constant(self.config.data, batches(), tables["image_mean"])}
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         return (batch.acquired | ~batch.existing).all(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.metrics.dense import mask_scores
 from kmtr.tasks import priors
@@ -34,11 +33,10 @@ class Segmentation(Dense):
     outputs = len(SEGMENTATION_CLASSES)
     masks = True
 
-    def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``mask_log_prior``, where the logits begin, and ``mask_constant``, the loss there."""
-        some = priors.chosen(self.config, rows)
-        prior = priors.mask_log_prior(self.config, reader, some)
-        return {"mask_log_prior": prior, "mask_constant": priors.mask_constant(self.config, reader, some, prior)}
+        prior = priors.mask_log_prior(self.config.data, batches())
+        return {"mask_log_prior": prior, "mask_constant": priors.mask_constant(batches(), prior)}
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         assert batch.masks is not None

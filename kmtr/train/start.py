@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from torch import Tensor
 from kmtr.config import RunConfig, override, plain
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import subjects
+from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.batch import Batch, Wanted
+from kmtr.data.loader.order import permutation
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
 from kmtr.tasks import tasks_of
@@ -20,6 +24,8 @@ from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
 from kmtr.types import DISEASES, InputError
 
+MAX_AVERAGED, CHUNK = 256, 16
+"""Subjects that the mean mask and the losses of constant answers are of, and how many are in memory at once."""
 NONE = "none"
 """Value of `task.encoder` for a system that starts from its initial weights."""
 
@@ -136,8 +142,15 @@ def task_tables(
     """
     found, some = label_moments(config, reader, rows), range(len(reader)) if rows is None else rows.tolist()
     for task in tasks_of(config).values():
-        found |= task.fit(reader, some, fitted)
+        found |= task.fit(partial(averaged, config, reader, some, task.masks), fitted)
     return found
+
+
+def averaged(config: RunConfig, reader: Reader, rows: Sequence[int], masks: bool) -> Iterator[Batch]:
+    """Up to `MAX_AVERAGED` of these training subjects, by the seed, on the CPU: what means are taken over."""
+    some = [rows[i] for i in permutation(config.seed, 0, len(rows))[:MAX_AVERAGED]]
+    for host in pipeline.read_in_order(reader, some, CHUNK, config, Wanted(masks=masks)):
+        yield host.to(torch.device("cpu"))
 
 
 def label_moments(

@@ -17,8 +17,9 @@ from kmtr.data.loader import statistics
 from kmtr.data.loader.batch import Batch
 from kmtr.exported import export_encoder
 from kmtr.model.tokenizers import Centre
-from kmtr.physics.cycle import shared_centre, static_dynamic
+from kmtr.physics.cycle import static_dynamic
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
+from kmtr.physics.lines import shared_centre
 from kmtr.systems import system
 from kmtr.tasks import Model, Preparer, accumulate, stages_of
 

@@ -13,10 +13,10 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.order import permutation
-from kmtr.physics.cycle import clean_parts, shared_centre
+from kmtr.physics.cycle import clean_parts
 from kmtr.physics.fourier import centred, magnitude_image
 from kmtr.physics.images import scale_image
-from kmtr.physics.lines import compress, phase_gain, readout, static_part
+from kmtr.physics.lines import compress, phase_gain, readout, shared_centre, static_part
 
 MAX_SUBJECTS = 256
 MIN_VARIANCE = 1e-6
