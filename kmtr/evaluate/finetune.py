@@ -184,8 +184,9 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
         scores = scores_of(table.filter(pc.is_in(table.column("target"), pa.array(list(PHENOTYPES)))))
         shown += [tables.r2_table(scores, config), tables.error_table(scores)]
         last = max(scores, key=lambda one: one.acceleration)
+        asked = last.probes.get(trained(config), last.probes[RIDGE])  # of masks alone more is measured
         for name, suffix in ((trained(config), ""), (RIDGE, "_ridge")):
-            r2 = {tables.short(target): probe.r2 for target, probe in last.probes.get(name, {}).items()}
+            r2 = {tables.short(t): probe.r2 for t, probe in last.probes.get(name, {}).items() if t in asked}
             metrics |= {f"{target}_r2{suffix}": value for target, value in r2.items()}
             metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}
     if names & set(DISEASES):

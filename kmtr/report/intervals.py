@@ -85,19 +85,23 @@ class IntervalTable:
 
 def text_of(value: Interval, digits: int = 2, signed: bool = False) -> str:
     """``0.81 [0.78, 0.84]``; a dash where the number is not defined, the number alone where its interval is not."""
-    form = f"{'+' if signed else ''}.{digits}f"
     if math.isnan(value.value):
         return "–"
+    text = _number(value.value, digits, signed)
     if math.isnan(value.low):
-        return f"{value.value:{form}}"
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+        return text
+    return f"{text} [{_number(value.low, digits, signed)}, {_number(value.high, digits, signed)}]"
+
+
+def _number(value: float, digits: int, signed: bool) -> str:
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
 def _shown(cell: Value, column: Column) -> Cell:
     if isinstance(cell, Interval):
         return text_of(cell, column.digits, column.signed)
     if isinstance(cell, float) and not math.isnan(cell):
-        return f"{cell:{'+' if column.signed else ''}.{column.digits}f}"
+        return _number(cell, column.digits, column.signed)
     return cell
 
 
