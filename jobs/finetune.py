@@ -2,11 +2,12 @@
 
 Trains light heads (phenotypes, diseases, segmentation, reconstruction) on a pretrained encoder,
 and the encoder with them; then predicts the test split at every R beside floors that need no
-network. Starts from the encoder of the finished pretraining with the same settings (masked.* and
-align.* say which), from an encoder's folder (task.encoder=FOLDER) or from scratch
-(task.encoder=none). It learns from all training subjects, or from the number in task.labels, and
-leaves the model of the best validation, or with task.keep=last of the last step. The same command
-resumes an unfinished run and prints the result of a finished one. The model is for
+network, and reports it in the run's folder: report.html, report.json, tables/*.csv. Starts from
+the encoder of the finished pretraining with the same settings (masked.* and align.* say which),
+from an encoder's folder (task.encoder=FOLDER) or from scratch (task.encoder=none). It learns from
+all training subjects, or from the number in task.labels, and leaves the model of the best
+validation, or with task.keep=last of the last step. The same command resumes an unfinished run and
+prints the result of a finished one. The model is for
 kmtr.load_model("runs/<run>/model").predict(study); its card is README.md in that folder, and
 tracking.model=NAME makes it a new version in MLflow's registry.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, masks, probes, tables
+from kmtr.evaluate import baselines, masks, probes, tables, task_report
 from kmtr.evaluate.predictions import (
     FILE,
     FINETUNED,
@@ -79,9 +80,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"finetune: {name} is finished, reused (run.fresh=true starts anew)")
     else:
         print(f"finetune: {name} finished in {time.perf_counter() - began:.0f} s")
+    unscored = not (folder / RESULT).is_file()
     tested = score(config, dataset, Path(outcome.encoder), folder)
-    if not outcome.reused:
-        _send(config, outcome, int(outcome.metrics["step"]), tested["metrics"])
+    tested |= _report(config, dataset, outcome, tested, not outcome.reused or (unscored and "predictions" in tested))
     chosen, said = choice.shown(outcome.metrics, config)
     print(f"  model     {outcome.encoder}\n            {chosen}")
     print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
@@ -193,10 +194,11 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
         scores = scores_of(table.filter(pc.is_in(table.column("target"), pa.array(list(PHENOTYPES)))))
         shown += [tables.r2_table(scores, config), tables.error_table(scores)]
         last = max(scores, key=lambda one: one.acceleration)
+        asked = last.probes.get(trained(config), last.probes[RIDGE])  # of masks alone more is measured
         for name, suffix in ((trained(config), ""), (RIDGE, "_ridge")):
-            r2 = {tables.short(target): probe.r2 for target, probe in last.probes[name].items()}
+            r2 = {tables.short(t): probe.r2 for t, probe in last.probes.get(name, {}).items() if t in asked}
             metrics |= {f"{target}_r2{suffix}": value for target, value in r2.items()}
-            metrics[f"mean_r2{suffix}"] = float(np.mean(list(r2.values())))
+            metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}
     if names & set(DISEASES):
         areas = table.filter(pc.is_in(table.column("target"), pa.array(DISEASES)))
         found = disease_table(areas)
@@ -233,11 +235,38 @@ def disease_table(table: pa.Table) -> tuple[Table, dict[str, float]]:
     return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows)), metrics
 
 
-def _send(config: RunConfig, outcome: Outcome, step: int, metrics: dict[str, float]) -> None:
-    """Metrics and the card to the run in MLflow; of the predictions nothing, since they name subjects."""
-    folder, model = Path(outcome.folder), Path(outcome.encoder)
+def _report(
+    config: RunConfig, dataset: Dataset, outcome: Outcome, tested: Mapping[str, Any], new: bool
+) -> dict[str, str]:
+    """Write the report, where there are predictions to make it of, and send what is new to MLflow: ``report``.
+
+    Args:
+        new: metrics and card are.
+    """
+    model = Path(outcome.encoder)
+    files = [(model / card.FILE, model.name)] if new else []
+    said: dict[str, str] = {}
+    if "predictions" in tested:
+        title, path = f"k-MTR: {outcome.name}", Path(tested["predictions"])
+        report = task_report.write(config, dataset, path, model, title=title, ours=trained(config), run=outcome.run_id)
+        files += [(report.html, "report")] if report.new else []
+        said["report"] = str(report.html)
+        print(f"  report    {report.html}")
+    if files:
+        _send(config, outcome, files, tested["metrics"] if new else {})
+    return said
+
+
+def _send(config: RunConfig, outcome: Outcome, files: Sequence[tuple[Path, str]], metrics: Mapping[str, float]) -> None:
+    """Metrics, the card and the report to the run in MLflow; of the predictions nothing, since they name subjects.
+
+    Args:
+        files: each with its folder there.
+    """
+    folder, step = Path(outcome.folder), int(outcome.metrics["step"])
     spool = tracking.Spool(folder / "test-spool", config.tracking.uri, outcome.run_id)
-    spool.artifact(model / card.FILE, model.name)
+    for file, there in files:
+        spool.artifact(file, there)
     spool.metrics(step, {f"test/{name}": value for name, value in metrics.items() if np.isfinite(value)})
     try:
         unsent = spool.close(30.0)

@@ -91,6 +91,19 @@ def weighted_auroc(
     return area / (found.all_positives * found.all_negatives)
 
 
+def roc(
+    truth: Float[np.ndarray, " subject"], score: Float[np.ndarray, " subject"]
+) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    """Receiver operating characteristic: share of the healthy and of the diseased that are called diseased, from (0, 0)
+    to (1, 1), a point per distinct score; the area below is `weighted_auroc`. NaN where one class is absent.
+    """
+    found = _table(truth, score, np.ones((1, len(truth))))
+    with np.errstate(invalid="ignore"):
+        shares = found.negatives[0] / found.all_negatives[0], found.positives[0] / found.all_positives[0]
+    false, true = (np.concatenate([[0.0], share]) for share in shares)
+    return false, true
+
+
 def weighted_average_precision(
     truth: Float[np.ndarray, " subject"],
     score: Float[np.ndarray, " subject"],

@@ -83,7 +83,7 @@ def histograms(
         axes.set_axis_off()
     for axes, name in zip(grid.flat, shown, strict=False):
         _histogram(axes, of[name], sick, groups, (reference or {}).get(name, {}))
-        axes.set_title(_title(name), fontsize=_NORMAL, color=_INK)
+        axes.set_title(title_of(name), fontsize=_NORMAL, color=_INK)
     handles = [Line2D([], [], color=colour, linewidth=5, alpha=0.5, label=name) for name, _, colour in groups]
     handles.append(Line2D([], [], color="#5b6470", linewidth=1, label="with the sick"))
     if reference:
@@ -200,11 +200,12 @@ def _caption(split: str, study: Study) -> str:
 # -------------------------------------------------------------------------------------------------- histograms
 
 
-def _title(name: str) -> str:
-    unit = (PHENOTYPES | COVARIATES)[name]
+def title_of(name: str) -> str:
+    """A label as a person reads it: ``lvedv_ml`` -> ``lvedv (mL)``; names without unit without one."""
+    unit = (PHENOTYPES | COVARIATES).get(name, "")
     endings = {"mL": "_ml", "%": "_pct", "L/min": "_l_min", "g": "_g", "mm": "_mm"}
     endings |= {"years": "_y", "m2": "_m2", "1/min": "_bpm"}
-    return f"{name.removesuffix(endings.get(unit, '')).replace('_', ' ')} ({unit})"
+    return name.removesuffix(endings.get(unit, "")).replace("_", " ") + (f" ({unit})" if unit else "")
 
 
 def _histogram(

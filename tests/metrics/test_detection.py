@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kmtr.metrics import (
     best_f1_threshold,
     detection,
+    roc,
     weighted_auroc,
     weighted_average_precision,
     weighted_f1,
@@ -143,3 +144,13 @@ def test_sensitivity_at_ninety_percent_specificity_in_closed_form() -> None:
 def test_labels_that_are_none_are_refused() -> None:
     with pytest.raises(InputError, match="expected labels 0, 1 or NaN, got 2"):
         detection(np.array([0.0, 1.0, 2.0]), np.zeros(3), 0.0)
+
+
+@pytest.mark.parametrize("levels", [0, 5])
+def test_the_roc_is_scikit_learns_and_auroc_is_the_area_below_it(levels: int) -> None:
+    truth, score = draw(3, levels=levels)
+    false, true = roc(truth, score)
+    expected = reference("roc_curve", truth, score, drop_intermediate=False)
+    np.testing.assert_allclose((false, true), expected[:2])
+    assert np.trapezoid(true, false) == pytest.approx(weighted_auroc(truth, score, np.ones((1, len(truth))))[0])
+    assert np.isnan(roc(np.ones(3), np.arange(3.0))[0][1:]).all()

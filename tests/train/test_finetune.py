@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from kmtr.exported import MODEL_HEAD as HEAD
 from kmtr.exported import MODEL_WEIGHTS as WEIGHTS
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.phenotypes import over_known
+from kmtr.tracking.store import client
 from kmtr.train import driver, start
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError, Study
@@ -136,6 +139,39 @@ def test_the_model_on_its_own_predicts_the_same(tuned: dict[str, object], config
     assert study.keys() == model.units.keys()
     assert 0 < study["dcm"] < 1
     assert 20 < study["lvedv_ml"] < 500
+
+
+def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_predictions(
+    forked: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = "phenotypes,diseases,segmentation,reconstruction"
+    asked = override(on_labels(config, tasks=tasks, frames=1, patch=(8, 8), channels=8), {"train.workers": 1})
+    said = finetune.run(asked)
+    folder, report = Path(said["folder"]), Path(said["report"])
+    assert report == folder / "report.html"
+    page, data = report.read_text(), json.loads((folder / "report.json").read_text())
+    tables = {one["name"]: one for one in data["tables"]}
+    assert {"phenotypes", "phenotypes_gain", "diseases", "diseases_gain", "dice", "dice_gain", "images"} <= set(tables)
+    assert {path.stem for path in (folder / "tables").iterdir()} == set(tables)
+    assert all(html.escape(one["caption"]) in page for one in tables.values())
+    assert page.count("<figure>") == len(data["figures"])
+    for shown in ("Bland-Altman", "receiver operating", "contours", "zero-filled, temporally shared and predicted"):
+        assert any(shown in caption for caption in data["figures"]), shown
+    files = [page, json.dumps(data), *(path.read_text() for path in (folder / "tables").iterdir())]
+    names = set(read(Path(said["predictions"])).column("subject").to_pylist())
+    assert len(names) == 8
+    assert not any(name in text for name in names for text in files)
+    store = client(config.tracking.uri)
+    assert [file.path for file in store.list_artifacts(said["run_id"], "report")] == ["report/report.html"]
+
+    monkeypatch.setattr(finetune, "predictions", None)  # from here on nothing is predicted for a table
+    made = report.stat().st_mtime_ns
+    assert finetune.run(asked)["report"] == str(report)
+    assert report.stat().st_mtime_ns == made
+    report.unlink()
+    assert finetune.run(asked)["report"] == str(report)
+    again = json.loads((folder / "report.json").read_text())
+    assert (again["tables"], again["figures"]) == (data["tables"], data["figures"])
 
 
 def test_it_starts_from_the_encoder_or_from_its_initial_weights(tuned: dict[str, object], config: RunConfig) -> None:

@@ -1,0 +1,124 @@
+"""Masks and images of a few held-out subjects, made anew by the model: what figures show and no table keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from jaxtyping import Float
+
+from kmtr.config import Data, RunConfig, override
+from kmtr.data.dataset.reader import Dataset
+from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.batch import Batch, Wanted
+from kmtr.evaluate.masks import shared_image, zerofilled_image
+from kmtr.evaluate.predictions import Name
+from kmtr.evaluate.scores import panel
+from kmtr.evaluate.task_tables import mean_dice
+from kmtr.inference import TaskModel
+from kmtr.inputs import full_image
+from kmtr.metrics.dense import DICE, Pair
+from kmtr.physics.sampling import VALIDATION
+from kmtr.tasks.views import views_of
+
+PERCENTILES = (10, 50, 90)
+PREDICTED = "predicted"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Held-out subjects that figures show, the worst first, and what they were chosen by.
+
+    Attributes:
+        score: name of the score, mean over R.
+        percentiles, values: of each subject, among the held-out subjects.
+        subjects: pseudonyms: for reading them, never for showing.
+    """
+
+    score: str
+    percentiles: tuple[int, ...]
+    values: tuple[float, ...]
+    subjects: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One subject at one nominal R.
+
+    Attributes:
+        number: place among the subjects shown, from 1.
+        true_acceleration: R that was really acquired.
+        full: view -> fully sampled magnitude image, ``slice t y x``.
+        masks: view -> true and predicted classes; empty: the model draws none, or no mask is known.
+        images: name (zero-filled, temporally shared, predicted) -> view -> image; empty: the model makes none.
+    """
+
+    number: int
+    acceleration: int
+    true_acceleration: float
+    full: Mapping[str, np.ndarray]
+    masks: Mapping[str, Pair]
+    images: Mapping[str, Mapping[str, np.ndarray]]
+
+
+def choose(rows: pa.Table, ours: Name) -> Chosen | None:
+    """The subjects at the percentiles of mean Dice, or of SSIM where no masks were scored; None without either."""
+    there = set(rows.filter(pc.equal(rows.column("system"), ours.system)).column("target").to_pylist())
+    for score, targets in (("mean Dice", DICE), ("SSIM", ("ssim",))):
+        if asked := tuple(target for target in targets if target in there):
+            seen = panel(rows, targets=asked)
+            values = mean_dice(seen, ours)
+            order = at_percentiles(values)
+            found = tuple(seen.subjects[i] for i in order)
+            return Chosen(score, PERCENTILES, tuple(float(values[i]) for i in order), found)
+    return None
+
+
+def at_percentiles(values: Float[np.ndarray, " subject"]) -> list[int]:
+    """Subjects whose value is nearest in rank to each of `PERCENTILES`; those without one are not asked."""
+    known = np.flatnonzero(np.isfinite(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    return [int(order[round(p / 100 * (len(order) - 1))]) for p in PERCENTILES]
+
+
+def looks(
+    config: RunConfig, dataset: Dataset, model: TaskModel, asked: Sequence[str], accelerations: Sequence[int]
+) -> list[Look]:
+    """The chosen subjects at every R, with the patterns that their scores were made with.
+
+    Args:
+        asked: their pseudonyms.
+    """
+    reader = dataset.reader("test", config.data)
+    every = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
+    place = dict(zip(subjects.pseudonyms(reader, every), every, strict=True))
+    wanted = Wanted(masks=model.prepare.wanted.masks)
+    found = []
+    for r in accelerations:
+        fixed = override(config, {"sampling.accelerations": (r,)})
+        for number, name in enumerate(asked, 1):
+            (host,) = pipeline.read_in_order(reader, [place[name]], 1, fixed, wanted, VALIDATION)
+            batch, data = host.to(model.device), config.data
+            said, full = model(batch), full_image(batch, data.matrix)
+            shown = {}
+            if "image" in said:
+                others = zerofilled_image(data.matrix)(batch)["image"], shared_image(data.matrix)(batch)["image"]
+                shown = dict(zip(("zero-filled", "temporally shared"), others, strict=True)) | {
+                    PREDICTED: said["image"]
+                }
+            masks: Mapping[str, Pair] = {}
+            if "masks" in said and batch.masks is not None:
+                (masks,) = views_of(batch, data, batch.masks, said["masks"])
+            images = {name: _views(batch, data, image) for name, image in shown.items()}
+            true = float(batch.true_acceleration[0])
+            found.append(Look(number, r, true, _views(batch, data, full), masks, images))
+    return found
+
+
+def _views(batch: Batch, data: Data, image: torch.Tensor) -> dict[str, np.ndarray]:
+    (views,) = views_of(batch, data, image, image)
+    return {view: pair.truth for view, pair in views.items()}
