@@ -183,8 +183,9 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
         scores = scores_of(table.filter(pc.is_in(table.column("target"), pa.array(list(PHENOTYPES)))))
         shown += [tables.r2_table(scores, config), tables.error_table(scores)]
         last = max(scores, key=lambda one: one.acceleration)
-        for name, suffix in ((trained(config), ""), (RIDGE, "_ridge")):
-            r2 = {tables.short(target): probe.r2 for target, probe in last.probes[name].items()}
+        own = last.probes.get(trained(config), {})  # without phenotypes' task there are none: all is measured on masks
+        for name, suffix in ((trained(config), ""), (RIDGE, "_ridge")) if own else ():
+            r2 = {tables.short(target): last.probes[name][target].r2 for target in own}
             metrics |= {f"{target}_r2{suffix}": value for target, value in r2.items()}
             metrics[f"mean_r2{suffix}"] = float(np.mean(list(r2.values())))
     if names & set(DISEASES):

@@ -53,7 +53,7 @@ class MeanMask:
     @staticmethod
     def fit(config: RunConfig, reader: Reader, rows: Sequence[int]) -> MeanMask:
         """The class that is most frequent at each pixel, where the task `segmentation` begins."""
-        prior = priors.mask_log_prior(config, reader, priors.chosen(config, rows))
+        prior = priors.mask_log_prior(config, reader, priors.contoured(config, reader, rows))
         return MeanMask(prior.argmax(1).to(torch.uint8))
 
     def __call__(self, batch: Batch, /) -> dict[str, Tensor]:

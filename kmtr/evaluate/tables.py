@@ -20,13 +20,18 @@ def short(target: str) -> str:
 
 
 def r2_table(scores: list[Scores], config: RunConfig) -> Table:
-    """R2 with 95 % intervals: a row per acceleration and source of features."""
+    """R2 with 95 % intervals: a row per acceleration and source of features; empty where a system says nothing of a
+    target, as what is measured on masks, or a model of other targets.
+    """
     targets = list(scores[0].probes[MEAN])
     rows: list[tuple[Cell, ...]] = []
     for s in scores:
         for name, probes in s.probes.items():
             cells: list[str] = []
             for target in targets:
+                if target not in probes:
+                    cells.append("")
+                    continue
                 low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
                 cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
             rows.append((s.acceleration, f"{s.true_acceleration:.2f}", name.title, *cells))
@@ -61,7 +66,7 @@ def error_table(scores: list[Scores]) -> Table:
     """Mean absolute errors in physical units."""
     targets = list(scores[0].probes[MEAN])
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (s.acceleration, name.title, *(round(probes[t].mae, 2) for t in targets))
+        (s.acceleration, name.title, *(round(probes[t].mae, 2) if t in probes else "" for t in targets))
         for s in scores
         for name, probes in s.probes.items()
     )

@@ -97,6 +97,17 @@ class Task(ABC):
     @abstractmethod
     def systems(self) -> tuple[str, ...]: ...
 
+    def check(self, dataset: Any, rows: Sequence[int]) -> None:  # noqa: B027  most refuse nothing of their own
+        """Refuse, before a worker starts, what the task cannot learn from.
+
+        Args:
+            dataset: `data.dataset.reader.Dataset`.
+            rows: of its training split, that are trained on.
+
+        Raises:
+            InputError: one line that names the key.
+        """
+
     def readout(self, readers: Mapping[str, Reader]) -> int | None:
         """Central kx samples of a batch that the task looks at; None: all."""
         return widest(readers[name].readout for name in self.systems)

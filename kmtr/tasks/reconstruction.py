@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
-from kmtr.data.dataset.reader import Reader
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import full_image
+from kmtr.inputs import full_image, known_image, known_peak
 from kmtr.metrics.dense import reconstruction_scores
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, magnitude_image
 from kmtr.tasks import priors
@@ -20,6 +20,7 @@ from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
 from kmtr.tasks.losses import absolute_and_structural
 from kmtr.tasks.views import views_of
+from kmtr.types import InputError
 
 
 class Reconstruction(Dense):
@@ -37,13 +38,21 @@ class Reconstruction(Dense):
     def looks(self) -> bool:
         return True
 
+    def check(self, dataset: Dataset, rows: Sequence[int]) -> None:
+        super().check(dataset, rows)
+        if not priors.complete(self.config, dataset.reader("train", self.config.data), rows, most=1):
+            raise InputError(
+                "task.tasks: expected fully sampled training subjects for reconstruction, got "
+                f"{len(rows)} that the scanner undersampled, whose image nobody knows"
+            )
+
     def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``image_constant``, the loss of the mean image."""
-        some = priors.chosen(self.config, rows)
+        some = priors.complete(self.config, reader, rows)
         return {"image_constant": priors.image_constant(self.config, reader, some, tables["image_mean"])}
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
-        return (batch.acquired | ~batch.existing).all(-1)
+        return batch.complete
 
     def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
         assert chosen.seen is not None
@@ -52,7 +61,7 @@ class Reconstruction(Dense):
         start = seen.image[place] if self.shows else mean
         truth = full_image(batch, matrix) / seen.unit[:, None, None, None, None]
         extra = {"start": start, "scale": given.tables["image_sd"], "unit": seen.unit[place[0]]}
-        extra |= {"truth": truth[place], "peak": truth.amax((1, 2, 3, 4)), "constant": given.tables["image_constant"]}
+        extra |= {"truth": truth[place], "peak": known_peak(truth, batch), "constant": given.tables["image_constant"]}
         if self.config.task.data_consistency:
             row, z, t = place
             sampled = crop_or_pad(batch.sampled, matrix[:1], (-1,))
@@ -76,8 +85,10 @@ class Reconstruction(Dense):
         return {"image": asked.on_grid(found, torch.nan)}
 
     def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``psnr_db``, ``ssim``, ``nmse`` of each subject, over the field of view."""
-        truth = full_image(batch, self.config.data.matrix)
+        """``psnr_db``, ``ssim``, ``nmse`` of each subject, over the field of view; NaN where the scanner undersampled a
+        view.
+        """
+        truth = known_image(batch, self.config.data.matrix)
         scores = [reconstruction_scores(views) for views in views_of(batch, self.config.data, truth, outputs["image"])]
         return {
             name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)

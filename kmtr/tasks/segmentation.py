@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from kmtr.data.dataset.reader import Reader
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.metrics.dense import mask_scores
 from kmtr.tasks import priors
@@ -18,7 +18,7 @@ from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
 from kmtr.tasks.losses import cross_entropy_and_dice
 from kmtr.tasks.views import views_of
-from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
+from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, InputError
 
 
 class Segmentation(Dense):
@@ -34,9 +34,17 @@ class Segmentation(Dense):
     outputs = len(SEGMENTATION_CLASSES)
     masks = True
 
+    def check(self, dataset: Dataset, rows: Sequence[int]) -> None:
+        super().check(dataset, rows)
+        if not priors.contoured(self.config, dataset.reader("train", self.config.data), rows, most=1):
+            raise InputError(
+                "task.tasks: expected training subjects with contours for segmentation, in the chosen slices and "
+                f"frames of {','.join(self.config.data.views)}, got none among {len(rows)}"
+            )
+
     def fit(self, reader: Reader, rows: Sequence[int], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``mask_log_prior``, where the logits begin, and ``mask_constant``, the loss there."""
-        some = priors.chosen(self.config, rows)
+        some = priors.contoured(self.config, reader, rows)
         prior = priors.mask_log_prior(self.config, reader, some)
         return {"mask_log_prior": prior, "mask_constant": priors.mask_constant(self.config, reader, some, prior)}
 

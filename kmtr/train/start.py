@@ -15,6 +15,7 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import subjects
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
+from kmtr.systems import system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
@@ -28,7 +29,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The configuration with `task.encoder` as an absolute path or `NONE`; of another stage as it is.
 
     Raises:
-        InputError: the dataset lacks a label, or the encoder is missing or of another geometry.
+        InputError: the dataset lacks what a task learns from, or the encoder is missing or of another geometry.
     """
     if config.stage != "task":
         return config
@@ -42,6 +43,10 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
                     f"{key}: expected labels that at least {MIN_KNOWN} subjects have, got {label}; the dataset has "
                     f"{', '.join(dataset.labels) or 'none'}"
                 )
+    system(config.task.system)  # one that there is
+    chosen = budget(config, dataset)
+    for task in tasks_of(config).values():
+        task.check(dataset, range(dataset.rows("train")) if chosen is None else chosen.tolist())
     if config.task.encoder == NONE or config.task.system != "kspace":
         return override(config, {"task.encoder": NONE})
     folder = Path(storage.absolute(config.task.encoder)) if config.task.encoder else _pretrained(config, dataset)
