@@ -83,6 +83,16 @@ def full_image(batch: Batch, matrix: tuple[int, int]) -> Image:
     return magnitude_image(crop_or_pad(batch.kspace, matrix, (-2, -1)))
 
 
+def known_image(batch: Batch, matrix: tuple[int, int]) -> Image:
+    """`full_image`, NaN in slices and frames that the scanner undersampled, whose image nobody knows."""
+    return full_image(batch, matrix).masked_fill(~batch.complete[..., None, None], torch.nan)
+
+
+def known_peak(image: Image, batch: Batch) -> Float[Tensor, " batch"]:
+    """Maximum of each subject's images that are known; 0 where none is."""
+    return image.masked_fill(~batch.complete[..., None, None], 0.0).amax((1, 2, 3, 4))
+
+
 INPUTS: dict[str, Callable[[Batch], Tensor]] = {
     "acquired": acquired,
     "zerofilled": zerofilled,

@@ -22,11 +22,10 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, HeldOut, Name, joined
 from kmtr.evaluate.predictors import Predictor, predict
-from kmtr.inputs import Shared, acquired
+from kmtr.inputs import Shared
 from kmtr.metrics import Kernel
 from kmtr.metrics.dense import DICE
 from kmtr.metrics.segmentation import extreme_frames
-from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.tasks import priors
 from kmtr.train import start
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
@@ -54,7 +53,7 @@ class MeanMask:
     @staticmethod
     def fit(config: RunConfig, reader: Reader, rows: Sequence[int]) -> MeanMask:
         """The class that is most frequent at each pixel, where the task `segmentation` begins."""
-        prior = priors.mask_log_prior(config.data, start.averaged(config, reader, rows, masks=True))
+        prior = priors.mask_log_prior(config.data, start.averaged(config, reader, rows, "masks"))
         return MeanMask(prior.argmax(1).to(torch.uint8))
 
     def __call__(self, batch: Batch, /) -> dict[str, Tensor]:
@@ -129,21 +128,6 @@ def fit(config: RunConfig, reader: Reader, rows: Sequence[int], batches: Iterabl
         rows_of = np.concatenate(images[:most]), np.concatenate(masks[:most])
         found[MASK_RIDGE] = MaskRidge(*rows_of, config.data.matrix)
     return found
-
-
-def zerofilled_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
-    """Predictor of the magnitude image of the acquired lines, each frame by itself, in the source's numbers."""
-    return lambda batch: {"image": magnitude_image(crop_or_pad(acquired(batch), matrix, (-2, -1)))}
-
-
-def shared_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
-    """Predictor of the temporally shared image, in the source's numbers."""
-
-    def image(batch: Batch) -> dict[str, Tensor]:
-        seen = Shared.of(batch, matrix)
-        return {"image": seen.image * seen.unit[:, None, None, None, None]}
-
-    return image
 
 
 def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, int], None]) -> pa.Table:

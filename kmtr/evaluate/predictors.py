@@ -20,7 +20,7 @@ from kmtr.config import Data
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import HeldOut, Name, from_masks, joined, rows
-from kmtr.inputs import full_image
+from kmtr.inputs import known_image
 from kmtr.metrics import Ridge, fit_ridge
 from kmtr.metrics.dense import mask_distances, mask_scores, masks_phenotypes, reconstruction_scores
 from kmtr.tasks.views import views_of
@@ -141,7 +141,7 @@ def numbers(name: Name, batch: Batch, outputs: Outputs, data: Data) -> dict[Name
         own |= _stacked([mask_scores(each) | mask_distances(each) for each in views])
         measured = _stacked([masks_phenotypes(each) for each in views])
     if "image" in outputs:
-        views = list(views_of(batch, data, full_image(batch, data.matrix), outputs["image"]))
+        views = list(views_of(batch, data, known_image(batch, data.matrix), outputs["image"]))
         boxes: list[dict[str, np.ndarray]] = [{} for _ in views]
         if batch.masks is not None:
             drawn = views_of(batch, data, batch.masks, batch.masks)

@@ -20,7 +20,9 @@ def short(target: str) -> str:
 
 
 def r2_table(scores: list[Scores], config: RunConfig) -> Table:
-    """R2 with 95 % intervals: a row per acceleration and source of features."""
+    """R2 with 95 % intervals: a row per acceleration and source of features; empty where a system says nothing of a
+    target, as what is measured on masks, or a model of other targets.
+    """
     targets = list(scores[0].probes[MEAN])
     rows: list[tuple[Cell, ...]] = []
     for s in scores:

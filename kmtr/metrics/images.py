@@ -111,7 +111,7 @@ def image_scores(
             of the whole reference either way.
 
     Returns:
-        NaN where the reference is nothing but zeros there.
+        NaN where the reference is nothing but zeros there, or where some of it is NaN: unknown.
 
     Raises:
         InputError: shapes differ, or images smaller than SSIM's window.
@@ -119,7 +119,7 @@ def image_scores(
     peak = float(reference.max(initial=0))
     inside = (..., *(box or (slice(None), slice(None))))
     seen, true = estimate[inside], reference[inside]
-    if not true.any():
+    if not true.any() or np.isnan(peak):
         return ImageScores(float("nan"), float("nan"), float("nan"))
     return ImageScores(psnr_db(seen, true, peak), ssim(seen, true, peak), nmse(seen, true))
 

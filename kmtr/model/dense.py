@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -81,8 +80,8 @@ class DenseDecoder(nn.Module):
             x = block(x, lengths, memory, sources)
         x = self._image(self.pixels(self.norm(x)).unflatten(0, (-1, count)))
         if shown is not None:
-            x = torch.cat([x, F.pixel_unshuffle(shown, HALF).contiguous(memory_format=torch.channels_last)], dim=1)
-        return F.pixel_shuffle(self.out(self.refine(x)), HALF).float()
+            x = torch.cat([x, _halved(shown).contiguous(memory_format=torch.channels_last)], dim=1)
+        return _doubled(self.out(self.refine(x))).float()
 
     def _index(self, cells: Places) -> Int[Tensor, "cell query axis"]:
         """Places (slice, t, y, x) of the queries of each cell."""
@@ -99,3 +98,17 @@ class DenseDecoder(nn.Module):
         split = x.unflatten(2, (*(n // HALF for n in self.patch), self.channels)).unflatten(1, self.shape)
         pixels = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return pixels.movedim(-1, 1)  # channels last in memory, as convolutions are fastest
+
+
+def _halved(x: Float[Tensor, "cell channel y x"]) -> Float[Tensor, "cell more half_y half_x"]:
+    """Each `HALF` x `HALF` pixels as channels of one: `pixel_unshuffle`, which leaves no cells at all as they are, of
+    the wrong shape.
+    """
+    split = x.unflatten(3, (-1, HALF)).unflatten(2, (-1, HALF))
+    return split.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
+def _doubled(x: Float[Tensor, "cell channel half_y half_x"]) -> Float[Tensor, "cell fewer y x"]:
+    """Inverse of `_halved`."""
+    split = x.unflatten(1, (-1, HALF, HALF))
+    return split.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kmtr.config import Data, Model
-from kmtr.model.packing import Lengths, Places, join
+from kmtr.model.packing import Lengths, Places, indices, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer, Tokens
 from kmtr.model.transformer import Block, GatedLinear, sincos
 from kmtr.physics.cycle import static_dynamic
@@ -137,7 +137,7 @@ def on_grid(
         shape: of the grid.
     """
     whole = absent.new_ones(len(absent), *shape)
-    whole[:, torch.tensor(slots, device=absent.device), : absent.shape[2]] = absent
+    whole[:, indices(slots, absent.device), : absent.shape[2]] = absent
     return whole
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,6 +18,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+def indices(values: Sequence[int], device: torch.device) -> Int[Tensor, " value"]:
+    """Whole numbers as a tensor that is made on the device, run by run of consecutive ones: a copy from memory that is
+    not page-locked would make the host wait for all that the device has to do.
+    """
+    breaks = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1] + 1), len(values)]
+    runs = [torch.arange(values[a], values[b - 1] + 1, device=device) for a, b in pairwise(breaks) if b > a]
+    return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,8 @@ def attend(
     In half precision on a GPU one kernel takes all subjects. Elsewhere each run of neighbours with the same lengths is
     one call of `scaled_dot_product_attention`; nothing is padded, so none has a mask.
     """
+    if not queries.total:  # no kernel is launched for nothing; all weights get a gradient, as on the other workers
+        return query + 0.0 * (key.sum() + value.sum())
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn  # here and not above: it imports the compiler
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Complex, Float, Int
 from torch import Tensor, nn
 
 from kmtr.config import Data, Model
-from kmtr.model.packing import Lengths, Places, gather
+from kmtr.model.packing import Lengths, Places, gather, indices
 from kmtr.physics.fourier import centred, crop_or_pad, magnitude_image
 from kmtr.physics.images import scale_image
 from kmtr.physics.lines import (
@@ -131,7 +131,7 @@ class LineTokenizer:
             readout(nn.functional.pad(part / scale, (0, 0, 0, missing)), self.samples, self.hybrid)
             for part in (central[row, z, :, t, ky], static[row, z, :, ky])
         )
-        place = torch.tensor(batch.slots, device=kspace.device)[z]
+        place = indices(batch.slots, kspace.device)[z]
         ky = ky + self.data.matrix[0] // 2 - height // 2
         split = {"static": line} if self.model.line_parts == "whole" else {"dynamic": line - fixed, "static": fixed}
         values = torch.stack([self._normalised(split[part], part, place, ky) for part in self.parts_held], dim=1)
@@ -253,7 +253,7 @@ class PatchTokenizer:
         if visible is not None:
             kspace = torch.where(visible[:, :, None, :, :, None], kspace, 0)
         kspace = crop_or_pad(kspace, self.matrix, (-2, -1))
-        mean = self.mean[torch.tensor(batch.slots, device=self.mean.device), None]
+        mean = self.mean[indices(batch.slots, self.mean.device), None]
         return scale_image(magnitude_image(kspace), batch.padded).sub_(mean).div_(self.sd)
 
     def __call__(
@@ -268,7 +268,7 @@ class PatchTokenizer:
         cells = images.unfold(2, pt, pt).unfold(3, py, py).unfold(4, px, px)
         places = gather(chosen, lengths)
         row, (z, t, y, x) = places.lengths.subject, places.index.unbind(-1)
-        place = torch.tensor(batch.slots, device=z.device)[z]
+        place = indices(batch.slots, z.device)[z]
         index = torch.stack([place, t, y, x], dim=-1)
         return Tokens(places.lengths, index, cells[row, z, t, y, x].flatten(1))
 

@@ -78,10 +78,14 @@ class System(Protocol):
 
     Attributes:
         input: name of what it sees of a subject (`kmtr.inputs`).
+        tokens: its features are `model.encoder.Encoded`: tokens and a vector per slice and frame beside the vector.
     """
 
     @property
     def input(self) -> str: ...
+
+    @property
+    def tokens(self) -> bool: ...
 
     def module(self, config: RunConfig) -> nn.Module:
         """The half that learns; initial weights are drawn from torch's generator."""

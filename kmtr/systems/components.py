@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
-from kmtr.model.packing import Pending
+from kmtr.model.packing import Pending, indices
 from kmtr.physics.cycle import SIDE, clean_parts
 from kmtr.systems.base import Reading
 
@@ -66,7 +66,7 @@ class ComponentReader:
     @torch.no_grad()
     def of(self, batch: Batch) -> Float[Tensor, "batch slice part channel"]:
         """Components of every slice of the configuration, zeros where the batch has none, fp32."""
-        place = torch.tensor(batch.slots, device=batch.kspace.device)
+        place = indices(batch.slots, batch.kspace.device)
         parts = zip(PARTS, clean_parts(batch.kspace, batch.padded), strict=True)
         found = torch.stack([(values - self.mean[part][place]) @ self.basis[part] for part, values in parts], dim=2)
         found = found.masked_fill(batch.padded.all(-1)[..., None, None], 0.0)
@@ -79,7 +79,7 @@ class ComponentReader:
 class CleanComponents:
     """`components` of `align.teacher`: fixed, of as many numbers per part as the space of alignment has."""
 
-    input = "full"
+    input, tokens = "full", False
 
     def module(self, config: RunConfig) -> nn.Module:
         return AsTheyAre()

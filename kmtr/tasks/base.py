@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Task(ABC):
         systems: names of those that it trains, in the order in which their weights are drawn.
         label: its loss is logged as ``<label>_loss``.
         labels: columns that it needs of a batch, as the dataset names them.
-        masks: it needs the segmentation.
+        needs: of a subject, to be learnt: contours, or fully sampled images.
         after: tasks whose answers it uses, where a model has them.
         couples: the loss of a subject depends on the others of the global batch: `couple` takes the place of `LOSS`.
     """
@@ -95,7 +95,7 @@ class Task(ABC):
     name: ClassVar[str]
     label: ClassVar[str]
     couples: ClassVar[bool] = False
-    masks: ClassVar[bool] = False
+    needs: ClassVar[Literal["", "masks", "images"]] = ""
     after: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: RunConfig):
@@ -108,6 +108,13 @@ class Task(ABC):
     @property
     @abstractmethod
     def systems(self) -> tuple[str, ...]: ...
+
+    def check(self) -> None:  # noqa: B027  most refuse nothing of their own
+        """Refuse, before a worker starts, settings with which the task cannot be learnt.
+
+        Raises:
+            InputError: one line that names the key.
+        """
 
     def readout(self, readers: Mapping[str, Reader]) -> int | None:
         """Central kx samples of a batch that the task looks at; None: all."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import Shared
-from kmtr.model.dense import DenseDecoder
-from kmtr.model.packing import Pending, Places, gather
+from kmtr.model.dense import HALF, DenseDecoder
+from kmtr.model.packing import Pending, Places, gather, indices
 from kmtr.physics import random
-from kmtr.systems import Reader, Reading
+from kmtr.systems import SYSTEMS, Reader, Reading, system
 from kmtr.tasks.base import Encode, Given, Task
+from kmtr.types import InputError
 
 SHOWN = 2
 """Images that a query sees of its slice: the temporally shared one of its frame, and their mean over the cycle."""
@@ -90,6 +91,17 @@ class Dense(Task):
     def readout(self, readers: Mapping[str, Reader]) -> int | None:
         return None if self.looks else super().readout(readers)
 
+    def check(self) -> None:
+        task, matrix = self.config.task, self.config.data.matrix
+        if any(p < HALF or p % HALF or n % p for n, p in zip(matrix, task.patch, strict=True)):
+            raise InputError(f"task.patch: expected even divisors of data.matrix={matrix}, got {task.patch}")
+        if not system(task.system).tokens:
+            able = ", ".join(name for name, one in SYSTEMS.items() if one.tokens)
+            raise InputError(
+                f"task.system: expected one that offers tokens for {self.name}, {able}, got {task.system}, which has a "
+                "vector alone"
+            )
+
     def head(self) -> nn.Module:
         config = self.config
         shown, channels = SHOWN * self.shows, config.task.channels
@@ -124,7 +136,7 @@ class Dense(Task):
         def make(lengths: Sequence[Any]) -> Asked:
             local = gather(chosen, lengths[-1])
             place = (local.lengths.subject, *local.index.unbind(-1))
-            slots = torch.tensor(batch.slots, device=chosen.device)
+            slots = indices(batch.slots, chosen.device)
             cells = replace(local, index=torch.stack([slots[place[1]], place[2]], dim=-1))
             shown = None if images is None else images[place]
             extra = self.extra(batch, given, Chosen(cells, place, seen))
@@ -137,7 +149,7 @@ class Dense(Task):
         mean, sd = (given.tables[name] for name in ("image_mean", "image_sd"))
         present = (~batch.padded)[..., None, None]
         still = (seen.image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
-        slots = torch.tensor(batch.slots, device=mean.device)
+        slots = indices(batch.slots, mean.device)
         both = torch.stack([seen.image, still.expand_as(seen.image)], dim=3)
         return (both - mean[slots, None, None]) / sd
 

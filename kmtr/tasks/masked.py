@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.model.encoder import line_decoder, patch_decoder
-from kmtr.model.packing import Lengths, Pending
+from kmtr.model.packing import Lengths, Pending, indices
 from kmtr.model.tokenizers import Tokens
 from kmtr.physics import random, sampling
 from kmtr.systems import Reading
@@ -138,4 +137,4 @@ def hidden_patches(config: RunConfig, batch: Batch) -> Bool[Tensor, "batch slice
 
 
 def _rows(batch: Batch) -> Tensor:
-    return torch.tensor(batch.slots, device=batch.key.device)
+    return indices(batch.slots, batch.key.device)

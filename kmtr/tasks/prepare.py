@@ -42,7 +42,7 @@ class Preparer:
     @property
     def wanted(self) -> Wanted:
         """Columns that a batch has to carry for the tasks."""
-        return Wanted(self.labels, any(task.masks for task in self.tasks.values()))
+        return Wanted(self.labels, any(task.needs == "masks" for task in self.tasks.values()))
 
     def readout(self, stage: Stage) -> int | None:
         """Central kx samples of a batch that a stage looks at; None: all."""

@@ -10,18 +10,23 @@ from torch import Tensor
 
 from kmtr.config import Data
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import Shared, full_image
+from kmtr.inputs import Shared, full_image, known_peak
 from kmtr.tasks.losses import absolute_and_structural, cross_entropy_and_dice
-from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, InputError
+from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
 RAREST = 1e-3
 """Least frequency of a class: a logit begins no lower."""
+UNDRAWN = 1e-8
+"""That of a class that no source draws in a view: its background may be the class, so the loss alone would not keep it
+out of predictions; a subject that draws it all the same can still teach it.
+"""
 
 
 def mask_log_prior(data: Data, batches: Iterable[Batch]) -> Float[Tensor, "slice class y x"]:
     """Log of each class's frequency at every pixel of every slice slot, over all frames.
 
-    Over the labelled pixels whose source draws the class; the background has the rest.
+    Over the labelled pixels whose source draws the class; the background has the rest. A class that no source draws in
+    a view begins so low that it is never predicted there.
     """
     found = torch.zeros(len(SEGMENTATION_CLASSES), data.slices, *data.matrix, dtype=torch.float64)
     asked = torch.zeros_like(found)
@@ -34,7 +39,11 @@ def mask_log_prior(data: Data, batches: Iterable[Batch]) -> Float[Tensor, "slice
             asked[value, slots] += (labelled * batch.contoured[:, :, value, None, None]).sum(0)
     share = found / asked.clamp(min=1)
     share[0] = 1 - share[1:].sum(0)
-    share = share.clamp(min=RAREST)
+    views = torch.tensor(data.view_types)
+    drawn = asked.sum((2, 3)) > 0
+    drawn = torch.stack([drawn[:, views == view].any(1) for view in data.view_types], dim=1)
+    drawn[0] = True
+    share = torch.maximum(share, torch.where(drawn, RAREST, UNDRAWN)[..., None, None])
     return (share / share.sum(0)).log().float().movedim(0, 1).contiguous()
 
 
@@ -42,7 +51,7 @@ def mask_constant(batches: Iterable[Batch], prior: Float[Tensor, "slice class y 
     """Loss of segmentation that `prior` has, mean over the subjects with a labelled pixel.
 
     Raises:
-        InputError: no subject has one.
+        ValueError: no subject has one.
     """
     losses = []
     for batch in batches:
@@ -56,18 +65,21 @@ def mask_constant(batches: Iterable[Batch], prior: Float[Tensor, "slice class y 
                 counts = torch.tensor([len(z)])
                 losses.append(cross_entropy_and_dice(prior[slots[z]], truth[cells], classes[z], counts))
     if not losses:
-        raise InputError("task.tasks: expected training subjects with masks for segmentation, the dataset has none")
+        raise ValueError("mask_constant: expected a subject with a labelled pixel")
     return torch.cat(losses).mean()
 
 
 def image_constant(data: Data, batches: Iterable[Batch], mean: Float[Tensor, "slice y x"]) -> Float[Tensor, ""]:
-    """Loss of reconstruction that the population's mean image has, mean over subjects, in units of `Shared`."""
+    """Loss of reconstruction that the population's mean image has, mean over subjects, in units of `Shared`; over the
+    slices and frames whose image is known (`Batch.complete`).
+    """
     losses = []
     for batch in batches:
         seen = Shared.of(batch, data.matrix)
         truth = full_image(batch, data.matrix) / seen.unit[:, None, None, None, None]
-        cells = ~batch.padded
+        cells = batch.complete
         guess = mean[torch.tensor(batch.slots)][None, :, None].expand(truth.shape)
         counts = cells.sum((1, 2))
-        losses.append(absolute_and_structural(guess[cells], truth[cells], truth.amax((1, 2, 3, 4)), counts))
+        loss = absolute_and_structural(guess[cells], truth[cells], known_peak(truth, batch), counts)
+        losses.append(loss[counts > 0])
     return torch.cat(losses).mean()

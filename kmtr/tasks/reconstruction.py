@@ -11,7 +11,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import full_image
+from kmtr.inputs import full_image, known_image, known_peak
 from kmtr.metrics.dense import reconstruction_scores
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, magnitude_image
 from kmtr.tasks import priors
@@ -31,6 +31,7 @@ class Reconstruction(Dense):
 
     name = label = "reconstruction"
     outputs = 1
+    needs = "images"
 
     @property
     def looks(self) -> bool:
@@ -41,7 +42,7 @@ class Reconstruction(Dense):
         return {"image_constant": priors.image_constant(self.config.data, batches(), tables["image_mean"])}
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
-        return (batch.acquired | ~batch.existing).all(-1)
+        return batch.complete
 
     def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
         assert chosen.seen is not None
@@ -50,7 +51,7 @@ class Reconstruction(Dense):
         start = seen.image[place] if self.shows else mean
         truth = full_image(batch, matrix) / seen.unit[:, None, None, None, None]
         extra = {"start": start, "scale": given.tables["image_sd"], "unit": seen.unit[place[0]]}
-        extra |= {"truth": truth[place], "peak": truth.amax((1, 2, 3, 4)), "constant": given.tables["image_constant"]}
+        extra |= {"truth": truth[place], "peak": known_peak(truth, batch), "constant": given.tables["image_constant"]}
         if self.config.task.data_consistency:
             row, z, t = place
             sampled = crop_or_pad(batch.sampled, matrix[:1], (-1,))
@@ -74,8 +75,10 @@ class Reconstruction(Dense):
         return {"image": asked.on_grid(found, torch.nan)}
 
     def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``psnr_db``, ``ssim``, ``nmse`` of each subject, over the field of view."""
-        truth = full_image(batch, self.config.data.matrix)
+        """``psnr_db``, ``ssim``, ``nmse`` of each subject, over the field of view; NaN where the scanner undersampled a
+        view.
+        """
+        truth = known_image(batch, self.config.data.matrix)
         scores = [reconstruction_scores(views) for views in views_of(batch, self.config.data, truth, outputs["image"])]
         return {
             name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)

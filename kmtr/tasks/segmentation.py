@@ -31,7 +31,7 @@ class Segmentation(Dense):
 
     name = label = "segmentation"
     outputs = len(SEGMENTATION_CLASSES)
-    masks = True
+    needs = "masks"
 
     def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``mask_log_prior``, where the logits begin, and ``mask_constant``, the loss there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.order import permutation
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
+from kmtr.systems import system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
@@ -26,6 +28,12 @@ from kmtr.types import DISEASES, InputError
 
 MAX_AVERAGED, CHUNK = 256, 16
 """Subjects that the mean mask and the losses of constant answers are of, and how many are in memory at once."""
+LACKING = {
+    "": "subjects",
+    "masks": "subjects with contours in the chosen views, slices and frames",
+    "images": "subjects that the scanner sampled fully (of others nobody knows the image)",
+}
+"""`Task.needs` -> what a dataset lacks that has none."""
 NONE = "none"
 """Value of `task.encoder` for a system that starts from its initial weights."""
 
@@ -34,7 +42,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     """The configuration with `task.encoder` as an absolute path or `NONE`; of another stage as it is.
 
     Raises:
-        InputError: the dataset lacks a label, or the encoder is missing or of another geometry.
+        InputError: the dataset lacks what a task learns from, or the encoder is missing or of another geometry.
     """
     if config.stage != "task":
         return config
@@ -48,6 +56,16 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
                     f"{key}: expected labels that at least {MIN_KNOWN} subjects have, got {label}; the dataset has "
                     f"{', '.join(dataset.labels) or 'none'}"
                 )
+    system(config.task.system)  # one that there is
+    chosen = budget(config, dataset)
+    reader = dataset.reader("train", config.data)
+    rows = range(len(reader)) if chosen is None else chosen.tolist()
+    for name, task in tasks_of(config).items():
+        task.check()
+        if next(usable(config, reader, rows, task.needs), None) is None:
+            raise InputError(
+                f"task.tasks: expected {LACKING[task.needs]} for {name}, got none among {len(rows)} training subjects"
+            )
     if config.task.encoder == NONE or config.task.system != "kspace":
         return override(config, {"task.encoder": NONE})
     folder = Path(storage.absolute(config.task.encoder)) if config.task.encoder else _pretrained(config, dataset)
@@ -142,15 +160,25 @@ def task_tables(
     """
     found, some = label_moments(config, reader, rows), range(len(reader)) if rows is None else rows.tolist()
     for task in tasks_of(config).values():
-        found |= task.fit(partial(averaged, config, reader, some, task.masks), fitted)
+        found |= task.fit(partial(averaged, config, reader, some, task.needs), fitted)
     return found
 
 
-def averaged(config: RunConfig, reader: Reader, rows: Sequence[int], masks: bool) -> Iterator[Batch]:
-    """Up to `MAX_AVERAGED` of these training subjects, by the seed, on the CPU: what means are taken over."""
-    some = [rows[i] for i in permutation(config.seed, 0, len(rows))[:MAX_AVERAGED]]
-    for host in pipeline.read_in_order(reader, some, CHUNK, config, Wanted(masks=masks)):
+def averaged(config: RunConfig, reader: Reader, rows: Sequence[int], needs: str) -> Iterator[Batch]:
+    """Up to `MAX_AVERAGED` of these training subjects that have what a task `needs`, by the seed, on the CPU: what
+    means are taken over.
+    """
+    some = list(islice(usable(config, reader, rows, needs), MAX_AVERAGED))
+    for host in pipeline.read_in_order(reader, some, CHUNK, config, Wanted(masks=needs == "masks")):
         yield host.to(torch.device("cpu"))
+
+
+def usable(config: RunConfig, reader: Reader, rows: Sequence[int], needs: str) -> Iterator[int]:
+    """Those of the training rows that have what a task `needs`, in random order: a few among many are found."""
+    order = (rows[i] for i in permutation(config.seed, 0, len(rows)))
+    if needs == "masks":
+        return subjects.contoured(config.data, reader, order)
+    return subjects.complete(config.data, reader, order) if needs == "images" else order
 
 
 def label_moments(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from cohort import simulated, write
 from exported import TARGETS, model_folder
+from one_process import predicted_here
 from torch import Tensor
 
 import kmtr
@@ -24,7 +25,6 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.predict import command
-from kmtr.evaluate.predict.parts import Job, PartWriter
 from kmtr.evaluate.predictions import read
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel
@@ -39,28 +39,7 @@ def model(small: RunConfig, tables: dict[str, Tensor], tmp_path_factory: pytest.
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Parts are predicted by this process instead of Ray's; the numbers of those that were."""
-    computed: list[int] = []
-
-    def predicted(job: Job, files: dict[str, bytes], missing: list[int], workers: int, gpu: bool) -> Any:
-        model = kmtr.load_model(files_to(files, Path(job.out).parent / "unpacked"))
-        writer = PartWriter(job, model)
-        for number in missing:
-            computed.append(number)
-            yield number, writer(number)
-
-    monkeypatch.setattr(command, "predicted", predicted)
-    monkeypatch.setattr(command, "start_ray", lambda: None)
-    monkeypatch.setattr(command, "refuse_missing_gpu", lambda device: None)
-    monkeypatch.setattr(command, "uses_gpus", lambda device: False)
-    monkeypatch.setattr(command, "workers_of", lambda asked, gpu: 1)
-    return computed
-
-
-def files_to(files: dict[str, bytes], folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
+    return predicted_here(monkeypatch)
 
 
 def asked(model: Path, root: str | Path, out: Path, *more: str) -> list[str]:

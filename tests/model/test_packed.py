@@ -22,7 +22,7 @@ from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.loader.batch import Batch
 from kmtr.model.encoder import Encoder, Grid, LineEmbed, PatchEmbed, Position
-from kmtr.model.packing import Lengths, Places, attend, join
+from kmtr.model.packing import Lengths, Places, attend, indices, join
 from kmtr.model.tokenizers import LineTokenizer, PatchTokenizer
 from kmtr.model.transformer import Block
 from kmtr.physics.cycle import static_dynamic
@@ -449,3 +449,8 @@ def test_a_linear_predictor_finds_the_conditional_mean() -> None:
     torch.testing.assert_close(learnt.detach().double(), closed, rtol=0, atol=1e-3)
     with torch.no_grad():
         assert all(loss(closed.float() + 0.05 * torch.randn(2, 4, generator=generator)) > least for _ in range(20))
+
+
+@pytest.mark.parametrize("values", [(), (3,), (0, 1, 2, 3), (0, 1, 5, 6, 4, 4)])
+def test_numbers_are_made_on_the_device(values: tuple[int, ...]) -> None:
+    assert indices(values, torch.device("cpu")).tolist() == list(values)

@@ -138,7 +138,7 @@ def test_step_zero_is_the_mean_mask_and_the_shared_image(
     model, prepare, stage = ready(config, fitted)
     batch = batch_of(config, reader_of, prepare)
     said = model(prepare(batch, stage), predict=True)
-    prior = priors.mask_log_prior(config.data, start.averaged(config, reader_of, range(len(reader_of)), masks=True))
+    prior = priors.mask_log_prior(config.data, start.averaged(config, reader_of, range(len(reader_of)), "masks"))
     mean = prior.argmax(1).to(torch.uint8)[list(batch.slots), None].expand(said["segmentation"]["masks"].shape)
     there = ~batch.padded
     assert torch.equal(said["segmentation"]["masks"][there], mean[there])

@@ -102,6 +102,11 @@ class Batch:
         return existing(self.padded, self.extent[..., 1], self.kspace.shape[-2])
 
     @property
+    def complete(self) -> Bool[Tensor, "batch slice t"]:
+        """Slices and frames of which the source has every line, so that their image is known."""
+        return (self.acquired | ~self.existing).all(-1) & ~self.padded
+
+    @property
     def true_acceleration(self) -> Float[Tensor, " batch"]:
         """Lines that exist over those acquired, of every subject; fp64."""
         return self.existing.flatten(1).sum(1).double() / self.sampled.flatten(1).sum(1)

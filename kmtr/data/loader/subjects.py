@@ -6,14 +6,17 @@ accelerations and numbers of workers. A smaller number of subjects is the beginn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from kmtr.config import Data
 from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader.masks import read_masks
 from kmtr.data.loader.order import permutation
-from kmtr.types import InputError
+from kmtr.data.loader.shapes import full_shape
+from kmtr.types import UNLABELLED, InputError
 
 MIN_KNOWN = 3
 """Training subjects with a label, below which it can't be learnt."""
@@ -70,6 +73,28 @@ def budget(
 def held_out(seed: int, there: int, count: int) -> list[int]:
     """Up to `count` of the `there` rows of the test split, on which systems are compared."""
     return _chosen(seed + 2, there, count)
+
+
+def contoured(data: Data, reader: Reader, rows: Iterable[int]) -> Iterator[int]:
+    """Those of the rows with a labelled pixel in the slices and frames that are chosen, in their order."""
+    for row in rows:
+        samples = reader.samples([row])
+        shapes = {view: samples.meta.column(f"shape_{view}")[0].as_py() for view in data.views}
+        if any(shape and samples.fetch_masks(0, view, shape) is not None for view, shape in shapes.items()):
+            masks = read_masks(reader.samples([row]), data, full_shape(data))["masks"]
+            if bool((masks != UNLABELLED).any()):
+                yield row
+
+
+def complete(data: Data, reader: Reader, rows: Iterable[int]) -> Iterator[int]:
+    """Those of the rows of which the scanner acquired every line of some view, in their order."""
+    for row in rows:
+        meta = reader.samples([row]).meta
+        shaped, undersampled = (
+            {view for view in data.views if meta.column(f"{kind}_{view}")[0].is_valid} for kind in ("shape", "acquired")
+        )
+        if shaped - undersampled:
+            yield row
 
 
 def _chosen(seed: int, there: int, count: int) -> list[int]:
