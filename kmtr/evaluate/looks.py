@@ -18,7 +18,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.evaluate.masks import shared_image, zerofilled_image
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
-from kmtr.evaluate.task_tables import mean_dice
+from kmtr.evaluate.task_tables import subject_means
 from kmtr.inference import TaskModel
 from kmtr.inputs import full_image
 from kmtr.metrics.dense import DICE, Pair
@@ -71,7 +71,7 @@ def choose(rows: pa.Table, ours: Name) -> Chosen | None:
     for score, targets in (("mean Dice", DICE), ("SSIM", ("ssim",))):
         if asked := tuple(target for target in targets if target in there):
             seen = panel(rows, targets=asked)
-            values = mean_dice(seen, ours)
+            values = subject_means(seen, ours)
             order = at_percentiles(values)
             found = tuple(seen.subjects[i] for i in order)
             return Chosen(score, PERCENTILES, tuple(float(values[i]) for i in order), found)

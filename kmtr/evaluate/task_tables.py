@@ -340,8 +340,8 @@ def _with_means(seen: Panel) -> Panel:
     return replace(seen, targets=(*seen.targets, *MEAN_DICE), truth=truth, values=values)
 
 
-def mean_dice(seen: Panel, name: Name) -> np.ndarray:
-    """Mean Dice of a system, ``subject``, over R, phases and classes that the subject has; NaN: it has none."""
+def subject_means(seen: Panel, name: Name) -> np.ndarray:
+    """Mean of a system's scores of each subject, ``subject``, over R and targets that it has; NaN: it has none."""
     (values,) = (values for fit, values in seen.values.items() if fit.name == name)
     known = np.isfinite(values)
     count = known.sum((0, 2))
