@@ -1,4 +1,5 @@
-"""Features of the linear baselines: parts of the undersampled k-space, and its image at low resolution.
+"""Features of the linear baselines: parts of the undersampled k-space, and its image at low resolution; floors of
+images.
 
 A claim of the encoder on a dataset has to beat these. Where they are near perfect the dataset is too easy, and nothing
 is shown by winning.
@@ -6,13 +7,15 @@ is shown by winning.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import view_shared
+from kmtr.inputs import Shared, acquired, view_shared
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import phase_gain
 
@@ -52,3 +55,18 @@ def still_and_moving(values: Float[Tensor, "batch slice t *rest"], padded: Bool[
     present = (~padded).to(values.dtype).view(*padded.shape, *[1] * (values.ndim - 3))
     mean = (values * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
     return torch.cat([mean, (values - mean) * present], dim=2).flatten(1).cpu().numpy()
+
+
+def zerofilled_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
+    """Predictor of the magnitude image of the acquired lines, each frame by itself, in the source's numbers."""
+    return lambda batch: {"image": magnitude_image(crop_or_pad(acquired(batch), matrix, (-2, -1)))}
+
+
+def shared_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
+    """Predictor of the temporally shared image, in the source's numbers."""
+
+    def image(batch: Batch) -> dict[str, Tensor]:
+        seen = Shared.of(batch, matrix)
+        return {"image": seen.image * seen.unit[:, None, None, None, None]}
+
+    return image

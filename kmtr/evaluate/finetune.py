@@ -147,8 +147,8 @@ def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Tab
             train = pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
             fitted |= masks.fit(config, readers["train"], labelled, train)
         if "reconstruction" in model.prepare.tasks:
-            fitted |= {ZEROFILLED: masks.zerofilled_image(config.data.matrix)}
-            fitted |= {SHARED: masks.shared_image(config.data.matrix)}
+            fitted |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
+            fitted |= {SHARED: baselines.shared_image(config.data.matrix)}
         seed, labels = config.seed, len(labelled)
         parts.append(
             predict(fitted, test, held_out, config.data, acceleration=r, seed=seed, labels=labels, device=device)

@@ -15,7 +15,7 @@ from kmtr.config import Data, RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
-from kmtr.evaluate.masks import shared_image, zerofilled_image
+from kmtr.evaluate.baselines import shared_image, zerofilled_image
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_tables import subject_means

@@ -1,7 +1,6 @@
-"""Floors of masks and images: what needs no network. A claim has to beat them.
+"""Floors of masks: what needs no network. A claim has to beat them.
 
-The mean mask needs no input; a linear map from the temporally shared image to every pixel is the strongest; of images
-the zero-filled and the temporally shared one.
+The mean mask needs no input; a linear map from the temporally shared image to every pixel is the strongest.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, HeldOut, Name, joined
 from kmtr.evaluate.predictors import Predictor, predict
-from kmtr.inputs import Shared, acquired
+from kmtr.inputs import Shared
 from kmtr.metrics import Kernel
 from kmtr.metrics.dense import DICE
 from kmtr.metrics.segmentation import extreme_frames
-from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.tasks import priors
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
@@ -128,21 +126,6 @@ def fit(config: RunConfig, reader: Reader, rows: Sequence[int], batches: Iterabl
         rows_of = np.concatenate(images[:most]), np.concatenate(masks[:most])
         found[MASK_RIDGE] = MaskRidge(*rows_of, config.data.matrix)
     return found
-
-
-def zerofilled_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
-    """Predictor of the magnitude image of the acquired lines, each frame by itself, in the source's numbers."""
-    return lambda batch: {"image": magnitude_image(crop_or_pad(acquired(batch), matrix, (-2, -1)))}
-
-
-def shared_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
-    """Predictor of the temporally shared image, in the source's numbers."""
-
-    def image(batch: Batch) -> dict[str, Tensor]:
-        seen = Shared.of(batch, matrix)
-        return {"image": seen.image * seen.unit[:, None, None, None, None]}
-
-    return image
 
 
 def score_masks(config: RunConfig, dataset: Dataset, progress: Callable[[int, int], None]) -> pa.Table:
