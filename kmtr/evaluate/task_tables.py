@@ -58,7 +58,7 @@ def tables_of(rows: pa.Table, ours: Collection[Name], resamples: int) -> list[In
         there = set(pc.unique(rows.column("target")).to_pylist())
         if asked := tuple(target for target in targets if target in there):
             found += make(_with_truth(panel(rows, targets=asked)), ours, resamples)
-    return found
+    return [one for one in found if one.rows]
 
 
 def phenotypes(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
@@ -304,7 +304,7 @@ def draws_for(seen: Panel, ours: Collection[Name], resamples: int) -> int:
 
 def _with_truth(seen: Panel) -> Panel:
     """Without targets of which too few subjects are known; scores, which have no truth, stay."""
-    known = np.isfinite(seen.truth).sum(0)
+    known: list[int] = np.isfinite(seen.truth).sum(0).tolist()
     labels = {*PHENOTYPES, *DISEASES}
     return _only(
         seen, [count >= MIN_KNOWN or name not in labels for count, name in zip(known, seen.targets, strict=True)]
