@@ -18,7 +18,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.evaluate.baselines import shared_image, zerofilled_image
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
-from kmtr.evaluate.task_tables import mean_dice
+from kmtr.evaluate.task_tables import subject_means
 from kmtr.inference import TaskModel
 from kmtr.inputs import full_image
 from kmtr.metrics.dense import DICE, Pair
@@ -66,15 +66,17 @@ class Look:
 
 
 def choose(rows: pa.Table, ours: Name) -> Chosen | None:
-    """The subjects at the percentiles of mean Dice, or of SSIM where no masks were scored; None without either."""
+    """The subjects at the percentiles of mean Dice, or of SSIM where no masks were scored, each once; None without
+    either.
+    """
     there = set(rows.filter(pc.equal(rows.column("system"), ours.system)).column("target").to_pylist())
     for score, targets in (("mean Dice", DICE), ("SSIM", ("ssim",))):
         if asked := tuple(target for target in targets if target in there):
             seen = panel(rows, targets=asked)
-            values = mean_dice(seen, ours)
-            order = at_percentiles(values)
-            found = tuple(seen.subjects[i] for i in order)
-            return Chosen(score, PERCENTILES, tuple(float(values[i]) for i in order), found)
+            values = subject_means(seen, ours)
+            shown = {place: p for p, place in zip(PERCENTILES, at_percentiles(values), strict=True)}
+            names = tuple(seen.subjects[place] for place in shown)
+            return Chosen(score, tuple(shown.values()), tuple(float(values[place]) for place in shown), names)
     return None
 
 

@@ -1,7 +1,6 @@
-"""Floors of masks and images: what needs no network. A claim has to beat them.
+"""Floors of masks: what needs no network. A claim has to beat them.
 
-The mean mask needs no input; a linear map from the temporally shared image to every pixel is the strongest; of images
-the zero-filled and the temporally shared one.
+The mean mask needs no input; a linear map from the temporally shared image to every pixel is the strongest.
 """
 
 from __future__ import annotations

@@ -38,7 +38,6 @@ from kmtr.types import DISEASES, PHENOTYPES, VIEWS
 FORMAT = 1
 """Number of the report's content; a report of another one is made anew."""
 HTML, JSON, TABLES = "report.html", "report.json", "tables"
-LEVELS = ("base", "middle", "apex")
 
 Picture = tuple[str, Figure]
 """Caption and figure."""
@@ -195,7 +194,8 @@ def contours(seen: Sequence[Look], who: str) -> list[Picture]:
             title = f"R = {r} (true {_true(seen, r):.2f})"
             caption = (
                 f"True (solid) and predicted (dashed) contours on the fully sampled image at {title}, at the truth's "
-                f"end-diastole (ED) and end-systole (ES). {who}"
+                f"end-diastole (ED) and end-systole (ES); of the short axis the first, middle and last slice, the "
+                f"ends being base and apex. {who}"
             )
             found.append((caption, figures_tasks.overlays(rows, title)))
     return found
@@ -216,13 +216,14 @@ def tiles_of(look: Look, phase: int) -> dict[str, Tile]:
 
 
 def slices_of(view: str, pair: Pair) -> list[tuple[str, int]]:
-    """Name and number of the slices shown: of a stack its first (base), middle and last (apex), else the only one."""
+    """Name and number of the slices shown: of a stack its first, middle and last, else the only one.
+
+    Base and apex are not told apart: which end of the stack comes first is the source's choice.
+    """
     count = len(pair.truth)
     if view != "sax":
         return [(view.replace("lax_", ""), count // 2)]
-    numbers = sorted({0, count // 2, count - 1})
-    names = LEVELS if len(numbers) == 3 else (LEVELS[0], LEVELS[2])[: len(numbers)]
-    return [(f"short axis, {name}", z) for name, z in zip(names, numbers, strict=True)]
+    return [(f"short axis, {z + 1} of {count}", z) for z in sorted({0, count // 2, count - 1})]
 
 
 def curves(seen: Sequence[Look], who: str) -> list[Picture]:
@@ -231,7 +232,7 @@ def curves(seen: Sequence[Look], who: str) -> list[Picture]:
     for look in seen:
         true, said = (lv_volume(look.masks, which) for which in ("truth", "predicted"))
         if true is not None and said is not None:
-            panel_of = panels.setdefault(f"subject {look.number}", {"true masks": true})
+            panel_of = panels.setdefault(f"held-out subject {look.number}", {"true masks": true})
             panel_of[f"R = {look.acceleration}"] = said
     if not panels:
         return []

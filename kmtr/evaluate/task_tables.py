@@ -58,7 +58,7 @@ def tables_of(rows: pa.Table, ours: Collection[Name], resamples: int) -> list[In
         there = set(pc.unique(rows.column("target")).to_pylist())
         if asked := tuple(target for target in targets if target in there):
             found += make(_with_truth(panel(rows, targets=asked)), ours, resamples)
-    return found
+    return [one for one in found if one.rows]
 
 
 def phenotypes(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
@@ -304,7 +304,7 @@ def draws_for(seen: Panel, ours: Collection[Name], resamples: int) -> int:
 
 def _with_truth(seen: Panel) -> Panel:
     """Without targets of which too few subjects are known; scores, which have no truth, stay."""
-    known = np.isfinite(seen.truth).sum(0)
+    known: list[int] = np.isfinite(seen.truth).sum(0).tolist()
     labels = {*PHENOTYPES, *DISEASES}
     return _only(
         seen, [count >= MIN_KNOWN or name not in labels for count, name in zip(known, seen.targets, strict=True)]
@@ -340,8 +340,8 @@ def _with_means(seen: Panel) -> Panel:
     return replace(seen, targets=(*seen.targets, *MEAN_DICE), truth=truth, values=values)
 
 
-def mean_dice(seen: Panel, name: Name) -> np.ndarray:
-    """Mean Dice of a system, ``subject``, over R, phases and classes that the subject has; NaN: it has none."""
+def subject_means(seen: Panel, name: Name) -> np.ndarray:
+    """Mean of a system's scores of each subject, ``subject``, over R and targets that it has; NaN: it has none."""
     (values,) = (values for fit, values in seen.values.items() if fit.name == name)
     known = np.isfinite(values)
     count = known.sum((0, 2))

@@ -7,8 +7,9 @@ on at once; a subject is drawn with its predictions by every seed and system.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -19,7 +20,9 @@ Statistic = Callable[[Float[np.ndarray, "draw subject"]], Float[np.ndarray, " dr
 
 RESAMPLES = 2000
 _CELLS = 4_000_000
-"""Weights held at once, draws times subjects: 32 MB."""
+"""Weights worked on at once, draws times subjects: 32 MB."""
+_KEPT = 8_000_000
+"""Weights kept for the next call at most: 64 MB."""
 
 
 def labelled(
@@ -57,12 +60,31 @@ def resample(
         ``1 + resamples`` rows; NaN where a statistic is undefined on a draw, and everywhere without subjects.
     """
     rows = [np.stack([statistic(np.ones((1, subjects))) for statistic in statistics], axis=1)]
-    rng = np.random.Generator(np.random.Philox(seed))
-    step = max(1, _CELLS // max(subjects, 1))
-    for first in range(0, resamples, step):
-        weights = _weights(rng, min(step, resamples - first), subjects)
+    for weights in _draws(subjects, resamples, seed):
         rows.append(np.stack([statistic(weights) for statistic in statistics], axis=1))
     return np.concatenate(rows)
+
+
+def _draws(subjects: int, resamples: int, seed: int) -> Iterable[Float[np.ndarray, "draw subject"]]:
+    """Weights of all draws, in parts; those of the last call are at hand where they are few: a table asks again and
+    again.
+    """
+    few = subjects * resamples <= _KEPT
+    return (_kept_draws if few else _new_draws)(subjects, resamples, seed, max(1, _CELLS // max(subjects, 1)))
+
+
+@lru_cache(maxsize=1)
+def _kept_draws(subjects: int, resamples: int, seed: int, step: int) -> tuple[Float[np.ndarray, "draw subject"], ...]:
+    parts = tuple(_new_draws(subjects, resamples, seed, step))
+    for weights in parts:
+        weights.flags.writeable = False
+    return parts
+
+
+def _new_draws(subjects: int, resamples: int, seed: int, step: int) -> Iterator[Float[np.ndarray, "draw subject"]]:
+    rng = np.random.Generator(np.random.Philox(seed))
+    for first in range(0, resamples, step):
+        yield _weights(rng, min(step, resamples - first), subjects)
 
 
 def _weights(rng: np.random.Generator, draws: int, subjects: int) -> Float[np.ndarray, "draw subject"]:

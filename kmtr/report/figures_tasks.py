@@ -40,7 +40,7 @@ def agreements(phenotypes: Sequence[Agreed], title: str) -> Figure:
     """Predicted against true with the line of identity, and below it Bland-Altman, of each phenotype in its unit.
 
     Raises:
-        InputError: no phenotype, or shapes that differ.
+        InputError: no phenotype.
     """
     if not phenotypes:
         raise InputError("agreements: expected at least one phenotype, got none")
@@ -51,8 +51,6 @@ def agreements(phenotypes: Sequence[Agreed], title: str) -> Figure:
     for axes in grid.flat:
         axes.set_visible(False)
     for place, one in enumerate(phenotypes):
-        if one.truth.shape != one.predicted.shape or one.truth.ndim != 1:
-            raise InputError(f"{one.name}: expected two arrays 'subject', got {one.truth.shape}, {one.predicted.shape}")
         line, column = divmod(place, columns)
         known = np.isfinite(one.truth) & np.isfinite(one.predicted)
         for axes, draw in zip(grid[2 * line : 2 * line + 2, column], (_identity, _bland_altman), strict=True):
@@ -75,8 +73,8 @@ def _identity(axes: Any, truth: np.ndarray, predicted: np.ndarray, unit: str) ->
     axes.scatter(truth, predicted, s=9, alpha=0.5, color=COLOURS[0], linewidths=0)
     axes.set(xlim=limits, ylim=limits, aspect="equal", xlabel=f"true ({unit})", ylabel=f"predicted ({unit})")
     found = agreement(truth, predicted, float(truth.mean()))
-    said = f"r = {found.pearson:.2f}, n = {found.subjects}" if np.isfinite(found.pearson) else f"n = {found.subjects}"
-    axes.text(0.04, 0.97, said, transform=axes.transAxes, va="top", fontsize=SMALL - 1, color=INK)
+    r = f"r = {found.pearson:.2f}, ".replace("-", "−") if np.isfinite(found.pearson) else ""
+    axes.text(0.04, 0.97, f"{r}n = {found.subjects}", transform=axes.transAxes, va="top", fontsize=SMALL - 1, color=INK)
 
 
 def _bland_altman(axes: Any, truth: np.ndarray, predicted: np.ndarray, unit: str) -> None:
@@ -274,7 +272,7 @@ def image_panel(
         layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0),
     )
     grid = figure.subplots(len(rows), len(names) + 2, squeeze=False)
-    titles = ("fully sampled", *names, f"error of the last × {GAIN}")
+    titles = ("fully sampled", *names, f"error × {GAIN}")
     for axes, (label, images) in zip(grid, rows.items(), strict=True):
         last = images[names[-1]]
         for place, image in enumerate((full, *images.values(), GAIN * np.abs(last - full))):

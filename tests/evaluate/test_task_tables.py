@@ -95,7 +95,8 @@ def test_every_interval_holds_its_estimate_and_no_cell_names_a_subject(tables: d
     cells = [cell for table in tables.values() for row in table.rows for cell in row]
     intervals = [cell for cell in cells if isinstance(cell, Interval) and math.isfinite(cell.value)]
     assert len(intervals) > 50
-    assert all(cell.low <= cell.value <= cell.high for cell in intervals)
+    rounding = 1e-9
+    assert not [cell for cell in intervals if not cell.low - rounding <= cell.value <= cell.high + rounding]
     assert not any("pseudonym" in table.csv() + str(table.json()) for table in tables.values())
 
 
@@ -158,7 +159,7 @@ def test_a_model_without_floors_has_no_gains() -> None:
 
 
 def test_figures_show_the_subjects_at_percentiles_of_dice(predicted: pa.Table) -> None:
-    assert looks.at_percentiles(np.array([0.5, np.nan, *np.arange(10, 0, -1)])) == [10, 6, 3]
+    assert looks.at_percentiles(np.array([0.5, np.nan, *np.arange(10, 0, -1)])) == [11, 7, 3]
     chosen = looks.choose(predicted, FINETUNED)
     assert chosen is not None
     assert chosen.score == "mean Dice"
