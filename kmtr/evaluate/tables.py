@@ -27,10 +27,10 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for s in scores:
         for name, probes in s.probes.items():
-            cells: list[str] = []
+            cells: list[Cell] = []
             for target in targets:
                 if target not in probes:
-                    cells.append("")
+                    cells.append(None)
                     continue
                 low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
                 cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
@@ -66,7 +66,7 @@ def error_table(scores: list[Scores]) -> Table:
     """Mean absolute errors in physical units."""
     targets = list(scores[0].probes[MEAN])
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (s.acceleration, name.title, *(round(probes[t].mae, 2) if t in probes else "" for t in targets))
+        (s.acceleration, name.title, *(round(probes[t].mae, 2) if t in probes else None for t in targets))
         for s in scores
         for name, probes in s.probes.items()
     )
