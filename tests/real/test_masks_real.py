@@ -186,7 +186,7 @@ def mean_dice(parts: list[tuple[Batch, Tensor, Scores]]) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("steps", "least"),
-    [pytest.param(40, 0.35, id="a little"), pytest.param(400, 0.8, id="well", marks=pytest.mark.full)],
+    [pytest.param(40, 0.45, id="a little"), pytest.param(400, 0.8, id="well", marks=pytest.mark.full)],
 )
 def test_it_learns_real_hearts_by_heart(config: RunConfig, steps: int, least: float) -> None:
     found = mean_dice(scored(config, *learn(config, steps)))
@@ -210,4 +210,4 @@ def test_sources_draw_different_classes(config: RunConfig) -> None:
         assert labelled.sum(1).tolist() == len(rows) * [2], "end-diastole and end-systole, of two frames or of twenty"
     found = mean_dice(parts)
     assert set(found) == {f"dice_{name}_{phase}" for name in ("lv_cavity", "lv_myocardium", "rv") for phase in PHASES}
-    assert np.mean(list(found.values())) < 0.3, found
+    assert np.mean(list(found.values())) < 0.4, found
