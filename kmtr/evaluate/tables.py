@@ -27,10 +27,10 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for s in scores:
         for name, probes in s.probes.items():
-            cells: list[Cell] = []
+            cells: list[str] = []
             for target in targets:
-                if target not in probes:
-                    cells.append(None)
+                if target not in probes:  # phenotypes that are measured on masks are others than a model is asked for
+                    cells.append("–")
                     continue
                 low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
                 cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
