@@ -19,6 +19,8 @@ from kmtr.types import Study, View
 STEMS = {"sax": "sa", "lax_2ch": "la_2ch", "lax_3ch": "la_3ch", "lax_4ch": "la_4ch"}
 CONTOURS = {"sax": "label_sa", "lax_4ch": "seg4_la_4ch"}
 """View -> name of its contours, whose values are SEGMENTATION_CLASSES."""
+FRAME_TIME_S = 0.04
+"""Between the frames of the files, in s: that of the few simulated ones would be none of a scanner."""
 FIRST = 1000001
 """Number of subject 0."""
 
@@ -54,7 +56,7 @@ def affine_of(name: str, view: View) -> np.ndarray:
 def save(path: Path, array: np.ndarray, name: str, view: View) -> None:
     image = nibabel.Nifti1Image(stored(array), affine_of(name, view))
     image.header.set_xyzt_units("mm", "sec")
-    image.header.set_zooms((*image.header.get_zooms()[:3], view.frame_time_s))
+    image.header.set_zooms((*image.header.get_zooms()[:3], FRAME_TIME_S))
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(image, path)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,19 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import statistics
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
+from kmtr.data.loader.shapes import full_shape
 from kmtr.data.sources import Options, read
 from kmtr.metrics.dense import PHASES
-from kmtr.physics.sampling import VALIDATION
+from kmtr.physics.sampling import PATTERN, VALIDATION
 from kmtr.tasks import Model, Preparer, accumulate, stages_of
 from kmtr.train import start
 from kmtr.types import UNLABELLED, Study
 
 SHARED = Path(os.environ.get("KMTR_SHARED", Path(__file__).parents[2].parent / "shared" / "data"))
 MATRIX = (96, 96)
+SOURCES = {"acdc": (range(10), 4), "sunnybrook": (range(10, 12), 20)}
+"""Source -> rows of its subjects, and frames of their batch."""
+Scores = dict[str, Tensor]
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(
@@ -129,77 +132,82 @@ class Alone:
         self.optimizer.zero_grad()
 
 
-def batch_of(config: RunConfig, reader: Reader, prepare: Preparer, rows: Sequence[int], epoch: int | None) -> Batch:
-    """Some subjects; `epoch` None: as validation sees them."""
-    if epoch is None:
-        return collate(reader.samples(rows), config, None, 0, prepare.wanted, VALIDATION).to(CPU)
-    return collate(reader.samples(rows), config, None, epoch, prepare.wanted).to(CPU)
+def batches_of(config: RunConfig, reader: Reader, prepare: Preparer, epoch: int | None) -> list[Batch]:
+    """All subjects, in a batch for each source, of no more frames than it has; `epoch` None: as validation sees
+    them.
+    """
+    whole, total = full_shape(config.data), len(reader)
+    purpose = VALIDATION if epoch is None else PATTERN
+    return [
+        collate(
+            reader.samples(rows),
+            config,
+            (*whole[:2], frames, *whole[3:]),
+            epoch or 0,
+            prepare.wanted,
+            purpose,
+            real=total,
+        ).to(CPU)
+        for rows, frames in SOURCES.values()
+    ]
 
 
-def learn(config: RunConfig, steps: int, rate: float = 2e-3) -> tuple[Model, Preparer, Reader]:
-    """Train from scratch on all subjects, a cosine from the first step on."""
+def learn(config: RunConfig, steps: int, rate: float = 3e-3) -> tuple[Model, Preparer, Reader]:
+    """Train from scratch on all subjects, a cosine behind ten steps of warm-up."""
     reader = Dataset.open(config.data).reader("train", config.data)
     tables = statistics.fit(config, reader).tensors()
     tables |= start.task_tables(config, reader, tables)
     torch.manual_seed(0)
-    engine, prepare, (stage,) = Alone(Model(config), rate), Preparer(config, tables, CPU), stages_of(config)
-    order, size = np.random.default_rng(0), config.data.global_batch
-    left: list[int] = []
+    engine = Alone(Model(config), rate, len(SOURCES))
+    prepare, (stage,) = Preparer(config, tables, CPU), stages_of(config)
     for step in range(steps):
-        if len(left) < size:
-            left = [*left, *order.permutation(len(reader)).tolist()]
-        rows, left = left[:size], left[size:]
-        accumulate(engine, [batch_of(config, reader, prepare, rows, step)], prepare, stage)
+        accumulate(engine, batches_of(config, reader, prepare, step), prepare, stage)
         engine.update(min(1.0, (step + 1) / 10) * 0.5 * (1 + np.cos(np.pi * step / steps)))
     return engine.model.eval(), prepare, reader
 
 
 @torch.no_grad()
-def scored(
-    config: RunConfig, model: Model, prepare: Preparer, reader: Reader
-) -> tuple[dict[str, Tensor], Batch, Tensor]:
-    """Scores of all subjects, and their batch and predicted masks."""
+def scored(config: RunConfig, model: Model, prepare: Preparer, reader: Reader) -> list[tuple[Batch, Tensor, Scores]]:
+    """Of each source its batch, the predicted masks and their scores."""
     (stage,) = stages_of(config)
-    batch = batch_of(config, reader, prepare, range(len(reader)), None)
-    said = model(prepare(batch, stage), predict=True)["segmentation"]
-    return prepare.tasks["segmentation"].judge(batch, said), batch, said["masks"]
+    found = []
+    for batch in batches_of(config, reader, prepare, None):
+        said = model(prepare(batch, stage), predict=True)["segmentation"]
+        found.append((batch, said["masks"], prepare.tasks["segmentation"].judge(batch, said)))
+    return found
 
 
-def mean_dice(scores: dict[str, Tensor]) -> dict[str, float]:
-    found = {name: float(values.nanmean()) for name, values in scores.items()}
+def mean_dice(parts: list[tuple[Batch, Tensor, Scores]]) -> dict[str, float]:
+    """Of each class and phase that somebody draws, over all subjects."""
+    names = parts[0][2]
+    found = {name: float(torch.cat([scores[name] for *_, scores in parts]).nanmean()) for name in names}
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
 @pytest.mark.parametrize(
     ("steps", "least"),
-    [pytest.param(40, 0.35, id="a little"), pytest.param(400, 0.8, id="well", marks=pytest.mark.full)],
+    [pytest.param(40, 0.45, id="a little"), pytest.param(300, 0.8, id="well", marks=pytest.mark.full)],
 )
 def test_it_learns_real_hearts_by_heart(config: RunConfig, steps: int, least: float) -> None:
-    model, prepare, reader = learn(config, steps)
-    scores, _, _ = scored(config, model, prepare, reader)
-    found = mean_dice(scores)
+    found = mean_dice(scored(config, *learn(config, steps)))
     assert np.mean(list(found.values())) > least, found
 
 
-def test_the_mean_mask_is_no_rival(config: RunConfig) -> None:
-    """What a model begins from, so that the bounds above say that something is learnt."""
-    found = mean_dice(scored(config, *learn(config, 0))[0])
-    assert np.mean(list(found.values())) < 0.3, found
-
-
 def test_sources_draw_different_classes(config: RunConfig) -> None:
-    """Nobody draws atria, Sunnybrook no right ventricle: it is unknown there, and scored where ACDC draws it."""
-    scores, batch, masks = scored(config, *learn(config, 0))
-    assert batch.contoured is not None
-    assert batch.contoured[:10, 0].tolist() == 10 * [[True, True, True, True, False, False]]
-    assert batch.contoured[10:, 0].tolist() == 2 * [[True, True, True, False, False, False]]
-    assert set(mean_dice(scores)) == {
-        f"dice_{name}_{phase}" for name in ("lv_cavity", "lv_myocardium", "rv") for phase in PHASES
-    }
-    assert scores["dice_rv_ed"][:10].isfinite().all()
-    assert scores["dice_rv_ed"][10:].isnan().all()
-    assert set(masks.unique().tolist()) <= {0, 1, 2, 3, UNLABELLED}
-    assert torch.equal((masks == UNLABELLED).all(-1).all(-1), batch.padded)
-    assert batch.masks is not None
-    labelled = (batch.masks != UNLABELLED).any(-1).any(-1).any(1)
-    assert labelled.sum(1).tolist() == 12 * [2], "end-diastole and end-systole, of two frames or of twenty"
+    """Nobody draws atria, Sunnybrook no right ventricle: it is unknown there, and scored where ACDC draws it. The mean
+    mask, from which a model starts, is no rival of what it learns.
+    """
+    parts = scored(config, *learn(config, 0))
+    for (batch, masks, scores), drawn, (rows, _) in zip(parts, ((1, 2, 3), (1, 2)), SOURCES.values(), strict=True):
+        assert batch.masks is not None
+        assert batch.contoured is not None
+        for row in batch.contoured[:, 0]:
+            assert row.nonzero()[:, 0].tolist() == [0, *drawn]
+        assert all(scores[f"dice_rv_{phase}"].isfinite().all() == (3 in drawn) for phase in PHASES)
+        assert set(masks.unique().tolist()) <= {0, 1, 2, 3, UNLABELLED}
+        assert torch.equal((masks == UNLABELLED).all(-1).all(-1), batch.padded)
+        labelled = (batch.masks != UNLABELLED).any(-1).any(-1).any(1)
+        assert labelled.sum(1).tolist() == len(rows) * [2], "end-diastole and end-systole, of two frames or of twenty"
+    found = mean_dice(parts)
+    assert set(found) == {f"dice_{name}_{phase}" for name in ("lv_cavity", "lv_myocardium", "rv") for phase in PHASES}
+    assert np.mean(list(found.values())) < 0.4, found

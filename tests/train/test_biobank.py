@@ -11,6 +11,7 @@ import biobank
 import nibabel
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 from cohort import write
@@ -24,10 +25,10 @@ from kmtr.data.dataset.record import Loaded, schema, to_row
 from kmtr.data.loader.batch import Wanted
 from kmtr.data.loader.collate import collate
 from kmtr.data.sources import discover
-from kmtr.evaluate import finetune
+from kmtr.evaluate import finetune, predictions
 from kmtr.evaluate.predict import command
 from kmtr.inference import by_view
-from kmtr.types import Study
+from kmtr.types import PHENOTYPES, Study
 
 COUNT = 20
 VIEWS = ("sax", "lax_2ch", "lax_4ch")
@@ -157,3 +158,20 @@ def test_files_of_masks_have_the_size_and_the_order_of_the_source(
             image, truth = np.asarray(files["image"].dataobj), np.asarray(there.dataobj)[::-1]  # stored right to left
             np.testing.assert_allclose(image, truth, atol=2e-3 * truth.max())
             assert set(np.unique(np.asarray(files["masks"].dataobj))) <= set(range(6))
+
+
+def test_tables_leave_empty_what_a_system_does_not_say(config: RunConfig, tuned: dict[str, Any]) -> None:
+    """Volumes measured on masks stand beside those that a head predicts; a model of masks alone has no others."""
+    table = predictions.read(Path(tuned["predictions"]))
+    shown, metrics = finetune.summary(table, config)
+    r2 = next(one for one in shown if one.caption.startswith("R2 on"))
+    own = next(row for row in r2.rows if row[2] == predictions.FROM_SCRATCH.title)
+    said = dict(zip(r2.columns[3:], own[3:], strict=True))
+    assert said["LVESV"] == "–"
+    assert said["LVEDV"] != "–"
+    assert metrics["mean_r2_ridge"] == pytest.approx((metrics["lvedv_r2_ridge"] + metrics["lvef_r2_ridge"]) / 2)
+    ours = pc.equal(table.column("system"), predictions.FROM_SCRATCH.title)
+    numbers = pc.is_in(table.column("target"), pa.array(list(PHENOTYPES)))
+    _, fewer = finetune.summary(table.filter(pc.invert(pc.and_(ours, numbers))), config)
+    assert "mean_r2" not in fewer
+    assert fewer["mean_dice"] == pytest.approx(metrics["mean_dice"], nan_ok=True)
