@@ -30,7 +30,7 @@ def predicted_here(patch: pytest.MonkeyPatch) -> list[int]:
     patch.setattr(command, "predicted", predicted)
     patch.setattr(command, "start_ray", lambda: None)
     patch.setattr(command, "refuse_missing_gpu", lambda device: None)
-    patch.setattr(command, "uses_gpu", lambda device: False)
+    patch.setattr(command, "uses_gpus", lambda device: False)
     patch.setattr(command, "workers_of", lambda asked, gpu: 1)
     return computed
 

@@ -33,6 +33,8 @@ from kmtr.tasks.masked import hidden_lines
 from kmtr.types import InputError
 
 CPU = torch.device("cpu")
+DRAWS = 3
+"""Place of stochastic depth's numbers among an encoder's arguments."""
 Tables = dict[str, Tensor]
 
 
@@ -352,8 +354,8 @@ def test_stochastic_depth_is_a_function_of_seed_visit_and_subject(
     assert depth_draws(config, replace(batch, epoch=None), 2) is None, "validation"
     assert torch.equal(shown(prepared(prepare, batch, "align")).all_lines.lengths.counts, batch.sampled.sum((1, 2, 3)))
     inputs = prepared(prepare, batch, "align").tasks["align"]
-    assert torch.equal(inputs.lines.arguments[-1], whole)
-    assert inputs.teacher.arguments[-1] is None, "what is frozen is whole"
+    assert torch.equal(inputs.lines.arguments[DRAWS], whole)
+    assert inputs.teacher.arguments[DRAWS] is None, "what is frozen is whole"
     assert depth_draws(small, batch, 2) is None
 
 

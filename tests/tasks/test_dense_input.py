@@ -114,11 +114,11 @@ def test_a_dataset_without_contours_or_without_whole_images_is_refused(
     write(tmp_path / "plain", {"train": [changed(study, without_contours) for study in plain]})
     write(tmp_path / "fast", {"train": [changed(study, every_other_line) for study in plain]})
     write(tmp_path / "between", {"train": [changed(study, at_odd_frames) for study in plain]})
-    contours = "expected training subjects with contours .* chosen slices and frames of sax,lax_4ch, got none among 8$"
+    contours = "expected subjects with contours in the chosen views, slices and frames .* got none among 8 training"
     for name, task, says in (
         ("plain", "segmentation", contours),
         ("between", "segmentation", contours),
-        ("fast", "reconstruction", "expected fully sampled training subjects .* got 8 that the scanner undersampled"),
+        ("fast", "reconstruction", "expected subjects that the scanner sampled fully .* got none among 8 training"),
     ):
         with pytest.raises(InputError, match=rf"task\.tasks: {says}") as error:
             resolve(dense(small, tmp_path / name, task__tasks=task, data__frames=2))
