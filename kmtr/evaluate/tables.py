@@ -36,9 +36,9 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
                 cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
             rows.append((s.acceleration, f"{s.true_acceleration:.2f}", name.title, *cells))
     return Table(
-        f"R2 on {len(next(iter(scores[0].probes[MEAN].values())).truth)} held-out subjects, ridge probe, "
+        f"R2 on {len(next(iter(scores[0].probes[MEAN].values())).truth)} held-out subjects, "
         f"95 % bootstrap intervals; patterns of family {config.sampling.family}",
-        ("R", "true R", "features", *(short(t).upper() for t in targets)),
+        ("R", "true R", "system", *(short(t).upper() for t in targets)),
         tuple(rows),
     )
 
@@ -71,7 +71,7 @@ def error_table(scores: list[Scores]) -> Table:
         for name, probes in s.probes.items()
     )
     columns = tuple(f"{short(t).upper()} ({PHENOTYPES[t]})" for t in targets)
-    return Table("Mean absolute error", ("R", "features", *columns), rows, digits=2)
+    return Table("Mean absolute error", ("R", "system", *columns), rows, digits=2)
 
 
 def metrics_of(scores: list[Scores], config: RunConfig) -> dict[str, float]:
