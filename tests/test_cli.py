@@ -24,6 +24,7 @@ def ended(
         raise raised
 
     monkeypatch.setattr(sys, "argv", ["job", *words])
+    monkeypatch.setattr(cli, "ray_logs", lambda: "")  # other tests of this process may use Ray
     with pytest.raises(SystemExit) as end:
         cli.main("usage", run)
     line, *more = capsys.readouterr().err.splitlines()

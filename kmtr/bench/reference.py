@@ -208,7 +208,7 @@ class Reference(nn.Module):
 
     def _parts(self, reading: Reading) -> tuple[list[Tensor], Tensor]:
         """Static and dynamic part of what an encoder makes of all tokens; (slice, t) without data."""
-        (tokens,), _, absent, _ = reading.arguments
+        (tokens,), _, absent, *_ = reading.arguments
         model: Any = self.systems[reading.system]
         every = Padded.of(tokens)
         with torch.set_grad_enabled(torch.is_grad_enabled() and reading.learns):

@@ -163,7 +163,7 @@ def test_the_tasks_of_a_study_run_on_ray(cluster: None, config: RunConfig, tmp_p
     source = Source("lowres", seeds=(0,), augmented=True)
     running.probe_all(cohorts[0], {(0, "lowres-augmented"): source})
     for budget in cohorts[1].budgets:
-        comparison.write_features(cohorts[1], source, 2, budget, "cpu")
+        comparison.write_features(cohorts[1], source, 2, budget)
     comparison.write_probes(cohorts[1], source, "lowres-augmented", 0)
     for budget in cohorts[1].budgets:
         ours, theirs = (predictions.read(comparison.part(c, 0, "lowres-augmented", budget)) for c in cohorts)
