@@ -116,6 +116,7 @@ def test_masks_of_a_batch_are_those_of_the_study(config: RunConfig, studies: lis
         np.testing.assert_array_equal(found[name], study.views[name].segmentation)
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:R = 1.00 is not among")
 def test_a_model_draws_where_the_study_has_it(config: RunConfig, studies: list[Study], tuned: dict[str, Any]) -> None:
     """With all lines put back the image is the study's own, whatever was learnt: so its grid is that of the masks."""
@@ -132,6 +133,7 @@ def test_a_model_draws_where_the_study_has_it(config: RunConfig, studies: list[S
             np.testing.assert_allclose(said["image"][name], truth, atol=2e-3 * truth.max())
 
 
+@pytest.mark.full
 def test_files_of_masks_have_the_size_and_the_order_of_the_source(
     config: RunConfig, studies: list[Study], tuned: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +162,7 @@ def test_files_of_masks_have_the_size_and_the_order_of_the_source(
             assert set(np.unique(np.asarray(files["masks"].dataobj))) <= set(range(6))
 
 
+@pytest.mark.full
 def test_tables_leave_empty_what_a_system_does_not_say(config: RunConfig, tuned: dict[str, Any]) -> None:
     """Volumes measured on masks stand beside those that a head predicts; a model of masks alone has no others."""
     table = predictions.read(Path(tuned["predictions"]))

@@ -112,10 +112,9 @@ def test_the_last_weights_are_left_where_they_are_asked_for(whole: Outcome, conf
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.zero_stage": 0, "train.workers": 1},
-        {"train.zero_stage": 3},
+        pytest.param({"train.zero_stage": 0, "train.workers": 1}, id="zero0-one-worker"),
+        pytest.param({"train.zero_stage": 3}, id="zero3-two", marks=pytest.mark.full),
     ],
-    ids=["zero0-one-worker", "zero3-two"],
 )
 def test_the_best_is_the_same_in_every_zero_stage(
     whole: Outcome, config: RunConfig, changes: dict[str, Any], tmp_path: Path
