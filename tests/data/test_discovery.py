@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,7 @@ def test_what_a_library_raises_ends_no_search(
     def fails(*_: object) -> None:
         raise RecursionError("deep inside of a library")
 
+    importlib.import_module(f"kmtr.data.sources.{format}")  # first imported now, it would keep what is put in place
     monkeypatch.setattr(f"kmtr.data.sources.{called}", fails)
     items = discover(format, str(tmp_path))
     assert len(items) == 1
