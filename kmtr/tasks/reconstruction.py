@@ -18,7 +18,7 @@ from kmtr.tasks import priors
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
 from kmtr.tasks.losses import absolute_and_structural
-from kmtr.tasks.views import views_of
+from kmtr.tasks.views import of_subjects, views_of
 
 
 class Reconstruction(Dense):
@@ -80,10 +80,7 @@ class Reconstruction(Dense):
         """
         truth = known_image(batch, self.config.data.matrix)
         scores = [reconstruction_scores(views) for views in views_of(batch, self.config.data, truth, outputs["image"])]
-        return {
-            name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)
-            for name in (scores[0] if scores else ())
-        }
+        return of_subjects(scores, batch.key.device)
 
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]

@@ -16,7 +16,7 @@ from kmtr.tasks import priors
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
 from kmtr.tasks.losses import cross_entropy_and_dice
-from kmtr.tasks.views import views_of
+from kmtr.tasks.views import of_subjects, views_of
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
 
@@ -65,10 +65,7 @@ class Segmentation(Dense):
         """Dice of each class at the truth's end-diastole and end-systole, ``dice_<class>_ed``, ``..._es``."""
         assert batch.masks is not None
         scores = [mask_scores(views) for views in views_of(batch, self.config.data, batch.masks, outputs["masks"])]
-        return {
-            name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=batch.key.device)
-            for name in (scores[0] if scores else ())
-        }
+        return of_subjects(scores, batch.key.device)
 
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]

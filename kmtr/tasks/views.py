@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kmtr.config import Data
@@ -36,3 +37,9 @@ def views_of(batch: Batch, data: Data, truth: Tensor, predicted: Tensor) -> Iter
             height = None if size is None else (float(size[0]), float(size[1]), float(size[2]))
             found[view] = Pair(true[row][at], said[row][at], classes, height)
         yield found
+
+
+def of_subjects(scores: Sequence[Mapping[str, float]], device: torch.device) -> dict[str, Tensor]:
+    """Scores of each subject as float32 ``batch``, by their names."""
+    names = scores[0] if scores else ()
+    return {name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=device) for name in names}
