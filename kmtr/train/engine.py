@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -139,6 +141,24 @@ def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def imported(device: torch.device) -> ModuleType:
+    """DeepSpeed, imported where it is needed and not before: it probes the machine."""
+    # Its tuner of settings, which nothing here calls, imports all of MLflow: two fifths of the import's time, in each
+    # worker at each start.
+    tuner = ModuleType("deepspeed.autotuning.autotuner")
+    tuner.Autotuner = None  # type: ignore[attr-defined]
+    sys.modules.setdefault(tuner.__name__, tuner)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if device.type == "cpu":
+        # Else every first run compiles collectives that only inference calls; killed meanwhile, it leaves a lock
+        # behind for which all later runs wait without a word.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    return deepspeed
+
+
 class ShardedEngine:
     """A DeepSpeed engine with the two verbs that tasks need, and `update`.
 
@@ -151,14 +171,7 @@ class ShardedEngine:
     """
 
     def __init__(self, module: nn.Module, config: RunConfig, world_size: int, device: torch.device):
-        if device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed  # here and not above: it probes the machine at import
-
-        if device.type == "cpu":
-            # Else every first run compiles collectives that only inference calls; killed meanwhile, it leaves a lock
-            # behind for which all later runs wait without a word.
-            deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+        deepspeed = imported(device)
         optimizer = torch.optim.AdamW(
             parameter_groups(module, config),
             lr=config.masked.learning_rate,
