@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, plain
+from kmtr.config import RunConfig, override, plain, typed
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
@@ -92,7 +92,10 @@ def _check_fits(config: RunConfig, folder: Path) -> None:
     for key, value in wanted.items():
         # Acceleration, family and seed may differ: the weights fit all the same.
         if rebuilds(key) and key != "seed" and not key.startswith("sampling.") and known[key] != value:
-            raise InputError(f"{key}: the encoder in {folder} has {known[key]}, got {value}; take its settings")
+            raise InputError(
+                f"{key}: expected {typed(known[key])}, as the encoder in {folder} has it, got {typed(value)}; take its "
+                "settings or another task.encoder"
+            )
 
 
 def tables(config: RunConfig) -> dict[str, Tensor] | None:
