@@ -12,6 +12,7 @@ import pytest
 from kmtr.config import RunConfig, keys, override
 from kmtr.config.help import kind
 from kmtr.config.submitted import PATHS, TRACKING, refuse_relative, refuse_relative_under_submit, submitted
+from kmtr.config.used import USED
 from kmtr.data.dataset import ingest
 from kmtr.evaluate.predict import command
 from kmtr.types import InputError
@@ -54,7 +55,8 @@ def in_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "ingest nifti hearts data.root=d 'ingest.columns=subject=eid lvedv_ml=edv' ingest.labels=labels.csv",
-            "nifti {0}/hearts data.root={0}/d 'ingest.columns=subject=eid lvedv_ml=edv' ingest.labels={0}/labels.csv",
+            "nifti {0}/hearts data.root={0}/d 'ingest.columns=subject=eid lvedv_ml=edv' ingest.labels={0}/labels.csv "
+            "storage.root={0}/runs",
         ),
         ("bench data", "data data.root={0}/runs/base storage.root={0}/runs bench.folder={0}/runs/bench-data"),
     ],
@@ -80,8 +82,9 @@ def test_what_is_submitted_is_not_refused_there(key: str, monkeypatch: pytest.Mo
     monkeypatch.setenv(UNDER_SUBMIT, "{}")
     with pytest.raises(InputError, match=rf"^{key}: expected an absolute path under ray job submit.*'here/it/is'"):
         refuse_relative_under_submit(override(RunConfig(), {"data.root": "/d", "storage.root": "/r"} | typed))
-    _, _, _, *words = submitted(["finetune", "tiny", f"{key}=here/it/is"])
-    refuse_relative_under_submit(override(RunConfig(), dict(word.split("=", 1) for word in words)))
+    for name in USED:
+        words = submitted([name, f"{key}=here/it/is"])[2:]
+        refuse_relative_under_submit(override(RunConfig(), dict(word.split("=", 1) for word in words)))
 
 
 def test_a_relative_model_or_source_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +115,7 @@ def test_make_submits_the_words_as_they_are(tmp_path: Path) -> None:
     recipe = (ROOT / "Makefile").read_text().partition("submit: setup\n")[2].partition("\n\n")[0]
     assert "-m kmtr.config.submitted $(JOB) | xargs --null --no-run-if-empty" in recipe
     words = ["ingest", "nifti", "/hearts", "data.root=/d", "ingest.columns=subject=eid lvedv_ml=edv"]
+    words.append("storage.root=/runs")
     done = subprocess.run([sys.executable, "-m", "kmtr.config.submitted", *words], capture_output=True, text=True)
     assert done.stdout.split("\0")[:-1] == ["python", "jobs/ingest.py", *words[1:]]
     assert done.stderr == f"submit: python jobs/ingest.py {shlex.join(words[1:])}\n"

@@ -34,7 +34,7 @@ PATHS = (
 """Keys of files and folders that a command reads or writes."""
 
 ALWAYS = {"data.root", "storage.root"}
-"""Those whose recipe's value counts where none is given."""
+"""Those that must be absolute on a cluster in every command, given or by its recipe."""
 
 PLACES = {"ingest": 1, "predict": 0}
 """Command -> number of the word behind it that is a path and no setting."""
@@ -95,12 +95,14 @@ def _setting(key: str, value: Any) -> str:
 
 
 def _left_out(command: str, words: Sequence[str]) -> Iterator[str]:
-    """Settings with a path that the command uses and nobody gave: the recipe's, and MLflow's store."""
+    """Settings with a path that nobody gave, of those that the command uses or that may never be relative there: the
+    recipe's, and MLflow's store.
+    """
     recipe = named(command, words)
     given = dict(word.split("=", 1) for word in words if "=" in word)
     values = flatten(RECIPES[recipe]() if recipe else RunConfig()) | given
     values[TRACKING] = os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{values['storage.root']}/mlflow.db"
-    used = {key for key, _ in settings_of(command)}
+    used = ALWAYS | {key for key, _ in settings_of(command)}
     for key in (*PATHS, TRACKING):
         if key in used - given.keys() and values[key]:
             yield _setting(key, values[key])
