@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kmtr.train import checkpoint, driver, start
 
 pytestmark = pytest.mark.slow
 
-STEPS = 5
+STEPS = 4
 LOGGED = {"loss", "phenotypes_loss", "diseases_loss", "segmentation_loss", "reconstruction_loss"}
 Layout = tuple[int, int, int]
 """Workers, micro-batches of each, ZeRO stage."""
@@ -47,24 +48,21 @@ def config(small: RunConfig) -> RunConfig:
     return override(small, asked)
 
 
-def trained(config: RunConfig, layouts: list[Layout], folder: Path) -> dict[Layout, Steps]:
-    """What each step logged, by layout."""
-    dataset = Dataset.open(config.data)
-    reader = dataset.reader("train", config.data)
+@pytest.fixture(scope="module")
+def folder(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where legs run: with their statistics."""
+    folder = tmp_path_factory.mktemp("legs")
+    reader = Dataset.open(config.data).reader("train", config.data)
     tables = statistics.tables(config, reader)
     legs.keep(tables | start.task_tables(config, reader, tables), folder)
-    found: dict[Layout, Steps] = {}
-    for world in sorted({workers for workers, *_ in layouts}):
-        mine = {layout: "-".join(map(str, layout)) for layout in layouts if layout[0] == world}
-        asked = {
-            name: to_json(
-                override(config, {"train.workers": world, "train.accumulation": micro, "train.zero_stage": zero})
-            )
-            for (_, micro, zero), name in mine.items()
-        }
-        said = legs.run(folder, world, [Leg(name, text, 0, config.task.steps) for name, text in asked.items()])
-        found |= {layout: said[name] for layout, name in mine.items()}
-    return found
+    return folder
+
+
+def leg(config: RunConfig, layout: Layout, name: str = "", **changes: Any) -> Leg:
+    """All steps of a run."""
+    asked = dict(zip(("train.workers", "train.accumulation", "train.zero_stage"), layout, strict=True))
+    text = to_json(override(config, asked))
+    return replace(Leg(name or "-".join(map(str, layout)), text, 0, STEPS), **changes)
 
 
 def assert_moves(steps: Steps) -> None:
@@ -74,24 +72,34 @@ def assert_moves(steps: Steps) -> None:
     assert all(step["applied"] for step in steps)
 
 
-def test_workers_micro_batches_and_zero_stages_agree(config: RunConfig, tmp_path: Path) -> None:
-    one, *others = trained(config, [(1, 1, 0), (1, 2, 2), (2, 1, 3), (2, 2, 1)], tmp_path).values()
+def test_workers_micro_batches_zero_stages_and_restarts_agree(config: RunConfig, folder: Path) -> None:
+    """A restart is a fresh engine with other weights, on the checkpoint of half of the steps: equal bit for bit."""
+    (one,) = legs.run(folder, 1, [leg(config, (1, 1, 0))]).values()
+    there = str(folder / "checkpoint")
+    halves = {
+        "first": {"stop": STEPS // 2, "target": there},
+        "second": {"start": STEPS // 2, "source": there, "seed": 1},
+    }
+    restarted = [leg(config, (2, 2, 3), name, **changes) for name, changes in halves.items()]
+    two, first, second = legs.run(folder, 2, [leg(config, (2, 2, 3)), *restarted]).values()
     assert_moves(one)
-    for other in others:
-        assert spread(other, one) < 1e-4
+    assert spread(two, one) < 1e-4
+    assert first + second == two
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("bf16", "workers", "losses"), [(False, 1e-4, 1e-5), (True, 0.05, 5e-3)], ids=["fp32", "bf16"])
-def test_the_whole_table(config: RunConfig, bf16: bool, workers: float, losses: float, tmp_path: Path) -> None:
+def test_the_whole_table(config: RunConfig, bf16: bool, workers: float, losses: float, folder: Path) -> None:
     """KMTR_TABLE=FILE adds the differences of `kmtr/train/RESULTS.md` to a JSON file.
 
     Args:
         workers: largest difference of any logged value, gradient norm included.
         losses: of the losses.
     """
-    layouts = [(world, micro, zero) for zero in range(4) for world in (1, 2) for micro in (1, 2)]
-    found = trained(override(config, {"train.bf16": bf16}), layouts, tmp_path)
+    asked = override(config, {"train.bf16": bf16})
+    layouts = [(world, micro, zero) for world in (1, 2) for zero in range(4) for micro in (1, 2)]
+    said = [legs.run(folder, world, [leg(asked, one) for one in layouts if one[0] == world]) for world in (1, 2)]
+    found = dict(zip(layouts, (steps for of_world in said for steps in of_world.values()), strict=True))
     table: dict[str, dict[str, float]] = {}
     for zero in range(4):
         one = found[1, 1, zero]
@@ -107,6 +115,7 @@ def test_the_whole_table(config: RunConfig, bf16: bool, workers: float, losses: 
         Path(kept).write_text(json.dumps(before | table, indent=1))
 
 
+@pytest.mark.full
 def test_a_killed_run_ends_with_the_same_numbers(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
