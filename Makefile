@@ -89,23 +89,11 @@ ui: setup
 		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" --artifacts-destination "$(CURDIR)/runs/artifacts"
 
 ##  submit       JOB="pretrain tiny key=value ..." to the Ray cluster at ADDRESS=http://127.0.0.1:8265
-# A submitted job runs in a throwaway upload of this folder without git-ignored files, so the paths that JOB does not
-# give are passed as absolute ones: the recipe's data.root, runs/ and its SQLite store under this folder.
-job := $(firstword $(JOB))
-script := $(firstword $(wildcard jobs/$(job).py tune/$(job).py))
-given = $(patsubst $(1)=%,%,$(filter $(1)=%,$(JOB)))
-unless_given = $(if $(call given,$(1)),,"$(1)=$(2)")
-data_root = $(shell $(PY) -c 'import sys; from kmtr.config.submitted import data_root; print(data_root(sys.argv[1:]))' \
-	$(JOB))
-storage = $(or $(call given,storage.root),$(CURDIR)/runs)
-tracking = $(or $(MLFLOW_TRACKING_URI),sqlite:///$(storage)/mlflow.db)
+# A submitted job runs in a throwaway upload of this folder without git-ignored files: its paths become absolute first,
+# and those that JOB leaves out are passed too.
 submit: setup
-	@test -n "$(script)" || \
-		{ echo 'submit: expected JOB="pretrain tiny ..." naming a file of jobs/ or tune/, got "$(JOB)"' >&2; exit 2; }
-	@$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . -- \
-		python $(script) $(wordlist 2,$(words $(JOB)),$(JOB)) \
-		$(call unless_given,data.root,$(data_root)) $(call unless_given,storage.root,$(storage)) \
-		$(call unless_given,tracking.uri,$(tracking))
+	@$(PY) -m kmtr.config.submitted $(JOB) | xargs --null --no-run-if-empty \
+		$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . --
 
 help:
 	@echo "make ..."

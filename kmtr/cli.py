@@ -11,31 +11,18 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from kmtr.config import RunConfig, flatten, parse
 from kmtr.config.help import help_text
 from kmtr.config.recipes import RECIPES
-from kmtr.config.submitted import refuse_relative_under_submit
+from kmtr.config.submitted import PATHS, places, refuse_relative_under_submit
 from kmtr.ray_start import ray_logs, start_ray
 from kmtr.types import InputError, KmtrError, first_line
 
 __all__ = ["main", "recipe_config", "start_ray"]
-
-PATHS = (
-    "data.root",
-    "storage.root",
-    "shards.split_from",
-    "ingest.labels",
-    "sampling.file",
-    "evaluate.encoder",
-    "task.encoder",
-    "bench.folder",
-    "predict.out",
-)
-"""Keys of folders and files that a command reads or writes."""
 
 
 def main(
@@ -83,32 +70,32 @@ def _fail(line: str, status: int) -> None:
     sys.exit(status)
 
 
-def paths_of(words: Sequence[str]) -> dict[str, str]:
-    """Key -> path, absolute, of the keys in `PATHS` that a command as it is typed has, given or by its recipe."""
+def paths_of(words: Sequence[str]) -> list[tuple[str, str]]:
+    """(key, path), absolute, of the keys in `PATHS` that a command as it is typed has, given or by its recipe."""
     recipe = next((RECIPES[word] for word in words if word in RECIPES), RunConfig)
-    given = dict(word.split("=", 1) for word in words if "=" in word)
-    found = {key: given.get(key, flatten(recipe())[key]) for key in PATHS}
-    return {key: os.path.abspath(os.path.expanduser(path)) for key, path in found.items() if path and "://" not in path}
+    values = flatten(recipe()) | dict(word.split("=", 1) for word in words if "=" in word)
+    found = [(key, path) for key in PATHS for path in places(key, values[key])]
+    return [(key, os.path.abspath(os.path.expanduser(path))) for key, path in found if path and "://" not in path]
 
 
-def of_the_system(error: OSError, paths: Mapping[str, str]) -> str:
+def of_the_system(error: OSError, paths: Sequence[tuple[str, str]]) -> str:
     """One line about a file that could not be read or written: the key whose path it belongs to, and what happened.
 
     Args:
-        paths: key -> absolute path.
+        paths: (key, absolute path).
     """
     said = first_line(error)
     reason = os.strerror(error.errno).lower() if error.errno else said
     quoted = re.search(r"'(/[^']*)'", said)  # Arrow's errors have no file name
     where = os.path.abspath(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else ""
     where = where or (quoted[1] if quoted else "")
-    within = {key: path for key, path in paths.items() if where and _related(where, path)}
+    within = [(key, path) for key, path in paths if where and _related(where, path)]
     if not where and error.errno == errno.ENOSPC:
-        within = {key: path for key, path in paths.items() if _room(path) < MIN_ROOM}
+        within = [(key, path) for key, path in paths if _room(path) < MIN_ROOM]
     if not within:
         return f"{where or type(error).__name__}: {reason}"
-    key = max(within, key=lambda key: len(within[key]))
-    return f"{key}: {within[key]} can not be used: {reason}; choose another place by {key}=..."
+    key, path = max(within, key=lambda one: len(one[1]))
+    return f"{key}: {path} can not be used: {reason}; choose another place by {key}=..."
 
 
 def _related(where: str, path: str) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -131,3 +132,25 @@ def work(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
 
 WORK: Callable[..., None] = work
 """One worker; a test may put another in its place."""
+
+
+@dataclass(frozen=True)
+class Dying:
+    """`work` of which the last worker is killed in the middle of the first step behind so many checkpoints."""
+
+    checkpoints: int
+
+    def __call__(self, rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
+        from kmtr.train import step
+
+        backward = step.accumulate
+
+        def killed(*arguments: Any) -> Any:
+            found = backward(*arguments)
+            written = len(list(Path(job["folder"]).glob("train/checkpoint_*")))
+            if written == self.checkpoints and rank == world - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return found
+
+        step.accumulate = killed  # type: ignore[assignment]
+        work(rank, world, job, meeting)

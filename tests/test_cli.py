@@ -1,4 +1,4 @@
-"""A command ends with one line and a status, whatever happens to its files; paths that a cluster would lose."""
+"""A command ends with one line and a status, whatever happens to its files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from kmtr import cli
-from kmtr.config.submitted import data_root
 from kmtr.data.dataset import storage
 
 
@@ -81,17 +80,3 @@ def test_any_other_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert line == "error: /no/such/file: no such file or directory"
     _, line = ended(monkeypatch, capsys, [], OSError("two\nlines"))
     assert line == "error: OSError: two"
-
-
-@pytest.mark.parametrize(
-    ("words", "folder"),
-    [
-        ("study labels tiny", "runs/tiny"),
-        ("study labels", "runs/tiny"),
-        ("study ablation base seed=1", "runs/base"),
-        ("pretrain large", "runs/large"),
-        ("ingest nifti /data", "runs/data"),
-    ],
-)
-def test_a_submitted_command_gets_its_recipe_s_data(words: str, folder: str) -> None:
-    assert data_root(words.split()) == Path(folder).absolute()

@@ -110,6 +110,22 @@ def over_subjects(values: Float[Tensor, "cell ..."], counts: Int[Tensor, " batch
     return torch.segment_reduce(values, "sum", lengths=counts, unsafe=True, initial=0.0)  # unsafe: asks nothing
 
 
+def told(
+    truth: UInt8[Tensor, "*cell y x"], drawn: Bool[Tensor, "*cell class"]
+) -> tuple[UInt8[Tensor, "*cell y x"], Bool[Tensor, "*cell class"]]:
+    """Truth, and the classes drawn, of cells where nobody knows the background: there UNLABELLED pixels are of none of
+    the classes that the cell shows, so they become background that may be any other class.
+
+    Sources leave whatever is not contoured UNLABELLED in a frame that lacks a class (`data.sources.cine`): of the
+    Sunnybrook data's end-systole the cavity alone is known, which would teach that all of the image is cavity.
+    """
+    shown = torch.stack([(truth == value).any(-1).any(-1) for value in range(drawn.shape[-1])], dim=-1)
+    partly = shown.any(-1) & ~shown[..., 0]
+    shown[..., 0] = True
+    beside = partly[..., None, None] & (truth == UNLABELLED)
+    return truth.masked_fill(beside, 0), drawn & (shown | ~partly[..., None])
+
+
 def cross_entropy_and_dice(
     logits: Float[Tensor, "cell class y x"],
     truth: UInt8[Tensor, "cell y x"],
@@ -125,10 +141,11 @@ def cross_entropy_and_dice(
     together, where the class is drawn, without the background, smoothed by one pixel.
 
     Args:
-        truth: UNLABELLED pixels count for nothing, whatever is predicted there.
+        truth: UNLABELLED pixels count for nothing, whatever is predicted there, but for what `told` knows of them.
         drawn: classes that the cell's source draws; the background (0) counts as drawn.
         counts: cells of each subject, which come one after the other.
     """
+    truth, drawn = told(truth, drawn)
     counted = truth != UNLABELLED
     wanted = truth.long().masked_fill(~counted, 0)
     foreground = drawn.clone()

@@ -11,7 +11,7 @@ from torch import Tensor
 from kmtr.config import Data
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import Shared, full_image, known_peak
-from kmtr.tasks.losses import absolute_and_structural, cross_entropy_and_dice
+from kmtr.tasks.losses import absolute_and_structural, cross_entropy_and_dice, told
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
 RAREST = 1e-3
@@ -33,17 +33,19 @@ def mask_log_prior(data: Data, batches: Iterable[Batch]) -> Float[Tensor, "slice
     for batch in batches:
         assert batch.masks is not None
         assert batch.contoured is not None
-        labelled, slots = (batch.masks != UNLABELLED).sum(2), list(batch.slots)
+        cells = (*batch.masks.shape[:3], len(SEGMENTATION_CLASSES))
+        truth, drawn = told(batch.masks, batch.contoured[:, :, None].expand(cells))
+        labelled, slots = truth != UNLABELLED, list(batch.slots)
         for value in range(1, len(SEGMENTATION_CLASSES)):
-            found[value, slots] += (batch.masks == value).sum((0, 2))
-            asked[value, slots] += (labelled * batch.contoured[:, :, value, None, None]).sum(0)
+            found[value, slots] += (truth == value).sum((0, 2))
+            asked[value, slots] += (labelled & drawn[..., value, None, None]).sum((0, 2))
     share = found / asked.clamp(min=1)
     share[0] = 1 - share[1:].sum(0)
     views = torch.tensor(data.view_types)
-    drawn = asked.sum((2, 3)) > 0
-    drawn = torch.stack([drawn[:, views == view].any(1) for view in data.view_types], dim=1)
-    drawn[0] = True
-    share = torch.maximum(share, torch.where(drawn, RAREST, UNDRAWN)[..., None, None])
+    seen = asked.sum((2, 3)) > 0
+    seen = torch.stack([seen[:, views == view].any(1) for view in data.view_types], dim=1)
+    seen[0] = True
+    share = torch.maximum(share, torch.where(seen, RAREST, UNDRAWN)[..., None, None])
     return (share / share.sum(0)).log().float().movedim(0, 1).contiguous()
 
 

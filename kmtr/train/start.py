@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, plain
+from kmtr.config import RunConfig, override, plain, typed
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
@@ -24,7 +24,7 @@ from kmtr.systems import system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
-from kmtr.types import DISEASES, InputError
+from kmtr.types import DISEASES, PHENOTYPES, InputError
 
 MAX_AVERAGED, CHUNK = 256, 16
 """Subjects that the mean mask and the losses of constant answers are of, and how many are in memory at once."""
@@ -51,10 +51,11 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
             raise InputError(f"task.tasks: expected tasks on labels, got {name}; pretrain with stage=masked or align")
         for label in task.labels:
             if dataset.labels.get(label, 0) < MIN_KNOWN:
-                key = "task.diseases" if name == "diseases" else "task.targets"
+                key, kind = ("task.diseases", DISEASES) if name == "diseases" else ("task.targets", PHENOTYPES)
+                able = (one for one in kind if dataset.labels.get(one, 0) >= MIN_KNOWN)
                 raise InputError(
                     f"{key}: expected labels that at least {MIN_KNOWN} subjects have, got {label}; the dataset has "
-                    f"{', '.join(dataset.labels) or 'none'}"
+                    f"{', '.join(able) or 'none'}"
                 )
     system(config.task.system)  # one that there is
     chosen = budget(config, dataset)
@@ -92,7 +93,10 @@ def _check_fits(config: RunConfig, folder: Path) -> None:
     for key, value in wanted.items():
         # Acceleration, family and seed may differ: the weights fit all the same.
         if rebuilds(key) and key != "seed" and not key.startswith("sampling.") and known[key] != value:
-            raise InputError(f"{key}: the encoder in {folder} has {known[key]}, got {value}; take its settings")
+            raise InputError(
+                f"{key}: expected {typed(known[key])}, as the encoder in {folder} has it, got {typed(value)}; take its "
+                "settings or another task.encoder"
+            )
 
 
 def tables(config: RunConfig) -> dict[str, Tensor] | None:

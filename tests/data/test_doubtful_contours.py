@@ -75,8 +75,10 @@ def test_classes_by_the_key(tmp_path: Path) -> None:
     drawn = coded(classes(), 50, 100, 150)
     drawn[0, 0, 0, 0] = 200
     save(tmp_path / "p_seg_4d.nii.gz", drawn)
-    with pytest.raises(InputError, match=r"values 0 to 3, got 50, 100, 150, 200; .*ingest\.classes"):
+    with pytest.raises(InputError, match=r"values 0, 1, 2, 3, got 50, 100, 150, 200; .*ingest\.classes"):
         read(path)
+    with pytest.raises(InputError, match=r"values 0, 1, 50 \(ingest\.classes\), got 100, 150, 200; "):
+        read(path, Options(classes="50:lv_cavity,1:rv"))
     key = "50:lv_cavity, 100:lv_myocardium, 150:rv, 200:background"
     np.testing.assert_array_equal(
         read(path, Options(classes=key)).views["sax"].segmentation, classes().transpose(2, 3, 1, 0)

@@ -184,6 +184,7 @@ def mean_dice(parts: list[tuple[Batch, Tensor, Scores]]) -> dict[str, float]:
     return {name: value for name, value in found.items() if np.isfinite(value)}
 
 
+@pytest.mark.timeout(3600)  # minutes of an idle processor
 @pytest.mark.parametrize(
     ("steps", "least"),
     [pytest.param(40, 0.45, id="a little"), pytest.param(300, 0.8, id="well", marks=pytest.mark.full)],

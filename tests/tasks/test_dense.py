@@ -103,6 +103,21 @@ def test_the_background_of_a_source_may_be_what_it_does_not_draw() -> None:
     assert losses[2] > 40
 
 
+def test_where_one_class_alone_is_contoured_the_rest_is_not_that_class() -> None:
+    """As at the end-systole of the Sunnybrook data: beside the cavity may be anything but cavity."""
+    truth = torch.full((1, 2, 2), UNLABELLED, dtype=torch.uint8)
+    truth[0, 0, 0] = 1
+    drawn = torch.tensor([[True, True, True, False, False, False]])
+    found = []
+    for beside in (0, 2, 3, 1):
+        logits = torch.zeros(1, 6, 2, 2)
+        logits[:, beside] = 50
+        logits[0, :, 0, 0] = 50 * torch.eye(6)[1]
+        found.append(float(cross_entropy_and_dice(logits, truth, drawn, torch.tensor([1]))))
+    assert found[:3] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert found[3] > 30
+
+
 def test_unlabelled_pixels_change_no_bit_of_loss_or_gradient() -> None:
     logits, truth, drawn, counts = two_cells()
     found = []

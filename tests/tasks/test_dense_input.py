@@ -137,7 +137,7 @@ def test_an_encoder_that_does_not_fit_is_refused(small: RunConfig, tables: dict[
         (tmp_path / name / lost).unlink()
     resolve(dense(small, Path(small.data.root), task__encoder=str(tmp_path / "whole")))
     for name, says in (
-        ("longer", r"data\.frames: the encoder in .* has 8, got 4"),
+        ("longer", r"data\.frames: expected 8, as the encoder in .* has it, got 4; take"),
         ("headless", r"task\.encoder: expected a folder with encoder\.safetensors and encoder\.json"),
         ("empty", r"task\.encoder: expected a folder with encoder\.safetensors and encoder\.json"),
     ):

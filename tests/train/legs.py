@@ -17,7 +17,7 @@ from pathlib import Path
 import processes
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kmtr.config import RunConfig, from_json
@@ -74,7 +74,8 @@ def drive(leg: Leg, tables: dict[str, Tensor], rank: int, world: int) -> Steps:
     values: Steps = []
     try:
         steps = range(leg.start, leg.stop)
-        for number, host in zip(steps, pipeline.batches(config, reader, plan, steps, rank, world), strict=True):
+        batches = pipeline.batches(config, reader, plan, steps, rank, world, step.prepare.wanted)
+        for number, host in zip(steps, batches, strict=True):
             bad = number == leg.poisoned and rank == world - 1
             engine.backward = (lambda loss: sound(loss + (loss * 0).sqrt())) if bad else sound  # type: ignore[method-assign]
             report = step(number, host)
@@ -119,6 +120,12 @@ def run(folder: Path, world: int, legs: Sequence[Leg]) -> dict[str, Steps]:
     """Name -> what each step logged, over all workers."""
     processes.run(work, world, world, str(folder), list(legs))
     return {leg.name: json.loads((folder / f"{leg.name}.json").read_text()) for leg in legs}
+
+
+def keep(tables: dict[str, Tensor], folder: Path) -> None:
+    """Write the statistics that the legs of a folder read."""
+    real = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in tables.items()}
+    save_file({name: t.contiguous() for name, t in real.items()}, folder / "tables.safetensors")
 
 
 def spread(steps: Steps, others: Steps, names: Sequence[str] = ()) -> float:

@@ -100,8 +100,8 @@ def test_another_number_of_labels_is_another_run(limited: tuple[RunConfig, Datas
 
 def test_budgets_that_can_not_be_had_are_refused(config: RunConfig) -> None:  # noqa: F811
     for count, said in (
-        (25, r"task\.labels: expected from \d+, .* to the 24 training subjects that have labels, .* got 25"),
-        (2, r"task\.labels: expected from \d+, .* got 2"),
+        (25, r"task\.labels: expected at most 24, the training subjects with a label of these tasks, .* got 25"),
+        (2, r"task\.labels: expected at least \d+, with which every label is known .* got 2"),
         (7, r"task\.labels: expected at least data\.global_batch=8 subjects, got 7; lower .* by plan\.tail=pad"),
     ):
         with pytest.raises(InputError, match=f"^{said}") as error:

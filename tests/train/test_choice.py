@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from cohort import simulated, write
-from forked_workers import instead_of_ray_train, last_checkpoint
+from forked_workers import Dying, instead_of_ray_train, last_checkpoint
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
@@ -130,27 +128,11 @@ KILLED_IN = 6
 """Number, from 0, of the step in which a worker dies."""
 
 
-def dying(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
-    """A worker of which the last one dies, behind a checkpoint and in the middle of a step."""
-    from kmtr.train import step
-
-    backward = step.accumulate
-
-    def killed(engine: Any, micro: Any, prepare: Any, stage: Any) -> Any:
-        found = backward(engine, micro, prepare, stage)
-        if len(list(Path(job["folder"]).glob("train/checkpoint_*"))) == KILLED_IN // 2 and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-
-    step.accumulate = killed  # type: ignore[assignment]
-    forked_workers.work(rank, world, job, meeting)
-
-
 def test_a_killed_run_goes_on_to_the_same_best(whole: Outcome, config: RunConfig, tmp_path: Path) -> None:
     """Killed behind the best step and its checkpoint; it goes on with one worker and without ZeRO."""
     asked = override(config, {"task.patience": 5, "storage.root": str(tmp_path)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forked_workers, "WORK", dying)
+        patch.setattr(forked_workers, "WORK", Dying(KILLED_IN // 2))
         with pytest.raises(ProcessExitedException, match="SIGKILL"):
             driver.fit(asked, quiet=True)
     resumed = driver.fit(override(asked, {"train.workers": 1, "train.zero_stage": 0}), quiet=True)

@@ -15,9 +15,7 @@ from pathlib import Path
 import legs
 import numpy as np
 import pytest
-import torch
 from legs import Leg, Steps
-from safetensors.torch import save_file
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.config.recipes import tiny
@@ -53,8 +51,7 @@ def run(variants: dict[str, RunConfig], workers: int, folder: Path) -> dict[str,
     folder.mkdir()
     config = next(iter(variants.values()))
     fitted = statistics.tables(config, Dataset.open(config.data).reader("train", config.data))
-    kept = {name: torch.view_as_real(t) if t.is_complex() else t for name, t in fitted.items()}
-    save_file({name: t.contiguous() for name, t in kept.items()}, folder / "tables.safetensors")
+    legs.keep(fitted, folder)
     legs.run(folder, workers, [Leg(name, to_json(c), 0, c.total_steps, seed=c.seed) for name, c in variants.items()])
     return {name: losses(folder / f"{name}.json") for name in variants}
 

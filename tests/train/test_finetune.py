@@ -245,7 +245,10 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (on_labels(config, encoder=str(tmp_path)), r"task\.encoder: expected a folder with encoder\.safetensors"),
         (on_labels(config, encoder=""), r"task\.encoder: run .* is not finished; pretrain it first"),
         (on_labels(config, tasks="masked"), r"task\.tasks: expected tasks on labels, got masked"),
-        (override(on_labels(config), wide), r"model\.width: the encoder in .* has"),
+        (
+            override(on_labels(config), wide),
+            r"model\.width: expected 32, as the encoder in .* has it, got 64; take its",
+        ),
     ):
         with pytest.raises(InputError, match=said) as error:
             resolve(asked)

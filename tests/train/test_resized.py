@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from legs import Leg, Steps, run, spread
-from safetensors.torch import load_file, save_file
+from legs import Leg, Steps, keep, run, spread
+from safetensors.torch import load_file
 
 from kmtr.config import RunConfig, override, to_json
 from kmtr.train import checkpoint, state
@@ -130,9 +130,7 @@ def found(
     folder = tmp_path_factory.mktemp("resized")
     asked = [item for item in request.session.items if item.path == request.path]
     cases = [*CASES] if any(item.get_closest_marker("full") for item in asked) else [*FEW]
-    save_file(
-        {k: torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}, folder / "tables.safetensors"
-    )
+    keep(tables, folder)
     steps: dict[str, Steps] = {}
     for place, legs in legs_of(config, folder, cases).items():
         steps |= run(folder, int(place[0]), legs)

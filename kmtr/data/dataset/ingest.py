@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from kmtr.config import RunConfig, given, override
-from kmtr.config.submitted import refuse_relative_under_submit
+from kmtr.config.submitted import refuse_relative, refuse_relative_under_submit
 from kmtr.data import sources
 from kmtr.data.dataset import splits, storage, tables
 from kmtr.data.dataset.driver import write
@@ -52,6 +52,7 @@ def run(words: list[str]) -> dict[str, Any]:
     if len(words) < 2 or "=" in words[0] or "=" in words[1]:
         raise InputError(f"expected FORMAT SOURCE first, FORMAT one of {', '.join(sources.FORMATS)}; see --help")
     config = override(RunConfig(), given(words[2:]))
+    refuse_relative("SOURCE", words[1])
     refuse_relative_under_submit(config)
     options_of(config)  # a slip in a key is said before any file is opened
     subject_key = os.environ.get("KMTR_SUBJECT_KEY", "kmtr").encode()

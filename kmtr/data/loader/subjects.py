@@ -61,11 +61,15 @@ def budget(
         first[np.flatnonzero(has)[:MIN_KNOWN]] = True
         for one in (0, 1) if disease else ():
             first[np.flatnonzero(values == one)[:MIN_CLASS]] = True
-    if not (least := max(int(first.sum()), 1)) <= count <= len(order):
+    if count > len(order):
         raise InputError(
-            f"task.labels: expected from {least}, with which every label is known of {MIN_KNOWN} subjects and every "
-            f"disease has {MIN_CLASS} with and {MIN_CLASS} without it, to the {len(order)} training subjects that have "
-            f"labels, or 0 for all, got {count}"
+            f"task.labels: expected at most {len(order)}, the training subjects with a label of these tasks, or 0 for "
+            f"all of them, got {count}"
+        )
+    if count < (least := max(int(first.sum()), 1)):
+        raise InputError(
+            f"task.labels: expected at least {least}, with which every label is known of {MIN_KNOWN} subjects and "
+            f"every disease has {MIN_CLASS} with and {MIN_CLASS} without it, got {count}"
         )
     return np.sort(np.concatenate([order[first], order[~first]])[:count])
 

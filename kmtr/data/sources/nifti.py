@@ -381,9 +381,10 @@ def _meaning(
     key = anatomy.parse(options.classes) if view == "sax" else {}
     told, note = (key, "") if key else anatomy.meaning(codes, layout, where)
     if unknown := sorted(set(np.unique(codes).tolist()) - set(told)):
+        wanted, got = (", ".join(map(str, values)) for values in (sorted(told), unknown[:5]))
         raise InputError(
-            f"{where}: expected contours with values {min(told)} to {max(told)}, got "
-            f"{', '.join(map(str, unknown[:5]))}; say what they mean: ingest.classes=1:lv_cavity,2:lv_myocardium,3:rv"
+            f"{where}: expected contours with values {wanted}{' (ingest.classes)' if key else ''}, got {got}; say what "
+            "they mean: ingest.classes=1:lv_cavity,2:lv_myocardium,3:rv"
         )
     return told, note
 

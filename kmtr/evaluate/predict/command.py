@@ -12,7 +12,7 @@ from typing import Any
 
 from kmtr import tracking
 from kmtr.config import RunConfig, given, override, plain, typed
-from kmtr.config.submitted import refuse_relative_under_submit, under_submit
+from kmtr.config.submitted import refuse_relative, refuse_relative_under_submit
 from kmtr.data.dataset import storage, writing
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
@@ -39,6 +39,7 @@ def run(words: list[str]) -> dict[str, Any]:
     if not words or "=" in words[0]:
         raise InputError("expected MODEL first, a folder (runs/RUN/model) or models:/NAME/VERSION; see --help")
     config = override(RunConfig(), given(words[1:]))
+    refuse_relative("MODEL", words[0])
     refuse_relative_under_submit(config)
     if not config.predict.out:
         raise InputError("predict.out: expected a folder or URI for the predictions, got none")
@@ -62,8 +63,6 @@ def opened(asked: str, config: RunConfig) -> tuple[TaskModel, dict[str, bytes]]:
     with tempfile.TemporaryDirectory() as place:
         if asked.startswith("models:"):
             folder = tracking.fetch(tracking.tracking_uri(config), asked, Path(place))
-        elif under_submit() and not Path(asked).is_absolute():
-            raise InputError(f"MODEL: expected an absolute path under ray job submit, got {asked!r}")
         else:
             folder = Path(asked)
         return load_model(folder), {name: (folder / name).read_bytes() for name in (MODEL_WEIGHTS, MODEL_HEAD)}
