@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate import looks, task_tables
+from kmtr.evaluate import looks, task_tables, thresholds
 from kmtr.evaluate.looks import PREDICTED, Chosen, Look
 from kmtr.evaluate.predictions import Name, from_masks, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
@@ -35,7 +35,7 @@ from kmtr.report.html import write_report
 from kmtr.report.intervals import IntervalTable, text_of
 from kmtr.types import DISEASES, PHENOTYPES, VIEWS
 
-FORMAT = 1
+FORMAT = 2
 """Number of the report's content; a report of another one is made anew."""
 HTML, JSON, TABLES = "report.html", "report.json", "tables"
 
@@ -54,7 +54,8 @@ class Written:
 def write(
     config: RunConfig, dataset: Dataset, predictions: Path, model: Path, *, title: str, ours: Name, run: str
 ) -> Written:
-    """Report of the predictions beside them; one that was made of the same before is left as it is.
+    """Report of the predictions beside them; one that was made of the same before is left as it is. Predictions of
+    validation subjects in the same folder (`thresholds.FILE`) choose the thresholds of diseases.
 
     No file of it names a subject.
 
@@ -65,12 +66,15 @@ def write(
     """
     folder = predictions.parent
     html, data = folder / HTML, folder / JSON
-    content = hashlib.sha256(predictions.read_bytes()).hexdigest()
-    asked = {"format": FORMAT, "resamples": config.evaluate.bootstrap, "predictions": content}
+    beside = folder / thresholds.FILE
+    validation = beside if beside.is_file() else None
+    asked = {"format": FORMAT, "resamples": config.evaluate.bootstrap, "predictions": _digest(predictions)}
+    asked |= {"validation": _digest(validation)} if validation else {}
     if html.is_file() and data.is_file() and json.loads(data.read_text()).get("asked") == asked:
         return Written(html, False)
     rows = read(predictions)
-    tables = task_tables.tables_of(rows, {ours, from_masks(ours)}, config.evaluate.bootstrap)
+    mine, draws = {ours, from_masks(ours)}, config.evaluate.bootstrap
+    tables = task_tables.tables_of(rows, mine, draws, read(validation) if validation else None)
     chosen = looks.choose(rows, ours)
     seen: list[Look] = []
     if chosen is not None:
@@ -88,6 +92,10 @@ def write(
     said |= {"tables": [one.json() for one in tables], "figures": [caption for caption, _ in shown], "asked": asked}
     write_atomic(data, json.dumps(said, indent=1, allow_nan=False))
     return Written(html, True)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_tables(folder: Path, tables: Sequence[IntervalTable]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from kmtr.evaluate import thresholds
 from kmtr.evaluate.predictions import MEAN, Name
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.metrics import Comparison, Score, agreement, compare, score_table
@@ -40,18 +42,21 @@ _PAIRED = (
 )
 
 
-def tables_of(rows: pa.Table, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
+def tables_of(
+    rows: pa.Table, ours: Collection[Name], resamples: int, validation: pa.Table | None = None
+) -> list[IntervalTable]:
     """All tables that the rows have something for: of each task its scores, and the differences to its floors.
 
     Args:
         rows: of one seed and number of labels (`predictions.SCHEMA`).
         ours: names of the model; all other systems are floors.
         resamples: bootstrap draws; where a family of comparisons needs more, its table has more.
+        validation: rows of validation subjects, who choose the thresholds of F1; None: there are none.
     """
     found: list[IntervalTable] = []
     for targets, make in (
         (tuple(PHENOTYPES), phenotypes),
-        (DISEASES, diseases),
+        (DISEASES, partial(diseases, validation=validation)),
         ((*DICE, *DISTANCES), segmentation),
         ((*IMAGES, *IN_BOX), images),
     ):
@@ -95,11 +100,14 @@ def phenotypes(seen: Panel, ours: Collection[Name], resamples: int) -> list[Inte
     return [table, *differences("phenotypes", "R2", r2, seen, ours)]
 
 
-def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
-    """Detection of each disease, and differences of AUROC."""
-    draws = draws_for(seen, ours, resamples)
+def diseases(
+    seen: Panel, ours: Collection[Name], resamples: int, validation: pa.Table | None = None
+) -> list[IntervalTable]:
+    """Detection of each disease, F1 at the threshold of validation subjects, and differences of AUROC."""
+    draws, limits = draws_for(seen, ours, resamples), thresholds.choose(seen, validation)
     names = ("auroc", "average_precision", "sensitivity")
     auroc, precision, sensitivity = (scored(seen, metric, draws) for metric in names)
+    f1 = scored(thresholds.called(seen, limits), "f1", draws)
     rows: list[tuple[Value, ...]] = []
     for key in _ordered(auroc, seen):
         known = auroc[key].truth[np.isfinite(auroc[key].truth)]
@@ -107,6 +115,7 @@ def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[Interv
             (
                 *(title_of(key[2]), *_conditions(seen, key), len(known), int(known.sum()), interval(auroc[key])),
                 *(interval(precision[key]), float(known.mean()), interval(sensitivity[key])),
+                *((interval(f1[key]), limits.of(*key, seen)) if key in f1 else (None, None)),
             )
         )
     columns: tuple[Column, ...] = (
@@ -117,10 +126,8 @@ def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[Interv
         Column("AUROC"),
     )
     columns += (Column("average precision"), Column("prevalence"), Column("sensitivity at 90 % specificity"))
-    note = (
-        "A guess has an AUROC of .5 and the prevalence as its average precision. No F1: it needs a threshold chosen on "
-        "validation subjects, whose predictions are not kept."
-    )
+    columns += (Column("F1"), Column("threshold"))
+    note = f"A guess has an AUROC of .5 and the prevalence as its average precision. {limits.note()}"
     table = IntervalTable("diseases", _caption("Diseases", seen, draws), columns, tuple(rows), note)
     return [table, *differences("diseases", "AUROC", auroc, seen, ours)]
 

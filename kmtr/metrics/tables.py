@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from kmtr.metrics.diseases import weighted_auroc, weighted_average_precision, weighted_sensitivity
+from kmtr.metrics.diseases import weighted_auroc, weighted_average_precision, weighted_f1, weighted_sensitivity
 from kmtr.metrics.phenotypes import weighted_mae, weighted_pearson, weighted_r2
 from kmtr.metrics.resampling import (
     RESAMPLES,
@@ -38,6 +38,8 @@ from kmtr.types import InputError
 Columns = Mapping[str, np.ndarray]
 
 COLUMNS = ("subject", "system", "input", "labels", "seed", "R", "true_R", "target", "truth", "value")
+CALLED = 0.5
+"""Between the values 0 and 1 of `f1`."""
 LEVEL = 0.05
 """Adjusted p-value below which a difference is claimed."""
 
@@ -47,11 +49,14 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Statistic]] = {
     "auroc": lambda truth, value: partial(weighted_auroc, truth, value),
     "average_precision": lambda truth, value: partial(weighted_average_precision, truth, value),
     "sensitivity": lambda truth, value: partial(weighted_sensitivity, truth, value),
+    "f1": lambda truth, value: partial(weighted_f1, truth, value, CALLED),
     "score": lambda _, value: partial(weighted_mean, value),
 }
 
 METRICS = ("r2", *_METRICS)
-"""`r2` needs the training mean of each target; `score` is the mean of values that are scores, NaN left out."""
+"""`r2` needs the training mean of each target; `score` is the mean of values that are scores, NaN left out; values of
+`f1` say who is called diseased: 1 at or above the threshold, else 0.
+"""
 
 
 class Cell(NamedTuple):
