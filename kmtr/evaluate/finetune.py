@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from jaxtyping import Float
 
 from kmtr import card, machine, tracking
 from kmtr.config import RunConfig, override
@@ -20,14 +21,17 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, masks, probes, tables, task_report, thresholds
+from kmtr.evaluate import baselines, from_phenotypes, masks, probes, tables, task_report, thresholds
+from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
 from kmtr.evaluate.predictions import (
+    CEILING,
     FILE,
     FINETUNED,
     FROM_SCRATCH,
     MASK_RIDGE,
     MEAN,
     MEAN_MASK,
+    READ_OFF,
     RIDGE,
     SHARED,
     UNTRAINED,
@@ -37,6 +41,7 @@ from kmtr.evaluate.predictions import (
     joined,
     write,
 )
+from kmtr.evaluate.predictions import rows as predictions_of
 from kmtr.evaluate.predictors import Features, Predictor, predict
 from kmtr.evaluate.scores import panel, scores_of
 from kmtr.inference import TaskModel, load_model
@@ -145,6 +150,9 @@ def by_split(
     labelled = list(range(len(train))) if rows is None else rows.tolist()
     asked = {split: asked_of(config, dataset, model, split) for split in splits}
     known = subjects.labels_of(train, labelled, targets)
+    phenotypes = phenotypes_of(dataset, train, labelled)
+    regressions = from_phenotypes.fit(phenotypes, {t: known[:, i] for i, t in enumerate(targets) if t in DISEASES})
+    more = {RIDGE: {name: phenotypes[name] for name in regressions.phenotypes if name not in targets}}
     total = len(config.evaluate.accelerations) * (len(labelled) + sum(len(one.rows) for one in asked.values()))
     tell = probes.Counter(Bar("finetune: subjects"), total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
@@ -154,14 +162,32 @@ def by_split(
         fitted: dict[Name, Predictor] = {trained(config): model}
         if targets:
             read = tell(pipeline.read_in_order(train, labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
-            fitted |= probes.fit(sources(model), read, known, targets, device)
+            fitted |= probes.fit(sources(model), read, known, targets, device, more)
+        if regressions.of:
+            fitted[READ_OFF] = ReadOff(fitted[RIDGE], regressions)
         for split, one in asked.items():
             dense = split == "test"
             own = dense_floors(config, model, train, labelled, fixed) if dense else {trained(config): model.numbers}
             batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
             about |= {"acceleration": r}
             parts[split].append(predict(fitted | own, batches, one.held_out, config.data, device=device, **about))
+            parts[split].append(predictions_of(CEILING, one.held_out, ceiling(dataset, one, regressions), **about))
     return {split: joined(tables) for split, tables in parts.items()}
+
+
+def phenotypes_of(dataset: Dataset, reader: Reader, rows: Sequence[int]) -> dict[str, Float[np.ndarray, " subject"]]:
+    """Phenotypes of these rows of a split, as far as the dataset has them; NaN: unknown."""
+    names = [name for name in PHENOTYPES if dataset.labels.get(name)]
+    return dict(zip(names, subjects.labels_of(reader, rows, names).T, strict=True))
+
+
+def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[np.ndarray, "subject target"]:
+    """What the true phenotypes of these subjects say of their diseases; NaN of all other targets."""
+    known = phenotypes_of(dataset, asked.reader, asked.rows)
+    features = [known[name] for name in regressions.phenotypes]
+    return regressions(
+        np.stack(features, axis=1) if features else np.empty((len(asked.rows), 0)), asked.held_out.targets
+    )
 
 
 def dense_floors(

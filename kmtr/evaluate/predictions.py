@@ -49,7 +49,7 @@ score) and the system's value, both in the target's unit.
 KEY = ("subject", "acceleration", "system", "input", "seed", "labels", "target")
 """Columns that name a row: no two rows have the same."""
 
-LINES, NOTHING = "acquired lines", "nothing"
+LINES, NOTHING, TRUE_PHENOTYPES = "acquired lines", "nothing", "true phenotypes"
 
 
 class Name(NamedTuple):
@@ -70,6 +70,10 @@ FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scra
 MEAN = Name("mean", NOTHING)
 MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "temporally shared image")
 ZEROFILLED, SHARED = Name("zero-filled image", LINES), Name("temporally shared image", LINES)
+
+READ_OFF, CEILING = Name("phenotypes then disease", RIDGE.input), Name("ceiling, disease", TRUE_PHENOTYPES)
+CEILINGS = frozenset({CEILING})
+"""Systems that know what no input says: shown beside the others, and never a floor."""
 
 
 def from_masks(name: Name) -> Name:

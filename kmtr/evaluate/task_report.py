@@ -61,7 +61,7 @@ def write(
 
     Args:
         model: folder of the model, which is asked again about the few subjects that figures show.
-        ours: name of the model in the predictions; all other systems are floors.
+        ours: name of the model in the predictions; all other systems but `CEILINGS` are floors.
         run: id of its MLflow run.
     """
     folder = predictions.parent
@@ -116,8 +116,9 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
         f"Tasks: {', '.join(config.task.tasks)}. Data: {dataset.source}. Trained on {labels} subjects from {begun}, "
         f"scored on {held_out} held-out subjects at each R; patterns of family {config.sampling.family}. R is nominal, "
         f"true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the training "
-        f"labels, a ridge regression on the low-resolution zero-filled image, the mean mask, a linear map from the "
-        f"temporally shared image to the mask, the zero-filled and the temporally shared image."
+        f"labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from phenotypes "
+        f"that this one predicts to each disease, the mean mask, a linear map from the temporally shared image to the "
+        f"mask, the zero-filled and the temporally shared image."
     )
 
 

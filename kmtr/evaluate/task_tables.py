@@ -1,8 +1,8 @@
 """Tables of a model of tasks beside its floors, with 95 % intervals, made of the rows of its predictions alone.
 
 Subjects are drawn with replacement (`metrics.resampling`), the same draws for all systems. A difference is that to the
-strongest floor: of all systems but the model the one that is best at this target, on average over R, on the very
-subjects that are compared, which favours the floor.
+strongest floor: of all systems but the model, and ceilings, the one that is best at this target, on average over R, on
+the very subjects that are compared, which favours the floor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kmtr.evaluate import thresholds
-from kmtr.evaluate.predictions import MEAN, Name
+from kmtr.evaluate.predictions import CEILINGS, MEAN, Name
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.metrics import Comparison, Score, agreement, compare, score_table
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, NAMES, PHASES
@@ -49,7 +49,7 @@ def tables_of(
 
     Args:
         rows: of one seed and number of labels (`predictions.SCHEMA`).
-        ours: names of the model; all other systems are floors.
+        ours: names of the model; all other systems but `CEILINGS` are floors.
         resamples: bootstrap draws; where a family of comparisons needs more, its table has more.
         validation: rows of validation subjects, who choose the thresholds of F1; None: there are none.
     """
@@ -128,6 +128,10 @@ def diseases(
     columns += (Column("average precision"), Column("prevalence"), Column("sensitivity at 90 % specificity"))
     columns += (Column("F1"), Column("threshold"))
     note = f"A guess has an AUROC of .5 and the prevalence as its average precision. {limits.note()}"
+    if any(fit.name in CEILINGS for fit in seen.values):
+        note += (
+            " The ceiling reads each disease off the subject's true phenotypes, which no input says: it is no floor."
+        )
     table = IntervalTable("diseases", _caption("Diseases", seen, draws), columns, tuple(rows), note)
     return [table, *differences("diseases", "AUROC", auroc, seen, ours)]
 
@@ -251,7 +255,7 @@ def gains(found: Scored, ours: Collection[Name], lower: Collection[str] = ()) ->
     for target in dict.fromkeys(key[2] for key in found):
         values: dict[Name, list[float]] = {}
         for (name, _, which), score in found.items():
-            if which == target and name not in ours and np.isfinite(score.estimate.value):
+            if which == target and name not in CEILINGS.union(ours) and np.isfinite(score.estimate.value):
                 values.setdefault(name, []).append(score.estimate.value)
         if values:
             floors[target] = (min if target in lower else max)(values, key=lambda name: float(np.mean(values[name])))

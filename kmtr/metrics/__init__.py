@@ -13,6 +13,7 @@ from kmtr.metrics.diseases import (
 )
 from kmtr.metrics.embeddings import effective_rank, embedding_deviation
 from kmtr.metrics.images import ImageScores, heart_box, image_scores, nmse, psnr_db, ssim
+from kmtr.metrics.logistic import Logistic, fit_logistic
 from kmtr.metrics.phenotypes import Agreement, agreement, r2, weighted_mae, weighted_pearson, weighted_r2
 from kmtr.metrics.resampling import (
     Difference,
@@ -39,6 +40,7 @@ __all__ = [
     "Estimate",
     "ImageScores",
     "Kernel",
+    "Logistic",
     "Masks",
     "Probe",
     "Ridge",
@@ -57,6 +59,7 @@ __all__ = [
     "embedding_deviation",
     "estimate",
     "extreme_frames",
+    "fit_logistic",
     "fit_ridge",
     "hd95",
     "heart_box",
