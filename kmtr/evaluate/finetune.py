@@ -74,7 +74,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(
             f"finetune: {name}: {', '.join(config.task.tasks)} on {f'{labels} of ' if labels else ''}{there} subjects, "
             f"{config.task_steps} steps from {begun}{', which stays frozen' if config.task.frozen else ''}, batch "
-            f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}",
+            f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}\n"
+            f"finetune: {start.said_of_labels(config, dataset)}",
             flush=True,
         )
         start_ray()

@@ -50,6 +50,7 @@ KEY = ("subject", "acceleration", "system", "input", "seed", "labels", "target")
 """Columns that name a row: no two rows have the same."""
 
 LINES, NOTHING, TRUE_PHENOTYPES = "acquired lines", "nothing", "true phenotypes"
+_ON_MASKS = ", masks"
 
 
 class Name(NamedTuple):
@@ -62,6 +63,11 @@ class Name(NamedTuple):
     def title(self) -> str:
         """The name in a table: the input is told where the system leaves it open."""
         return self.system if self.input in (LINES, NOTHING) else f"{self.system} on {self.input}"
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is what was measured on a system's masks, which may not be possible of every subject."""
+        return self.system.endswith(_ON_MASKS)
 
 
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
@@ -78,7 +84,7 @@ CEILINGS = frozenset({CEILING})
 
 def from_masks(name: Name) -> Name:
     """Name of the phenotypes that are measured on a system's masks."""
-    return Name(f"{name.system}, masks", name.input)
+    return Name(f"{name.system}{_ON_MASKS}", name.input)
 
 
 @dataclass(frozen=True)

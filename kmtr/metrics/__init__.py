@@ -26,7 +26,7 @@ from kmtr.metrics.resampling import (
 )
 from kmtr.metrics.ridge import RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, probe
 from kmtr.metrics.segmentation import ContourDistance, contour_distance, dice, dice_at, extreme_frames, hd95
-from kmtr.metrics.tables import Cell, Comparison, Score, compare, score_table
+from kmtr.metrics.tables import Cell, Comparison, Score, compare, compare_pairs, score_table
 from kmtr.metrics.volumes import Masks, area_length_ml, length_mm, mask_phenotypes, simpson_ml, volume_curves
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "best_f1_threshold",
     "bootstrap_r2",
     "compare",
+    "compare_pairs",
     "contour_distance",
     "detection",
     "dice",

@@ -153,7 +153,17 @@ def compare(scores: Sequence[Score], system: str, input: str) -> list[Comparison
         known = ", ".join(sorted({f"{s.cell.system} on {s.cell.input}" for s in scores})) or "none"
         raise InputError(f"compare: expected scores of {system} on {input}, got those of {known}")
     others = [s for s in scores if s.cell[:2] != (system, input) and s.cell[2:] in reference]
-    made = [_difference(s, reference[s.cell[2:]]) for s in others]
+    return compare_pairs([(s, reference[s.cell[2:]]) for s in others])
+
+
+def compare_pairs(pairs: Sequence[tuple[Score, Score]]) -> list[Comparison]:
+    """The first score of each pair less the second, all of them one family of Holm's correction.
+
+    Raises:
+        InputError: two that are compared differ in metric, subjects or truth; or the draws are too few for any adjusted
+            p-value of the family to be below .05.
+    """
+    made = [_difference(one, other) for one, other in pairs]
     draws, least = max((d.draws for d in made), default=0), round(2 * len(made) / LEVEL)
     if 0 < draws < least:
         raise InputError(
@@ -161,7 +171,7 @@ def compare(scores: Sequence[Score], system: str, input: str) -> list[Comparison
             f"p-value could be below {LEVEL}"
         )
     adjusted = holm(np.array([d.p for d in made]))
-    return [Comparison(s.cell, s.metric, d, float(p)) for s, d, p in zip(others, made, adjusted, strict=True)]
+    return [Comparison(s.cell, s.metric, d, float(p)) for (s, _), d, p in zip(pairs, made, adjusted, strict=True)]
 
 
 def _difference(one: Score, other: Score) -> Difference:
