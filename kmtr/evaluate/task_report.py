@@ -81,7 +81,8 @@ def write(
         loaded = load_model(model, machine.device(config.train.device))
         rs = pc.unique(rows.column("acceleration")).to_pylist()
         seen = looks.looks(config, dataset, loaded, chosen.subjects, rs)
-    shown = [*scores(rows, ours, config.evaluate.bootstrap), *(subjects(chosen, seen) if chosen else ())]
+    pictures = subjects(chosen, seen, dataset.slice_order) if chosen else ()
+    shown = [*scores(rows, ours, config.evaluate.bootstrap), *pictures]
     about = summary(config, dataset, rows)
     now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
     footer = f"run {run}, data {dataset.digest[:12]}, torch {torch.__version__}, {now}"
@@ -179,17 +180,21 @@ def roc_curves(seen: Panel, ours: Name, resamples: int) -> list[Picture]:
 # ------------------------------------------------------------------------------------------------ single subjects
 
 
-def subjects(chosen: Chosen, seen: Sequence[Look]) -> list[Picture]:
-    """Contours at each R, volume curves, and images of the chosen subjects."""
+def subjects(chosen: Chosen, seen: Sequence[Look], slice_order: str) -> list[Picture]:
+    """Contours at each R, volume curves, and images of the chosen subjects.
+
+    Args:
+        slice_order: of the short axis, in words.
+    """
     which = ", ".join(
         f"subject {n} at the {p}th ({value:.2f})"
         for n, (p, value) in enumerate(zip(chosen.percentiles, chosen.values, strict=True), 1)
     )
     who = f"Held-out subjects at these percentiles of {chosen.score} (mean over R): {which}."
-    return [*contours(seen, who), *curves(seen, who), *images(seen, who)]
+    return [*contours(seen, who, slice_order), *curves(seen, who), *images(seen, who)]
 
 
-def contours(seen: Sequence[Look], who: str) -> list[Picture]:
+def contours(seen: Sequence[Look], who: str, slice_order: str) -> list[Picture]:
     """A figure for each R: end-diastole and end-systole of the truth."""
     found: list[Picture] = []
     for r in dict.fromkeys(look.acceleration for look in seen):
@@ -203,8 +208,8 @@ def contours(seen: Sequence[Look], who: str) -> list[Picture]:
             title = f"R = {r} (true {_true(seen, r):.2f})"
             caption = (
                 f"True (solid) and predicted (dashed) contours on the fully sampled image at {title}, at the truth's "
-                f"end-diastole (ED) and end-systole (ES); of the short axis the first, middle and last slice, the "
-                f"ends being base and apex. {who}"
+                f"end-diastole (ED) and end-systole (ES); of the short axis the first, middle and last slice, "
+                f"{slice_order}. {who}"
             )
             found.append((caption, figures_tasks.overlays(rows, title)))
     return found
@@ -227,7 +232,7 @@ def tiles_of(look: Look, phase: int) -> dict[str, Tile]:
 def slices_of(view: str, pair: Pair) -> list[tuple[str, int]]:
     """Name and number of the slices shown: of a stack its first, middle and last, else the only one.
 
-    Base and apex are not told apart: which end of the stack comes first is the source's choice.
+    They go by number: which end of the stack comes first is the source's choice, which the caption tells.
     """
     count = len(pair.truth)
     if view != "sax":
