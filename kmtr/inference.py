@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch
 from kmtr.encoder import batch_of, misfit, undersampled
 from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, Trained, read_weights, rebuilt
-from kmtr.tasks import Model, Preparer, stages_of
+from kmtr.tasks import Model, Preparer, Stage, stages_of
 from kmtr.tasks.base import EMBEDDING
 from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
 
@@ -62,7 +63,16 @@ class TaskModel:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Predictions ``batch`` of every output, fp32, in its unit."""
-        said = self.module(self.prepare(batch, self.stage), predict=True)
+        return self._predict(batch, self.stage)
+
+    @torch.no_grad()
+    def numbers(self, batch: Batch) -> dict[str, Tensor]:
+        """As a call, of the tasks on labels alone: nothing dense is decoded."""
+        tasks = {name: weight for name, weight in self.stage.tasks.items() if self.prepare.tasks[name].labels}
+        return self._predict(batch, replace(self.stage, tasks=tasks))
+
+    def _predict(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
+        said = self.module(self.prepare(batch, stage), predict=True)
         return {name: values for outputs in said.values() for name, values in outputs.items()}
 
     @torch.no_grad()

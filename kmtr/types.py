@@ -131,7 +131,8 @@ class View:
     """The k-space of one view group of one subject.
 
     Attributes:
-        kspace: complex64, ``slice coil t ky kx``; centred orthonormal FFT convention; arbitrary units.
+        kspace: complex64, ``slice coil t ky kx``; centred orthonormal FFT convention; arbitrary units. Which end of the
+            short axis comes first is the source's choice: base, or in simulated hearts the apex.
         sampled: bool, ``slice t ky``; what the source acquired. None: everything.
         segmentation: uint8, ``slice t y x``; see SEGMENTATION_CLASSES and UNLABELLED. None: no contours at all.
         spacing_mm: distance between slices, pixel height, pixel width (z, y, x) in mm; None: unknown.

@@ -69,7 +69,9 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[st
     samples = dataset.reader("train", base.data).samples(slot.row)
     for number, (stage, micro, changes) in enumerate(cases):
         config = override(base, changes)
-        result = step(config, stage, collate(samples, config, real=slot.real).to(CPU), micro, tables, world)
+        wanted = Preparer(config, tables, CPU).wanted
+        host = collate(samples, config, wanted=wanted, real=slot.real)
+        result = step(config, stage, host.to(CPU), micro, tables, world)
         if rank == 0:
             save_file({k: v.clone() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
     if world > 1:

@@ -96,7 +96,7 @@ def pictures(config: RunConfig, dataset: Dataset, found: Sequence[tuple[int, con
     chosen = sorted(rng.choice(len(places), min(SHOWN, len(places)), replace=False).tolist())
     studies = [(reader.split, record.to_study(reader.read([row]))) for reader, row in (places[i] for i in chosen)]
     labels = np.concatenate([inspected.labels for _, inspected in found])
-    simulated = all(manifest.source.startswith("simulate") for manifest in dataset.manifests)
+    simulated = all(manifest.simulated for manifest in dataset.manifests)
     what = f"{len(places)} subjects, {'simulated' if simulated else 'ingested'}, digest {dataset.digest[:8]}"
     drawn = {
         "contact_sheet": contact.contact_sheet(studies, f"{len(studies)} random subjects of {what}"),

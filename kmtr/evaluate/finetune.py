@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from jaxtyping import Float
 
 from kmtr import card, machine, tracking
 from kmtr.config import RunConfig, override
-from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, masks, probes, tables, task_report
+from kmtr.evaluate import baselines, from_phenotypes, masks, probes, tables, task_report, thresholds
+from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
 from kmtr.evaluate.predictions import (
+    CEILING,
     FILE,
     FINETUNED,
     FROM_SCRATCH,
     MASK_RIDGE,
     MEAN,
     MEAN_MASK,
+    READ_OFF,
     RIDGE,
     SHARED,
     UNTRAINED,
@@ -35,9 +39,9 @@ from kmtr.evaluate.predictions import (
     HeldOut,
     Name,
     joined,
-    read,
     write,
 )
+from kmtr.evaluate.predictions import rows as predictions_of
 from kmtr.evaluate.predictors import Features, Predictor, predict
 from kmtr.evaluate.scores import panel, scores_of
 from kmtr.inference import TaskModel, load_model
@@ -70,7 +74,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(
             f"finetune: {name}: {', '.join(config.task.tasks)} on {f'{labels} of ' if labels else ''}{there} subjects, "
             f"{config.task_steps} steps from {begun}{', which stays frozen' if config.task.frozen else ''}, batch "
-            f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}",
+            f"{config.data.global_batch} on {config.train.workers} worker(s), ZeRO-{config.train.zero_stage}\n"
+            f"finetune: {start.said_of_labels(config, dataset)}",
             flush=True,
         )
         start_ray()
@@ -114,48 +119,116 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     if dataset.rows("test") < probes.MIN_SUBJECTS:
         print(f"finetune: note: the dataset has {dataset.rows('test')} test subjects, too few to score the model on")
         return {"metrics": {}}
-    path = folder / FILE
-    write(path, predictions(config, dataset, load_model(model, machine.device(config.train.device))))
-    shown, metrics = summary(read(path), config)
+    loaded = load_model(model, machine.device(config.train.device))
+    chooses = "diseases" in loaded.prepare.tasks and dataset.rows("val") >= probes.MIN_SUBJECTS
+    found = by_split(config, dataset, loaded, ("test", "val") if chooses else ("test",))
+    files = {"test": folder / FILE, "val": folder / thresholds.FILE}
+    files["val"].unlink(missing_ok=True)
+    for split, rows in found.items():
+        write(files[split], rows)
+    shown, metrics = summary(found["test"], config, found.get("val"))
     text = "\n\n".join(map(text_table, shown))
     print(text)
     card.write_card(model, shown)
-    write_json(kept, {"predictions": str(path), "metrics": metrics, "text": text})
-    return {"predictions": str(path), "metrics": metrics}
+    write_json(kept, {"predictions": str(files["test"]), "metrics": metrics, "text": text})
+    return {"predictions": str(files["test"]), "metrics": metrics}
 
 
 def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Table:
-    """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns."""
+    """Rows of the model and of its floors for the test split."""
+    return by_split(config, dataset, model)["test"]
+
+
+def by_split(
+    config: RunConfig, dataset: Dataset, model: TaskModel, splits: Sequence[str] = ("test",)
+) -> dict[str, pa.Table]:
+    """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns: for the
+    test split, and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
+    """
     device = torch.device(machine.device(config.train.device))
-    targets = targets_of(model, dataset)
-    readers = probes.readers_of(dataset, config, "finetune")
+    targets, train = targets_of(model, dataset), probes.readers_of(dataset, config, "finetune")["train"]
     rows = start.budget(config, dataset)
-    labelled = list(range(len(readers["train"]))) if rows is None else rows.tolist()
-    asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
-    known = subjects.labels_of(readers["train"], labelled, targets)
-    held_out = scored(probes.held_out_of(readers["test"], asked, targets), model)
-    wanted = Wanted(masks=model.prepare.wanted.masks)
-    total = len(config.evaluate.accelerations) * (len(labelled) + len(asked))
+    labelled = list(range(len(train))) if rows is None else rows.tolist()
+    asked = {split: asked_of(config, dataset, model, split) for split in splits}
+    known = subjects.labels_of(train, labelled, targets)
+    phenotypes = phenotypes_of(dataset, train, labelled)
+    regressions = from_phenotypes.fit(phenotypes, {t: known[:, i] for i, t in enumerate(targets) if t in DISEASES})
+    more = {RIDGE: {name: phenotypes[name] for name in regressions.phenotypes if name not in targets}}
+    total = len(config.evaluate.accelerations) * (len(labelled) + sum(len(one.rows) for one in asked.values()))
     tell = probes.Counter(Bar("finetune: subjects"), total)
-    parts = []
+    parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
+    about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
-        train = tell(pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
-        test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, wanted, VALIDATION))
         fitted: dict[Name, Predictor] = {trained(config): model}
         if targets:
-            fitted |= probes.fit(sources(model), train, known, targets, device)
-        if "segmentation" in model.prepare.tasks:
-            train = pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
-            fitted |= masks.fit(config, readers["train"], labelled, train)
-        if "reconstruction" in model.prepare.tasks:
-            fitted |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
-            fitted |= {SHARED: baselines.shared_image(config.data.matrix)}
-        seed, labels = config.seed, len(labelled)
-        parts.append(
-            predict(fitted, test, held_out, config.data, acceleration=r, seed=seed, labels=labels, device=device)
-        )
-    return joined(parts)
+            read = tell(pipeline.read_in_order(train, labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
+            fitted |= probes.fit(sources(model), read, known, targets, device, more)
+        if regressions.of:
+            fitted[READ_OFF] = ReadOff(fitted[RIDGE], regressions)
+        for split, one in asked.items():
+            dense = split == "test"
+            own = dense_floors(config, model, train, labelled, fixed) if dense else {trained(config): model.numbers}
+            batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
+            about |= {"acceleration": r}
+            parts[split].append(predict(fitted | own, batches, one.held_out, config.data, device=device, **about))
+            parts[split].append(predictions_of(CEILING, one.held_out, ceiling(dataset, one, regressions), **about))
+    return {split: joined(tables) for split, tables in parts.items()}
+
+
+def phenotypes_of(dataset: Dataset, reader: Reader, rows: Sequence[int]) -> dict[str, Float[np.ndarray, " subject"]]:
+    """Phenotypes of these rows of a split, as far as the dataset has them; NaN: unknown."""
+    names = [name for name in PHENOTYPES if dataset.labels.get(name)]
+    return dict(zip(names, subjects.labels_of(reader, rows, names).T, strict=True))
+
+
+def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[np.ndarray, "subject target"]:
+    """What the true phenotypes of these subjects say of their diseases; NaN of all other targets."""
+    known = phenotypes_of(dataset, asked.reader, asked.rows)
+    features = [known[name] for name in regressions.phenotypes]
+    return regressions(
+        np.stack(features, axis=1) if features else np.empty((len(asked.rows), 0)), asked.held_out.targets
+    )
+
+
+def dense_floors(
+    config: RunConfig, model: TaskModel, train: Reader, labelled: Sequence[int], fixed: RunConfig
+) -> dict[Name, Predictor]:
+    """Floors of the model's masks and images.
+
+    Args:
+        fixed: the settings at one R.
+    """
+    found: dict[Name, Predictor] = {}
+    if "segmentation" in model.prepare.tasks:
+        read = pipeline.read_in_order(train, labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
+        found |= masks.fit(config, train, labelled, read)
+    if "reconstruction" in model.prepare.tasks:
+        found |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
+        found |= {SHARED: baselines.shared_image(config.data.matrix)}
+    return found
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Subjects of a split that systems are asked about, and the columns that this takes."""
+
+    reader: Reader
+    rows: list[int]
+    held_out: HeldOut
+    wanted: Wanted
+
+
+def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> Asked:
+    """Of the test split all that the model says, of validation subjects their diseases."""
+    reader = dataset.reader(split, config.data)
+    rows = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
+    targets = targets_of(model, dataset)
+    if split == "test":
+        held_out = scored(probes.held_out_of(reader, rows, targets), model)
+        return Asked(reader, rows, held_out, Wanted(masks=model.prepare.wanted.masks))
+    held_out = probes.held_out_of(reader, rows, tuple(name for name in targets if name in DISEASES))
+    return Asked(reader, rows, held_out, NOTHING)
 
 
 def sources(model: TaskModel) -> dict[Name, Features]:
@@ -185,8 +258,14 @@ def trained(config: RunConfig) -> Name:
     return FROM_SCRATCH if config.task.encoder == start.NONE else FINETUNED
 
 
-def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, float]]:
-    """A table for each task, and the metrics of the model at the highest R evaluated."""
+def summary(
+    table: pa.Table, config: RunConfig, validation: pa.Table | None = None
+) -> tuple[list[Table], dict[str, float]]:
+    """A table for each task, and the metrics of the model at the highest R evaluated.
+
+    Args:
+        validation: rows of validation subjects, who choose the thresholds of F1; None: there are none.
+    """
     shown: list[Table] = []
     metrics: dict[str, float] = {}
     names = set(table.column("target").to_pylist())
@@ -201,7 +280,7 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
             metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}
     if names & set(DISEASES):
         areas = table.filter(pc.is_in(table.column("target"), pa.array(DISEASES)))
-        found = disease_table(areas)
+        found = disease_table(areas, validation)
         shown.append(found[0])
         metrics |= found[1]
     if names & set(DICE):
@@ -215,9 +294,14 @@ def summary(table: pa.Table, config: RunConfig) -> tuple[list[Table], dict[str, 
     return shown, metrics
 
 
-def disease_table(table: pa.Table) -> tuple[Table, dict[str, float]]:
-    """AUROC, and average precision beside the prevalence, of each disease; AUROC of the model at the highest R."""
+def disease_table(table: pa.Table, validation: pa.Table | None = None) -> tuple[Table, dict[str, float]]:
+    """AUROC, average precision beside the prevalence, and F1 of each disease; the model's metrics at the highest R.
+
+    Args:
+        validation: rows of validation subjects, who choose the thresholds of F1; None: no F1.
+    """
     seen = panel(table)
+    limits = thresholds.choose(seen, validation)
     rows: list[tuple[Cell, ...]] = []
     metrics: dict[str, float] = {}
     for number, r in enumerate(seen.accelerations):
@@ -226,13 +310,15 @@ def disease_table(table: pa.Table) -> tuple[Table, dict[str, float]]:
                 continue
             cells: list[Cell] = []
             for i, target in enumerate(seen.targets):
-                scored = detection(seen.truth[:, i], values[number, :, i], threshold=0.5)
-                cells.append(f"{scored.auroc:.3f} (AP {scored.average_precision:.2f} of {scored.prevalence:.2f})")
+                scored = detection(seen.truth[:, i], values[number, :, i], limits.values[fit][number, i])
+                f1 = f", F1 {scored.f1:.2f}" if np.isfinite(scored.f1) else ""
+                cells.append(f"{scored.auroc:.3f} (AP {scored.average_precision:.2f} of {scored.prevalence:.2f}{f1})")
                 if fit.name in (FINETUNED, FROM_SCRATCH):
-                    metrics[f"{target}_auroc"] = scored.auroc
+                    metrics |= {f"{target}_auroc": scored.auroc}
+                    metrics |= {f"{target}_f1": scored.f1} if f1 else {}
             rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))
     title = "AUROC on held-out subjects (average precision; a guess has the prevalence behind it)"
-    return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows)), metrics
+    return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows), limits.note()), metrics
 
 
 def _report(

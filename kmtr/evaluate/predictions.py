@@ -49,7 +49,8 @@ score) and the system's value, both in the target's unit.
 KEY = ("subject", "acceleration", "system", "input", "seed", "labels", "target")
 """Columns that name a row: no two rows have the same."""
 
-LINES, NOTHING = "acquired lines", "nothing"
+LINES, NOTHING, TRUE_PHENOTYPES = "acquired lines", "nothing", "true phenotypes"
+_ON_MASKS = ", masks"
 
 
 class Name(NamedTuple):
@@ -63,6 +64,11 @@ class Name(NamedTuple):
         """The name in a table: the input is told where the system leaves it open."""
         return self.system if self.input in (LINES, NOTHING) else f"{self.system} on {self.input}"
 
+    @property
+    def measured(self) -> bool:
+        """Whether it is what was measured on a system's masks, which may not be possible of every subject."""
+        return self.system.endswith(_ON_MASKS)
+
 
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
@@ -71,10 +77,14 @@ MEAN = Name("mean", NOTHING)
 MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "temporally shared image")
 ZEROFILLED, SHARED = Name("zero-filled image", LINES), Name("temporally shared image", LINES)
 
+READ_OFF, CEILING = Name("phenotypes then disease", RIDGE.input), Name("ceiling, disease", TRUE_PHENOTYPES)
+CEILINGS = frozenset({CEILING})
+"""Systems that know what no input says: shown beside the others, and never a floor."""
+
 
 def from_masks(name: Name) -> Name:
     """Name of the phenotypes that are measured on a system's masks."""
-    return Name(f"{name.system}, masks", name.input)
+    return Name(f"{name.system}{_ON_MASKS}", name.input)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -77,11 +78,13 @@ def fit(
     labels: Float[np.ndarray, "subject target"],
     targets: Sequence[str],
     device: torch.device,
+    more: Mapping[Name, Mapping[str, Float[np.ndarray, " subject"]]] = MappingProxyType({}),
 ) -> dict[Name, Predictor]:
     """A probe of each source of features, and the mean of the labels.
 
     Args:
         batches: the labelled subjects, in the order of `labels`.
+        more: labels by name that only one source's probe is fitted to as well.
     """
     features: dict[Name, list[np.ndarray]] = {name: [] for name in sources}
     for host in batches:
@@ -91,9 +94,11 @@ def fit(
     found: dict[Name, Predictor] = {}
     means: dict[str, float] = {}
     for name, make in sources.items():
-        ridges = fit_ridges(np.concatenate(features[name]), labels, targets)
-        found[name] = Probed(make, ridges)
+        seen, others = np.concatenate(features[name]), more.get(name, {})
+        ridges = fit_ridges(seen, labels, targets)
         means = {target: ridge.bias for target, ridge in ridges.items()}
+        ridges |= fit_ridges(seen, np.stack([*others.values()], axis=1), tuple(others)) if others else {}
+        found[name] = Probed(make, ridges)
     return found | {MEAN: Constant(means)}
 
 

@@ -1,7 +1,9 @@
 """Scores of predictions: pure functions of the rows of a file of predictions (`predictions.SCHEMA`).
 
 Systems are compared on the same subjects: rows are joined by subject, and a system that lacks a subject whose truth is
-known is refused. R2 compares with the rows of the system "mean" of the same seed and number of labels.
+known is refused. What is measured on masks (`Name.measured`) may lack some, such as those whose size of a pixel is
+unknown: it is compared on the others, and their number is told. R2 compares with the rows of the system "mean" of the
+same seed and number of labels.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def panel(table: pa.Table, accelerations: Sequence[int] = (), targets: Sequence[
     """Rows as arrays; subjects, accelerations and targets in the order of the rows, unless one is given.
 
     Raises:
-        InputError: a system lacks a subject whose truth is known, or two rows differ in the truth of a subject.
+        InputError: a system lacks a subject whose truth is known, which only what is measured on masks may, or two rows
+            differ in the truth of a subject.
     """
     subjects = tuple(pc.unique(table.column("subject")).to_pylist())
     rs = tuple(accelerations) or tuple(pc.unique(table.column("acceleration")).to_pylist())
@@ -80,7 +83,8 @@ def panel(table: pa.Table, accelerations: Sequence[int] = (), targets: Sequence[
         mine = members[wanted[members]]
         values = found[fit] = np.full((len(rs), len(subjects), len(names)), np.nan)
         values[r[mine], s[mine], t[mine]] = value[mine]
-        _check_complete(fit, values, np.isfinite(truth), rs, names)
+        if not fit.name.measured:
+            _check_complete(fit, values, np.isfinite(truth), rs, names)
     return Panel(subjects, rs, names, true, truth, found)
 
 
@@ -138,7 +142,8 @@ class Scores:
 
 
 def scores_of(table: pa.Table) -> list[Scores]:
-    """Truth and prediction of each system at each R, of all targets that enough held-out subjects have.
+    """Truth and prediction of each system at each R, of all targets that enough held-out subjects have; of what is
+    measured on masks, of the subjects that it could be measured of.
 
     Raises:
         InputError: rows of several seeds or numbers of labels, or as `panel`.
@@ -159,8 +164,10 @@ def scores_of(table: pa.Table) -> list[Scores]:
         for fit in scored:
             for i, target in targets:
                 known = np.isfinite(seen.truth[:, i])
+                if fit.name.measured:
+                    known &= np.isfinite(seen.values[fit][number, :, i])
                 predicted, mean = seen.values[fit][number, known, i], reference[number, known, i]
-                if np.isfinite(predicted).all() and np.isfinite(mean).all():
+                if known.sum() >= MIN_KNOWN and np.isfinite(predicted).all() and np.isfinite(mean).all():
                     probe = Probe(seen.truth[known, i], predicted, float(mean[0]))
                     probes.setdefault(fit.name, {})[target] = probe
         found.append(Scores(r, seen.true_acceleration_at(number), probes))

@@ -33,7 +33,8 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
                     cells.append("–")
                     continue
                 low, high = bootstrap_r2(probes[target], config.evaluate.bootstrap)
-                cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]" if name != MEAN else "0.000")
+                few = _fewer(s, name, target)
+                cells.append(f"{probes[target].r2:.3f} [{low:.3f}, {high:.3f}]{few}" if name != MEAN else "0.000")
             rows.append((s.acceleration, f"{s.true_acceleration:.2f}", name.title, *cells))
     return Table(
         f"R2 on {len(next(iter(scores[0].probes[MEAN].values())).truth)} held-out subjects, "
@@ -41,6 +42,12 @@ def r2_table(scores: list[Scores], config: RunConfig) -> Table:
         ("R", "true R", "system", *(short(t).upper() for t in targets)),
         tuple(rows),
     )
+
+
+def _fewer(scores: Scores, name: Name, target: str) -> str:
+    """Number of subjects of a score, where it is of fewer than the mean's: it was measured on masks."""
+    count, every = (len(scores.probes[who][target].truth) for who in (name, MEAN))
+    return f" (n = {count})" if count < every else ""
 
 
 def gain_table(scores: list[Scores], config: RunConfig) -> Table:
@@ -65,10 +72,15 @@ def gain_table(scores: list[Scores], config: RunConfig) -> Table:
 def error_table(scores: list[Scores]) -> Table:
     """Mean absolute errors in physical units."""
     targets = list(scores[0].probes[MEAN])
+
+    def cell(s: Scores, name: Name, target: str) -> Cell:
+        if target not in s.probes[name]:
+            return None
+        mae, few = s.probes[name][target].mae, _fewer(s, name, target)
+        return f"{mae:.2f}{few}" if few else round(mae, 2)
+
     rows: tuple[tuple[Cell, ...], ...] = tuple(
-        (s.acceleration, name.title, *(round(probes[t].mae, 2) if t in probes else None for t in targets))
-        for s in scores
-        for name, probes in s.probes.items()
+        (s.acceleration, name.title, *(cell(s, name, t) for t in targets)) for s in scores for name in s.probes
     )
     columns = tuple(f"{short(t).upper()} ({PHENOTYPES[t]})" for t in targets)
     return Table("Mean absolute error", ("R", "system", *columns), rows, digits=2)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate import looks, task_tables
+from kmtr.evaluate import looks, task_tables, thresholds
 from kmtr.evaluate.looks import PREDICTED, Chosen, Look
 from kmtr.evaluate.predictions import Name, from_masks, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
@@ -35,7 +35,7 @@ from kmtr.report.html import write_report
 from kmtr.report.intervals import IntervalTable, text_of
 from kmtr.types import DISEASES, PHENOTYPES, VIEWS
 
-FORMAT = 1
+FORMAT = 2
 """Number of the report's content; a report of another one is made anew."""
 HTML, JSON, TABLES = "report.html", "report.json", "tables"
 
@@ -54,30 +54,35 @@ class Written:
 def write(
     config: RunConfig, dataset: Dataset, predictions: Path, model: Path, *, title: str, ours: Name, run: str
 ) -> Written:
-    """Report of the predictions beside them; one that was made of the same before is left as it is.
+    """Report of the predictions beside them; one that was made of the same before is left as it is. Predictions of
+    validation subjects in the same folder (`thresholds.FILE`) choose the thresholds of diseases.
 
     No file of it names a subject.
 
     Args:
         model: folder of the model, which is asked again about the few subjects that figures show.
-        ours: name of the model in the predictions; all other systems are floors.
+        ours: name of the model in the predictions; all other systems but `CEILINGS` are floors.
         run: id of its MLflow run.
     """
     folder = predictions.parent
     html, data = folder / HTML, folder / JSON
-    content = hashlib.sha256(predictions.read_bytes()).hexdigest()
-    asked = {"format": FORMAT, "resamples": config.evaluate.bootstrap, "predictions": content}
+    beside = folder / thresholds.FILE
+    validation = beside if beside.is_file() else None
+    asked = {"format": FORMAT, "resamples": config.evaluate.bootstrap, "predictions": _digest(predictions)}
+    asked |= {"validation": _digest(validation)} if validation else {}
     if html.is_file() and data.is_file() and json.loads(data.read_text()).get("asked") == asked:
         return Written(html, False)
     rows = read(predictions)
-    tables = task_tables.tables_of(rows, {ours, from_masks(ours)}, config.evaluate.bootstrap)
+    mine, draws = {ours, from_masks(ours)}, config.evaluate.bootstrap
+    tables = task_tables.tables_of(rows, mine, draws, read(validation) if validation else None)
     chosen = looks.choose(rows, ours)
     seen: list[Look] = []
     if chosen is not None:
         loaded = load_model(model, machine.device(config.train.device))
         rs = pc.unique(rows.column("acceleration")).to_pylist()
         seen = looks.looks(config, dataset, loaded, chosen.subjects, rs)
-    shown = [*scores(rows, ours, config.evaluate.bootstrap), *(subjects(chosen, seen) if chosen else ())]
+    pictures = subjects(chosen, seen, dataset.slice_order) if chosen else ()
+    shown = [*scores(rows, ours, config.evaluate.bootstrap), *pictures]
     about = summary(config, dataset, rows)
     now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
     footer = f"run {run}, data {dataset.digest[:12]}, torch {torch.__version__}, {now}"
@@ -88,6 +93,10 @@ def write(
     said |= {"tables": [one.json() for one in tables], "figures": [caption for caption, _ in shown], "asked": asked}
     write_atomic(data, json.dumps(said, indent=1, allow_nan=False))
     return Written(html, True)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_tables(folder: Path, tables: Sequence[IntervalTable]) -> None:
@@ -108,8 +117,9 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
         f"Tasks: {', '.join(config.task.tasks)}. Data: {dataset.source}. Trained on {labels} subjects from {begun}, "
         f"scored on {held_out} held-out subjects at each R; patterns of family {config.sampling.family}. R is nominal, "
         f"true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the training "
-        f"labels, a ridge regression on the low-resolution zero-filled image, the mean mask, a linear map from the "
-        f"temporally shared image to the mask, the zero-filled and the temporally shared image."
+        f"labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from phenotypes "
+        f"that this one predicts to each disease, the mean mask, a linear map from the temporally shared image to the "
+        f"mask, the zero-filled and the temporally shared image."
     )
 
 
@@ -170,17 +180,21 @@ def roc_curves(seen: Panel, ours: Name, resamples: int) -> list[Picture]:
 # ------------------------------------------------------------------------------------------------ single subjects
 
 
-def subjects(chosen: Chosen, seen: Sequence[Look]) -> list[Picture]:
-    """Contours at each R, volume curves, and images of the chosen subjects."""
+def subjects(chosen: Chosen, seen: Sequence[Look], slice_order: str) -> list[Picture]:
+    """Contours at each R, volume curves, and images of the chosen subjects.
+
+    Args:
+        slice_order: of the short axis, in words.
+    """
     which = ", ".join(
         f"subject {n} at the {p}th ({value:.2f})"
         for n, (p, value) in enumerate(zip(chosen.percentiles, chosen.values, strict=True), 1)
     )
     who = f"Held-out subjects at these percentiles of {chosen.score} (mean over R): {which}."
-    return [*contours(seen, who), *curves(seen, who), *images(seen, who)]
+    return [*contours(seen, who, slice_order), *curves(seen, who), *images(seen, who)]
 
 
-def contours(seen: Sequence[Look], who: str) -> list[Picture]:
+def contours(seen: Sequence[Look], who: str, slice_order: str) -> list[Picture]:
     """A figure for each R: end-diastole and end-systole of the truth."""
     found: list[Picture] = []
     for r in dict.fromkeys(look.acceleration for look in seen):
@@ -194,8 +208,8 @@ def contours(seen: Sequence[Look], who: str) -> list[Picture]:
             title = f"R = {r} (true {_true(seen, r):.2f})"
             caption = (
                 f"True (solid) and predicted (dashed) contours on the fully sampled image at {title}, at the truth's "
-                f"end-diastole (ED) and end-systole (ES); of the short axis the first, middle and last slice, the "
-                f"ends being base and apex. {who}"
+                f"end-diastole (ED) and end-systole (ES); of the short axis the first, middle and last slice, "
+                f"{slice_order}. {who}"
             )
             found.append((caption, figures_tasks.overlays(rows, title)))
     return found
@@ -218,7 +232,7 @@ def tiles_of(look: Look, phase: int) -> dict[str, Tile]:
 def slices_of(view: str, pair: Pair) -> list[tuple[str, int]]:
     """Name and number of the slices shown: of a stack its first, middle and last, else the only one.
 
-    Base and apex are not told apart: which end of the stack comes first is the source's choice.
+    They go by number: which end of the stack comes first is the source's choice, which the caption tells.
     """
     count = len(pair.truth)
     if view != "sax":

@@ -1,23 +1,26 @@
 """Tables of a model of tasks beside its floors, with 95 % intervals, made of the rows of its predictions alone.
 
 Subjects are drawn with replacement (`metrics.resampling`), the same draws for all systems. A difference is that to the
-strongest floor: of all systems but the model the one that is best at this target, on average over R, on the very
-subjects that are compared, which favours the floor.
+strongest floor: of all systems but the model, and ceilings, the one that is best at this target, on average over R, on
+the very subjects that are compared, which favours the floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from jaxtyping import Bool, Float
 
-from kmtr.evaluate.predictions import MEAN, Name
-from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
-from kmtr.metrics import Comparison, Score, agreement, compare, score_table
+from kmtr.evaluate import thresholds
+from kmtr.evaluate.predictions import CEILINGS, MEAN, Name
+from kmtr.evaluate.scores import MIN_KNOWN, Fit, Panel, panel
+from kmtr.metrics import Comparison, Score, agreement, compare_pairs, score_table
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, NAMES, PHASES
 from kmtr.report.contact import title_of
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
@@ -40,18 +43,21 @@ _PAIRED = (
 )
 
 
-def tables_of(rows: pa.Table, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
+def tables_of(
+    rows: pa.Table, ours: Collection[Name], resamples: int, validation: pa.Table | None = None
+) -> list[IntervalTable]:
     """All tables that the rows have something for: of each task its scores, and the differences to its floors.
 
     Args:
         rows: of one seed and number of labels (`predictions.SCHEMA`).
-        ours: names of the model; all other systems are floors.
+        ours: names of the model; all other systems but `CEILINGS` are floors.
         resamples: bootstrap draws; where a family of comparisons needs more, its table has more.
+        validation: rows of validation subjects, who choose the thresholds of F1; None: there are none.
     """
     found: list[IntervalTable] = []
     for targets, make in (
         (tuple(PHENOTYPES), phenotypes),
-        (DISEASES, diseases),
+        (DISEASES, partial(diseases, validation=validation)),
         ((*DICE, *DISTANCES), segmentation),
         ((*IMAGES, *IN_BOX), images),
     ):
@@ -71,7 +77,7 @@ def phenotypes(seen: Panel, ours: Collection[Name], resamples: int) -> list[Inte
     rows: list[tuple[Value, ...]] = []
     for name, r, target in _ordered(mae, seen):
         key = name, r, target
-        whole = agreement(mae[key].truth, _values(seen, key), reference[target])
+        whole = agreement(mae[key].truth, _values(seen, key, mae[key].subjects), reference[target])
         rows.append(
             (
                 *(title_of(target), *_conditions(seen, key), whole.subjects, interval(mae[key]), whole.mae_sd),
@@ -89,17 +95,22 @@ def phenotypes(seen: Panel, ours: Collection[Name], resamples: int) -> list[Inte
     columns += (Column("lower limit", 2, True), Column("upper limit", 2, True))
     note = (
         "In the phenotype's unit. R2: against always answering the training mean. Bias and limits of agreement (bias "
-        "∓ 1.96 SD): predicted − true. A system '..., masks' is measured on the predicted masks."
+        "∓ 1.96 SD): predicted − true. A system '..., masks' is measured on the predicted masks, and scored and "
+        "compared on the subjects of whom it can be measured."
     )
     table = IntervalTable("phenotypes", _caption("Phenotypes", seen, draws), columns, tuple(rows), note)
-    return [table, *differences("phenotypes", "R2", r2, seen, ours)]
+    again = partial(scored, metric="r2", resamples=draws, means=reference)
+    return [table, *differences("phenotypes", "R2", r2, seen, ours, again=again)]
 
 
-def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
-    """Detection of each disease, and differences of AUROC."""
-    draws = draws_for(seen, ours, resamples)
+def diseases(
+    seen: Panel, ours: Collection[Name], resamples: int, validation: pa.Table | None = None
+) -> list[IntervalTable]:
+    """Detection of each disease, F1 at the threshold of validation subjects, and differences of AUROC."""
+    draws, limits = draws_for(seen, ours, resamples), thresholds.choose(seen, validation)
     names = ("auroc", "average_precision", "sensitivity")
     auroc, precision, sensitivity = (scored(seen, metric, draws) for metric in names)
+    f1 = scored(thresholds.called(seen, limits), "f1", draws)
     rows: list[tuple[Value, ...]] = []
     for key in _ordered(auroc, seen):
         known = auroc[key].truth[np.isfinite(auroc[key].truth)]
@@ -107,6 +118,7 @@ def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[Interv
             (
                 *(title_of(key[2]), *_conditions(seen, key), len(known), int(known.sum()), interval(auroc[key])),
                 *(interval(precision[key]), float(known.mean()), interval(sensitivity[key])),
+                *((interval(f1[key]), limits.of(*key, seen)) if key in f1 else (None, None)),
             )
         )
     columns: tuple[Column, ...] = (
@@ -117,10 +129,12 @@ def diseases(seen: Panel, ours: Collection[Name], resamples: int) -> list[Interv
         Column("AUROC"),
     )
     columns += (Column("average precision"), Column("prevalence"), Column("sensitivity at 90 % specificity"))
-    note = (
-        "A guess has an AUROC of .5 and the prevalence as its average precision. No F1: it needs a threshold chosen on "
-        "validation subjects, whose predictions are not kept."
-    )
+    columns += (Column("F1"), Column("threshold"))
+    note = f"A guess has an AUROC of .5 and the prevalence as its average precision. {limits.note()}"
+    if any(fit.name in CEILINGS for fit in seen.values):
+        note += (
+            " The ceiling reads each disease off the subject's true phenotypes, which no input says: it is no floor."
+        )
     table = IntervalTable("diseases", _caption("Diseases", seen, draws), columns, tuple(rows), note)
     return [table, *differences("diseases", "AUROC", auroc, seen, ours)]
 
@@ -212,12 +226,12 @@ def scored(seen: Panel, metric: str, resamples: int, means: dict[str, float] | N
 
 def columns_of(seen: Panel) -> dict[str, np.ndarray]:
     """The long table of `metrics.tables`: all subjects, with NaN where a system is silent, of each system, R and target
-    that the system says anything of.
+    that the system says anything of; see `_counted`.
     """
     parts: list[dict[str, np.ndarray]] = []
     subjects, targets = np.array(seen.subjects, object), np.array(seen.targets, object)
     for fit, values in seen.values.items():
-        r, s, t = np.nonzero(np.broadcast_to(np.isfinite(values).any(1, keepdims=True), values.shape))
+        r, s, t = np.nonzero(_counted(fit, values, seen.truth))
         same = {"system": fit.name.system, "input": fit.name.input, "labels": fit.labels, "seed": fit.seed}
         parts.append(
             {name: np.full(len(r), value, object) for name, value in same.items()}
@@ -227,45 +241,93 @@ def columns_of(seen: Panel) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def _counted(
+    fit: Fit, values: Float[np.ndarray, "acceleration subject target"], truth: Float[np.ndarray, "subject target"]
+) -> Bool[np.ndarray, "acceleration subject target"]:
+    """Subjects that a system's score is of: all, where it says anything. What is measured on masks and lacks subjects
+    whose truth is known is scored on those that it was measured of.
+    """
+    said = np.isfinite(values)
+    every: np.ndarray = np.broadcast_to(said.any(1, keepdims=True), said.shape)
+    if not fit.name.measured:
+        return every
+    lacks = (np.isfinite(truth) & ~said).any(1, keepdims=True)
+    return said | (every & ~lacks)
+
+
 class Gain(NamedTuple):
-    """A difference to the strongest floor."""
+    """A difference to the strongest floor.
+
+    Attributes:
+        subjects: that it is of; of those with truth, where there is one.
+    """
 
     comparison: Comparison
     floor: Name
+    subjects: int
 
 
-def gains(found: Scored, ours: Collection[Name], lower: Collection[str] = ()) -> list[Gain]:
+Among = Callable[[tuple[str, ...]], Scored]
+"""Some subjects, ascending -> scores of all systems on them."""
+
+
+def gains(found: Scored, ours: Collection[Name], lower: Collection[str] = (), among: Among | None = None) -> list[Gain]:
     """Differences of the model to the strongest floor of each target, one family; empty without floors.
 
     Args:
         lower: targets of which less is better.
+        among: where scores of the model are not all of the same subjects: each is compared with floors on its own.
     """
-    floors: dict[str, Name] = {}
-    for target in dict.fromkeys(key[2] for key in found):
-        values: dict[Name, list[float]] = {}
-        for (name, _, which), score in found.items():
-            if which == target and name not in ours and np.isfinite(score.estimate.value):
-                values.setdefault(name, []).append(score.estimate.value)
-        if values:
-            floors[target] = (min if target in lower else max)(values, key=lambda name: float(np.mean(values[name])))
-    reference = [
-        replace(score, cell=score.cell._replace(system=FLOOR, input=""))
-        for (name, _, target), score in found.items()
-        if floors.get(target) == name
-    ]
-    model = [score for (name, _, _), score in found.items() if name in ours]
-    if not reference or not model:
-        return []
-    return [Gain(one, floors[one.cell.target]) for one in compare([*model, *reference], FLOOR, "")]
+    groups: dict[tuple[str, ...], list[Key]] = {}
+    for key, score in found.items():
+        if key[0] in ours:
+            groups.setdefault(score.subjects, []).append(key)
+    pairs: list[tuple[Score, Score]] = []
+    floors: list[Name] = []
+    for subjects, keys in groups.items():
+        there = {k: s for k, s in (among(subjects) if among else found).items() if s.subjects == subjects}
+        strongest = _strongest(there, ours, lower)
+        for name, r, target in keys:
+            floor = strongest.get(target)
+            if floor is not None and (floor, r, target) in there:
+                pairs.append((there[name, r, target], there[floor, r, target]))
+                floors.append(floor)
+    counts = [int(np.isfinite(one.truth).sum()) or len(one.subjects) for one, _ in pairs]
+    return [Gain(*each) for each in zip(compare_pairs(pairs), floors, counts, strict=True)]
+
+
+def _strongest(found: Scored, ours: Collection[Name], lower: Collection[str]) -> dict[str, Name]:
+    """The floor that is best at each target, on average over R."""
+    values: dict[str, dict[Name, list[float]]] = {}
+    for (name, _, target), score in found.items():
+        if name not in CEILINGS.union(ours) and np.isfinite(score.estimate.value):
+            values.setdefault(target, {}).setdefault(name, []).append(score.estimate.value)
+    means = {target: {name: float(np.mean(each)) for name, each in those.items()} for target, those in values.items()}
+    return {target: (min if target in lower else max)(those, key=those.__getitem__) for target, those in means.items()}
 
 
 def differences(
-    name: str, metric: str, found: Scored, seen: Panel, ours: Collection[Name], lower: Collection[str] = ()
+    name: str,
+    metric: str,
+    found: Scored,
+    seen: Panel,
+    ours: Collection[Name],
+    lower: Collection[str] = (),
+    again: Callable[[Panel], Scored] | None = None,
 ) -> list[IntervalTable]:
-    """Table of `gains`; none without floors."""
+    """Table of `gains`; none without floors.
+
+    Args:
+        again: makes `found` of a panel of some of the subjects.
+    """
     true = {r: seen.true_acceleration_at(number) for number, r in enumerate(seen.accelerations)}
     order = {target: place for place, target in enumerate(seen.targets)}
-    made = sorted(gains(found, ours, lower), key=lambda gain: order[gain.comparison.cell.target])
+    every = tuple(sorted(seen.subjects))
+
+    def among(subjects: tuple[str, ...]) -> Scored:
+        return found if again is None or subjects == every else again(_of_subjects(seen, subjects))
+
+    made = sorted(gains(found, ours, lower, among), key=lambda gain: order[gain.comparison.cell.target])
     rows: tuple[tuple[Value, ...], ...] = tuple(
         (
             target_title(cell.target),
@@ -273,6 +335,7 @@ def differences(
             true[cell.acceleration],
             Name(cell.system, cell.input).title,
             gain.floor.title,
+            gain.subjects,
             Interval(one.difference.value, one.difference.low, one.difference.high),
             one.difference.p,
             one.p_adjusted,
@@ -284,6 +347,7 @@ def differences(
         Column("target"),
         *CONDITIONS,
         Column(FLOOR),
+        Column("subjects"),
         Column(metric, 3, True),
         Column("p", 4),
     )
@@ -318,6 +382,18 @@ def _only(seen: Panel, kept: Sequence[bool]) -> Panel:
         targets=tuple(seen.targets[i] for i in which),
         truth=seen.truth[:, which],
         values={fit: values[..., which] for fit, values in seen.values.items()},
+    )
+
+
+def _of_subjects(seen: Panel, subjects: Sequence[str]) -> Panel:
+    """Of these subjects alone."""
+    which = np.flatnonzero(np.isin(seen.subjects, subjects))
+    return replace(
+        seen,
+        subjects=tuple(seen.subjects[i] for i in which),
+        true_acceleration=seen.true_acceleration[:, which],
+        truth=seen.truth[which],
+        values={fit: values[:, which] for fit, values in seen.values.items()},
     )
 
 
@@ -371,12 +447,13 @@ def _mean_of(seen: Panel, target: int) -> float:
     return float(said[0][0]) if said and len(said[0]) else float("nan")
 
 
-def _values(seen: Panel, key: Key) -> np.ndarray:
-    """A system's predictions, of subjects in ascending order of their names, as those of a `Score`."""
+def _values(seen: Panel, key: Key, subjects: Sequence[str]) -> np.ndarray:
+    """A system's predictions of these subjects."""
     name, r, target = key
     (values,) = (values for fit, values in seen.values.items() if fit.name == name)
-    order = np.argsort(np.array(seen.subjects))
-    found: np.ndarray = values[seen.accelerations.index(r), order, seen.targets.index(target)]
+    place = {subject: number for number, subject in enumerate(seen.subjects)}
+    which = [place[subject] for subject in subjects]
+    found: np.ndarray = values[seen.accelerations.index(r), which, seen.targets.index(target)]
     return found
 
 

@@ -13,6 +13,7 @@ from kmtr.metrics.diseases import (
 )
 from kmtr.metrics.embeddings import effective_rank, embedding_deviation
 from kmtr.metrics.images import ImageScores, heart_box, image_scores, nmse, psnr_db, ssim
+from kmtr.metrics.logistic import Logistic, fit_logistic
 from kmtr.metrics.phenotypes import Agreement, agreement, r2, weighted_mae, weighted_pearson, weighted_r2
 from kmtr.metrics.resampling import (
     Difference,
@@ -25,7 +26,7 @@ from kmtr.metrics.resampling import (
 )
 from kmtr.metrics.ridge import RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, probe
 from kmtr.metrics.segmentation import ContourDistance, contour_distance, dice, dice_at, extreme_frames, hd95
-from kmtr.metrics.tables import Cell, Comparison, Score, compare, score_table
+from kmtr.metrics.tables import Cell, Comparison, Score, compare, compare_pairs, score_table
 from kmtr.metrics.volumes import Masks, area_length_ml, length_mm, mask_phenotypes, simpson_ml, volume_curves
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Estimate",
     "ImageScores",
     "Kernel",
+    "Logistic",
     "Masks",
     "Probe",
     "Ridge",
@@ -48,6 +50,7 @@ __all__ = [
     "best_f1_threshold",
     "bootstrap_r2",
     "compare",
+    "compare_pairs",
     "contour_distance",
     "detection",
     "dice",
@@ -57,6 +60,7 @@ __all__ = [
     "embedding_deviation",
     "estimate",
     "extreme_frames",
+    "fit_logistic",
     "fit_ridge",
     "hd95",
     "heart_box",

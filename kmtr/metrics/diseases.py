@@ -70,13 +70,15 @@ def detection(
 
 
 def best_f1_threshold(truth: Float[np.ndarray, " subject"], score: Float[np.ndarray, " subject"]) -> float:
-    """Score at or above which calling a subject diseased has the highest F1; of several the highest.
+    """Score at or above which calling a subject diseased has the highest F1; of several the lowest.
 
     Chosen on validation subjects, never on those whose F1 is reported. NaN where only one class is there.
     """
     found = _table(truth, score, np.ones((1, len(truth))))
     f1 = _f1(found.positives, found.negatives, found.all_positives[:, None])[0]
-    return float("nan") if np.isnan(f1).any() or not len(f1) else float(found.thresholds[int(f1.argmax())])
+    if np.isnan(f1).any() or not len(f1):
+        return float("nan")
+    return float(found.thresholds[np.flatnonzero(f1 == f1.max())[-1]])  # thresholds fall
 
 
 def weighted_auroc(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from kmtr.metrics.diseases import weighted_auroc, weighted_average_precision, weighted_sensitivity
+from kmtr.metrics.diseases import weighted_auroc, weighted_average_precision, weighted_f1, weighted_sensitivity
 from kmtr.metrics.phenotypes import weighted_mae, weighted_pearson, weighted_r2
 from kmtr.metrics.resampling import (
     RESAMPLES,
@@ -38,6 +38,8 @@ from kmtr.types import InputError
 Columns = Mapping[str, np.ndarray]
 
 COLUMNS = ("subject", "system", "input", "labels", "seed", "R", "true_R", "target", "truth", "value")
+CALLED = 0.5
+"""Between the values 0 and 1 of `f1`."""
 LEVEL = 0.05
 """Adjusted p-value below which a difference is claimed."""
 
@@ -47,11 +49,14 @@ _METRICS: dict[str, Callable[[np.ndarray, np.ndarray], Statistic]] = {
     "auroc": lambda truth, value: partial(weighted_auroc, truth, value),
     "average_precision": lambda truth, value: partial(weighted_average_precision, truth, value),
     "sensitivity": lambda truth, value: partial(weighted_sensitivity, truth, value),
+    "f1": lambda truth, value: partial(weighted_f1, truth, value, CALLED),
     "score": lambda _, value: partial(weighted_mean, value),
 }
 
 METRICS = ("r2", *_METRICS)
-"""`r2` needs the training mean of each target; `score` is the mean of values that are scores, NaN left out."""
+"""`r2` needs the training mean of each target; `score` is the mean of values that are scores, NaN left out; values of
+`f1` say who is called diseased: 1 at or above the threshold, else 0.
+"""
 
 
 class Cell(NamedTuple):
@@ -148,7 +153,17 @@ def compare(scores: Sequence[Score], system: str, input: str) -> list[Comparison
         known = ", ".join(sorted({f"{s.cell.system} on {s.cell.input}" for s in scores})) or "none"
         raise InputError(f"compare: expected scores of {system} on {input}, got those of {known}")
     others = [s for s in scores if s.cell[:2] != (system, input) and s.cell[2:] in reference]
-    made = [_difference(s, reference[s.cell[2:]]) for s in others]
+    return compare_pairs([(s, reference[s.cell[2:]]) for s in others])
+
+
+def compare_pairs(pairs: Sequence[tuple[Score, Score]]) -> list[Comparison]:
+    """The first score of each pair less the second, all of them one family of Holm's correction.
+
+    Raises:
+        InputError: two that are compared differ in metric, subjects or truth; or the draws are too few for any adjusted
+            p-value of the family to be below .05.
+    """
+    made = [_difference(one, other) for one, other in pairs]
     draws, least = max((d.draws for d in made), default=0), round(2 * len(made) / LEVEL)
     if 0 < draws < least:
         raise InputError(
@@ -156,7 +171,7 @@ def compare(scores: Sequence[Score], system: str, input: str) -> list[Comparison
             f"p-value could be below {LEVEL}"
         )
     adjusted = holm(np.array([d.p for d in made]))
-    return [Comparison(s.cell, s.metric, d, float(p)) for s, d, p in zip(others, made, adjusted, strict=True)]
+    return [Comparison(s.cell, s.metric, d, float(p)) for (s, _), d, p in zip(pairs, made, adjusted, strict=True)]
 
 
 def _difference(one: Score, other: Score) -> Difference:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.distributed as dist
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
@@ -136,6 +137,12 @@ class Task(ABC):
     @abstractmethod
     def ask(self, batch: Batch, given: Given) -> Pending[Any]:
         """The task's part of the inputs: readings, and targets; made without gradient, in fp32."""
+
+    def teaches(self, batch: Batch, given: Given) -> Bool[Tensor, " batch"] | None:
+        """Subjects that have something for the task to learn from: its loss is averaged over those of the global batch.
+        None: all of them. Whether it is None may depend on the configuration alone, never on the batch.
+        """
+        return None
 
     @abstractmethod
     def forward(self, encode: Encode, head: Any, asked: Any) -> dict[str, Tensor]:

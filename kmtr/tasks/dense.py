@@ -115,6 +115,9 @@ class Dense(Task):
     def extra(self, batch: Batch, given: Given, chosen: Chosen) -> Mapping[str, Any]:
         """What the task itself needs of the chosen cells."""
 
+    def teaches(self, batch: Batch, given: Given) -> Bool[Tensor, " batch"]:
+        return (self.teaching(batch) & ~batch.padded).flatten(1).any(1)
+
     def chosen(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         """Slices and frames whose pixels are decoded."""
         if batch.epoch is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kmtr.data.loader.batch import Batch
@@ -56,6 +56,10 @@ class OnVector(Task):
         mean, sd = (given.tables[name][columns] for name in ("label_mean", "label_sd"))
         truth = batch.labels[:, columns]
         return Pending(reading.cells, lambda lengths: Asked(reading.make(lengths), truth, mean, sd))
+
+    def teaches(self, batch: Batch, given: Given) -> Bool[Tensor, " batch"]:
+        """Subjects of whom a label is known."""
+        return torch.isfinite(batch.labels[:, [given.labels[label] for label in self.labels]]).any(1)
 
     def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
         """Output of the head, fp32."""

@@ -4,6 +4,8 @@ need of it found, so that none searches or reads it again.
 
 from __future__ import annotations
 
+import logging
+
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override
 from kmtr.data.dataset import storage
@@ -11,6 +13,8 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import planning
 from kmtr.train import start
 from kmtr.types import InputError
+
+log = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
@@ -53,5 +57,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
             "stage: some sources were undersampled by the scanner, so no fully sampled image is known; "
             "use stage=masked masked.image_weight=0"
         )
+    if "sax" in config.data.views and len({manifest.simulated for manifest in dataset.manifests}) > 1:
+        log.warning("data.more: slices of the short axis are not all in one order: %s", dataset.slice_order)
     dataset.preflight()
     return config, dataset

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -137,8 +137,8 @@ def labels_of(config: RunConfig) -> tuple[str, ...]:
 def budget(config: RunConfig, dataset: Dataset) -> Int[np.ndarray, " chosen"] | None:
     """Training rows on whose labels the run trains, ascending; None: all of them (`task.labels` is 0, another stage).
 
-    What needs no label does not go by it: the normalisation statistics of a run that starts from no encoder are those
-    of all training subjects.
+    Of subjects that lack something for one of the tasks see `subjects.budget`. What needs no label does not go by it:
+    the normalisation statistics of a run that starts from no encoder are those of all training subjects.
 
     Raises:
         InputError: the budget is larger than what there is, or too small for the labels or for a batch.
@@ -146,14 +146,60 @@ def budget(config: RunConfig, dataset: Dataset) -> Int[np.ndarray, " chosen"] | 
     if config.stage != "task" or not config.task.labels:
         return None
     names, reader, batch = labels_of(config), dataset.reader("train", config.data), config.data.global_batch
-    labels = subjects.labels_of(reader, range(len(reader)), names)
-    rows = subjects.budget(config.seed, labels, np.isin(names, DISEASES), config.task.labels)
+    labels, learnt = subjects.labels_of(reader, range(len(reader)), names), tasks_of(config).values()
+    own = [[names.index(label) for label in task.labels] for task in learnt if task.labels]
+    needs = [has(config, dataset, reader, need) for need in dict.fromkeys(task.needs for task in learnt if task.needs)]
+    rows = subjects.budget(config.seed, labels, np.isin(names, DISEASES), config.task.labels, own, needs)
     if len(rows) < batch and config.plan.tail == "drop":
         raise InputError(
             f"task.labels: expected at least data.global_batch={batch} subjects, got {len(rows)}; lower "
             "data.global_batch, or fill batches up with repeats that no loss counts by plan.tail=pad"
         )
     return rows
+
+
+def has(config: RunConfig, dataset: Dataset, reader: Reader, needs: str) -> Callable[[int], bool]:
+    """Whether the subject in a row of the training split has what a task `needs`; read once in a process."""
+    known = _found(dataset.digest, config.data.model_dump_json(), needs)
+
+    def found(row: int) -> bool:
+        if row not in known:
+            known[row] = next(_usable(config, reader, [row], needs), None) is not None
+        return known[row]
+
+    return found
+
+
+@lru_cache(maxsize=4)
+def _found(digest: str, data: str, needs: str) -> dict[int, bool]:
+    """What `has` knows of the rows of a dataset's training split; it fills it."""
+    return {}
+
+
+def said_of_labels(config: RunConfig, dataset: Dataset) -> str:
+    """How many of the subjects that a run learns from have what each of its tasks learns from, in one line.
+
+    Masks and images of all subjects are not read for it, but those of `MAX_AVERAGED`.
+    """
+    chosen, reader = budget(config, dataset), dataset.reader("train", config.data)
+    rows = list(range(len(reader))) if chosen is None else chosen.tolist()
+    order = permutation(config.seed, 0, len(rows))
+    looked = [rows[i] for i in (order[:MAX_AVERAGED] if chosen is None else order)]
+    among = f"{len(looked)} looked at" if len(looked) < len(rows) else str(len(rows))
+    said = []
+    for name, task in tasks_of(config).items():
+        if task.needs:
+            found = sum(map(has(config, dataset, reader, task.needs), looked))
+            said.append(f"{found} of {among} have {'contours' if task.needs == 'masks' else 'all lines'} for {name}")
+        elif task.labels:
+            labels = subjects.labels_of(reader, rows, task.labels)
+            known = np.isfinite(labels)
+            text = f"{known.any(1).sum()} of {len(rows)} have {name}"
+            if name == "diseases":
+                each = zip(task.labels, np.nansum(labels, axis=0), known.sum(0), strict=True)
+                text += f" ({', '.join(f'{label} {ill:.0f} of {count}' for label, ill, count in each)})"
+            said.append(text)
+    return "; ".join(said)
 
 
 def task_tables(
@@ -179,10 +225,13 @@ def averaged(config: RunConfig, reader: Reader, rows: Sequence[int], needs: str)
 
 def usable(config: RunConfig, reader: Reader, rows: Sequence[int], needs: str) -> Iterator[int]:
     """Those of the training rows that have what a task `needs`, in random order: a few among many are found."""
-    order = (rows[i] for i in permutation(config.seed, 0, len(rows)))
+    return _usable(config, reader, (rows[i] for i in permutation(config.seed, 0, len(rows))), needs)
+
+
+def _usable(config: RunConfig, reader: Reader, rows: Iterable[int], needs: str) -> Iterator[int]:
     if needs == "masks":
-        return subjects.contoured(config.data, reader, order)
-    return subjects.complete(config.data, reader, order) if needs == "images" else order
+        return subjects.contoured(config.data, reader, rows)
+    return subjects.complete(config.data, reader, rows) if needs == "images" else iter(rows)
 
 
 def label_moments(

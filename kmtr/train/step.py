@@ -91,9 +91,10 @@ def _not_finite(step: int, stage: str, what: str) -> str:
 
 
 def reduce(step: Step, device: torch.device) -> dict[str, float]:
-    """Means over the global batch of what a step logged."""
+    """Means over the global batch of what a step logged; nothing of what no subject of it had."""
     names = sorted(step.sums)
     totals = torch.stack([step.sums[n] for n in names] + [step.counts[n] for n in names]).to(device, torch.float64)
     dist.all_reduce(totals)
     sums, counts = totals.cpu().chunk(2)
-    return dict(zip(names, (sums / counts.clamp(min=1)).tolist(), strict=True))
+    means = (sums / counts.clamp(min=1)).tolist()
+    return {name: mean for name, mean, count in zip(names, means, counts.tolist(), strict=True) if count}

@@ -90,16 +90,18 @@ class Validation(ABC):
         """Metrics ``val/...`` (the same on all workers), and on rank 0 perhaps a figure."""
 
     def _losses(self, engine: Engine, stage: Stage) -> dict[str, float]:
-        """Mean loss of each task of the stage."""
-        losses = []
+        """Mean loss of each task of the stage over the subjects that teach it; nothing where nobody does."""
+        losses, teachers = [], []
         for batch in self._batches("val"):
             out = engine(self.prepare(batch, stage))
             losses.append(torch.stack([out[name][LOSS] for name in stage.tasks]))
-        total = (torch.cat(losses, dim=1) * self._counted("val")).sum(1).double()
-        dist.all_reduce(total)
-        names = [self.prepare.tasks[name].label for name in stage.tasks]
-        count = len(self.rows["val"])
-        return {f"val/{name}_loss": value / count for name, value in zip(names, total.tolist(), strict=True)}
+            known = [self.prepare.tasks[name].teaches(batch, self.prepare.given()) for name in stage.tasks]
+            teachers.append(torch.stack([torch.ones_like(batch.repeated) if one is None else one for one in known]))
+        counted = torch.cat(teachers, dim=1) & self._counted("val")
+        both = torch.stack([(torch.cat(losses, dim=1) * counted).sum(1).double(), counted.sum(1).double()])
+        dist.all_reduce(both)
+        names = [f"val/{self.prepare.tasks[name].label}_loss" for name in stage.tasks]
+        return {name: total / count for name, total, count in zip(names, *both.tolist(), strict=True) if count}
 
     def _agreed(self, metrics: dict[str, float]) -> dict[str, float]:
         """Those of rank 0: workers on unlike processors may differ in a last bit, and what follows from it must be the

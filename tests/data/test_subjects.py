@@ -99,3 +99,61 @@ def test_budgets_that_can_not_be_had_are_refused_in_a_line(count: int, expected:
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"at most 0, the training subjects"):
         subjects.budget(0, np.full((9, 1), np.nan), np.array([False]), 4)
+
+
+def partly(count: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """A disease that is known of every other subject and a phenotype that all have."""
+    rows = np.arange(count)
+    disease = np.where(rows % 2 == 0, (rows % 12 == 0).astype(float), np.nan)
+    return np.stack([disease, 100.0 + rows], axis=1), np.array([True, False])
+
+
+def contoured(row: int) -> bool:
+    return row % 3 == 0
+
+
+def test_subjects_that_every_task_learns_from_come_first() -> None:
+    """Disease, phenotype and contours: every sixth has all of them, and those who lack one follow at random."""
+    labels, diseases = partly()
+    complete = set(range(0, 40, 6))
+    budgets = [
+        set(subjects.budget(seed, labels, diseases, count, [[0], [1]], [contoured]).tolist())
+        for seed in (0, 1)
+        for count in (5, 7, 15, 40)
+    ]
+    for five, seven, fifteen, every in (budgets[:4], budgets[4:]):
+        assert five < seven == complete < fifteen < every == set(range(40))
+        assert {int(labels[row, 0]) for row in five} == {0, 1}
+    assert budgets[2] != budgets[6]
+
+
+def test_where_nobody_has_everything_no_task_goes_without() -> None:
+    """Those with contours have no label: 3 of them are in the smallest budget all the same."""
+    labels, diseases = partly(60)
+    labels[[contoured(row) for row in range(60)]] = np.nan
+    labels[1::2, 0] = np.nan
+    chosen = subjects.budget(0, labels, diseases, 9, [[0], [1]], [contoured]).tolist()
+    assert sum(map(contoured, chosen)) >= 3
+    assert np.isfinite(labels[chosen]).sum(0).min() >= 3
+    assert np.isfinite(labels[:, 1]).sum() == 40
+    assert len(subjects.budget(0, labels, diseases, 60, [[0], [1]], [contoured])) == 60
+
+
+def test_masks_alone_make_a_budget_of_those_who_have_them() -> None:
+    nothing, none = np.empty((50, 0)), np.empty(0, bool)
+    assert subjects.budget(0, nothing, none, 17, (), [contoured]).tolist() == list(range(0, 50, 3))
+    with pytest.raises(InputError, match=r"expected from 3, .* to the 17 training subjects that have labels.* got 18$"):
+        subjects.budget(0, nothing, none, 18, (), [contoured])
+
+
+def test_of_few_subjects_is_asked_whether_they_have_masks() -> None:
+    labels, diseases = np.nan_to_num(cohort_of(3000)), RARE
+    asked = set()
+
+    def has(row: int) -> bool:
+        asked.add(row)
+        return True
+
+    found = subjects.budget(0, labels, diseases, 40, [[0, 1], [2]], [has])
+    assert asked == set(found.tolist())
+    np.testing.assert_array_equal(found, subjects.budget(0, labels, diseases, 40))

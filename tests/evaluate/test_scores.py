@@ -6,7 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kmtr.evaluate.predictions import MEAN, RIDGE, HeldOut, joined, rows
+from kmtr.config import override
+from kmtr.config.recipes import tiny
+from kmtr.evaluate import tables
+from kmtr.evaluate.predictions import MEAN, RIDGE, HeldOut, from_masks, joined, rows
 from kmtr.evaluate.scores import Fit, difference, panel, results_of, scores_of, summary
 from kmtr.metrics import bootstrap_r2, r2
 from kmtr.types import InputError
@@ -78,6 +81,27 @@ def test_a_system_without_some_of_the_subjects_is_refused() -> None:
     found[where]["truth"] += 1
     with pytest.raises(InputError, match="one truth of each subject and target"):
         panel(pa.Table.from_pylist(found, schema=table().schema))
+
+
+def test_what_is_measured_on_masks_is_scored_on_the_subjects_that_it_was_measured_of() -> None:
+    """Volumes need the size of a pixel, which is known of the last 8 subjects."""
+    some = PREDICTED[4].copy()
+    some[:12] = np.nan
+    measured = from_masks(RIDGE)
+    added = rows(measured, HELD_OUT, some, acceleration=4, seed=0, labels=50)
+    _, four = scores_of(joined([table(), added]))
+    found = four.probes[measured]["lvm_g"]
+    assert found.r2 == r2(TRUTH[12:, 1], PREDICTED[4][12:, 1], 103.0)
+    assert len(four.probes[RIDGE]["lvm_g"].truth) == 19
+    config = override(tiny(), {"evaluate.bootstrap": 20})
+    r2s, errors = (make for make in (tables.r2_table([four], config), tables.error_table([four])))
+    for shown in (r2s, errors):
+        cells = {row[-3]: row[-2:] for row in shown.rows}
+        assert all(str(cell).endswith(" (n = 8)") for cell in cells[measured.title])
+        assert not any("n =" in str(cell) for name in (RIDGE, MEAN) for cell in cells[name.title])
+    few = np.where(np.arange(20)[:, None] < 18, np.nan, some)
+    two = rows(measured, HELD_OUT, few, acceleration=4, seed=0, labels=50)
+    assert measured not in scores_of(joined([table(), two]))[1].probes, "too few for a score"
 
 
 def test_scores_need_the_mean_and_one_fit() -> None:

@@ -133,6 +133,42 @@ def test_gains_are_over_the_strongest_floor(tables: dict[str, IntervalTable]) ->
     assert error["difference"]["value"] == pytest.approx(-0.1, abs=1e-6)  # type: ignore[index]
 
 
+def test_what_is_measured_on_some_is_compared_with_floors_on_the_same() -> None:
+    """Of 12 subjects volumes could be measured. Among all 30 the ridge is the best floor, among those 12 it is not."""
+    truth, some = TRUTH[:, :1], np.arange(30) < 12
+    noise = np.random.default_rng(0).standard_normal((30, 1))
+    measured = np.where(some[:, None], truth + 4 * noise, np.nan)
+    ridge = truth + np.where(some[:, None], 35.0, 1.0) * noise[::-1]
+    other = truth + np.where(some[:, None], 10.0, 90.0) * noise[::-1]
+    asked = ("lvedv_ml",)
+    predicted = joined(
+        [
+            said(name, asked, truth, values, 4)
+            for name, values in (
+                (FINETUNED, truth + 5 * noise),
+                (from_masks(FINETUNED), measured),
+                (RIDGE, ridge),
+                (from_masks(MASK_RIDGE), np.where(some[::-1, None], truth, np.nan)),
+                (Name("other", "nothing"), other),
+                (MEAN, np.full((30, 1), 150.0)),
+            )
+        ]
+    )
+    found = {one.name: one for one in task_tables.tables_of(predicted, OURS, 400)}
+    row = row_of(found["phenotypes"], system=from_masks(FINETUNED).title)
+    expected = agreement(truth[some, 0], measured[some, 0], 150.0)
+    assert row["subjects"] == 12
+    for column, value in (("MAE", expected.mae), ("R2", expected.r2), ("r", expected.pearson), ("bias", expected.bias)):
+        assert row[column]["value"] == pytest.approx(value)  # type: ignore[index]
+    assert (row["lower limit"], row["upper limit"]) == pytest.approx(expected.limits)
+    floor = agreement(truth[some, 0], other[some, 0], 150.0)
+    gain = row_of(found["phenotypes_gain"], system=from_masks(FINETUNED).title)
+    assert (gain["subjects"], gain["strongest floor"]) == (12, "other")
+    assert gain["R2"]["value"] == pytest.approx(expected.r2 - floor.r2)  # type: ignore[index]
+    whole = row_of(found["phenotypes_gain"], system=FINETUNED.title)
+    assert (whole["subjects"], whole["strongest floor"]) == (30, RIDGE.title)
+
+
 def test_diseases_stand_beside_their_prevalence(tables: dict[str, IntervalTable]) -> None:
     ours = row_of(tables["diseases"], R=4, system=FINETUNED.title)
     assert (ours["subjects"], ours["diseased"], ours["prevalence"]) == (30, 10, pytest.approx(1 / 3))
@@ -140,7 +176,8 @@ def test_diseases_stand_beside_their_prevalence(tables: dict[str, IntervalTable]
     mean = row_of(tables["diseases"], R=4, system="mean")
     assert mean["AUROC"]["value"] == pytest.approx(0.5)  # type: ignore[index]
     assert mean["average precision"]["value"] == pytest.approx(1 / 3)  # type: ignore[index]
-    assert "No F1" in tables["diseases"].note
+    assert (ours["F1"], ours["threshold"]) == (None, None)
+    assert "No F1: its threshold is chosen on validation subjects" in tables["diseases"].note
 
 
 def test_what_a_system_does_not_say_is_missing(tables: dict[str, IntervalTable]) -> None:

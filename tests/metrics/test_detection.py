@@ -123,9 +123,16 @@ def test_the_threshold_is_the_best_on_validation() -> None:
     best = reference("f1_score", truth, score >= threshold)
     others = [reference("f1_score", truth, score >= other) for other in np.unique(score)]
     assert best == max(others)
-    assert threshold == max(t for t, f in zip(np.unique(score), others, strict=True) if f == best)
+    assert threshold == min(t for t, f in zip(np.unique(score), others, strict=True) if f == best)
     assert detection(truth, score, threshold).f1 == pytest.approx(best)
     assert math.isnan(detection(truth, score, math.nan).f1)
+
+
+def test_of_equally_good_thresholds_the_lowest_is_taken() -> None:
+    """F1 is 2/3 with 2 of 4 diseased among 2 called, and with 3 among 5; elsewhere it is less."""
+    truth, score = np.array([1, 1, 0, 0, 1, 0, 0, 0, 1.0]), np.arange(9.0, 0, -1)
+    assert best_f1_threshold(truth, score) == 5
+    assert detection(truth, score, 5.0).f1 == detection(truth, score, 8.0).f1 == 2 / 3
 
 
 def test_nobody_called_diseased_is_f1_zero() -> None:

@@ -75,6 +75,17 @@ def test_every_view_shows_what_it_should(index: int) -> None:
             assert not {RV, RA} & set(np.unique(classes).tolist())
 
 
+@pytest.mark.parametrize("index", [1, 5])
+def test_the_short_axis_goes_from_apex_to_base(index: int) -> None:
+    """Unlike that of readers: at end-diastole the heart is the larger, the nearer a slice is to the base."""
+    sax = simulate(index, **TINY | {"views": ("sax",), "sax_slices": 3, "frames": 2}).views["sax"]
+    areas = np.isin(sax.segmentation[:, 0], (LV, MYOCARDIUM, RV)).sum((1, 2))
+    assert areas[0] < areas[1]
+    assert areas[0] < areas[2]
+    cavities = (sax.segmentation[:, 0] == LV).sum((1, 2))
+    assert cavities[0] < cavities[1] < 1.3 * cavities[2]
+
+
 def test_spacing_is_true_so_that_stacked_slices_give_the_volume() -> None:
     study = simulate(4, **TINY | {"sax_slices": 12, "matrix": (128, 128), "views": ("sax",)})
     sax = study.views["sax"]

@@ -94,11 +94,12 @@ def test_it_ends_with_tables_a_model_and_predictions(
 ) -> None:
     table = read(Path(str(tuned["predictions"])))
     systems = set(table.column("system").to_pylist())
-    assert systems == {"k-MTR fine-tuned", "untrained encoder", "ridge", "mean"}
+    read_off = {"phenotypes then disease", "ceiling, disease"}
+    assert systems == {"k-MTR fine-tuned", "untrained encoder", "ridge", "mean"} | read_off
     assert set(table.column("target").to_pylist()) == {*TARGETS, *DISEASES}
     assert set(table.column("acceleration").to_pylist()) == {2, 4}
     metrics = dict(tuned["metrics"])  # type: ignore[call-overload]
-    assert {"lvedv_r2", "lvedv_r2_ridge", "mean_r2", "dcm_auroc"} <= metrics.keys()
+    assert {"lvedv_r2", "lvedv_r2_ridge", "mean_r2", "dcm_auroc", "dcm_f1", "hcm_f1"} <= metrics.keys()
     assert tuned["registered"] == "models:/heart/1"
     card = (Path(str(tuned["model"])) / "README.md").read_text()
     for said in ("24 subjects, 6 steps from a pretrained encoder", "`lvef_pct` of 18", "K-MTR Fine-Tuned", "| Mean |"):
@@ -108,6 +109,21 @@ def test_it_ends_with_tables_a_model_and_predictions(
     assert again["metrics"] == metrics
     assert "registered" not in again
     assert "is finished, reused" in capsys.readouterr().out
+
+
+def test_thresholds_are_of_validation_subjects_in_a_file_of_their_own(tuned: dict[str, object]) -> None:
+    tested, validated = (
+        read(Path(str(tuned["folder"])) / name) for name in ("predictions.parquet", "validation.parquet")
+    )
+    who = [set(table.column("subject").to_pylist()) for table in (tested, validated)]
+    assert [len(names) for names in who] == [8, 8]
+    assert not who[0] & who[1]
+    assert set(validated.column("target").to_pylist()) == set(DISEASES)
+    asked = ("system", "acceleration", "target")
+    said = [{tuple(row[key] for key in asked) for row in table.to_pylist()} for table in (tested, validated)]
+    assert said[1] == {row for row in said[0] if row[2] in DISEASES}
+    card = (Path(str(tuned["model"])) / "README.md").read_text()
+    assert "diseased of validation subjects: dcm 4 of 8, hcm 3 of 8" in card
 
 
 def _encoder_of(config: RunConfig) -> str:
@@ -164,7 +180,7 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     store = client(config.tracking.uri)
     assert [file.path for file in store.list_artifacts(said["run_id"], "report")] == ["report/report.html"]
 
-    monkeypatch.setattr(finetune, "predictions", None)  # from here on nothing is predicted for a table
+    monkeypatch.setattr(finetune, "by_split", None)  # from here on nothing is predicted for a table
     made = report.stat().st_mtime_ns
     assert finetune.run(asked)["report"] == str(report)
     assert report.stat().st_mtime_ns == made

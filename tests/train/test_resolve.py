@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,25 @@ def test_what_workers_are_given_makes_the_same_plan(small: RunConfig) -> None:
     assert plan.buckets == found.buckets
     for step in range(2 * found.steps_per_epoch):
         np.testing.assert_array_equal(plan.batch(step).row, found.batch(step).row)
+
+
+def test_a_run_on_stacks_of_both_orders_says_so(
+    small: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The short axis of simulated hearts goes from apex to base, that of readers from base to apex."""
+    both = []
+    for source in ("simulate cohort", "ingest dicom"):
+        both.append(tmp_path / source)
+        shutil.copytree(small.data.root, both[-1])
+        manifest = json.loads((both[-1] / "manifest.json").read_text())
+        (both[-1] / "manifest.json").write_text(json.dumps(manifest | {"source": source}))
+    asked = {"data.root": str(both[0]), "align.steps": 0}
+    _, alone = resolve(override(small, asked))
+    assert alone.slice_order == "from apex to base"
+    assert Dataset.of(str(both[1])).slice_order.startswith("from base to apex where")
+    assert not caplog.records
+    _, mixed = resolve(override(small, asked | {"data.more": (str(both[1]),)}))
+    assert mixed.slice_order.startswith("from apex to base in simulated hearts, in others from base to apex")
+    assert [record.message for record in caplog.records] == [
+        f"data.more: slices of the short axis are not all in one order: {mixed.slice_order}"
+    ]

@@ -67,6 +67,10 @@ class Manifest:
         return sum(s.rows for s in self.shards if s.split == split)
 
     @property
+    def simulated(self) -> bool:
+        return self.source.startswith("simulate")
+
+    @property
     def shapes(self) -> dict[str, list[list[int]]]:
         """View -> the different ``slice coil t ky kx`` shapes in it."""
         views: dict[str, list[list[int]]] = {}

@@ -70,6 +70,15 @@ class Dataset:
         return "; ".join(manifest.source for manifest in self.manifests)
 
     @property
+    def slice_order(self) -> str:
+        """Which end of the short axis comes first, in words."""
+        simulated = {manifest.simulated for manifest in self.manifests}
+        others = "from base to apex where the source tells the slices' positions, else as stored"
+        if simulated == {True}:
+            return "from apex to base"
+        return others if simulated == {False} else f"from apex to base in simulated hearts, in others {others}"
+
+    @property
     def dtype(self) -> np.dtype:
         return np.dtype(self.manifests[0].dtype)
 

@@ -6,7 +6,8 @@ accelerations and numbers of workers. A smaller number of subjects is the beginn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,7 +20,7 @@ from kmtr.data.loader.shapes import full_shape
 from kmtr.types import UNLABELLED, InputError
 
 MIN_KNOWN = 3
-"""Training subjects with a label, below which it can't be learnt."""
+"""Training subjects with a label, or with masks, below which it can't be learnt."""
 MIN_CLASS = 2
 """Training subjects with a disease, and without it, in every budget of labels, where there are as many."""
 
@@ -35,43 +36,82 @@ def labelled(seed: int, there: int, count: int) -> list[int]:
 
 
 def budget(
-    seed: int, labels: Float[np.ndarray, "subject target"], diseases: Bool[np.ndarray, " target"], count: int
+    seed: int,
+    labels: Float[np.ndarray, "subject target"],
+    diseases: Bool[np.ndarray, " target"],
+    count: int,
+    tasks: Sequence[Sequence[int]] = (),
+    needs: Sequence[Callable[[int], bool]] = (),
 ) -> Int[np.ndarray, " chosen"]:
     """Rows of the training split, ascending: the `count` subjects on whose labels a run trains.
 
-    They are the beginning of one order of all that have a label of the run, so the subjects of a smaller budget are
-    among those of a larger one. It is the random order of `labelled`, before which comes what no budget may lack: the
-    first MIN_CLASS in that order with and without each disease and the first MIN_KNOWN that have each label, all of
-    them where there are fewer. Small budgets are therefore richer in a rare disease than the split.
+    They are the beginning of one order of all that have something which the run learns from, so the subjects of a
+    smaller budget are among those of a larger one. First comes what no budget may lack: MIN_CLASS subjects with and
+    without each disease, MIN_KNOWN that have each label, and MIN_KNOWN that meet each need; all of them where there are
+    fewer. Small budgets are therefore richer in a rare disease than the split. Then come the subjects that every task
+    can learn from, and last those that lack something for one. Within all of these the order is random, that of
+    `labelled`; among the first, too, those that every task can learn from are preferred.
 
     Args:
-        labels: of all training subjects, in file order; NaN: unknown. Without targets all subjects are labelled, as
-            where a task learns from masks or from the image.
+        labels: of all training subjects, in file order; NaN: unknown. Without targets and needs every subject will do.
         diseases: targets that are 0 or 1.
+        tasks: targets of each task on labels, which learns from a subject of whom one of them is known; empty: all of
+            them are one task's.
+        needs: of each task on masks or images, whether it can learn from the subject in a row. To know it may take
+            reading, so it is asked of as few as will do.
 
     Raises:
         InputError: more than there are, or fewer than no budget may lack.
     """
-    order = permutation(seed + 2, 0, len(labels))
+    order: list[int] = permutation(seed + 2, 0, len(labels)).tolist()
     known = np.isfinite(labels)
-    if labels.shape[1]:
-        order = order[known[order].any(1)]
-    first = np.zeros(len(order), bool)
-    for values, has, disease in zip(labels[order].T, known[order].T, diseases, strict=True):
-        first[np.flatnonzero(has)[:MIN_KNOWN]] = True
-        for one in (0, 1) if disease else ():
-            first[np.flatnonzero(values == one)[:MIN_CLASS]] = True
-    if count > len(order):
+    own = tasks or ([range(labels.shape[1])] if labels.shape[1] else [])
+    each = [known[:, list(columns)].any(1) for columns in own]
+    every = np.logical_and.reduce(each) if each else np.ones(len(labels), bool)
+    some = np.logical_or.reduce(each) if each else np.full(len(labels), not needs)
+
+    def whole(row: int) -> bool:
+        return bool(every[row]) and all(need(row) for need in needs)
+
+    def useful(row: int) -> bool:
+        return bool(some[row]) or any(need(row) for need in needs)
+
+    wanted = [(known[:, column], MIN_KNOWN) for column in range(labels.shape[1])]
+    wanted += [(labels[:, column] == one, MIN_CLASS) for column in np.flatnonzero(diseases) for one in (0, 1)]
+    chosen = {row for has, least in wanted for row in _first((r for r in order if has[r]), whole, least)}
+    chosen |= {row for need in needs for row in _first(filter(need, order), whole, MIN_KNOWN)}
+    least = max(len(chosen), 1)
+    if count >= least:
+        incomplete: list[int] = []
+        for row in order:
+            if len(chosen) == count:
+                break
+            if row not in chosen:
+                (chosen.add if whole(row) else incomplete.append)(row)
+        chosen |= set(islice(filter(useful, incomplete), count - len(chosen)))
+    if len(chosen) != count:
+        there, dense = sum(map(useful, order)), ", mask or image" if needs else ""
+        if count > there:
+            raise InputError(
+                f"task.labels: expected at most {there}, the training subjects with a label of these tasks, or 0 for "
+                f"all of them, got {count}"
+            )
         raise InputError(
-            f"task.labels: expected at most {len(order)}, the training subjects with a label of these tasks, or 0 for "
-            f"all of them, got {count}"
+            f"task.labels: expected at least {least}, with which every label{dense} is known of {MIN_KNOWN} subjects "
+            f"and every disease has {MIN_CLASS} with and {MIN_CLASS} without it, got {count}"
         )
-    if count < (least := max(int(first.sum()), 1)):
-        raise InputError(
-            f"task.labels: expected at least {least}, with which every label is known of {MIN_KNOWN} subjects and "
-            f"every disease has {MIN_CLASS} with and {MIN_CLASS} without it, got {count}"
-        )
-    return np.sort(np.concatenate([order[first], order[~first]])[:count])
+    return np.array(sorted(chosen), np.int64)
+
+
+def _first(rows: Iterable[int], whole: Callable[[int], bool], count: int) -> list[int]:
+    """The first `count` of the rows that are whole, and where there are fewer, of the others."""
+    found: list[int] = []
+    others: list[int] = []
+    for row in rows:
+        (found if whole(row) else others).append(row)
+        if len(found) == count:
+            break
+    return [*found, *others][:count]
 
 
 def held_out(seed: int, there: int, count: int) -> list[int]:

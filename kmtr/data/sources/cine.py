@@ -2,7 +2,7 @@
 
 Orientation. An affine whose axes are oblique to the patient, as any real cardiac view is, is believed: the in-plane
 axes are exchanged and each axis flipped, whichever brings it nearest to these directions (`WANTED`), in which the
-simulated hearts lie too:
+simulated hearts lie too, but for their slices, which go from apex to base:
 
     sax       slices from base to apex, y to the inferior wall, x from the septum to the lateral wall
     lax_4ch   y from apex to base, x from the right ventricle to the lateral wall
