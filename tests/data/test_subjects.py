@@ -142,7 +142,7 @@ def test_where_nobody_has_everything_no_task_goes_without() -> None:
 def test_masks_alone_make_a_budget_of_those_who_have_them() -> None:
     nothing, none = np.empty((50, 0)), np.empty(0, bool)
     assert subjects.budget(0, nothing, none, 17, (), [contoured]).tolist() == list(range(0, 50, 3))
-    with pytest.raises(InputError, match=r"expected at most 17, the training subjects with a label of these tasks, .* got 18$"):
+    with pytest.raises(InputError, match=r"expected at most 17, the training subjects with a label .* got 18$"):
         subjects.budget(0, nothing, none, 18, (), [contoured])
 
 
