@@ -150,7 +150,12 @@ def batch(small: RunConfig, reader: Reader) -> Batch:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """One Ray of its own for all tests; four logical CPUs: two workers, their readers and a trial fit on two cores."""
-    os.environ |= {"RAY_DATA_LOG_LEVEL": "ERROR", "RAY_raylet_start_wait_time_s": "300"}
+    # At Ray's own niceness its workers would wait for the tests beside them.
+    os.environ |= {
+        "RAY_DATA_LOG_LEVEL": "ERROR",
+        "RAY_raylet_start_wait_time_s": "300",
+        "RAY_worker_niceness": "0",
+    }
     import ray
 
     ray.init(

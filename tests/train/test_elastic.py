@@ -72,6 +72,7 @@ def test_ray_train_still_has_what_the_trainer_replaces() -> None:
         )
 
 
+@pytest.mark.full  # a killed worker (test_training) and other numbers of workers (test_resized) are held in make test
 @pytest.mark.ray
 @pytest.mark.xdist_group("kills")  # both are held against `undisturbed`
 def test_a_node_that_goes_and_comes_back_changes_no_number(
