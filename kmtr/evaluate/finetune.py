@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,9 +16,10 @@ import torch
 
 from kmtr import card, machine, tracking
 from kmtr.config import RunConfig, override
-from kmtr.data.dataset.reader import Dataset
+from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
+from kmtr.data.loader.device import HostBatch
 from kmtr.encoder import KSpaceEncoder
 from kmtr.evaluate import baselines, masks, probes, tables, task_report
 from kmtr.evaluate.predictions import (
@@ -124,38 +125,73 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     return {"predictions": str(path), "metrics": metrics}
 
 
-def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Table:
-    """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns."""
+def predictions(
+    config: RunConfig,
+    dataset: Dataset,
+    model: TaskModel,
+    labelled: Sequence[int] | None = None,
+    systems: Literal["all", "model", "floors"] = "all",
+    command: str = "finetune",
+) -> pa.Table:
+    """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns.
+
+    Args:
+        config: its seed draws the held-out subjects, and the patterns.
+        labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
+        systems: those that are asked.
+        command: for the screen, and for errors.
+    """
     device = torch.device(machine.device(config.train.device))
     targets = targets_of(model, dataset)
-    readers = probes.readers_of(dataset, config, "finetune")
-    rows = start.budget(config, dataset)
-    labelled = list(range(len(readers["train"]))) if rows is None else rows.tolist()
+    readers = probes.readers_of(dataset, config, command)
+    if labelled is None:
+        labelled = start.labelled(config, dataset)
     asked = subjects.held_out(config.seed, len(readers["test"]), config.evaluate.subjects)
-    known = subjects.labels_of(readers["train"], labelled, targets)
     held_out = scored(probes.held_out_of(readers["test"], asked, targets), model)
     wanted = Wanted(masks=model.prepare.wanted.masks)
-    total = len(config.evaluate.accelerations) * (len(labelled) + len(asked))
-    tell = probes.Counter(Bar("finetune: subjects"), total)
+    read = len(asked) + (len(labelled) if systems != "model" else 0)
+    tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * read)
     parts = []
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
-        train = tell(pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
+        fitted: dict[Name, Predictor] = {trained(config): model} if systems != "floors" else {}
+        if systems != "model":
+            fitted |= floors(fixed, readers["train"], labelled, model, targets, tell)
         test = tell(pipeline.read_in_order(readers["test"], asked, probes.CHUNK, fixed, wanted, VALIDATION))
-        fitted: dict[Name, Predictor] = {trained(config): model}
-        if targets:
-            fitted |= probes.fit(sources(model), train, known, targets, device)
-        if "segmentation" in model.prepare.tasks:
-            train = pipeline.read_in_order(readers["train"], labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
-            fitted |= masks.fit(config, readers["train"], labelled, train)
-        if "reconstruction" in model.prepare.tasks:
-            fitted |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
-            fitted |= {SHARED: baselines.shared_image(config.data.matrix)}
         seed, labels = config.seed, len(labelled)
         parts.append(
             predict(fitted, test, held_out, config.data, acceleration=r, seed=seed, labels=labels, device=device)
         )
     return joined(parts)
+
+
+def floors(
+    config: RunConfig,
+    reader: Reader,
+    labelled: Sequence[int],
+    model: TaskModel,
+    targets: tuple[str, ...],
+    tell: Callable[[Iterable[HostBatch]], Iterable[HostBatch]] = iter,
+) -> dict[Name, Predictor]:
+    """Floors of the model's tasks at the R of `config`, fitted on labelled training subjects: what needs no trained
+    network.
+
+    Args:
+        tell: is told of the subjects that are read.
+    """
+    device = torch.device(machine.device(config.train.device))
+    found: dict[Name, Predictor] = {}
+    if targets:
+        known = subjects.labels_of(reader, labelled, targets)
+        train = tell(pipeline.read_in_order(reader, labelled, probes.CHUNK, config, NOTHING, VALIDATION))
+        found |= probes.fit(sources(model), train, known, targets, device)
+    if "segmentation" in model.prepare.tasks:
+        train = pipeline.read_in_order(reader, labelled, probes.CHUNK, config, masks.MASKS, VALIDATION)
+        found |= masks.fit(config, reader, labelled, train)
+    if "reconstruction" in model.prepare.tasks:
+        found |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
+        found |= {SHARED: baselines.shared_image(config.data.matrix)}
+    return found
 
 
 def sources(model: TaskModel) -> dict[Name, Features]:

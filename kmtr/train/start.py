@@ -152,6 +152,12 @@ def budget(config: RunConfig, dataset: Dataset) -> Int[np.ndarray, " chosen"] | 
     return rows
 
 
+def labelled(config: RunConfig, dataset: Dataset) -> list[int]:
+    """Training rows on whose labels the run trains, ascending; raises as `budget`."""
+    rows = budget(config, dataset)
+    return list(range(dataset.rows("train"))) if rows is None else rows.tolist()
+
+
 def task_tables(
     config: RunConfig, reader: Reader, fitted: dict[str, Tensor], rows: Int[np.ndarray, " chosen"] | None = None
 ) -> dict[str, Tensor]:
