@@ -165,13 +165,40 @@ class Study(Section):
     ablation_labels: tuple[int, ...] = Field((200, 1000), description="study.py ablation: labelled subjects of a probe")
     groups: tuple[str, ...] = Field((), description="study.py ablation: questions that are asked; empty: all")
     concurrent: int = Field(2, gt=0, description="study.py ablation: runs at the same time, one worker each")
+    task_labels: tuple[int, ...] = Field(
+        (100, 200, 1000, 0),
+        description="study.py tasks: labelled subjects of the model of all task.tasks, pretrained and from scratch; "
+        "0: all",
+    )
+    single_labels: tuple[int, ...] = Field(
+        (200, 0),
+        description="study.py tasks: those of task_labels at which each task is trained alone too; empty: none",
+    )
+    rows: str = Field(
+        "", description="study.py tasks: folder that keeps its rows, small enough to commit; empty: in the study's own"
+    )
+    train: bool = Field(True, description="study.py tasks: false only reports the rows that are there")
 
     @pydantic.model_validator(mode="after")
     def _different(self) -> Study:
-        for key, least in (("seeds", 0), ("labels", 3), ("ablation_labels", 3)):
+        for key, least in (
+            ("seeds", 0),
+            ("labels", 3),
+            ("ablation_labels", 3),
+            ("task_labels", 0),
+            ("single_labels", 0),
+        ):
             value = getattr(self, key)
-            if not value or min(value) < least or len(set(value)) < len(value):
+            if (
+                (not value and key != "single_labels")
+                or min(value, default=least) < least
+                or len(set(value)) < len(value)
+            ):
                 raise ValueError(
                     f"study.{key}: expected one or more different integers from {least}, got {value or 'none'}"
                 )
+        if other := sorted(set(self.single_labels) - set(self.task_labels)):
+            raise ValueError(
+                f"study.single_labels: expected some of study.task_labels={self.task_labels}, got {other[0]}"
+            )
         return self

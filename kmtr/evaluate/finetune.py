@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -134,46 +134,116 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     return {"predictions": str(files["test"]), "metrics": metrics}
 
 
-def predictions(config: RunConfig, dataset: Dataset, model: TaskModel) -> pa.Table:
-    """Rows of the model and of its floors for the test split."""
-    return by_split(config, dataset, model)["test"]
+def predictions(
+    config: RunConfig,
+    dataset: Dataset,
+    model: TaskModel,
+    labelled: Sequence[int] | None = None,
+    systems: Literal["all", "model", "floors"] = "all",
+    command: str = "finetune",
+) -> pa.Table:
+    """Rows of the model and of its floors for the test split; arguments as of `by_split`."""
+    return by_split(config, dataset, model, ("test",), labelled, systems, command)["test"]
 
 
 def by_split(
-    config: RunConfig, dataset: Dataset, model: TaskModel, splits: Sequence[str] = ("test",)
+    config: RunConfig,
+    dataset: Dataset,
+    model: TaskModel,
+    splits: Sequence[str] = ("test",),
+    labelled: Sequence[int] | None = None,
+    systems: Literal["all", "model", "floors"] = "all",
+    command: str = "finetune",
 ) -> dict[str, pa.Table]:
-    """Rows of the model, the mean and a ridge on the low-resolution image, all of the same labels and patterns: for the
-    test split, and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
+    """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns: for the test split,
+    and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
+
+    Args:
+        config: its seed draws the held-out subjects, and the patterns.
+        labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
+        systems: those that are asked; the ceiling goes with the floors.
+        command: for the screen, and for errors.
     """
     device = torch.device(machine.device(config.train.device))
-    targets, train = targets_of(model, dataset), probes.readers_of(dataset, config, "finetune")["train"]
-    rows = start.budget(config, dataset)
-    labelled = list(range(len(train))) if rows is None else rows.tolist()
+    train = probes.readers_of(dataset, config, command)["train"]
+    if labelled is None:
+        labelled = start.labelled(config, dataset)
     asked = {split: asked_of(config, dataset, model, split) for split in splits}
-    known = subjects.labels_of(train, labelled, targets)
-    phenotypes = phenotypes_of(dataset, train, labelled)
-    regressions = from_phenotypes.fit(phenotypes, {t: known[:, i] for i, t in enumerate(targets) if t in DISEASES})
-    more = {RIDGE: {name: phenotypes[name] for name in regressions.phenotypes if name not in targets}}
-    total = len(config.evaluate.accelerations) * (len(labelled) + sum(len(one.rows) for one in asked.values()))
-    tell = probes.Counter(Bar("finetune: subjects"), total)
+    floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
+    total = sum(len(one.rows) for one in asked.values()) + (len(labelled) if floors else 0)
+    tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
-        fitted: dict[Name, Predictor] = {trained(config): model}
-        if targets:
-            read = tell(pipeline.read_in_order(train, labelled, probes.CHUNK, fixed, NOTHING, VALIDATION))
-            fitted |= probes.fit(sources(model), read, known, targets, device, more)
-        if regressions.of:
-            fitted[READ_OFF] = ReadOff(fitted[RIDGE], regressions)
+        about |= {"acceleration": r}
+        fitted = floors.numbers(fixed, tell) if floors else {}
         for split, one in asked.items():
-            dense = split == "test"
-            own = dense_floors(config, model, train, labelled, fixed) if dense else {trained(config): model.numbers}
+            dense, own = split == "test", dict[Name, Predictor]()
+            if systems != "floors":
+                own[trained(config)] = model if dense else model.numbers
+            own |= fitted
+            if floors and dense:
+                own |= floors.dense(fixed)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
-            about |= {"acceleration": r}
-            parts[split].append(predict(fitted | own, batches, one.held_out, config.data, device=device, **about))
-            parts[split].append(predictions_of(CEILING, one.held_out, ceiling(dataset, one, regressions), **about))
+            parts[split].append(predict(own, batches, one.held_out, config.data, device=device, **about))
+            if floors:
+                values = ceiling(dataset, one, floors.regressions)
+                parts[split].append(predictions_of(CEILING, one.held_out, values, **about))
     return {split: joined(tables) for split, tables in parts.items()}
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Systems beside the model that need no trained network, fitted on labelled training subjects at one R at a time.
+
+    Attributes:
+        rows: the labelled subjects, in the training split.
+        known: their labels; NaN: unknown.
+        phenotypes: theirs, as far as the dataset has them.
+        regressions: from these to diseases.
+    """
+
+    model: TaskModel
+    reader: Reader
+    rows: Sequence[int]
+    targets: tuple[str, ...]
+    known: Float[np.ndarray, "subject target"]
+    phenotypes: dict[str, Float[np.ndarray, " subject"]]
+    regressions: Regressions
+
+    @classmethod
+    def of(cls, config: RunConfig, dataset: Dataset, model: TaskModel, reader: Reader, rows: Sequence[int]) -> Floors:
+        """Read the labels of training subjects, and fit what no R changes."""
+        targets = targets_of(model, dataset)
+        known = subjects.labels_of(reader, rows, targets)
+        phenotypes = phenotypes_of(dataset, reader, rows)
+        diseases = {name: known[:, i] for i, name in enumerate(targets) if name in DISEASES}
+        return cls(model, reader, rows, targets, known, phenotypes, from_phenotypes.fit(phenotypes, diseases))
+
+    def numbers(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:
+        """Of phenotypes and diseases, at the R of these settings; `tell` counts the subjects that are read."""
+        if not self.targets:
+            return {}
+        device = torch.device(machine.device(fixed.train.device))
+        more = {name: self.phenotypes[name] for name in self.regressions.phenotypes if name not in self.targets}
+        read = tell(pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, NOTHING, VALIDATION))
+        found: dict[Name, Predictor] = {}
+        found |= probes.fit(sources(self.model), read, self.known, self.targets, device, {RIDGE: more})
+        if self.regressions.of:
+            found[READ_OFF] = ReadOff(found[RIDGE], self.regressions)
+        return found
+
+    def dense(self, fixed: RunConfig) -> dict[Name, Predictor]:
+        """Of masks and images, at the R of these settings."""
+        found: dict[Name, Predictor] = {}
+        tasks, matrix = self.model.prepare.tasks, fixed.data.matrix
+        if "segmentation" in tasks:
+            read = pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
+            found |= masks.fit(fixed, self.reader, self.rows, read)
+        if "reconstruction" in tasks:
+            found |= {ZEROFILLED: baselines.zerofilled_image(matrix), SHARED: baselines.shared_image(matrix)}
+        return found
 
 
 def phenotypes_of(dataset: Dataset, reader: Reader, rows: Sequence[int]) -> dict[str, Float[np.ndarray, " subject"]]:
@@ -189,24 +259,6 @@ def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[n
     return regressions(
         np.stack(features, axis=1) if features else np.empty((len(asked.rows), 0)), asked.held_out.targets
     )
-
-
-def dense_floors(
-    config: RunConfig, model: TaskModel, train: Reader, labelled: Sequence[int], fixed: RunConfig
-) -> dict[Name, Predictor]:
-    """Floors of the model's masks and images.
-
-    Args:
-        fixed: the settings at one R.
-    """
-    found: dict[Name, Predictor] = {}
-    if "segmentation" in model.prepare.tasks:
-        read = pipeline.read_in_order(train, labelled, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
-        found |= masks.fit(config, train, labelled, read)
-    if "reconstruction" in model.prepare.tasks:
-        found |= {ZEROFILLED: baselines.zerofilled_image(config.data.matrix)}
-        found |= {SHARED: baselines.shared_image(config.data.matrix)}
-    return found
 
 
 @dataclass(frozen=True)

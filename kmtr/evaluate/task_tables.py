@@ -63,7 +63,7 @@ def tables_of(
     ):
         there = set(pc.unique(rows.column("target")).to_pylist())
         if asked := tuple(target for target in targets if target in there):
-            found += make(_with_truth(panel(rows, targets=asked)), ours, resamples)
+            found += make(with_truth(panel(rows, targets=asked)), ours, resamples)
     return [one for one in found if one.rows]
 
 
@@ -141,7 +141,7 @@ def diseases(
 
 def segmentation(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:
     """Dice of each class, differences of it, and distances of contours."""
-    overlap = _with_means(_only(seen, [target in DICE for target in seen.targets]))
+    overlap = with_mean_dice(_only(seen, [target in DICE for target in seen.targets]))
     draws = draws_for(overlap, ours, resamples)
     dice = scored(overlap, "score", draws)
     rows: list[tuple[Value, ...]] = []
@@ -366,7 +366,7 @@ def draws_for(seen: Panel, ours: Collection[Name], resamples: int) -> int:
 # ------------------------------------------------------------------------------------------------ panels
 
 
-def _with_truth(seen: Panel) -> Panel:
+def with_truth(seen: Panel) -> Panel:
     """Without targets of which too few subjects are known; scores, which have no truth, stay."""
     known: list[int] = np.isfinite(seen.truth).sum(0).tolist()
     labels = {*PHENOTYPES, *DISEASES}
@@ -402,7 +402,7 @@ def _errors(seen: Panel) -> Panel:
     return replace(seen, values={fit: values - seen.truth for fit, values in seen.values.items()})
 
 
-def _with_means(seen: Panel) -> Panel:
+def with_mean_dice(seen: Panel) -> Panel:
     """With `MEAN_DICE` of each subject over the classes that it has."""
     values = {}
     for fit, each in seen.values.items():

@@ -161,20 +161,25 @@ def loss_curves(history: Mapping[str, Sequence[tuple[int, float]]], title: str =
 
 
 def label_curves(
-    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], styles: Mapping[str, tuple[str, str]]
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]],
+    styles: Mapping[str, tuple[str, str]],
+    ylabel: str = "mean $R^2$",
 ) -> Figure:
     """A score against the number of labels, one panel per condition and one line per method.
 
     Args:
         panels: panel -> method -> (number of labels, score, its SD); a NaN score leaves its place empty.
         styles: method -> colour and line style.
+        ylabel: the score of all panels; empty: each has its own, which its name says, and an axis of its own.
     """
     if not panels:
         raise InputError("label_curves: expected at least one panel, got none")
     figure = Figure(figsize=(0.6 + 3.1 * len(panels), 4.2), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=bool(ylabel))[0]
     lowest, highest = np.inf, -np.inf
     for axes, (name, curves) in zip(grid, panels.items(), strict=True):
+        if not ylabel:
+            lowest, highest = np.inf, -np.inf
         clean(axes)
         budgets = sorted({count for points in curves.values() for count, _, _ in points})
         for number, (method, points) in enumerate(curves.items()):
@@ -184,16 +189,16 @@ def label_curves(
             axes.plot(aside, score, color=colour, linestyle=line, linewidth=1.4, marker="o", markersize=3, label=method)
             axes.errorbar(aside, score, sd, fmt="none", ecolor=colour, elinewidth=0.8, capsize=1.5)
             if np.isfinite(score).any():
-                lowest, highest = min(lowest, np.nanmin(score)), max(highest, np.nanmax(score + sd))
+                lowest, highest = min(lowest, np.nanmin(score - sd)), max(highest, np.nanmax(score + sd))
         axes.set_xscale("log")
         axes.set_xticks(budgets, list(map(str, budgets)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
         axes.set_xlabel("labelled subjects", fontsize=SMALL)
         axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
-    if np.isfinite(lowest):
-        grid[0].set_ylim(max(lowest - 0.05, CUT), min(highest + 0.05, 1.0))
-    grid[0].set_ylabel("mean $R^2$", fontsize=NORMAL)
+        if np.isfinite(lowest):
+            axes.set_ylim(max(lowest - 0.05, CUT), max(min(highest + 0.05, 1.0), CUT + 0.1))
+    grid[0].set_ylabel(ylabel, fontsize=NORMAL)
     handles, names = grid[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=SMALL)
     return figure

@@ -300,7 +300,8 @@ def report(
         "SD of the recipe between seeds."
     )
     said = {"rows": list(rows), "noise": {str(b): noise_of(rows, b) for b in cohort.budgets}}
-    last = publish(cohort, name, run_id, [table(cohort, rows)], figure, caption, summary, said, curves)
+    tables = [table(cohort, rows)]
+    last = publish(cohort.config, cohort.folder, name, run_id, tables, figure, caption, summary, said, curves)
     print(f"study: {seconds:.0f} s")
     failed = sorted({f"{row['group']}/{row['variant']}" for row in rows if row["failure"]})
     return last | {"rows": len(rows), "failed": failed}

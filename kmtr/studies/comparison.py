@@ -105,7 +105,12 @@ def cohort(config: RunConfig, dataset: Dataset, folder: Path, budgets: Sequence[
     return Cohort(config, folder, some, labelled, asked, labels, held_out)
 
 
-_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "longer_seeds", "groups", "concurrent"}
+_NAMED = {"seeds", "labels", "ablation_labels", "longer_steps", "longer_seeds", "groups", "concurrent"} | {
+    "task_labels",
+    "single_labels",
+    "rows",
+    "train",
+}
 """Settings of a study that the names of its files tell, or that change no result."""
 
 

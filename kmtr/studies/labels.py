@@ -14,12 +14,11 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.scores import Result, difference
 from kmtr.evaluate.tables import short
-from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison
 from kmtr.studies.comparison import Cohort, Source
-from kmtr.studies.running import each, finished, named, open_run, probe_all, publish, rate
+from kmtr.studies.running import each, fit, named, open_run, probe_all, publish, rate
 from kmtr.train import driver
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import InputError
@@ -121,27 +120,17 @@ def pretrain(
     """
     outcomes = {}
     for seed in config.study.seeds:
-        outcomes[seed, "aligned"] = _fit(
+        outcomes[seed, "aligned"] = fit(
             named(config, {"seed": seed}), dataset, run_id, f"seed {seed}, masked pretraining and alignment"
         )
     more = config.study.longer_steps or _longer_steps(config, folder, outcomes)
     steps = config.masked.steps + more
     for seed in config.study.seeds[: config.study.longer_seeds]:
         changes = {"seed": seed, "stage": "masked", "masked.steps": steps}
-        outcomes[seed, "longer"] = _fit(
+        outcomes[seed, "longer"] = fit(
             named(config, changes), dataset, run_id, f"seed {seed}, {steps} steps of masked pretraining alone"
         )
     return outcomes, more
-
-
-def _fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> driver.Outcome:
-    done = finished(config, dataset)
-    if done is not None:
-        print(f"study: {what}: {done.name} is finished, reused", flush=True)
-        return done
-    print(f"study: {what}", flush=True)
-    start_ray()
-    return driver.fit(config, parent_id=parent)
 
 
 def _longer_steps(config: RunConfig, folder: Path, outcomes: Mapping[tuple[int, str], driver.Outcome]) -> int:
@@ -269,7 +258,7 @@ def report(
     caption = "Mean R2 against the number of labels; bars: SD over seeds. Dashed: probes; dash-dotted: augmented."
     summary = f"{summary_of(cohort, longer_steps)}\n\n{guard}"
     figure, curves = figure_of(cohort, scores), curves_of(cohort, scores)
-    last = publish(cohort, name, run_id, tables, figure, caption, summary, said, curves)
+    last = publish(cohort.config, cohort.folder, name, run_id, tables, figure, caption, summary, said, curves)
     print(f"study: {seconds:.0f} s")
     return last | {"differences": compared, "longer_steps": longer_steps}
 

@@ -1,4 +1,4 @@
-"""Parts that both studies share: tasks over the cluster, and where their results go."""
+"""Parts that studies share: trainings, tasks over the cluster, and where their results go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import datetime
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,12 @@ import torch
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
+from kmtr.files import write_atomic
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.studies.comparison import Cohort, Source, part, write_features, write_mean, write_probes
+from kmtr.train import driver
 from kmtr.train import folder as runs
 from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import KmtrError
@@ -120,6 +121,22 @@ def finished(config: RunConfig, dataset: Dataset) -> runs.Outcome | None:
     return runs.finished(runs.run_folder(config, dataset)[1])
 
 
+def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Outcome:
+    """The outcome of a run of a study, which is trained where it is not finished; Ray is started for that alone.
+
+    Args:
+        parent: the study's MLflow run.
+        what: the run in words, for a line on the screen.
+    """
+    done = finished(config, dataset)
+    if done is not None:
+        print(f"study: {what}: {done.name} is finished, reused", flush=True)
+        return done
+    print(f"study: {what}", flush=True)
+    start_ray()
+    return driver.fit(config, parent_id=parent)
+
+
 def rate(outcome: runs.Outcome, first: int, last: int) -> float:
     """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
     logged = tracking.history(Path(outcome.folder) / "spool").get("subjects_per_s", [])
@@ -128,7 +145,8 @@ def rate(outcome: runs.Outcome, first: int, last: int) -> float:
 
 
 def publish(
-    cohort: Cohort,
+    config: RunConfig,
+    folder: Path,
     name: str,
     run_id: str,
     tables: Sequence[Table],
@@ -143,6 +161,7 @@ def publish(
     A study goes on under its name with more seeds or questions, and says its numbers anew where they have changed.
 
     Args:
+        folder: the study's.
         results: content of ``results.json``, null where a number is unknown.
         curves: step (number of labels) -> metrics of the MLflow run.
 
@@ -151,14 +170,11 @@ def publish(
     """
     text = "\n\n".join(map(text_table, tables))
     print(f"\n{text}")
-    folder, uri = cohort.folder, cohort.config.tracking.uri
-    picture = png(figure)
+    uri, picture = config.tracking.uri, png(figure)
     (folder / "figure.png").write_bytes(picture)
     (folder / "tables.txt").write_text(text)
-    temporary = folder / "results.json.tmp"
-    temporary.write_text(json.dumps(_known(results), indent=1, allow_nan=False))
-    os.replace(temporary, folder / "results.json")
-    data = Dataset.open(cohort.config.data)
+    write_atomic(folder / "results.json", json.dumps(known(results), indent=1, allow_nan=False))
+    data = Dataset.open(config.data)
     report = write_report(
         folder / "report.html",
         title=f"k-MTR: {name}",
@@ -180,12 +196,12 @@ def publish(
     return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
 
 
-def _known(value: Any) -> Any:
+def known(value: Any) -> Any:
     """A copy with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _known(each) for key, each in value.items()}
+        return {key: known(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_known(each) for each in value]
+        return [known(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

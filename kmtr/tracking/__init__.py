@@ -4,7 +4,7 @@
 """
 
 from kmtr.tracking.registry import fetch, register
-from kmtr.tracking.run import end_run, find_run, log_dataset, open_run
+from kmtr.tracking.run import end_run, find_run, log_dataset, open_run, versions
 from kmtr.tracking.spool import Spool, history, replay
 from kmtr.tracking.store import tracking_uri, where
 
@@ -19,5 +19,6 @@ __all__ = [
     "register",
     "replay",
     "tracking_uri",
+    "versions",
     "where",
 ]

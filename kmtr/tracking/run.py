@@ -75,7 +75,7 @@ def open_run(
         known = run.data.params
         new = {key: value for key, value in wanted.items() if key not in known}
         changed = {f"resumed.{key}": value for key, value in wanted.items() if known.get(key, value) != value}
-        marks = {"recipe": config.recipe, "stage": config.stage, **_versions(), **changed, **(tags or {})}
+        marks = {"recipe": config.recipe, "stage": config.stage, **versions(), **changed, **(tags or {})}
         for part in _batches(new):
             mlflow.log_batch(run_id, params=[Param(key, value) for key, value in part.items()])
         for part in _batches(marks):
@@ -177,7 +177,7 @@ def _batches(items: dict[str, str]) -> list[dict[str, str]]:
     return [{key: items[key] for key in keys[i : i + BATCH_LIMIT]} for i in range(0, len(keys), BATCH_LIMIT)]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what decides the numbers, and the commit of this code where it runs from a git checkout."""
     tags = {}
     for package in ("torch", "ray", "deepspeed", "kmtr"):

@@ -158,6 +158,12 @@ def budget(config: RunConfig, dataset: Dataset) -> Int[np.ndarray, " chosen"] | 
     return rows
 
 
+def labelled(config: RunConfig, dataset: Dataset) -> list[int]:
+    """Training rows on whose labels the run trains, ascending; raises as `budget`."""
+    rows = budget(config, dataset)
+    return list(range(dataset.rows("train"))) if rows is None else rows.tolist()
+
+
 def has(config: RunConfig, dataset: Dataset, reader: Reader, needs: str) -> Callable[[int], bool]:
     """Whether the subject in a row of the training split has what a task `needs`; read once in a process."""
     known = _found(dataset.digest, config.data.model_dump_json(), needs)

@@ -64,7 +64,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         request.getfixturevalue("cluster")
         return
     monkeypatch.setattr(running, "ended", one_by_one)
-    for module in (running, labels, ablation):
+    for module in (running, ablation):
         monkeypatch.setattr(module, "start_ray", lambda: None)
 
 

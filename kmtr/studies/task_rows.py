@@ -1,0 +1,161 @@
+"""Finished rows of the study of tasks, in a folder small enough to commit.
+
+    rows.jsonl                                          a line of JSON per row: what was trained, and its scores
+    <digest>-<seed>-<start>-<tasks>-<labels>.parquet    its values of the held-out subjects, for paired comparisons
+
+Held-out subjects are named by their place in the test split. Values are float16 (a relative error below 0.05 %), those
+of diseases, whose ranks count, float32: with three R and 1,000 subjects about 80 kB a row of four tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from kmtr.files import write_atomic
+from kmtr.types import DISEASES, InputError
+
+FILE = "rows.jsonl"
+PRETRAINED, SCRATCH, FLOORS = "pretrained", "scratch", "floors"
+"""Starts of a row: from the pretrained encoder, from initial weights; floors have no network that is trained."""
+
+Values = Mapping[str, Float[np.ndarray, "acceleration subject"]]
+"""Target -> what was said of the held-out subjects, ascending in their places; NaN: nothing."""
+
+
+class Asked(NamedTuple):
+    """Key of a row.
+
+    Attributes:
+        labels: number of labelled subjects; 0: all.
+    """
+
+    seed: int
+    start: str
+    tasks: tuple[str, ...]
+    labels: int
+
+    @property
+    def title(self) -> str:
+        return f"seed {self.seed}, {self.start}, {'+'.join(self.tasks)}, {self.labels or 'all'} labels"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one study in a folder, which may hold those of others.
+
+    Attributes:
+        digest: of the study's settings.
+        accelerations: nominal R of all values.
+        places: of the held-out subjects in the test split, ascending.
+    """
+
+    folder: Path
+    digest: str
+    accelerations: tuple[int, ...]
+    places: tuple[int, ...]
+
+    def read(self, tell: bool = False) -> dict[Asked, dict[str, Any]]:
+        """The finished rows. Those of other settings are left out, and those whose values are missing.
+
+        Args:
+            tell: what is left out, a line for each reason.
+
+        Raises:
+            InputError: a line that is no row, or a file where the folder should be.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"study.rows: expected a folder, got the file {self.folder}")
+        found: dict[Asked, dict[str, Any]] = {}
+        others = 0
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                row = json.loads(line)
+                asked = Asked(row["seed"], row["start"], tuple(row["tasks"]), row["labels"])
+                mine = row["digest"] == self.digest
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(
+                    f"study.rows: expected a row as JSON, got {line[:40]!r} in line {number} of {self.folder / FILE}; "
+                    "remove that line, and its row is made anew"
+                ) from None
+            others += not mine
+            if mine:
+                found[asked] = row
+        lost = [asked for asked in found if not self._path(asked).is_file()]
+        if tell and others:
+            print(f"study: {self.folder / FILE} holds {others} row(s) of other settings, which are left out")
+        for asked in lost if tell else ():
+            print(f"study: {asked.title}: its file of values is missing in {self.folder}, so it counts as not done")
+        return {asked: row for asked, row in found.items() if asked not in lost}
+
+    def add(self, asked: Asked, said: Mapping[str, Any], values: Values) -> None:
+        """Keep a finished row: its values first, so that a row that is there has them."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path(asked), self._encoded(values))
+        line = json.dumps({"digest": self.digest, **asked._asdict(), **said}, allow_nan=False, separators=(",", ":"))
+        write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in [*self._lines(), line]))
+
+    def values(self, asked: Asked) -> Values:
+        """Values of a finished row, float64.
+
+        Raises:
+            InputError: the file is damaged, or of other subjects or R.
+        """
+        path = self._path(asked)
+        try:
+            table = pq.read_table(path)
+            here = [table.column(name).to_numpy() for name in ("R", "place")]
+            targets = [name for name in table.column_names if name not in ("R", "place")]
+            same = all(map(np.array_equal, here, self._index()))
+        except (pa.ArrowException, KeyError, OSError):
+            same = False
+        if not same:
+            raise InputError(
+                f"study.rows: expected values of {len(self.places)} held-out subjects at R = "
+                f"{', '.join(map(str, self.accelerations))}, got other content in {path}; remove the file, and its row "
+                "is made anew"
+            )
+        shape = len(self.accelerations), len(self.places)
+        return {name: table.column(name).to_numpy().astype(np.float64).reshape(shape) for name in targets}
+
+    def _path(self, asked: Asked) -> Path:
+        labels = asked.labels or "all"
+        return self.folder / f"{self.digest}-{asked.seed}-{asked.start}-{'+'.join(asked.tasks)}-{labels}.parquet"
+
+    def _lines(self) -> list[str]:
+        path = self.folder / FILE
+        return [line for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """R and place of each row of a file."""
+        r, place = np.meshgrid(self.accelerations, self.places, indexing="ij")
+        return r.ravel().astype(np.int32), place.ravel().astype(np.int32)
+
+    def _encoded(self, values: Values) -> bytes:
+        r, place = self._index()
+        columns = {"R": pa.array(r), "place": pa.array(place)}
+        for name, value in values.items():
+            columns[name] = pa.array(value.ravel().astype(np.float32 if name in DISEASES else np.float16))
+        coding = {"R": "DELTA_BINARY_PACKED", "place": "DELTA_BINARY_PACKED"}
+        coding |= dict.fromkeys(values, "BYTE_STREAM_SPLIT")
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            pa.table(columns),
+            sink,
+            compression="zstd",
+            compression_level=19,
+            use_dictionary=False,
+            column_encoding=coding,
+            write_statistics=False,
+            store_schema=False,
+        )
+        content: bytes = sink.getvalue().to_pybytes()
+        return content

@@ -1,0 +1,197 @@
+"""Downstream tasks against the number of labels: one model of all tasks, pretrained and from scratch, each task alone,
+and floors that need no trained network.
+
+Every seed pretrains its own encoder and draws its own labelled subjects; the held-out subjects and their patterns are
+the same for all. A finished row is kept in a folder of its own (`task_rows`), and is never done again, nor is its
+pretraining, wherever that folder is taken to.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from kmtr import machine, tracking
+from kmtr.config import RunConfig, override
+from kmtr.evaluate import finetune
+from kmtr.evaluate.predictions import Name
+from kmtr.evaluate.scores import panel
+from kmtr.inference import load_model
+from kmtr.studies import task_report
+from kmtr.studies.running import fit, named, open_run, rate
+from kmtr.studies.task_measures import MEASURES, headline, kept, scores_of, targets_of, values_of
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows, Values
+from kmtr.studies.task_study import TASKS, Study, check_budgets, check_settings, digest, held_out, order
+from kmtr.train import start
+from kmtr.train.folder import Outcome
+from kmtr.train.resolve import resolve
+from kmtr.types import InputError
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train and score all rows that are not done, or report those that are; what the last line on stdout says."""
+    began = time.perf_counter()
+    check_settings(config)
+    config, dataset = resolve(override(config, {"stage": "both", "task.tasks": config.task.tasks or TASKS}))
+    check_budgets(config, dataset)
+    truth, places = held_out(config, dataset)
+    known = digest(config, dataset, truth)
+    name = f"tasks-{config.recipe}-{known}"
+    folder = Path(config.storage.root) / "study" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = Rows(Path(config.study.rows or folder / "rows"), known, config.evaluate.accelerations, places)
+    asked = order(config)
+    done = rows.read(tell=True)
+    print(
+        f"study: {name}: {sum(one in done for one in asked)} of {len(asked)} rows are done, {len(places)} held-out "
+        f"subjects, rows in {rows.folder}",
+        flush=True,
+    )
+    if not config.study.train and not done:
+        raise InputError(f"study.train: expected rows to report in {rows.folder}, got none; train them first")
+    with open_run(config, dataset, name) as run_id:
+        study = Study(config, dataset, truth, rows, run_id)
+        for seed in config.study.seeds if config.study.train else ():
+            if add_missing(study, asked, seed) and seed != config.study.seeds[-1]:
+                task_report.report(study, name, folder, asked, time.perf_counter() - began)
+        return task_report.report(study, name, folder, asked, time.perf_counter() - began)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def add_missing(study: Study, asked: Sequence[Asked], seed: int) -> int:
+    """Train and score the rows of a seed that are not done, one after the other with a line for each: how many."""
+    done = study.rows.read()
+    missing = [one for one in asked if one not in done and one.seed == seed]
+    for one in missing:
+        add(study, one)
+        done = study.rows.read()
+        left = [other for other in asked if other not in done]
+        print(
+            f"study: row {len(asked) - len(left)} of {len(asked)} is done: {one.title}; {len(left)} left, about "
+            f"{_duration(expected(done, left))}",
+            flush=True,
+        )
+    return len(missing)
+
+
+def expected(done: Mapping[Asked, Mapping[str, Any]], left: Sequence[Asked]) -> float:
+    """Seconds that rows will take by those that are done: each as the median of its tasks', or of all where there is
+    none; and pretraining for each seed that has no pretrained row yet.
+    """
+    alike: dict[tuple[str, ...], list[float]] = {}
+    for asked, row in done.items():
+        if asked.start != FLOORS:
+            alike.setdefault(asked.tasks, []).append(row["row_s"])
+    every = [seconds for some in alike.values() for seconds in some]
+    before = [row["pretraining_s"] for row in done.values() if row.get("pretraining_s")]
+    had = {asked.seed for asked in done if asked.start == PRETRAINED}
+    more = {asked.seed for asked in left if asked.start == PRETRAINED} - had
+    rows = sum(statistics.median(alike.get(asked.tasks, every)) for asked in left)
+    return rows + (statistics.median(before) * len(more) if before else 0.0)
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
+def add(study: Study, asked: Asked) -> None:
+    """Train the model of a row, or find it trained, and keep what it says of the held-out subjects; with the first row
+    of a seed and number of labels also the floors.
+    """
+    encoder, before = start.NONE, None
+    if asked.start == PRETRAINED:
+        pretraining = named(study.config, {"seed": asked.seed})
+        before = fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, pretraining")
+        encoder = before.encoder
+    began = time.perf_counter()
+    own = study.settings(asked, encoder)
+    outcome = fit(own, study.dataset, study.run_id, asked.title)
+    model = load_model(outcome.encoder, machine.device(own.train.device))
+    reading = override(own, {"seed": study.config.seed})
+    means = study.means(asked.seed, asked.labels)
+    labelled = study.labelled(asked)
+
+    floors = Asked(asked.seed, FLOORS, study.config.task.tasks, asked.labels)
+    if asked.tasks == floors.tasks and floors not in study.rows.read():
+        table = finetune.predictions(reading, study.dataset, model, labelled, "floors", "study")
+        found = values_of(table, study.truth)
+        about = scored(study, table, found, means) | made(study, labelled, began)
+        study.rows.add(floors, about, strongest(study.config, found))
+
+    table = finetune.predictions(reading, study.dataset, model, labelled, "model", "study")
+    found = values_of(table, study.truth)
+    trained = times(study.config, own, outcome, before) | {"parameters": parameters(model.module), "run": outcome.name}
+    about = scored(study, table, found, means) | trained | made(study, labelled, began)
+    (values,) = found.values()
+    study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values})
+
+
+def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
+    """Values of the strongest floor of each measure (`Measure.floor`), and of its images."""
+    values: dict[str, np.ndarray] = {}
+    for name, measure in MEASURES.items():
+        floor = next((found[one] for one in measure.floor if one in found), {})
+        values |= {t: floor[t] for t in (*targets_of(name, config), "psnr_db") if t in floor}
+    return values
+
+
+def scored(study: Study, table: pa.Table, found: Mapping[Name, Values], means: Mapping[str, float]) -> dict[str, Any]:
+    """Scores of a row for JSON: R -> true R, and of each system its measures and all metrics, with 95 % intervals."""
+    config, said = study.config, {}
+    each = scores_of(table, config, means, found)
+    true = panel(table)
+    for number, r in enumerate(config.evaluate.accelerations):
+        measures = {name.title: headline(config, values, study.truth, means, number) for name, values in found.items()}
+        true_r = round(true.true_acceleration_at(true.accelerations.index(r)), 3)
+        said[str(r)] = {"true_R": true_r, "measures": measures, "metrics": each.get(r, {})}
+    return {"R": said}
+
+
+def times(config: RunConfig, own: RunConfig, outcome: Outcome, before: Outcome | None) -> dict[str, Any]:
+    """Seconds of the steps of a training and of its pretraining, by the speed that they logged (a run may have been
+    killed and resumed); None: nothing was logged, or there was no pretraining.
+    """
+
+    def seconds(done: Outcome, first: int, last: int) -> float | None:
+        speed = rate(done, first, last)
+        return round((last - first) * config.data.global_batch / speed, 1) if speed > 0 else None
+
+    said: dict[str, Any] = {"training_s": seconds(outcome, 0, min(own.total_steps, int(outcome.metrics["step"])))}
+    if before is not None:
+        stages = [(0, config.masked_steps), (config.masked_steps, config.total_steps)]
+        parts = [seconds(before, first, last) for first, last in stages if last > first]
+        said["pretraining_s"] = sum(part for part in parts if part is not None) if any(parts) else None
+        if "align_stopped" in before.metrics:
+            said["guard_stopped_at"] = before.metrics["align_stopped"]
+    best = {name: outcome.metrics[name] for name in ("best_step", "best_score") if name in outcome.metrics}
+    return said | best
+
+
+def parameters(module: torch.nn.Module) -> int:
+    """Number of weights."""
+    return sum(weights.numel() for weights in module.parameters())
+
+
+def made(study: Study, labelled: Sequence[int], began: float) -> dict[str, Any]:
+    """Where, when and of what a row was made."""
+    device = machine.device(study.config.train.device)
+    return {
+        "subjects": len(labelled),
+        "row_s": round(time.perf_counter() - began, 1),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "workers": str(study.config.train.workers),
+        "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M}",
+        "versions": tracking.versions(),
+        "data": study.dataset.digest[:12],
+    }
