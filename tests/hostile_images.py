@@ -98,8 +98,8 @@ for name, said, build in (
     ("scaled_beyond_numbers", "finite|cannot be read", patched(112, "ff", 3e38, 0.0)),
     ("voxels_of_nan", "finite", lambda f: nifti(f, np.full((16, 18, 3, 4), np.nan, np.float32))),
     ("one_volume", "4D", lambda f: nifti(f, CINE[..., 0])),
-    ("contours_of_other_values", "values 0 to", contoured(np.full(CINE.shape, 9, np.uint8))),
-    ("contours_of_halves", "values 0 to|whole", contoured(np.full(CINE.shape, 0.5, np.float32))),
+    ("contours_of_other_values", "values 0, 1, 2, 3", contoured(np.full(CINE.shape, 9, np.uint8))),
+    ("contours_of_halves", "values 0, 1, 2, 3|whole", contoured(np.full(CINE.shape, 0.5, np.float32))),
     ("frames_of_two_sizes", "one shape", lambda f: acdc(f, [(8, 8, 2), (8, 9, 2)])),
     ("group_unknown", "expected Group", lambda f: acdc(f, [(8, 8, 2)] * 2, "JANE")),
 ):  # fmt: skip

@@ -318,7 +318,7 @@ def test_nifti_refuses_in_one_line_without_the_subject(tmp_path: Path) -> None:
         (flat, "4D"),
         (frame, "name their folder"),
         (nan, "finite"),
-        (tmp_path / "odd", "values 0 to 3"),
+        (tmp_path / "odd", "values 0, 1, 2, 3"),
         (odd_contours, "not contours"),
         (tmp_path / "other", "shape"),
         (tmp_path / "cut", "cannot be read|cut short"),
