@@ -5,50 +5,33 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from jaxtyping import Float
 
 from kmtr import card, machine, tracking
-from kmtr.config import RunConfig, override
-from kmtr.data.dataset.reader import Dataset, Reader
-from kmtr.data.loader import pipeline, subjects
-from kmtr.data.loader.batch import NOTHING, Wanted
-from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, from_phenotypes, masks, probes, tables, task_report, thresholds
-from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
+from kmtr.config import RunConfig
+from kmtr.data.dataset.reader import Dataset
+from kmtr.evaluate import probes, tables, task_report, thresholds
 from kmtr.evaluate.predictions import (
-    CEILING,
     FILE,
     FINETUNED,
     FROM_SCRATCH,
     MASK_RIDGE,
     MEAN,
     MEAN_MASK,
-    READ_OFF,
     RIDGE,
-    SHARED,
-    UNTRAINED,
-    ZEROFILLED,
-    HeldOut,
-    Name,
-    joined,
     write,
 )
-from kmtr.evaluate.predictions import rows as predictions_of
-from kmtr.evaluate.predictors import Features, Predictor, predict
 from kmtr.evaluate.scores import panel, scores_of
-from kmtr.inference import TaskModel, load_model
-from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
+from kmtr.evaluate.task_predictions import by_split, trained
+from kmtr.inference import load_model
+from kmtr.metrics.dense import DICE, IMAGES
 from kmtr.metrics.diseases import detection
-from kmtr.physics.sampling import VALIDATION
-from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
 from kmtr.train import choice, driver, start
@@ -132,182 +115,6 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     card.write_card(model, shown)
     write_json(kept, {"predictions": str(files["test"]), "metrics": metrics, "text": text})
     return {"predictions": str(files["test"]), "metrics": metrics}
-
-
-def predictions(
-    config: RunConfig,
-    dataset: Dataset,
-    model: TaskModel,
-    labelled: Sequence[int] | None = None,
-    systems: Literal["all", "model", "floors"] = "all",
-    command: str = "finetune",
-) -> pa.Table:
-    """Rows of the model and of its floors for the test split; arguments as of `by_split`."""
-    return by_split(config, dataset, model, ("test",), labelled, systems, command)["test"]
-
-
-def by_split(
-    config: RunConfig,
-    dataset: Dataset,
-    model: TaskModel,
-    splits: Sequence[str] = ("test",),
-    labelled: Sequence[int] | None = None,
-    systems: Literal["all", "model", "floors"] = "all",
-    command: str = "finetune",
-) -> dict[str, pa.Table]:
-    """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns: for the test split,
-    and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
-
-    Args:
-        config: its seed draws the held-out subjects, and the patterns.
-        labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
-        systems: those that are asked; the ceiling goes with the floors.
-        command: for the screen, and for errors.
-    """
-    device = torch.device(machine.device(config.train.device))
-    train = probes.readers_of(dataset, config, command)["train"]
-    if labelled is None:
-        labelled = start.labelled(config, dataset)
-    asked = {split: asked_of(config, dataset, model, split) for split in splits}
-    floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
-    total = sum(len(one.rows) for one in asked.values()) + (len(labelled) if floors else 0)
-    tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
-    parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
-    about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
-    for r in config.evaluate.accelerations:
-        fixed = override(config, {"sampling.accelerations": (r,)})
-        about |= {"acceleration": r}
-        fitted = floors.numbers(fixed, tell) if floors else {}
-        for split, one in asked.items():
-            dense, own = split == "test", dict[Name, Predictor]()
-            if systems != "floors":
-                own[trained(config)] = model if dense else model.numbers
-            own |= fitted
-            if floors and dense:
-                own |= floors.dense(fixed)
-            batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
-            parts[split].append(predict(own, batches, one.held_out, config.data, device=device, **about))
-            if floors:
-                values = ceiling(dataset, one, floors.regressions)
-                parts[split].append(predictions_of(CEILING, one.held_out, values, **about))
-    return {split: joined(tables) for split, tables in parts.items()}
-
-
-@dataclass(frozen=True)
-class Floors:
-    """Systems beside the model that need no trained network, fitted on labelled training subjects at one R at a time.
-
-    Attributes:
-        rows: the labelled subjects, in the training split.
-        known: their labels; NaN: unknown.
-        phenotypes: theirs, as far as the dataset has them.
-        regressions: from these to diseases.
-    """
-
-    model: TaskModel
-    reader: Reader
-    rows: Sequence[int]
-    targets: tuple[str, ...]
-    known: Float[np.ndarray, "subject target"]
-    phenotypes: dict[str, Float[np.ndarray, " subject"]]
-    regressions: Regressions
-
-    @classmethod
-    def of(cls, config: RunConfig, dataset: Dataset, model: TaskModel, reader: Reader, rows: Sequence[int]) -> Floors:
-        """Read the labels of training subjects, and fit what no R changes."""
-        targets = targets_of(model, dataset)
-        known = subjects.labels_of(reader, rows, targets)
-        phenotypes = phenotypes_of(dataset, reader, rows)
-        diseases = {name: known[:, i] for i, name in enumerate(targets) if name in DISEASES}
-        return cls(model, reader, rows, targets, known, phenotypes, from_phenotypes.fit(phenotypes, diseases))
-
-    def numbers(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:
-        """Of phenotypes and diseases, at the R of these settings; `tell` counts the subjects that are read."""
-        if not self.targets:
-            return {}
-        device = torch.device(machine.device(fixed.train.device))
-        more = {name: self.phenotypes[name] for name in self.regressions.phenotypes if name not in self.targets}
-        read = tell(pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, NOTHING, VALIDATION))
-        found: dict[Name, Predictor] = {}
-        found |= probes.fit(sources(self.model), read, self.known, self.targets, device, {RIDGE: more})
-        if self.regressions.of:
-            found[READ_OFF] = ReadOff(found[RIDGE], self.regressions)
-        return found
-
-    def dense(self, fixed: RunConfig) -> dict[Name, Predictor]:
-        """Of masks and images, at the R of these settings."""
-        found: dict[Name, Predictor] = {}
-        tasks, matrix = self.model.prepare.tasks, fixed.data.matrix
-        if "segmentation" in tasks:
-            read = pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
-            found |= masks.fit(fixed, self.reader, self.rows, read)
-        if "reconstruction" in tasks:
-            found |= {ZEROFILLED: baselines.zerofilled_image(matrix), SHARED: baselines.shared_image(matrix)}
-        return found
-
-
-def phenotypes_of(dataset: Dataset, reader: Reader, rows: Sequence[int]) -> dict[str, Float[np.ndarray, " subject"]]:
-    """Phenotypes of these rows of a split, as far as the dataset has them; NaN: unknown."""
-    names = [name for name in PHENOTYPES if dataset.labels.get(name)]
-    return dict(zip(names, subjects.labels_of(reader, rows, names).T, strict=True))
-
-
-def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[np.ndarray, "subject target"]:
-    """What the true phenotypes of these subjects say of their diseases; NaN of all other targets."""
-    known = phenotypes_of(dataset, asked.reader, asked.rows)
-    features = [known[name] for name in regressions.phenotypes]
-    return regressions(
-        np.stack(features, axis=1) if features else np.empty((len(asked.rows), 0)), asked.held_out.targets
-    )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Subjects of a split that systems are asked about, and the columns that this takes."""
-
-    reader: Reader
-    rows: list[int]
-    held_out: HeldOut
-    wanted: Wanted
-
-
-def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> Asked:
-    """Of the test split all that the model says, of validation subjects their diseases."""
-    reader = dataset.reader(split, config.data)
-    rows = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
-    targets = targets_of(model, dataset)
-    if split == "test":
-        held_out = scored(probes.held_out_of(reader, rows, targets), model)
-        return Asked(reader, rows, held_out, Wanted(masks=model.prepare.wanted.masks))
-    held_out = probes.held_out_of(reader, rows, tuple(name for name in targets if name in DISEASES))
-    return Asked(reader, rows, held_out, NOTHING)
-
-
-def sources(model: TaskModel) -> dict[Name, Features]:
-    """Features that ridges are fitted on: the low-resolution image, and what an untrained encoder says."""
-    found: dict[Name, Features] = {RIDGE: baselines.low_resolution}
-    if model.config.task.system == "kspace":
-        found[UNTRAINED] = KSpaceEncoder(model.config, None, model.tables, model.device).features
-    return found
-
-
-def targets_of(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
-    """Labels of the model's tasks, and those that can be measured on masks, as far as the dataset has them."""
-    measured = masks_phenotypes({}) if "segmentation" in model.prepare.tasks else {}
-    return tuple(name for name in dict.fromkeys([*model.prepare.labels, *measured]) if dataset.labels.get(name))
-
-
-def scored(held_out: HeldOut, model: TaskModel) -> HeldOut:
-    """With the scores of masks and images as targets, which have no truth."""
-    names = (*DICE, *DISTANCES) if "segmentation" in model.prepare.tasks else ()
-    names += (*IMAGES, *IN_BOX) if "reconstruction" in model.prepare.tasks else ()
-    empty = np.full((len(held_out.subjects), len(names)), np.nan)
-    return HeldOut(held_out.subjects, (*held_out.targets, *names), np.concatenate([held_out.truth, empty], axis=1))
-
-
-def trained(config: RunConfig) -> Name:
-    """Name of the model in tables."""
-    return FROM_SCRATCH if config.task.encoder == start.NONE else FINETUNED
 
 
 def summary(

@@ -21,7 +21,7 @@ from kmtr.ray_start import start_ray
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison, running
-from kmtr.studies.running import finished, named, open_run, probe_all, publish, rate
+from kmtr.studies.running import finished, named, open_run, publish, rate
 from kmtr.studies.variants import Group, asked, check
 from kmtr.train import driver
 from kmtr.types import InputError, KmtrError
@@ -81,7 +81,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         done = [v for v in _with_references(variants) if v.outcome is not None]
         if not done:
             raise KmtrError(f"study: all variants failed: {next((v.failure for v in variants), 'there are none')}")
-        probe_all(cohort, {(v.seed, v.run): comparison.Source(v.run, v.encoder, seeds=(v.seed,)) for v in done})
+        comparison.probe_all(
+            cohort, {(v.seed, v.run): comparison.Source(v.run, v.encoder, seeds=(v.seed,)) for v in done}
+        )
         results = comparison.gather(cohort, [(v.run, v.seed, budget) for v in done for budget in cohort.budgets])
         rows = [score(cohort, results, v, budget) for v in variants for budget in cohort.budgets]
         return report(cohort, name, run_id, rows, time.perf_counter() - began)

@@ -30,6 +30,7 @@ from kmtr.evaluate import baselines, probes
 from kmtr.evaluate.predictions import CENTRAL, FILE, LINES, MEAN, RIDGE, HeldOut, Name, joined, read, rows, write
 from kmtr.evaluate.predictors import Features, fit_ridges, predict, true_accelerations
 from kmtr.evaluate.scores import Result, panel, results_of, summary
+from kmtr.studies.running import each
 from kmtr.train import supervised
 
 VERSION = 4
@@ -300,6 +301,29 @@ def write_trained(cohort: Cohort, encoder: str, method: str, seed: int, budget: 
         for r in cohort.accelerations
     ]
     write(part(cohort, seed, method, budget), joined(said))
+
+
+def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
+    """Rows of the probes of all (seed, method) from their sources, and of the mean; what is there stays."""
+    missing = {
+        (seed, method): source
+        for (seed, method), source in sources.items()
+        if not all(part(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
+    }
+    distinct = list(dict.fromkeys(missing.values()))
+    features = [
+        (cohort, source, r, budget)
+        for source in distinct
+        for r in cohort.accelerations
+        for budget in source.budgets(cohort)
+        if not source.path(cohort, r, budget).is_file()
+    ]
+    each(write_features, features, "study: features", cohort.config.train.device)
+    probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
+    each(write_probes, probes, "study: probes", "cpu")
+    for seed in {seed for seed, _ in sources}:
+        for budget in cohort.budgets:
+            write_mean(cohort, seed, budget)
 
 
 def augmentation(study: Study) -> dict[str, Any]:

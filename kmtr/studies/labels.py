@@ -18,7 +18,7 @@ from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.studies import comparison
 from kmtr.studies.comparison import Cohort, Source
-from kmtr.studies.running import each, fit, named, open_run, probe_all, publish, rate
+from kmtr.studies.running import each, fit, named, open_run, publish, rate
 from kmtr.train import driver
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.types import InputError
@@ -102,7 +102,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     with open_run(config, dataset, name) as run_id:
         trained, longer_steps = pretrain(config, dataset, folder, run_id)
         encoders = encoders_of(trained)
-        probe_all(cohort, sources(cohort, encoders, longer_steps))
+        comparison.probe_all(cohort, sources(cohort, encoders, longer_steps))
         each(comparison.write_trained, trainings(cohort, encoders), "study: trainings", config.train.device)
         results = collect(cohort, encoders, longer_steps)
         stopped = {seed: one.metrics.get("align_stopped") for (seed, what), one in trained.items() if what == "aligned"}

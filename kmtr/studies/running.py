@@ -20,8 +20,6 @@ from kmtr.files import write_atomic
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
-from kmtr.studies.comparison import Cohort, Source, part, write_features, write_mean, write_probes
-from kmtr.train import driver
 from kmtr.train import folder as runs
 from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import KmtrError
@@ -83,29 +81,6 @@ def each(function: Callable[..., None], jobs: Sequence[tuple[Any, ...]], what: s
         raise KmtrError(f"{what}: {lines[-1].strip()}") from None
 
 
-def probe_all(cohort: Cohort, sources: Mapping[tuple[int, str], Source]) -> None:
-    """Rows of the probes of all (seed, method) from their sources, and of the mean; what is there stays."""
-    missing = {
-        (seed, method): source
-        for (seed, method), source in sources.items()
-        if not all(part(cohort, seed, method, budget).is_file() for budget in cohort.budgets)
-    }
-    distinct = list(dict.fromkeys(missing.values()))
-    features = [
-        (cohort, source, r, budget)
-        for source in distinct
-        for r in cohort.accelerations
-        for budget in source.budgets(cohort)
-        if not source.path(cohort, r, budget).is_file()
-    ]
-    each(write_features, features, "study: features", cohort.config.train.device)
-    probes = [(cohort, source, method, seed) for (seed, method), source in missing.items()]
-    each(write_probes, probes, "study: probes", "cpu")
-    for seed in {seed for seed, _ in sources}:
-        for budget in cohort.budgets:
-            write_mean(cohort, seed, budget)
-
-
 def named(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """A run of a study: changed. Where the study was given a name, it has that and a hash of its settings for its own:
     a run of other settings is never taken for it.
@@ -132,6 +107,8 @@ def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Out
     if done is not None:
         print(f"study: {what}: {done.name} is finished, reused", flush=True)
         return done
+    from kmtr.train import driver  # what only compares or reports needs no training
+
     print(f"study: {what}", flush=True)
     start_ray()
     return driver.fit(config, parent_id=parent)

@@ -19,10 +19,11 @@ from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies.running import publish
 from kmtr.studies.task_measures import MEASURES, replicates
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked
-from kmtr.studies.task_study import Study
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from kmtr.studies.task_study import Study
 
 KINDS = {
     "pretrained": "all tasks, pretrained",

@@ -21,9 +21,9 @@ import torch
 
 from kmtr import machine, tracking
 from kmtr.config import RunConfig, override
-from kmtr.evaluate import finetune
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
+from kmtr.evaluate.task_predictions import predictions
 from kmtr.inference import load_model
 from kmtr.studies import task_report
 from kmtr.studies.running import fit, named, open_run, rate
@@ -124,12 +124,12 @@ def add(study: Study, asked: Asked) -> None:
 
     floors = Asked(asked.seed, FLOORS, study.config.task.tasks, asked.labels)
     if asked.tasks == floors.tasks and floors not in study.rows.read():
-        table = finetune.predictions(reading, study.dataset, model, labelled, "floors", "study")
+        table = predictions(reading, study.dataset, model, labelled, "floors", "study")
         found = values_of(table, study.truth)
         about = scored(study, table, found, means) | made(study, labelled, began)
         study.rows.add(floors, about, strongest(study.config, found))
 
-    table = finetune.predictions(reading, study.dataset, model, labelled, "model", "study")
+    table = predictions(reading, study.dataset, model, labelled, "model", "study")
     found = values_of(table, study.truth)
     trained = times(study.config, own, outcome, before) | {"parameters": parameters(model.module), "run": outcome.name}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)

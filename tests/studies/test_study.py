@@ -15,7 +15,7 @@ from kmtr.evaluate.predictions import HeldOut
 from kmtr.evaluate.scores import Result, difference
 from kmtr.exported import export_encoder
 from kmtr.model.encoder import line_encoder
-from kmtr.studies import ablation, comparison, labels, running
+from kmtr.studies import ablation, comparison, labels
 from kmtr.studies.comparison import Cohort, Source
 from kmtr.studies.variants import GROUPS, Group, asked, check
 from kmtr.train import driver
@@ -133,9 +133,9 @@ def test_everything_is_computed_once(
             called.append(what)
             function(*job)
 
-    monkeypatch.setattr(running, "each", here)
+    monkeypatch.setattr(comparison, "each", here)
     for _ in range(2):
-        running.probe_all(cohort, labels.sources(cohort, encoders, 10))
+        comparison.probe_all(cohort, labels.sources(cohort, encoders, 10))
         here(comparison.write_trained, labels.trainings(cohort, encoders), "trainings", "cpu")
     budgets, accelerations = len(cohort.budgets), len(cohort.accelerations)
     # Baselines are shared by the seeds; augmented copies are made for each budget.

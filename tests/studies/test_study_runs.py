@@ -64,6 +64,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         request.getfixturevalue("cluster")
         return
     monkeypatch.setattr(running, "ended", one_by_one)
+    monkeypatch.setattr(running, "uses_gpus", lambda _: False)  # there is no cluster to ask
     for module in (running, ablation):
         monkeypatch.setattr(module, "start_ray", lambda: None)
 
@@ -161,7 +162,7 @@ def test_the_tasks_of_a_study_run_on_ray(cluster: None, config: RunConfig, tmp_p
         comparison.cohort(config, Dataset.open(config.data), tmp_path / name, (6, 12)) for name in ("ray", "here")
     ]
     source = Source("lowres", seeds=(0,), augmented=True)
-    running.probe_all(cohorts[0], {(0, "lowres-augmented"): source})
+    comparison.probe_all(cohorts[0], {(0, "lowres-augmented"): source})
     for budget in cohorts[1].budgets:
         comparison.write_features(cohorts[1], source, 2, budget)
     comparison.write_probes(cohorts[1], source, "lowres-augmented", 0)
