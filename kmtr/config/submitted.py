@@ -30,6 +30,7 @@ PATHS = (
     "task.encoder",
     "bench.folder",
     "predict.out",
+    "study.rows",
 )
 """Keys of files and folders that a command reads or writes."""
 
