@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import processes
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kmtr.config import RunConfig, from_json, override
+from kmtr.config import RunConfig, from_json, override, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import planning
 from kmtr.data.loader.batch import Batch
@@ -76,3 +77,18 @@ def work(rank: int, world: int, folder: str, cases: list[tuple[str, int, dict[st
             save_file({k: v.clone() for k, v in result.items()}, Path(folder) / f"{world}-{number}.safetensors")
     if world > 1:
         dist.destroy_process_group()
+
+
+def one_and_two(
+    config: RunConfig, tables: dict[str, Tensor], folder: Path, cases: list[tuple[str, int, dict[str, Any]]]
+) -> None:
+    """`work` by this process alone, and by two others: files of both in `folder`."""
+    (folder / "config.json").write_text(to_json(config))
+    kept = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
+    save_file({k: v.contiguous() for k, v in kept.items()}, folder / "tables.safetensors")
+    two = processes.start(work, 2, 2, str(folder), cases)
+    threads = torch.get_num_threads()
+    work(0, 1, str(folder), cases)
+    torch.set_num_threads(threads)
+    while not two.join(timeout=60):
+        pass

@@ -44,7 +44,7 @@ class Regressions:
 def fit(
     phenotypes: Mapping[str, Float[np.ndarray, " subject"]], diseases: Mapping[str, Float[np.ndarray, " subject"]]
 ) -> Regressions:
-    """Of every disease that labelled subjects have and lack, on the true phenotypes that at least 3 of them have.
+    """Fit every disease that labelled subjects both have and lack, on the true phenotypes that at least 3 of them have.
 
     Args:
         phenotypes, diseases: by name, of the labelled training subjects; NaN: unknown.

@@ -66,7 +66,7 @@ class Name(NamedTuple):
 
     @property
     def measured(self) -> bool:
-        """Whether it is what was measured on a system's masks, which may not be possible of every subject."""
+        """True for what was measured on a system's masks, which may not be possible of every subject."""
         return self.system.endswith(_ON_MASKS)
 
 

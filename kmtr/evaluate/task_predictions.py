@@ -130,7 +130,7 @@ class Floors:
         return cls(model, reader, rows, targets, known, phenotypes, from_phenotypes.fit(phenotypes, diseases))
 
     def numbers(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:
-        """Of phenotypes and diseases, at the R of these settings; `tell` counts the subjects that are read."""
+        """Predictors of phenotypes and diseases, fitted at the R of these settings; `tell` counts the subjects read."""
         if not self.targets:
             return {}
         device = torch.device(machine.device(fixed.train.device))
@@ -143,7 +143,7 @@ class Floors:
         return found
 
     def dense(self, fixed: RunConfig) -> dict[Name, Predictor]:
-        """Of masks and images, at the R of these settings."""
+        """Predictors of masks and images, fitted at the R of these settings."""
         found: dict[Name, Predictor] = {}
         tasks, matrix = self.model.prepare.tasks, fixed.data.matrix
         if "segmentation" in tasks:
@@ -161,7 +161,7 @@ def phenotypes_of(dataset: Dataset, reader: Reader, rows: Sequence[int]) -> dict
 
 
 def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[np.ndarray, "subject target"]:
-    """What the true phenotypes of these subjects say of their diseases; NaN of all other targets."""
+    """Probabilities of diseases by these subjects' true phenotypes; NaN for all other targets."""
     known = phenotypes_of(dataset, asked.reader, asked.rows)
     features = [known[name] for name in regressions.phenotypes]
     return regressions(
@@ -180,7 +180,7 @@ class Asked:
 
 
 def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> Asked:
-    """Of the test split all that the model says, of validation subjects their diseases."""
+    """Subjects of a split: of the test split asked for all that the model says, else for diseases alone."""
     reader = dataset.reader(split, config.data)
     rows = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
     targets = targets_of(model, dataset)

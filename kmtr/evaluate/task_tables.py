@@ -386,7 +386,7 @@ def _only(seen: Panel, kept: Sequence[bool]) -> Panel:
 
 
 def _of_subjects(seen: Panel, subjects: Sequence[str]) -> Panel:
-    """Of these subjects alone."""
+    """The panel of these subjects alone."""
     which = np.flatnonzero(np.isin(seen.subjects, subjects))
     return replace(
         seen,
@@ -425,7 +425,7 @@ def subject_means(seen: Panel, name: Name) -> np.ndarray:
 
 
 def of_systems(seen: Panel, names: Collection[Name]) -> Panel:
-    """Of these systems alone."""
+    """The panel of these systems alone."""
     return replace(seen, values={fit: values for fit, values in seen.values.items() if fit.name in names})
 
 

@@ -43,7 +43,7 @@ class Thresholds:
         return float(values[seen.accelerations.index(acceleration), seen.targets.index(target)])
 
     def note(self) -> str:
-        """How they were chosen, in words, with the numbers of validation subjects."""
+        """Sentence on the choice, with the numbers of validation subjects."""
         if not self.known:
             return "No F1: its threshold is chosen on validation subjects, of whom no predictions are kept."
         said = {
@@ -64,7 +64,7 @@ class Thresholds:
         return " ".join(found)
 
     def chosen(self, target: str) -> bool:
-        """Whether there are enough validation subjects for a threshold of this disease."""
+        """True if there are enough validation subjects for a threshold of this disease."""
         diseased, known = self.diseased.get(target, 0), self.known.get(target, 0)
         return min(diseased, known - diseased) >= MIN_CLASS
 

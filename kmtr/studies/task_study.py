@@ -28,7 +28,7 @@ TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 
 @dataclass(frozen=True)
 class Study:
-    """What all rows share.
+    """Settings, data and truth that all rows share.
 
     Attributes:
         config: settings of pretraining, of `task.tasks`, and of evaluation; its seed draws the held-out subjects.

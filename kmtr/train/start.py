@@ -165,7 +165,7 @@ def labelled(config: RunConfig, dataset: Dataset) -> list[int]:
 
 
 def has(config: RunConfig, dataset: Dataset, reader: Reader, needs: str) -> Callable[[int], bool]:
-    """Whether the subject in a row of the training split has what a task `needs`; read once in a process."""
+    """A function: training row -> True if its subject has what a task `needs`; each is read once in a process."""
     known = _found(dataset.digest, config.data.model_dump_json(), needs)
 
     def found(row: int) -> bool:
@@ -178,12 +178,12 @@ def has(config: RunConfig, dataset: Dataset, reader: Reader, needs: str) -> Call
 
 @lru_cache(maxsize=4)
 def _found(digest: str, data: str, needs: str) -> dict[int, bool]:
-    """What `has` knows of the rows of a dataset's training split; it fills it."""
+    """Rows of a dataset's training split that `has` has looked at, and its answers; `has` fills it."""
     return {}
 
 
 def said_of_labels(config: RunConfig, dataset: Dataset) -> str:
-    """How many of the subjects that a run learns from have what each of its tasks learns from, in one line.
+    """One line that counts, of the subjects that a run learns from, those who have what each of its tasks needs.
 
     Masks and images of all subjects are not read for it, but those of `MAX_AVERAGED`.
     """

@@ -13,10 +13,10 @@ import torch
 from cohort import simulated, write
 from inside import terms
 from one_worker import CPU, PlainEngine, step
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, to_json
+from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
 from kmtr.tasks import Model, Preparer, base, stages_of, tasks_of
 from kmtr.tasks.align import contrastive
@@ -50,17 +50,7 @@ def folder(small: RunConfig, tables: Tables, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("processes")
     config = override(small, {"data.root": str(path / "data"), "train.workers": 1})
     write(path / "data", {"train": uneven_cohort(config)}, "float32")
-    (path / "config.json").write_text(to_json(config))
-    save_file(
-        {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in tables.items()},
-        path / "tables.safetensors",
-    )
-    two = processes.start(one_worker.work, 2, 2, str(path), CASES)
-    threads = torch.get_num_threads()
-    one_worker.work(0, 1, str(path), CASES)
-    torch.set_num_threads(threads)
-    while not two.join(timeout=60):
-        pass
+    one_worker.one_and_two(config, tables, path, CASES)
     return path
 
 

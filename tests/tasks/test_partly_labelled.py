@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import one_worker
-import processes
 import pytest
 import torch
 from cohort import simulated, write
 from one_worker import CPU, PlainEngine
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_dense_input import changed, every_other_line, without_contours
 from torch import Tensor
 
-from kmtr.config import RunConfig, override, to_json
+from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.data.loader.collate import collate
@@ -27,7 +26,7 @@ from kmtr.types import Study
 
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 TEACHERS = {"phenotypes": 7, "diseases": 4, "segmentation": 3, "reconstruction": 6}
-"""Of 8 subjects."""
+"""Task -> subjects among 8 who have what it learns from."""
 CASES = [("task", micro, {}) for micro in (1, 2, 4)]
 
 
@@ -59,15 +58,7 @@ def folder(config: RunConfig) -> Path:
     reader = Dataset.open(config.data).reader("train", config.data)
     tables = statistics.fit(config, reader).tensors()
     tables |= start.task_tables(config, reader, tables)
-    (path / "config.json").write_text(to_json(config))
-    kept = {k: torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
-    save_file({k: v.contiguous() for k, v in kept.items()}, path / "tables.safetensors")
-    two = processes.start(one_worker.work, 2, 2, str(path), CASES)
-    threads = torch.get_num_threads()
-    one_worker.work(0, 1, str(path), CASES)
-    torch.set_num_threads(threads)
-    while not two.join(timeout=60):
-        pass
+    one_worker.one_and_two(config, tables, path, CASES)
     return path
 
 
