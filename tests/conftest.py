@@ -45,6 +45,7 @@ SMALL = {
     "align.teacher": "encoder",
     "align.head_steps": 0,
     "align.head_factor": 1.0,
+    "model.centre": 0,
     "model.width": 32,
     "model.depth": 1,
     "model.head_width": 16,

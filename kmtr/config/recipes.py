@@ -31,6 +31,7 @@ def tiny() -> RunConfig:
             decoder_depth=1,
             patch=(2, 16, 16),
             readout_fraction=0.5,
+            centre=16,
             projection=64,
         ),
         masked=Masked(steps=1200, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
@@ -47,7 +48,7 @@ def base() -> RunConfig:
         recipe="base",
         data=Data(root="runs/base"),
         shards=Shards(rows=32),  # of 14.7 MB: files of half a GB, footers of 0.1 MB
-        model=Model(width=768, depth=5),
+        model=Model(width=768, depth=5, centre=16),
         train=Train(zero_stage=1, bf16=True, accumulation=4),  # 64 subjects at once need 87 GiB of activations
     )
 
@@ -58,7 +59,7 @@ def large() -> RunConfig:
         recipe="large",
         data=Data(root="runs/large", global_batch=256),
         shards=Shards(rows=32),
-        model=Model(width=1024, depth=21, decoder_width=512, decoder_depth=4),
+        model=Model(width=1024, depth=21, decoder_width=512, decoder_depth=4, centre=16),
         masked=Masked(steps=60_000, learning_rate=5e-4, warmup_steps=1000),
         train=Train(workers=8, zero_stage=1, bf16=True, accumulation=4, checkpoint_every=500, eval_every=500),
     )

@@ -253,9 +253,13 @@ class Task(Section):
         "best", description="model that is left: of the best val/score, whose labels count as well, or of the last step"
     )
     frozen: bool = Field(False, description="the system is not trained, only the heads are")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate of the stage")
+    begin: Literal["probe", "mean"] = Field(
+        "probe",
+        description="heads of phenotypes and diseases begin as regressions on the system as it begins, or at the mean",
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
-    head_factor: float = Field(1.0, gt=0, description="learning rate of the heads over that of the stage")
+    head_factor: float = Field(2.0, gt=0, description="learning rate of the heads over that of the stage")
     patch: tuple[int, int] = Field((8, 8), description="pixels (y, x) of a query of segmentation and reconstruction")
     queries: Literal["position", "shared"] = Field(
         "shared", description="a query knows its place alone, or sees its patch of the temporally shared image too"

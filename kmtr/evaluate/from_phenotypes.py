@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 
 from kmtr.data.loader.batch import Batch
-from kmtr.evaluate.predictors import MIN_LABELLED, Outputs, Predictor
-from kmtr.metrics import Logistic, fit_logistic
+from kmtr.evaluate.predictors import Outputs, Predictor
+from kmtr.metrics import MIN_LABELLED, Logistic, fit_logistic
 
 
 @dataclass(frozen=True)

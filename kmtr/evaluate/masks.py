@@ -77,11 +77,12 @@ class MaskRidge:
     def __call__(self, batch: Batch, /) -> dict[str, Tensor]:
         images, there = features(batch, self.matrix), ~batch.padded.cpu().numpy()
         masks = np.full((*batch.padded.shape, *self.matrix), UNLABELLED, np.uint8)
-        for row, frames in enumerate(images.swapaxes(1, 2)):
-            seen = self.kernel(frames.reshape(len(frames), -1))
-            for z, (weights, bias) in enumerate(self.maps):
-                said = (seen @ weights + bias).reshape(len(frames), *self.matrix, CLASSES).argmax(-1)
-                masks[row, z] = np.where(there[row, z, :, None, None], said, UNLABELLED)
+        frames = images.swapaxes(1, 2)
+        # All frames of all subjects at once: the weights of a slice are too large for a processor's cache.
+        seen = self.kernel(frames.reshape(frames.shape[0] * frames.shape[1], -1))
+        for z, (weights, bias) in enumerate(self.maps):
+            said = (seen @ weights + bias).reshape(*frames.shape[:2], *self.matrix, CLASSES).argmax(-1)
+            masks[:, z] = np.where(there[:, z, :, None, None], said, UNLABELLED)
         return {"masks": torch.from_numpy(masks).to(batch.key.device)}
 
 

@@ -21,12 +21,9 @@ from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import HeldOut, Name, from_masks, joined, rows
 from kmtr.inputs import known_image
-from kmtr.metrics import Ridge, fit_ridge
+from kmtr.metrics import Ridge
 from kmtr.metrics.dense import mask_distances, mask_scores, masks_phenotypes, reconstruction_scores
 from kmtr.tasks.views import views_of
-
-MIN_LABELLED = 3
-"""Labelled subjects, below which no ridge regression is fitted to a target."""
 
 Outputs = Mapping[str, Tensor]
 """Target -> ``batch``, in its unit; a dense output (mask, image) by its name -> ``batch ...``."""
@@ -62,24 +59,6 @@ class Constant:
 
     def __call__(self, batch: Batch, /) -> Outputs:
         return {target: torch.full((len(batch),), v, dtype=torch.float64) for target, v in self.values.items()}
-
-
-def fit_ridges(
-    features: Float[np.ndarray, "subject *copies feature"],
-    labels: Float[np.ndarray, "subject target"],
-    targets: Sequence[str],
-) -> dict[str, Ridge]:
-    """Ridge regression of every target that at least MIN_LABELLED subjects have (`metrics.fit_ridge`).
-
-    Args:
-        labels: NaN: unknown.
-    """
-    found = {}
-    for target, label in zip(targets, labels.T, strict=True):
-        known = np.isfinite(label)
-        if known.sum() >= MIN_LABELLED:
-            found[target] = fit_ridge(features[known], label[known])
-    return found
 
 
 def predict(

@@ -15,7 +15,8 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import MEAN, HeldOut, Name, joined
-from kmtr.evaluate.predictors import Constant, Features, Predictor, Probed, fit_ridges, predict
+from kmtr.evaluate.predictors import Constant, Features, Predictor, Probed, predict
+from kmtr.metrics import fit_ridges
 from kmtr.types import InputError
 
 CHUNK = 32

@@ -78,7 +78,7 @@ def by_split(
         labelled = start.labelled(config, dataset)
     asked = {split: asked_of(config, dataset, model, split) for split in splits}
     floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
-    total = sum(len(one.rows) for one in asked.values()) + (len(labelled) if floors else 0)
+    total = sum(len(one.rows) for one in asked.values()) + (floors.readings * len(labelled) if floors else 0)
     tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
@@ -92,7 +92,7 @@ def by_split(
                 own[trained(config)] = model if dense else model.numbers
             own |= fitted
             if floors and dense:
-                own |= floors.dense(fixed)
+                own |= floors.dense(fixed, tell)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
             parts[split].append(predict(own, batches, one.held_out, config.data, device=device, **about))
             if floors:
@@ -129,6 +129,11 @@ class Floors:
         diseases = {name: known[:, i] for i, name in enumerate(targets) if name in DISEASES}
         return cls(model, reader, rows, targets, known, phenotypes, from_phenotypes.fit(phenotypes, diseases))
 
+    @property
+    def readings(self) -> int:
+        """How often the labelled subjects are read at an R."""
+        return int(bool(self.targets)) + int("segmentation" in self.model.prepare.tasks)
+
     def numbers(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:
         """Predictors of phenotypes and diseases, fitted at the R of these settings; `tell` counts the subjects read."""
         if not self.targets:
@@ -142,12 +147,12 @@ class Floors:
             found[READ_OFF] = ReadOff(found[RIDGE], self.regressions)
         return found
 
-    def dense(self, fixed: RunConfig) -> dict[Name, Predictor]:
-        """Predictors of masks and images, fitted at the R of these settings."""
+    def dense(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:
+        """Predictors of masks and images, fitted at the R of these settings; `tell` counts the subjects read."""
         found: dict[Name, Predictor] = {}
         tasks, matrix = self.model.prepare.tasks, fixed.data.matrix
         if "segmentation" in tasks:
-            read = pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, masks.MASKS, VALIDATION)
+            read = tell(pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, masks.MASKS, VALIDATION))
             found |= masks.fit(fixed, self.reader, self.rows, read)
         if "reconstruction" in tasks:
             found |= {ZEROFILLED: baselines.zerofilled_image(matrix), SHARED: baselines.shared_image(matrix)}

@@ -24,12 +24,13 @@ from kmtr.metrics.resampling import (
     resample,
     weighted_mean,
 )
-from kmtr.metrics.ridge import RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, probe
+from kmtr.metrics.ridge import MIN_LABELLED, RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, fit_ridges, probe
 from kmtr.metrics.segmentation import ContourDistance, contour_distance, dice, dice_at, extreme_frames, hd95
 from kmtr.metrics.tables import Cell, Comparison, Score, compare, compare_pairs, score_table
 from kmtr.metrics.volumes import Masks, area_length_ml, length_mm, mask_phenotypes, simpson_ml, volume_curves
 
 __all__ = [
+    "MIN_LABELLED",
     "RIDGE_PENALTIES",
     "Agreement",
     "Cell",
@@ -62,6 +63,7 @@ __all__ = [
     "extreme_frames",
     "fit_logistic",
     "fit_ridge",
+    "fit_ridges",
     "hd95",
     "heart_box",
     "holm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ from jaxtyping import Float
 from kmtr.metrics.phenotypes import r2
 
 LEAVE_ONE_OUT_OUTPUTS = 1000
+MIN_LABELLED = 3
+"""Labelled subjects, below which there is no probe."""
 RIDGE_PENALTIES = tuple(10.0**e for e in np.arange(-3, 5.1, 0.5))
 
 
@@ -33,8 +36,8 @@ class Ridge:
         return (features - self.mean) / self.scale @ self.weights + self.bias
 
 
-def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
-    """Ridge regression; penalty and scaling chosen by the exact leave-one-out error (Golub, Heath and Wahba 1979).
+def fit_ridge(features: np.ndarray, target: Float[np.ndarray, " subject"]) -> Ridge:
+    """Ridge regression; penalty and scaling are chosen by the exact leave-one-out error (Golub, Heath and Wahba 1979).
 
     Features count either standardised, each the same, or by their own variance, as an embedding whose directions of
     little variance are noise wants it. Which of the two is nothing that a source of features should win by.
@@ -42,17 +45,49 @@ def fit_ridge(features: np.ndarray, target: np.ndarray) -> Ridge:
     Args:
         features: ``subject feature``, or ``subject copy feature`` where each subject is there in several copies, as
             augmentation makes them: all copies of a subject are left out together, and the first one's error counts.
-        target: ``subject``, finite; NaN must have been left out by the caller.
+        target: finite; subjects with NaN must have been left out by the caller.
 
     Raises:
         ValueError: fewer than 3 subjects.
     """
-    bias, copies = float(target.mean()), features.shape[1] if features.ndim == 3 else 1
-    features = features.reshape(len(target) * copies, -1)
-    y = np.repeat(target.astype(np.float64), copies)[:, None] - bias
-    mean, scale, penalty, dual = _best(features, y, copies)
-    x = ((features - mean) / scale).astype(np.float64)
-    return Ridge(mean, scale, x.T @ dual[:, 0] / x.shape[1], bias, penalty)
+    (found,) = _fit(features, target[:, None])
+    return found
+
+
+def fit_ridges(
+    features: Float[np.ndarray, "subject *copies feature"],
+    labels: Float[np.ndarray, "subject target"],
+    targets: Sequence[str],
+) -> dict[str, Ridge]:
+    """`fit_ridge` of every target that at least MIN_LABELLED subjects have.
+
+    Args:
+        labels: NaN: unknown.
+    """
+    known = np.isfinite(labels)
+    alike: dict[bytes, list[int]] = {}  # targets that the same subjects have share what takes long
+    for column in np.flatnonzero(known.sum(0) >= MIN_LABELLED):
+        alike.setdefault(known[:, column].tobytes(), []).append(int(column))
+    found: dict[int, Ridge] = {}
+    for columns in alike.values():
+        rows = known[:, columns[0]]
+        found |= dict(zip(columns, _fit(features[rows], labels[np.ix_(rows, columns)]), strict=True))
+    return {target: found[column] for column, target in enumerate(targets) if column in found}
+
+
+def _fit(features: np.ndarray, targets: Float[np.ndarray, "subject target"]) -> list[Ridge]:
+    copies = features.shape[1] if features.ndim == 3 else 1
+    features = features.reshape(len(targets) * copies, -1)
+    mean, smoothers = _smoothers(features, copies)
+    found = []
+    for target in targets.T:
+        bias = float(target.mean())
+        y = np.repeat(target.astype(np.float64), copies)[:, None] - bias
+        smoother, penalty = _chosen(smoothers, y)
+        x = ((features - mean) / smoother.scale).astype(np.float64)
+        weights = x.T @ smoother.dual(y, penalty)[:, 0] / x.shape[1]
+        found.append(Ridge(mean, smoother.scale, weights, bias, penalty))
+    return found
 
 
 class Kernel:
@@ -61,15 +96,15 @@ class Kernel:
 
     Args:
         features: ``row feature``, float32; `copies` rows that follow each other are of one subject.
-        targets: ``row output``, some of the outputs: the penalty is chosen for them as `fit_ridge` does.
+        targets: ``row output``, some of the outputs: the penalty is chosen for them as `fit_ridges` does.
     """
 
     def __init__(self, features: np.ndarray, targets: np.ndarray, copies: int = 1):
-        self.mean, self.scale, self.penalty, _ = _best(features, targets - targets.mean(0), copies)
+        self.mean, smoothers = _smoothers(features, copies)
+        smoother, self.penalty = _chosen(smoothers, targets - targets.mean(0))
+        self.scale = smoother.scale
         self.rows = ((features - self.mean) / self.scale).astype(np.float32)
-        gram = (self.rows @ self.rows.T / self.rows.shape[1]).astype(np.float64)
-        values, vectors = np.linalg.eigh(gram)
-        self.solve = ((vectors / (np.clip(values, 0, None) + self.penalty)) @ vectors.T).astype(np.float32)
+        self.solve = ((smoother.vectors / (smoother.values + self.penalty)) @ smoother.vectors.T).astype(np.float32)
 
     def weights(self, targets: Float[np.ndarray, "row output"]) -> tuple[np.ndarray, np.ndarray]:
         """Dual weights ``row output`` and bias ``output`` of some outputs, float32."""
@@ -83,48 +118,76 @@ class Kernel:
         return found
 
 
-def _best(features: np.ndarray, y: np.ndarray, copies: int = 1) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
-    """Mean and scale of the features, penalty and dual weights with the least leave-one-out error.
+@dataclass(frozen=True)
+class _Smoother:
+    """The part of a regression that depends on no target, of features in one scaling: H = K (K + penalty I)^-1, plus
+    the mean, in the eigenbasis of the Gram matrix K, which is over the number of features and so serves any number.
 
-    `copies` rows that follow each other are of one subject.
+    Attributes:
+        values: of K, none below 0; vectors: ``row direction``.
+        blocks: of each of RIDGE_PENALTIES I - H among each subject's own rows, ``subject copy copy``.
     """
+
+    scale: np.ndarray
+    values: np.ndarray
+    vectors: np.ndarray
+    blocks: list[np.ndarray]
+
+    @staticmethod
+    def of(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, copies: int) -> _Smoother:
+        x = (features - mean) / scale
+        values, vectors = np.linalg.eigh((x @ x.T / x.shape[1]).astype(np.float64))
+        values = np.clip(values, 0, None)
+        n = len(features)
+        of_subject = vectors.reshape(n // copies, copies, n)
+        blocks = [
+            (of_subject * (penalty / (values + penalty))) @ of_subject.swapaxes(1, 2) - 1 / n + 1e-6 * np.eye(copies)
+            for penalty in RIDGE_PENALTIES
+        ]
+        return _Smoother(scale, values, vectors, blocks)
+
+    def left_out(self, y: np.ndarray) -> tuple[float, float]:
+        """The least leave-one-out error over (a part of) the outputs, and its penalty.
+
+        The error of a subject that is left out is (I - H_gg)^-1 (y - H y)_g, with g its rows.
+
+        Args:
+            y: ``row output``, of mean zero.
+        """
+        rotated = self.vectors.T @ y[:, :: -(-y.shape[1] // LEAVE_ONE_OUT_OUTPUTS)]  # of a mask's pixels enough
+        found = []
+        for penalty, block in zip(RIDGE_PENALTIES, self.blocks, strict=True):
+            residual = self.vectors @ ((penalty / (self.values + penalty))[:, None] * rotated)
+            errors = np.linalg.solve(block, residual.reshape(*block.shape[:2], -1))[:, 0]
+            found.append((float(np.mean(errors**2)), penalty))
+        return min(found)
+
+    def dual(self, y: np.ndarray, penalty: float) -> np.ndarray:
+        """Dual weights ``row output``."""
+        found: np.ndarray = self.vectors @ (self.vectors.T @ y / (self.values + penalty)[:, None])
+        return found
+
+
+def _smoothers(features: np.ndarray, copies: int) -> tuple[np.ndarray, tuple[_Smoother, _Smoother]]:
+    """Mean of the features, and what regressions on them share where each has its own scale, or all have one.
+
+    Args:
+        features: ``row feature``; `copies` rows that follow each other are of one subject.
+    """
+    if len(features) < MIN_LABELLED * copies:
+        there = len(features) // copies
+        raise ValueError(f"ridge: expected at least {MIN_LABELLED} subjects with this label, got {there}")
     mean, sd = features.mean(0), features.std(0)
     own = np.where(sd > 1e-8 * max(float(sd.max(initial=0)), 1e-30), sd, np.ones_like(sd))
     common = np.full_like(own, max(float(np.sqrt((sd.astype(np.float64) ** 2).mean())), 1e-30))
-    found = []
-    for scale in (own, common):
-        x = (features - mean) / scale
-        found.append((scale, *_dual((x @ x.T / x.shape[1]).astype(np.float64), y, copies)))
-    scale, _, penalty, dual = min(found, key=lambda one: one[1])
-    return mean, scale, penalty, dual
+    return mean, (_Smoother.of(features, mean, own, copies), _Smoother.of(features, mean, common, copies))
 
 
-def _dual(gram: np.ndarray, y: np.ndarray, copies: int) -> tuple[float, float, np.ndarray]:
-    """The least leave-one-out error over (a part of) the outputs, its penalty, and dual weights ``row output``.
-
-    The error of a subject that is left out is (I - H_gg)^-1 (y - H y)_g, with g its rows and H the smoother.
-
-    Args:
-        gram: ``row row`` over the number of features: it serves any number of them, and H = K (K + p I)^-1 in its
-            eigenbasis, plus the mean.
-        y: ``row output``, of mean zero.
-    """
-    n = len(y)
-    if n < 3 * copies:
-        raise ValueError(f"ridge: expected at least 3 subjects with this label, got {n // copies}")
-    values, vectors = np.linalg.eigh(gram)
-    values = np.clip(values, 0, None)
-    rotated = vectors.T @ y
-    some = rotated[:, :: -(-y.shape[1] // LEAVE_ONE_OUT_OUTPUTS)]  # of a mask's pixels enough to choose by
-    of_subject = vectors.reshape(n // copies, copies, n)
-    best: tuple[float, float] = (np.inf, 0.0)
-    for penalty in RIDGE_PENALTIES:
-        shrink = penalty / (values + penalty)
-        residual = (vectors @ (shrink[:, None] * some)).reshape(n // copies, copies, -1)
-        block = (of_subject * shrink) @ of_subject.swapaxes(1, 2) - 1 / n + 1e-6 * np.eye(copies)
-        error = float(np.mean(np.linalg.solve(block, residual)[:, 0] ** 2))
-        best = min(best, (error, penalty))
-    return *best, vectors @ (rotated / (values + best[1])[:, None])
+def _chosen(smoothers: Sequence[_Smoother], y: np.ndarray) -> tuple[_Smoother, float]:
+    """Scaling and penalty with the least leave-one-out error; of equal ones the first."""
+    errors = [smoother.left_out(y) for smoother in smoothers]
+    best = min(range(len(errors)), key=lambda i: errors[i][0])
+    return smoothers[best], errors[best][1]
 
 
 @dataclass(frozen=True)

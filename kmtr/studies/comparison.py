@@ -28,8 +28,9 @@ from kmtr.data.loader import patterns, pipeline, subjects
 from kmtr.encoder import WEIGHTS, load_encoder
 from kmtr.evaluate import baselines, probes
 from kmtr.evaluate.predictions import CENTRAL, FILE, LINES, MEAN, RIDGE, HeldOut, Name, joined, read, rows, write
-from kmtr.evaluate.predictors import Features, fit_ridges, predict, true_accelerations
+from kmtr.evaluate.predictors import Features, predict, true_accelerations
 from kmtr.evaluate.scores import Result, panel, results_of, summary
+from kmtr.metrics import fit_ridges
 from kmtr.studies.running import each
 from kmtr.train import supervised
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
@@ -133,6 +133,16 @@ class Task(ABC):
     @abstractmethod
     def head(self) -> nn.Module:
         """The part of the model that only this task has."""
+
+    def begin(  # noqa: B027  most begin as `head` made them
+        self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given
+    ) -> None:
+        """Give the head, before the first step, weights that a closed form has for it.
+
+        Args:
+            vectors: of labelled training subjects, by the system as it begins.
+            labels: of a batch, in their units; NaN: unknown.
+        """
 
     @abstractmethod
     def ask(self, batch: Batch, given: Given) -> Pending[Any]:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kmtr.metrics.diseases import detection
-from kmtr.tasks.base import LOSS, SCORE, Encode
-from kmtr.tasks.phenotypes import Asked, OnVector, over_known
+from kmtr.metrics.logistic import fit_logistic
+from kmtr.tasks.base import LOSS, SCORE, Encode, Given
+from kmtr.tasks.phenotypes import Asked, OnVector, Phenotypes, over_known
 
 RAREST = 1e-3
 """Prevalence that the log odds begin at, where a disease is rarer still."""
@@ -40,6 +42,26 @@ class Diseases(OnVector):
         seen = nn.Linear(len(self.config.task.targets), len(self.labels), bias=False)
         nn.init.zeros_(seen.weight)
         return nn.ModuleList([*direct, seen])  # type: ignore[misc]
+
+    def begin(
+        self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given
+    ) -> None:
+        """Logistic regression on the true phenotypes, where the head sees those that the model predicts. On the vector
+        it begins at zero: few subjects are ill, and its channels are many.
+        """
+        if "phenotypes" not in self.config.task.tasks:
+            return
+        known, mean, sd = Phenotypes(self.config).known(labels, given)
+        phenotypes = ((known - mean) / sd).double().cpu().numpy()
+        truth, prevalence, _ = self.known(labels, given)
+        for row, ill in enumerate(truth.double().cpu().numpy().T):
+            told = np.isfinite(ill) & np.isfinite(phenotypes).any(1)
+            if not 0 < ill[told].sum() < told.sum() or not np.isfinite(phenotypes[told]).any(0).all():
+                continue
+            fitted = fit_logistic(phenotypes[told], ill[told])
+            weights, begun = fitted.weights / fitted.scale, float(prevalence[row].clamp(RAREST, 1 - RAREST).logit())
+            head[2].weight[row] = torch.from_numpy(weights).to(head[2].weight)
+            head[1].bias[row] = fitted.bias - float(fitted.mean @ weights) - begun
 
     def logits(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
         found = self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()

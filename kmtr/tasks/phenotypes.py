@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kmtr.data.loader.batch import Batch
 from kmtr.metrics.phenotypes import agreement
+from kmtr.metrics.ridge import fit_ridges
 from kmtr.model.packing import Pending
 from kmtr.systems import Reading, system
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given, Task
@@ -52,10 +53,15 @@ class OnVector(Task):
 
     def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
         reading = given.read(self.systems[0], batch, number=2)
-        columns = [given.labels[label] for label in self.labels]
-        mean, sd = (given.tables[name][columns] for name in ("label_mean", "label_sd"))
-        truth = batch.labels[:, columns]
+        truth, mean, sd = self.known(batch.labels, given)
         return Pending(reading.cells, lambda lengths: Asked(reading.make(lengths), truth, mean, sd))
+
+    def known(
+        self, labels: Float[Tensor, "subject label"], given: Given
+    ) -> tuple[Float[Tensor, "subject target"], Float[Tensor, " target"], Float[Tensor, " target"]]:
+        """The task's own labels, with their mean and SD over the training subjects, all in their units."""
+        columns = [given.labels[label] for label in self.labels]
+        return labels[:, columns], given.tables["label_mean"][columns], given.tables["label_sd"][columns]
 
     def teaches(self, batch: Batch, given: Given) -> Bool[Tensor, " batch"]:
         """Subjects of whom a label is known."""
@@ -77,6 +83,20 @@ class Phenotypes(OnVector):
     @property
     def labels(self) -> tuple[str, ...]:
         return self.config.task.targets
+
+    def begin(
+        self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given
+    ) -> None:
+        """The ridge regression on the normalised vector. From the mean, fine-tuning would first have to find what a
+        linear probe knows, and distort the system meanwhile (Kumar et al., ICLR 2022, arXiv 2202.10054).
+        """
+        norm, linear = head[0], head[1]
+        known, mean, sd = self.known(labels, given)
+        features, truth = norm(vectors).double().cpu().numpy(), ((known - mean) / sd).double().cpu().numpy()
+        for name, ridge in fit_ridges(features, truth, self.labels).items():
+            row, weights = self.labels.index(name), ridge.weights / ridge.scale
+            linear.weight[row] = torch.from_numpy(weights).to(linear.weight)
+            linear.bias[row] = float(ridge.bias - ridge.mean @ weights)
 
     def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         wanted = (asked.truth - asked.mean) / asked.sd

@@ -23,7 +23,7 @@ from kmtr.data.loader.device import HostBatch
 from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, choice, guard, validation
+from kmtr.train import checkpoint, choice, guard, heads, validation
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.handed import taken
@@ -95,12 +95,16 @@ class Worker:
         model = Model(config)
         if config.stage == "task" and config.task.encoder != "none":
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
+        self.tell = Sender(job["progress"]) if self.rank == 0 else None
+        if ray.train.get_checkpoint() is None:
+            begun = heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device)
+            if begun and self.tell:
+                self.tell.say(f"  step      0  heads begin  as regressions on the vectors of {begun} labelled subjects")
         self.engine = ShardedEngine(model, config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)
         tracking = job["tracking"]
         self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
-        self.tell = Sender(job["progress"]) if self.rank == 0 else None
         self.progress = self._restored()
         self.metrics = self.progress.metrics
         self.watch = _Watch()

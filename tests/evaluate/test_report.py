@@ -18,10 +18,10 @@ from kmtr.data.loader import pipeline
 from kmtr.data.loader.batch import Wanted
 from kmtr.encoder import load_encoder
 from kmtr.evaluate import predictions, probes, report
-from kmtr.evaluate.predictors import fit_ridges
 from kmtr.evaluate.scores import scores_of
 from kmtr.evaluate.tables import metrics_of
 from kmtr.exported import export_encoder
+from kmtr.metrics import fit_ridges
 from kmtr.model.encoder import line_encoder
 from kmtr.report.html import text_table
 from kmtr.tracking.store import client

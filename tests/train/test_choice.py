@@ -40,6 +40,8 @@ def config(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunCon
         "task.encoder": "none",
         "task.steps": STEPS,
         "task.warmup_steps": 0,
+        "task.begin": "mean",
+        "task.head_factor": 1.0,
         "task.learning_rate": 0.01,
         "optimizer.schedule": "plateau",
         "optimizer.cooldown": 0.01,
