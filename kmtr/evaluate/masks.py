@@ -63,6 +63,9 @@ class MeanMask:
 class MaskRidge:
     """Predictor of linear maps from the temporally shared image of all slices of a frame to the mask of each slice.
 
+    Only what some training subject shows is fitted: where none has a class, the map says 0 of it. The background is
+    what is left of 1.
+
     Args:
         images: ``row pixel``, two rows of each subject (end-diastole, end-systole).
         masks: ``row slice y x``.
@@ -72,7 +75,15 @@ class MaskRidge:
         self.matrix, shape = matrix, masks.shape
         some = _one_hot(masks.reshape(len(masks), -1)[:, :: max(1, masks[0].size // 1000)])
         self.kernel = Kernel(images, some, copies=2)
-        self.maps = [self.kernel.weights(_one_hot(masks[:, z].reshape(shape[0], -1))) for z in range(shape[1])]
+        self.maps = [self._map(masks[:, z].reshape(shape[0], -1)) for z in range(shape[1])]
+
+    def _map(self, masks: UInt8[np.ndarray, "row pixel"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Outputs (pixel and class, flat) that a slice's map has, their dual weights and bias."""
+        classes = _one_hot(masks).reshape(len(masks), -1, CLASSES)
+        classes[..., 0] = 0
+        flat = classes.reshape(len(masks), -1)
+        shown = np.flatnonzero(flat.any(0))
+        return shown, *self.kernel.weights(flat[:, shown])
 
     def __call__(self, batch: Batch, /) -> dict[str, Tensor]:
         images, there = features(batch, self.matrix), ~batch.padded.cpu().numpy()
@@ -80,9 +91,12 @@ class MaskRidge:
         frames = images.swapaxes(1, 2)
         # All frames of all subjects at once: the weights of a slice are too large for a processor's cache.
         seen = self.kernel(frames.reshape(frames.shape[0] * frames.shape[1], -1))
-        for z, (weights, bias) in enumerate(self.maps):
-            said = (seen @ weights + bias).reshape(*frames.shape[:2], *self.matrix, CLASSES).argmax(-1)
-            masks[:, z] = np.where(there[:, z, :, None, None], said, UNLABELLED)
+        for z, (shown, weights, bias) in enumerate(self.maps):
+            said = np.zeros((len(seen), int(np.prod(self.matrix)) * CLASSES), np.float32)
+            said[:, shown] = seen @ weights + bias
+            said = said.reshape(*frames.shape[:2], *self.matrix, CLASSES)
+            said[..., 0] = 1 - said.sum(-1)
+            masks[:, z] = np.where(there[:, z, :, None, None], said.argmax(-1), UNLABELLED)
         return {"masks": torch.from_numpy(masks).to(batch.key.device)}
 
 

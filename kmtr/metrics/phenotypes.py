@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from kmtr.metrics.resampling import labelled, weighted_mean
+from kmtr.metrics.resampling import labelled, sums, weighted_mean
 
 LEAST_SUBJECTS = 3
 """Subjects below which nothing is said."""
@@ -100,8 +100,9 @@ def weighted_r2(
     the training mean. NaN where the truth is constant.
     """
     truth, predicted, weights = _known(truth, predicted, weights)
-    spread = _positive(weights @ (truth - reference) ** 2, _variation(truth, weights))
-    return 1 - weights @ (predicted - truth) ** 2 / spread
+    error, total = sums(weights, (predicted - truth) ** 2, (truth - reference) ** 2)
+    r2: np.ndarray = 1 - error / _positive(total, _variation(truth, weights))
+    return r2
 
 
 def weighted_pearson(
@@ -114,8 +115,9 @@ def weighted_pearson(
     if not len(truth):
         return np.full(len(weights), np.nan)
     x, y = truth - truth.mean(), predicted - predicted.mean()  # so that products keep their digits
+    both, of_x, of_y, count = sums(weights, x * y, x, y, np.ones_like(x))
     with np.errstate(invalid="ignore"):
-        shared = weights @ (x * y) - (weights @ x) * (weights @ y) / weights.sum(1)
+        shared = both - of_x * of_y / count
     own = [_positive(spread, spread) for spread in (_variation(truth, weights), _variation(predicted, weights))]
     return np.clip(shared / np.sqrt(own[0] * own[1]), -1, 1)
 
@@ -133,9 +135,10 @@ def _variation(
     if not len(values):
         return np.zeros(len(weights))
     centred = values - values.mean()
+    square, total, whole, count = sums(weights, centred**2, centred, values**2, np.ones_like(values))
     with np.errstate(invalid="ignore"):
-        spread = weights @ centred**2 - (weights @ centred) ** 2 / weights.sum(1)
-    return np.where(spread > _ROUNDING * (weights @ values**2), spread, 0.0)
+        spread = square - total**2 / count
+    return np.where(spread > _ROUNDING * whole, spread, 0.0)
 
 
 def _positive(divisor: Float[np.ndarray, " draw"], where: Float[np.ndarray, " draw"]) -> Float[np.ndarray, " draw"]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kmtr.types import InputError
 
@@ -42,8 +42,18 @@ def weighted_mean(
 ) -> Float[np.ndarray, " draw"]:
     """Mean score of each draw; subjects whose score is NaN (a class that nobody shows) are left out."""
     known = ~np.isnan(scores)
+    total, count = sums(weights, np.where(known, scores, 0.0), known)
     with np.errstate(invalid="ignore"):
-        return weights[:, known] @ scores[known].astype(np.float64) / weights[:, known].sum(1)
+        mean: np.ndarray = total / count
+    return mean
+
+
+def sums(
+    weights: Float[np.ndarray, "draw subject"], *values: Float[np.ndarray, " subject"] | Bool[np.ndarray, " subject"]
+) -> Float[np.ndarray, "value draw"]:
+    """Weighted sums of each draw, all in one pass over the weights, which are far more than the values."""
+    found: np.ndarray = (weights @ np.stack(values, axis=1, dtype=np.float64)).T
+    return found
 
 
 def resample(

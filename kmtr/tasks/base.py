@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
+from kmtr.inputs import Shared
 from kmtr.model.packing import Pending
 from kmtr.systems import Reader, Reading
 
@@ -60,6 +61,7 @@ class Given:
         labels: column of a batch's labels that holds each.
         tables: fitted on the training split, on the batch's device; for labels ``label_mean`` and ``label_sd``.
         whole: passes over all of a batch that were asked for already, by system.
+        looks: temporally shared images of the batch that were asked for already, by their matrix.
     """
 
     readers: Mapping[str, Any]
@@ -67,6 +69,7 @@ class Given:
     labels: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Pending[Reading]] = field(default_factory=dict, repr=False)
+    looks: dict[tuple[int, int], Shared] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, batch: Batch, **how: Any) -> Pending[Reading]:
         """One pass of a system over what `Reader` is told of the batch. Tasks that ask for all of it (`shown` not
@@ -78,6 +81,12 @@ class Given:
         if "shown" not in how:
             pending = self.whole[name] = Pending(pending.cells, once(pending.make))
         return pending
+
+    def look(self, batch: Batch, matrix: tuple[int, int]) -> Shared:
+        """The temporally shared image of the batch, made once for all tasks."""
+        if matrix not in self.looks:
+            self.looks[matrix] = Shared.of(batch, matrix)
+        return self.looks[matrix]
 
 
 class Task(ABC):

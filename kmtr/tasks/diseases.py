@@ -61,10 +61,10 @@ class Diseases(OnVector):
             fitted = fit_logistic(phenotypes[told], ill[told])
             weights, begun = fitted.weights / fitted.scale, float(prevalence[row].clamp(RAREST, 1 - RAREST).logit())
             head[2].weight[row] = torch.from_numpy(weights).to(head[2].weight)
-            head[1].bias[row] = fitted.bias - float(fitted.mean @ weights) - begun
+            head[1].bias[row] = (fitted.bias - float(fitted.mean @ weights) - begun) / _slower(head)
 
     def logits(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
-        found = self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
+        found = self.raw(encode, head, asked) * _slower(head) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
         if "phenotypes" in encode.answers:
             found = found + head[2](encode.answers["phenotypes"].detach().to(head[2].weight.dtype)).float()
         return found
@@ -91,3 +91,10 @@ class Diseases(OnVector):
             areas.append(scored.auroc)
         known = [area for area in areas if np.isfinite(area)]
         return found | {SCORE: float(np.mean(known)) if known else float("nan")}
+
+
+def _slower(head: Any) -> float:
+    """Scale of what the vector says, 1 over the root of its width: few subjects are ill, and at AdamW's pace thousands
+    of channels would learn them by heart in a few steps (of readouts and width see Yang et al., arXiv 2203.03466).
+    """
+    return float(head[1].in_features ** -0.5)

@@ -188,7 +188,8 @@ def absolute_and_structural(
 
 def _ssim(x: Float[Tensor, "cell y x"], y: Float[Tensor, "cell y x"]) -> Float[Tensor, " cell"]:
     """SSIM of images whose data range is 1: uniform windows that lie within the image, variances over n - 1."""
-    means = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y], dim=1), WINDOW, stride=1)
+    rows = F.avg_pool2d(torch.stack([x, y, x * x, y * y, x * y], dim=1), (1, WINDOW), stride=1)
+    means = F.avg_pool2d(rows, (WINDOW, 1), stride=1)  # one axis after the other: 14 sums for a window, not 49
     mean_x, mean_y, xx, yy, xy = means.unbind(1)
     unbiased = WINDOW**2 / (WINDOW**2 - 1)
     variances = unbiased * (xx - mean_x.square() + yy - mean_y.square())

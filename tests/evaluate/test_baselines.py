@@ -120,3 +120,27 @@ def test_a_class_that_nobody_has_is_no_score() -> None:
     shown = tables.mask_table(tables.mean_dice(joined(said)))
     assert shown.rows[0][3:] == (*3 * ["1.000 / 1.000"], "- / -", "- / -", "1.000 / 1.000")
     assert tables.mean_dice(joined([])) == []
+
+
+def test_the_linear_map_of_what_is_shown_is_that_of_all_classes_and_pixels(batch: Batch) -> None:
+    """Leaving out what no training subject shows changes no pixel: a linear map says 0 of it, and all classes 1."""
+    matrix = tuple(batch.kspace.shape[-2:])
+    rng = np.random.default_rng(0)
+    frames = masks.features(batch, matrix).swapaxes(1, 2)
+    count, slices = frames.shape[0] * frames.shape[1], frames.shape[2]
+    images = frames.reshape(count, -1)
+    truth = rng.integers(0, 4, (count, slices, *matrix)).astype(np.uint8)
+    truth[:, :, : matrix[0] // 2] = 0  # of half of the image nobody has anything
+    fitted = masks.MaskRidge(images, truth, matrix)
+    said = fitted(batch)["masks"].numpy()
+    seen = fitted.kernel(images)
+    for z in range(slices):
+        every = (truth[:, z].reshape(count, -1)[..., None] == np.arange(6)).reshape(count, -1).astype(np.float32)
+        weights, bias = fitted.kernel.weights(every)
+        scores = (seen @ weights + bias).reshape(*frames.shape[:2], *matrix, 6)
+        best, second = np.sort(scores, -1)[..., -1], np.sort(scores, -1)[..., -2]
+        sure = (best - second > 1e-4) & ~batch.padded[:, z].numpy()[..., None, None]
+        assert sure.mean() > 0.9
+        np.testing.assert_array_equal(said[:, z][sure], scores.argmax(-1)[sure])
+    assert (said[:, :, :, : matrix[0] // 2] == 0).all()
+    assert len(np.unique(said)) >= 4
