@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kmtr.config import Align, Data, Evaluate, Masked, Model, RunConfig, Sampling, Shards, Simulate, Train
+from kmtr.config import Align, Data, Evaluate, Masked, Model, RunConfig, Sampling, Shards, Simulate, Task, Train
 
 
 def tiny() -> RunConfig:
@@ -36,6 +36,7 @@ def tiny() -> RunConfig:
         ),
         masked=Masked(steps=1200, mask_ratio=0.5, target_lines=0.3, image_weight=0.0),
         align=Align(steps=200, teacher="components", learning_rate=5e-4, head_steps=40, head_factor=4.0),
+        task=Task(frames=2),  # of 8, which are much alike: more subjects in the same time
         train=Train(workers=2, zero_stage=2, checkpoint_every=150, eval_every=150),
         simulate=Simulate(subjects=1600, difficulty="easy"),
         evaluate=Evaluate(accelerations=(4, 8, 16), labels=800, subjects=320),
