@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,20 +29,21 @@ def begin(
     reader: Reader,
     rows: Sequence[int] | None,
     device: torch.device,
-) -> int:
-    """Give each head the weights that `Task.begin` has for it, the same on all workers, who share the encoding.
+    say: Callable[[str], None],
+) -> None:
+    """Give each head the weights that `Task.begin` has for it, the same on all workers, who share the encoding. Nothing
+    is done where the run asks for no such beginning, or has no labels.
 
     Args:
         model: on any device; it is moved to `device`.
         rows: of the training split, whose labels count; None: all.
-
-    Returns:
-        Number of subjects that were encoded; 0: the run asks for no such beginning, or has no labels.
+        say: is told, before it takes its time, how many subjects are encoded.
     """
     if config.stage != "task" or config.task.begin != "probe" or not prepare.labels:
-        return 0
+        return
     known = range(len(reader)) if rows is None else [int(row) for row in rows]
     some = [known[i] for i in permutation(config.seed, 0, len(known))[:MOST]]
+    say(f"  step      0  heads begin  as regressions on the vectors of {len(some)} labelled subjects")
     model.to(device).eval()
     vectors, labels = _encoded(model, prepare, config, reader, some, device)
     given = prepare.given()
@@ -54,7 +55,6 @@ def begin(
                 for weights in model.heads[name].parameters():
                     dist.broadcast(weights, 0)
     model.train()
-    return len(some)
 
 
 def _encoded(

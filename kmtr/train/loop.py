@@ -97,9 +97,8 @@ class Worker:
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
         self.tell = Sender(job["progress"]) if self.rank == 0 else None
         if ray.train.get_checkpoint() is None:
-            begun = heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device)
-            if begun and self.tell:
-                self.tell.say(f"  step      0  heads begin  as regressions on the vectors of {begun} labelled subjects")
+            say = self.tell.say if self.tell else lambda _: None
+            heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device, say)
         self.engine = ShardedEngine(model, config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)

@@ -38,8 +38,9 @@ class Begun(NamedTuple):
 def begin(config: RunConfig, dataset: Dataset, folder: Path) -> Begun:  # noqa: F811
     torch.manual_seed(config.seed)
     prepare, model = Preparer(config, driver.fitted_tables(config, dataset, folder), CPU), Model(config)
-    rows = ROWS if config.task.begin == "probe" else 0
-    assert heads.begin(model, prepare, config, dataset.reader("train", config.data), None, CPU) == rows
+    told: list[str] = []
+    heads.begin(model, prepare, config, dataset.reader("train", config.data), None, CPU, told.append)
+    assert [f"of {ROWS} labelled subjects" in line for line in told] == [True] * (config.task.begin == "probe")
     return Begun(config, dataset, model, prepare)
 
 
