@@ -35,11 +35,11 @@ class Begun(NamedTuple):
     prepare: Preparer
 
 
-def begin(config: RunConfig, dataset: Dataset, folder: Path) -> Begun:  # noqa: F811
+def begin(config: RunConfig, dataset: Dataset, folder: Path, device: torch.device = CPU) -> Begun:  # noqa: F811
     torch.manual_seed(config.seed)
-    prepare, model = Preparer(config, driver.fitted_tables(config, dataset, folder), CPU), Model(config)
+    prepare, model = Preparer(config, driver.fitted_tables(config, dataset, folder), device), Model(config)
     told: list[str] = []
-    heads.begin(model, prepare, config, dataset.reader("train", config.data), None, CPU, told.append)
+    heads.begin(model, prepare, config, dataset.reader("train", config.data), None, device, told.append)
     assert [f"of {ROWS} labelled subjects" in line for line in told] == [True] * (config.task.begin == "probe")
     return Begun(config, dataset, model, prepare)
 
@@ -125,3 +125,10 @@ def test_two_workers_begin_as_one(begun: Begun, folder: Path, tmp_path: Path) ->
     for name, weights in begun.model.heads.state_dict().items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_begins_as_the_cpu(begun: Begun, folder: Path) -> None:
+    found = begin(begun.config, begun.dataset, folder, torch.device("cuda"))
+    for name, weights in begun.model.heads.state_dict().items():
+        torch.testing.assert_close(found.model.heads.state_dict()[name].cpu(), weights, rtol=1e-2, atol=1e-4)
