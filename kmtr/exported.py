@@ -23,7 +23,7 @@ WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
 FORMAT = 1
 """Format of an encoder's folder; one of another format is refused."""
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
 """Format of a model's folder; one of another format is refused."""
 _TASK = {"stage"} | {
     f"task.{name}"

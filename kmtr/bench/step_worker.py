@@ -31,8 +31,8 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, planning
 from kmtr.data.loader.device import HostBatch
 from kmtr.tasks import STAGES, Inputs, Model, accumulate
+from kmtr.train.agreed import agree
 from kmtr.train.engine import ShardedEngine, parameter_groups
-from kmtr.train.loop import agree
 from kmtr.train.step import Engine, TrainingStep
 from kmtr.types import KmtrError, first_line, with_kind
 

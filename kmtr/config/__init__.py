@@ -43,10 +43,9 @@ from kmtr.config.run import (
     Train,
     Workers,
 )
-from kmtr.config.whole import IDENTITY_FORMAT, RunConfig, from_json, given, parse, run_keys
+from kmtr.config.whole import RunConfig, from_json, given, parse, run_keys
 
 __all__ = [
-    "IDENTITY_FORMAT",
     "MIN_ALIGNED_SUBJECTS",
     "MIN_TEMPERATURE",
     "Align",

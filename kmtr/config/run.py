@@ -255,7 +255,8 @@ class Task(Section):
     frozen: bool = Field(False, description="the system is not trained, only the heads are")
     begin: Literal["probe", "mean"] = Field(
         "probe",
-        description="heads of phenotypes and diseases begin as regressions on the system as it begins, or at the mean",
+        description="heads begin as regressions (of phenotypes on the system's vectors, of diseases on phenotypes), or "
+        "at the mean",
     )
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")

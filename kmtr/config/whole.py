@@ -180,6 +180,11 @@ class RunConfig(Section):
             told |= {key: value for key, value in changed(self).items() if key in _CHOOSING}
         return told | ({"train.bf16": True} if self.train.bf16 else {})
 
+    @property
+    def identity_format(self) -> int:
+        """Format of `identity` for this stage."""
+        return TASK_FORMAT if self.stage == "task" else IDENTITY_FORMAT
+
     def run_name(self, digest: str) -> str:
         """`run.name`, or recipe and hash of the identity: the same command finds its run again.
 
@@ -188,12 +193,14 @@ class RunConfig(Section):
         """
         if self.run.name:
             return self.run.name
-        what = {"format": IDENTITY_FORMAT, "dataset": digest} | self.identity()
+        what = {"format": self.identity_format, "dataset": digest} | self.identity()
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-IDENTITY_FORMAT = 1
-"""Format of `RunConfig.identity`: another number renames every run."""
+IDENTITY_FORMAT, TASK_FORMAT = 1, 2
+"""Formats of `RunConfig.identity`, of pretraining and of training on labels: another number renames all such runs. It
+counts up where the same settings, or defaults that no identity names, give other numbers than before.
+"""
 
 _IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "task", "optimizer"}
 """Sections that change numbers."""

@@ -35,6 +35,8 @@ MIN_CONTOURED = 3
 """Contoured subjects, below which no linear map is fitted."""
 CLASSES = len(SEGMENTATION_CLASSES)
 MASKS = Wanted(masks=True)
+ROWS = 64
+"""Frames that the linear map answers at once."""
 MOST_BYTES = 2**31
 """Memory for the linear map, which bounds the subjects that it is fitted on."""
 
@@ -89,15 +91,23 @@ class MaskRidge:
         images, there = features(batch, self.matrix), ~batch.padded.cpu().numpy()
         masks = np.full((*batch.padded.shape, *self.matrix), UNLABELLED, np.uint8)
         frames = images.swapaxes(1, 2)
-        # All frames of all subjects at once: the weights of a slice are too large for a processor's cache.
+        # Many frames at once: the weights of a slice are too large for a processor's cache.
         seen = self.kernel(frames.reshape(frames.shape[0] * frames.shape[1], -1))
-        for z, (shown, weights, bias) in enumerate(self.maps):
-            said = np.zeros((len(seen), int(np.prod(self.matrix)) * CLASSES), np.float32)
-            said[:, shown] = seen @ weights + bias
-            said = said.reshape(*frames.shape[:2], *self.matrix, CLASSES)
-            said[..., 0] = 1 - said.sum(-1)
-            masks[:, z] = np.where(there[:, z, :, None, None], said.argmax(-1), UNLABELLED)
+        for z, of_slice in enumerate(self.maps):
+            said = np.concatenate([self._said(*of_slice, seen[i : i + ROWS]) for i in range(0, len(seen), ROWS)])
+            masks[:, z] = np.where(there[:, z, :, None, None], said.reshape(masks[:, z].shape), UNLABELLED)
         return {"masks": torch.from_numpy(masks).to(batch.key.device)}
+
+    def _said(
+        self, shown: np.ndarray, weights: np.ndarray, bias: np.ndarray, seen: Float[np.ndarray, "row other"]
+    ) -> UInt8[np.ndarray, "row y x"]:
+        """The likeliest class of each pixel of a slice, in some frames."""
+        flat = np.zeros((len(seen), int(np.prod(self.matrix)) * CLASSES), np.float32)
+        flat[:, shown] = seen @ weights + bias
+        scores = flat.reshape(len(seen), *self.matrix, CLASSES)
+        scores[..., 0] = 1 - scores.sum(-1)
+        found: np.ndarray = scores.argmax(-1).astype(np.uint8)
+        return found
 
 
 def _one_hot(masks: UInt8[np.ndarray, "row pixel"]) -> Float[np.ndarray, "row output"]:

@@ -79,12 +79,14 @@ def _fit(features: np.ndarray, targets: Float[np.ndarray, "subject target"]) -> 
     copies = features.shape[1] if features.ndim == 3 else 1
     features = features.reshape(len(targets) * copies, -1)
     mean, smoothers = _smoothers(features, copies)
-    found = []
+    found, scaled = [], dict[int, np.ndarray]()
     for target in targets.T:
         bias = float(target.mean())
         y = np.repeat(target.astype(np.float64), copies)[:, None] - bias
         smoother, penalty = _chosen(smoothers, y)
-        x = ((features - mean) / smoother.scale).astype(np.float64)
+        if id(smoother) not in scaled:
+            scaled[id(smoother)] = ((features - mean) / smoother.scale).astype(np.float64, copy=False)
+        x = scaled[id(smoother)]
         weights = x.T @ smoother.dual(y, penalty)[:, 0] / x.shape[1]
         found.append(Ridge(mean, smoother.scale, weights, bias, penalty))
     return found
@@ -120,12 +122,15 @@ class Kernel:
 
 @dataclass(frozen=True)
 class _Smoother:
-    """The part of a regression that depends on no target, of features in one scaling: H = K (K + penalty I)^-1, plus
-    the mean, in the eigenbasis of the Gram matrix K, which is over the number of features and so serves any number.
+    """The part of a ridge regression that depends on no target, of features in one scaling.
+
+    With the Gram matrix K of the rows (over the number of features, so that penalties mean the same for any number) the
+    fitted values are H y, H = K (K + penalty I)^-1, plus the mean.
 
     Attributes:
-        values: of K, none below 0; vectors: ``row direction``.
-        blocks: of each of RIDGE_PENALTIES I - H among each subject's own rows, ``subject copy copy``.
+        scale: ``feature``, that features are divided by.
+        values, vectors: eigenvalues of K, none below 0, and its eigenvectors ``row direction``.
+        blocks: for each of RIDGE_PENALTIES, I - H between the rows of the same subject, ``subject copy copy``.
     """
 
     scale: np.ndarray
@@ -214,7 +219,7 @@ def probe(
     label.
     """
     known_train, known = np.isfinite(train_target), np.isfinite(target)
-    if known_train.sum() < 3 or known.sum() < 3:
+    if known_train.sum() < MIN_LABELLED or known.sum() < MIN_LABELLED:
         return None
     ridge = fit_ridge(train_features[known_train], train_target[known_train])
     return Probe(target[known], ridge(features[known]), float(train_target[known_train].mean()))

@@ -20,7 +20,7 @@ from kmtr.train import start
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
-VERSION = 1
+VERSION = 2
 """Version of the study; rows of another one are left out."""
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 """Tasks of the study where `task.tasks` names none."""

@@ -61,7 +61,7 @@ class Given:
         labels: column of a batch's labels that holds each.
         tables: fitted on the training split, on the batch's device; for labels ``label_mean`` and ``label_sd``.
         whole: passes over all of a batch that were asked for already, by system.
-        looks: temporally shared images of the batch that were asked for already, by their matrix.
+        images: temporally shared images of the batch that were asked for already, by their matrix.
     """
 
     readers: Mapping[str, Any]
@@ -69,7 +69,7 @@ class Given:
     labels: Mapping[str, int] = field(default_factory=dict)
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Pending[Reading]] = field(default_factory=dict, repr=False)
-    looks: dict[tuple[int, int], Shared] = field(default_factory=dict, repr=False)
+    images: dict[tuple[int, int], Shared] = field(default_factory=dict, repr=False)
 
     def read(self, name: str, batch: Batch, **how: Any) -> Pending[Reading]:
         """One pass of a system over what `Reader` is told of the batch. Tasks that ask for all of it (`shown` not
@@ -82,11 +82,11 @@ class Given:
             pending = self.whole[name] = Pending(pending.cells, once(pending.make))
         return pending
 
-    def look(self, batch: Batch, matrix: tuple[int, int]) -> Shared:
+    def shared(self, batch: Batch, matrix: tuple[int, int]) -> Shared:
         """The temporally shared image of the batch, made once for all tasks."""
-        if matrix not in self.looks:
-            self.looks[matrix] = Shared.of(batch, matrix)
-        return self.looks[matrix]
+        if matrix not in self.images:
+            self.images[matrix] = Shared.of(batch, matrix)
+        return self.images[matrix]
 
 
 class Task(ABC):
@@ -142,6 +142,11 @@ class Task(ABC):
     @abstractmethod
     def head(self) -> nn.Module:
         """The part of the model that only this task has."""
+
+    @property
+    def begins(self) -> bool:
+        """Whether `begin` has something to give."""
+        return False
 
     def begin(  # noqa: B027  most begin as `head` made them
         self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given

@@ -133,7 +133,7 @@ class Dense(Task):
     def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
         reading = given.read(self.systems[0], batch, number=2)
         chosen = self.chosen(batch)
-        seen = given.look(batch, self.config.data.matrix) if self.looks else None
+        seen = given.shared(batch, self.config.data.matrix) if self.looks else None
         images = self.images(batch, given, seen) if self.shows and seen is not None else None
 
         def make(lengths: Sequence[Any]) -> Asked:

@@ -21,8 +21,8 @@ RAREST = 1e-3
 
 
 class Diseases(OnVector):
-    """A logit for each of `task.diseases`, whose odds begin at the training subjects' prevalence; the loss is the mean
-    binary cross entropy over those that are known, over what the prevalence has of it.
+    """A logit for each of `task.diseases`; the loss is the mean binary cross entropy over those that are known, over
+    what the prevalence has of it. The odds begin at the training subjects' prevalence, unless `begin` gives more.
 
     Where the model regresses phenotypes too, the head also sees those that it predicts: most diseases are read off
     them. Phenotypes learn nothing from that.
@@ -43,13 +43,23 @@ class Diseases(OnVector):
         nn.init.zeros_(seen.weight)
         return nn.ModuleList([*direct, seen])  # type: ignore[misc]
 
+    def scaled(self, vector: Float[Tensor, "batch channel"]) -> Float[Tensor, "batch channel"]:
+        """Over the root of its width: few subjects are ill, and at AdamW's pace thousands of channels would learn them
+        by heart in a few steps (of readouts and width see Yang et al., arXiv 2203.03466).
+        """
+        return vector / vector.shape[1] ** 0.5
+
+    @property
+    def begins(self) -> bool:
+        return "phenotypes" in self.config.task.tasks
+
     def begin(
         self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given
     ) -> None:
-        """Logistic regression on the true phenotypes, where the head sees those that the model predicts. On the vector
-        it begins at zero: few subjects are ill, and its channels are many.
+        """Logistic regression, fitted on the true phenotypes, where the head sees those that the model predicts. On the
+        vector it begins at zero.
         """
-        if "phenotypes" not in self.config.task.tasks:
+        if not self.begins:
             return
         known, mean, sd = Phenotypes(self.config).known(labels, given)
         phenotypes = ((known - mean) / sd).double().cpu().numpy()
@@ -61,10 +71,10 @@ class Diseases(OnVector):
             fitted = fit_logistic(phenotypes[told], ill[told])
             weights, begun = fitted.weights / fitted.scale, float(prevalence[row].clamp(RAREST, 1 - RAREST).logit())
             head[2].weight[row] = torch.from_numpy(weights).to(head[2].weight)
-            head[1].bias[row] = (fitted.bias - float(fitted.mean @ weights) - begun) / _slower(head)
+            head[1].bias[row] = fitted.bias - float(fitted.mean @ weights) - begun
 
     def logits(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "batch target"]:
-        found = self.raw(encode, head, asked) * _slower(head) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
+        found = self.raw(encode, head, asked) + asked.mean.clamp(RAREST, 1 - RAREST).logit()
         if "phenotypes" in encode.answers:
             found = found + head[2](encode.answers["phenotypes"].detach().to(head[2].weight.dtype)).float()
         return found
@@ -91,10 +101,3 @@ class Diseases(OnVector):
             areas.append(scored.auroc)
         known = [area for area in areas if np.isfinite(area)]
         return found | {SCORE: float(np.mean(known)) if known else float("nan")}
-
-
-def _slower(head: Any) -> float:
-    """Scale of what the vector says, 1 over the root of its width: few subjects are ill, and at AdamW's pace thousands
-    of channels would learn them by heart in a few steps (of readouts and width see Yang et al., arXiv 2203.03466).
-    """
-    return float(head[1].in_features ** -0.5)

@@ -37,7 +37,8 @@ class Asked:
 class OnVector(Task):
     """Base of tasks that read a system's vector: one number for each of some labels.
 
-    The head begins at zero on the normalised vector, so that step 0 answers the training subjects' mean.
+    The head begins at zero on the normalised vector, which answers the training subjects' mean, unless `begin` gives it
+    more.
     """
 
     @property
@@ -71,8 +72,12 @@ class OnVector(Task):
         """Output of the head, fp32."""
         vector = encode(asked.seen).vector
         norm, linear = head[0], head[1]
-        found: Tensor = linear(norm(vector.to(linear.weight.dtype))).float()
+        found: Tensor = linear(self.scaled(norm(vector.to(linear.weight.dtype)))).float()
         return found
+
+    def scaled(self, vector: Float[Tensor, "batch channel"]) -> Float[Tensor, "batch channel"]:
+        """The normalised vector as the linear layer sees it."""
+        return vector
 
 
 class Phenotypes(OnVector):
@@ -83,6 +88,10 @@ class Phenotypes(OnVector):
     @property
     def labels(self) -> tuple[str, ...]:
         return self.config.task.targets
+
+    @property
+    def begins(self) -> bool:
+        return True
 
     def begin(
         self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kmtr.config import IDENTITY_FORMAT, RunConfig, plain
+from kmtr.config import RunConfig, plain
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
 from kmtr.exported import WEIGHTS
@@ -65,7 +65,7 @@ def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
 
 def identity_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Identity of the run, as its folder keeps it."""
-    return {"format": IDENTITY_FORMAT, "dataset": _digest(config, dataset), "settings": config.identity()}
+    return {"format": config.identity_format, "dataset": _digest(config, dataset), "settings": config.identity()}
 
 
 def begin(folder: Path, config: RunConfig, dataset: Dataset) -> None:

@@ -7,9 +7,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, choice, guard, heads, validation
+from kmtr.train.agreed import together
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.handed import taken
@@ -33,8 +33,6 @@ from kmtr.types import KmtrError, with_kind
 
 MASKED_ENCODER = "encoder-masked"
 """Folder in the run's: the encoder as masked reconstruction left it."""
-
-T = TypeVar("T")
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +148,7 @@ class Worker:
         wanted = self.step.prepare.wanted
         batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, wanted)
         for step in steps:
-            host = together(lambda: next(batches), self.device, self.watch)
+            host = together(lambda: next(batches), self.device, self.watch.waited)
             report = self.step(step, host)
             self.watch.stepped(host, report)
             progress.step = step + 1
@@ -284,43 +282,6 @@ def deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # debugging, and slow
-
-
-def together(call: Callable[[], T], device: torch.device, watch: _Watch | None = None) -> T:
-    """Result of `call`, or on all workers the error of the first that has one: nobody waits for one that gave up.
-
-    Args:
-        watch: that the time until `call` returned is told to.
-
-    Raises:
-        KmtrError: of the lowest rank that has one.
-    """
-    result, failure = _tried(call)
-    if watch is not None:
-        watch.waited()
-    agree(failure, device)
-    return result  # type: ignore[return-value]  # no failure, so there is a result
-
-
-def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
-    try:
-        return call(), None
-    except KmtrError as error:
-        return None, error
-
-
-def agree(error: KmtrError | None, device: torch.device) -> None:
-    """Raise the first worker's error on all workers if any has one.
-
-    Raises:
-        KmtrError: of the lowest rank that has one.
-    """
-    flag = torch.tensor(0 if error is None else 1, device=device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if int(flag):
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
-        raise KmtrError(next(m for m in messages if m is not None))
 
 
 class _Watch:

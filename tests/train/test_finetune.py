@@ -201,7 +201,7 @@ def test_it_starts_from_the_encoder_or_from_its_initial_weights(tuned: dict[str,
     assert any(not torch.equal(moved[name], weights[name]) for name in weights)
 
 
-def test_step_zero_answers_the_mean_and_the_prevalence(
+def test_heads_are_made_to_answer_the_mean_and_the_prevalence(
     config: RunConfig, small: RunConfig, tables: dict[str, torch.Tensor]
 ) -> None:
     asked = on_labels(config)
