@@ -155,7 +155,7 @@ def batches_of(config: RunConfig, reader: Reader, prepare: Preparer, epoch: int 
 def learn(config: RunConfig, steps: int, rate: float = 3e-3) -> tuple[Model, Preparer, Reader]:
     """Train from scratch on all subjects, a cosine behind ten steps of warm-up."""
     reader = Dataset.open(config.data).reader("train", config.data)
-    tables = statistics.fit(config, reader).tensors()
+    tables = statistics.tables(config, reader)
     tables |= start.task_tables(config, reader, tables)
     torch.manual_seed(0)
     engine = Alone(Model(config), rate, len(SOURCES))
