@@ -19,7 +19,7 @@ from kmtr.config import RunConfig, flatten, parse
 from kmtr.config.help import help_text
 from kmtr.config.recipes import RECIPES
 from kmtr.config.submitted import PATHS, places, refuse_relative_under_submit
-from kmtr.ray_start import ray_logs, start_ray
+from kmtr.ray_start import ray_logs, start_ray, stop_on_sigterm
 from kmtr.types import InputError, KmtrError, first_line
 
 __all__ = ["main", "recipe_config", "start_ray"]
@@ -44,6 +44,7 @@ def main(
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     logging.getLogger("kmtr").setLevel(logging.WARNING)  # our own warnings are one line each, on stderr
+    stop_on_sigterm()
     try:
         result = run(words)
     except InputError as error:

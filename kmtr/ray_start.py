@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +57,19 @@ def start_ray() -> None:
         )
     except Exception as error:  # Ray raises bare ones, as when a node is slow to start
         raise KmtrError(f"ray: {first_line(error)}") from None
+    stop_on_sigterm()
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     print(f"ray: {described()}, ready in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM, as `ray job stop` and schedulers send it, ends a command as Ctrl-C does: in one line, its run
+    KILLED. Ray's own handler, which it installs when it starts, prints a trace and aborts.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def described() -> str:

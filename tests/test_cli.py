@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,3 +82,18 @@ def test_any_other_file_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert line == "error: /no/such/file: no such file or directory"
     _, line = ended(monkeypatch, capsys, [], OSError("two\nlines"))
     assert line == "error: OSError: two"
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
+    """In the middle of its work, in one line and with status 1."""
+    code = (
+        "import time; from kmtr.cli import main; main('usage', lambda _: (print('works', flush=True), time.sleep(60)))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    while "works" not in running.stdout.readline():
+        pass
+    running.send_signal(signal.SIGTERM)
+    _, told = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert told.splitlines() == ["error: interrupted; the same command goes on from what is done"]
