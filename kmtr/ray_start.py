@@ -65,8 +65,8 @@ def start_ray() -> None:
 
 
 def stop_on_sigterm() -> None:
-    """From now on SIGTERM, as `ray job stop` and schedulers send it, ends a command as Ctrl-C does: in one line, and its
-    run is KILLED. Ray's own handler, which it installs when it starts, prints a trace and aborts.
+    """From now on SIGTERM, as `ray job stop` and schedulers send it, ends a command as Ctrl-C does: with one line
+    and its run KILLED. Ray's own handler, which it installs when it starts, prints a trace and aborts.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
