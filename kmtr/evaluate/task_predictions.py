@@ -131,7 +131,7 @@ class Floors:
 
     @property
     def readings(self) -> int:
-        """How often the labelled subjects are read at an R."""
+        """Passes over the labelled subjects at each R."""
         return int(bool(self.targets)) + int("segmentation" in self.model.prepare.tasks)
 
     def numbers(self, fixed: RunConfig, tell: probes.Counter) -> dict[Name, Predictor]:

@@ -145,7 +145,7 @@ class Task(ABC):
 
     @property
     def begins(self) -> bool:
-        """Whether `begin` has something to give."""
+        """True if `begin` has weights to give."""
         return False
 
     def begin(  # noqa: B027  most begin as `head` made them
