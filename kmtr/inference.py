@@ -159,14 +159,12 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"model: expected JSON with format and settings in {folder / MODEL_HEAD}") from None
     if written != MODEL_FORMAT:
-        raise InputError(
-            f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; train it anew by jobs/finetune.py"
-        )
+        raise InputError(f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; fine-tune it anew")
     try:
         trained = Trained(**head.get("trained", {}))
     except TypeError:
         raise InputError(
-            f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; train it anew by jobs/finetune.py"
+            f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; fine-tune it anew"
         ) from None
     config = rebuilt(settings)
     weights, tables = read_weights(folder / MODEL_WEIGHTS, device)
