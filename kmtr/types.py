@@ -84,6 +84,10 @@ class KmtrError(Exception):
     """An error that the user can act on: one line, without traceback. The command ends with status 1."""
 
 
+class StoppedError(KmtrError):
+    """A run that was asked to stop, and goes on with the same command. Status 1."""
+
+
 class InputError(KmtrError, ValueError):
     """Bad input (configuration, dataset, source file), found before work starts. Status 2."""
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from kmtr.config import RunConfig
-from kmtr.train import checkpoint, driver
+from kmtr.train import checkpoint, driver, trainer
 from kmtr.train.progress import Display
 
 
@@ -44,7 +44,14 @@ class Silent:
 
     def say(self, line: str) -> None: ...
 
-    def fail(self, message: str) -> None:
+    def beat(self, *_: object) -> None: ...
+
+    def leave(self, rank: int) -> None: ...
+
+    def settled(self) -> str:
+        return ""
+
+    def fail(self, message: str, lost_peer: bool = False) -> None:
         with contextlib.suppress(FileExistsError), self.place.open("x") as file:
             file.write(message)
 
@@ -68,13 +75,13 @@ class Unseen(Display):
 
 def instead_of_ray_train(patch: pytest.MonkeyPatch) -> None:
     """Let `driver.fit` train with forked processes."""
-    patch.setattr(driver, "trainer_of", Forked)
+    patch.setattr(trainer, "trainer_of", Forked)
     patch.setattr(driver, "Display", Unseen)
 
 
 @dataclass(frozen=True)
 class Forked:
-    """What `kmtr.train.driver.trainer_of` returns, without Ray."""
+    """What `kmtr.train.trainer.trainer_of` returns, without Ray."""
 
     config: RunConfig
     job: dict[str, Any]

@@ -358,8 +358,18 @@ class Train(Section):
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept; one that is damaged gives way to the one before")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
     resize_every_s: float = Field(60.0, ge=0, description="time between looks for more room, where workers is a range")
+    silent_s: float = Field(
+        30.0, ge=0, description="time without a sign of life after which a worker counts as lost; 0: never"
+    )
+    hang_s: float = Field(
+        1800.0,
+        ge=0,
+        description="time in which no worker finishes anything (a step, a validation, a checkpoint) after which all "
+        "are lost; 0: never",
+    )
 
     @pydantic.field_validator("zero_stage", mode="before")
     @classmethod

@@ -22,7 +22,7 @@ from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
 from kmtr.train import folder as runs
 from kmtr.train.room import refuse_missing_gpu, uses_gpus
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, StoppedError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,6 +197,7 @@ def open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
         yield run_id
     except BaseException as error:
         with contextlib.suppress(KmtrError):  # the store is gone: what ended the study is what must be told
-            tracking.end_run(uri, run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
+            failed = isinstance(error, Exception) and not isinstance(error, StoppedError)
+            tracking.end_run(uri, run_id, "FAILED" if failed else "KILLED")
         raise
     tracking.end_run(uri, run_id, "FINISHED")

@@ -4,21 +4,26 @@
 """
 
 from kmtr.tracking.registry import fetch, register
-from kmtr.tracking.run import end_run, find_run, log_dataset, open_run, versions
-from kmtr.tracking.spool import Spool, history, replay
+from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, versions
+from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
 from kmtr.tracking.store import tracking_uri, where
 
 __all__ = [
     "Spool",
+    "Status",
     "end_run",
+    "ended",
     "fetch",
     "find_run",
     "history",
     "log_dataset",
     "open_run",
+    "owner",
     "register",
     "replay",
+    "send",
     "tracking_uri",
+    "unsent",
     "versions",
     "where",
 ]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+"""End of a run, by MLflow."""
+
 NAME_TAG = "kmtr.run_name"
 VALUE_LIMIT = 6000
 """Characters of a parameter, by MLflow; a tag takes 8000."""
@@ -104,7 +107,7 @@ def find_run(uri: str, experiment: str, name: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
-def end_run(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+def end_run(uri: str, run_id: str, status: Status) -> None:
     """Ends the run with this status, now.
 
     Raises:

@@ -1,13 +1,15 @@
 """The spool: training appends to a file, a background thread ships it to MLflow. A dead server costs training nothing.
 
 ``<folder>/spool.jsonl`` holds one JSON object a line and is only ever appended to: a head with the run id, then metrics
-(``t`` ms since 1970, ``step``, ``metrics``) and artifacts (``artifact``, a copy under ``<folder>/staged``; ``to``, the
-folder in the run). Values that are not finite are written as Python's json does (NaN, Infinity).
+(``t`` ms since 1970, ``step``, ``metrics``), artifacts (``artifact``, a copy under ``<folder>/staged``; ``to``, the
+folder in the run) and the run's end (``end``, its status), which is told when all before it has arrived: a run that is
+FINISHED in MLflow has its whole history there. Values that are not finite are written as Python's json does (NaN,
+Infinity).
 ``<folder>/cursor.json`` says up to which byte each kind was shipped, and is replaced atomically after each batch.
 
 A record is shipped at least once, with the time at which it was recorded: what was sent twice because a process died
-between batch and cursor is the same point to MLflow, which keeps it once. The two kinds have a cursor each, so that an
-artifact store that refuses doesn't hold up the metrics.
+between batch and cursor is the same point to MLflow, which keeps it once. Each kind has a cursor, so that an artifact
+store that refuses doesn't hold up the metrics.
 """
 
 from __future__ import annotations
@@ -20,18 +22,19 @@ import shutil
 import threading
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from kmtr.tracking.run import Status
 from kmtr.tracking.store import brief, client, redact, sqlite_file
 from kmtr.types import InputError, KmtrError
 
 log = logging.getLogger(__name__)
 
 SPOOL, CURSOR, STAGED = "spool.jsonl", "cursor.json", "staged"
-KINDS = ("metrics", "artifact")
+KINDS = ("metrics", "artifact", "end")
 METRICS_PER_BATCH = 1000
 """Metrics in one call, by MLflow."""
 SHIP_EVERY_S = 2.0
@@ -45,27 +48,29 @@ _NAME = re.compile(r"[\w\-. :/]{1,250}")
 class Spool:
     """The one writer of a run's metrics and files: rank 0 of training. Opening the same folder again continues it.
 
-    No call waits for the network, and a full disk or a dead server is told once in the log, not raised.
+    No call waits for the network, and a full disk or a dead server is told once, not raised.
 
     Args:
         folder: of this run's spool, made if missing; on a disk that a restarted worker reaches too, else the steps it
             trains again are in MLflow twice.
         uri: the MLflow store, `tracking_uri(config)`.
         run_id: of `open_run`.
+        say: where a person reads of a server that went or is back, in a line; by default the log.
 
     Raises:
         InputError: the folder belongs to another run.
     """
 
-    def __init__(self, folder: str | Path, uri: str, run_id: str) -> None:
+    def __init__(self, folder: str | Path, uri: str, run_id: str, say: Callable[[str], None] = log.warning) -> None:
         self.folder = Path(folder)
+        self._say = say
         self._recorded: defaultdict[str, set[int]] = defaultdict(set)
         self._lock = threading.Lock()
         self._complained = False
         self._size = self._open(run_id)
         self.continued = bool(self._recorded)  # an earlier process of this run recorded something
         self._file = os.open(self.folder / SPOOL, os.O_WRONLY | os.O_APPEND)
-        self._shipper = _Shipper(self.folder, uri, run_id)
+        self._shipper = _Shipper(self.folder, uri, run_id, say)
         self._deadline: float | None = None  # monotonic; set by close
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kmtr-spool", daemon=True)
@@ -105,6 +110,11 @@ class Spool:
             return
         with self._lock:
             self._append({"artifact": str(staged), "to": folder})
+
+    def end(self, status: Status) -> None:
+        """Records how the run ended; told when all that was recorded before has arrived."""
+        with self._lock:
+            self._append({"t": time.time_ns() // 1_000_000, "end": status})
 
     def close(self, timeout_s: float = 30.0) -> int:
         """Ships what is left, for at most `timeout_s`; the spool takes no more records.
@@ -159,7 +169,7 @@ class Spool:
 
     def _complain(self, error: OSError) -> None:
         if not self._complained:
-            log.warning("metrics or files are lost, training goes on: spool %s: %s", self.folder, brief(error))
+            self._say(f"metrics or files are lost, training goes on: spool {self.folder}: {brief(error)}")
             self._complained = True
 
     def _run(self) -> None:
@@ -196,6 +206,41 @@ def replay(folder: str | Path, uri: str, timeout_s: float = 30.0) -> int:
         time.sleep(0.1)
 
 
+def send(folder: str | Path, uri: str, status: Status, timeout_s: float = 30.0) -> int:
+    """`replay` of the spool of a run that ended so; its end is recorded first, as of its last record, where it is not.
+
+    Returns:
+        Number of records that were not shipped within `timeout_s`.
+    """
+    path = Path(folder) / SPOOL
+    if path.is_file() and not ended(folder):
+        moment = _last(path, 0)[1].get("t", time.time_ns() // 1_000_000)
+        with path.open("a") as file:
+            file.write(json.dumps({"t": moment, "end": status}) + "\n")
+    return replay(folder, uri, timeout_s)
+
+
+def owner(folder: str | Path) -> str | None:
+    """Id of the run that a spool belongs to; None: there is no spool.
+
+    Raises:
+        InputError: the file is something else.
+    """
+    return _owner(Path(folder))
+
+
+def unsent(folder: str | Path) -> int:
+    """Records of a spool that MLflow does not have yet; 0 where there is no spool."""
+    path = Path(folder)
+    return _behind(path, _read_cursor(path / CURSOR)) if (path / SPOOL).is_file() else 0
+
+
+def ended(folder: str | Path) -> bool:
+    """True if the last record of a spool is the run's end."""
+    path = Path(folder) / SPOOL
+    return path.is_file() and "end" in _last(path, 0)[1]
+
+
 def history(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """Records of a spool, sent or not: metric -> (step, value) in order; empty where there is no spool."""
     path = Path(folder) / SPOOL
@@ -206,18 +251,23 @@ def history(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+def _behind(folder: Path, cursor: Mapping[str, int], kinds: Sequence[str] = KINDS) -> int:
+    """Records on disk behind the cursors of these kinds."""
+    return sum(kind in record for kind in kinds for _, record in _records(folder / SPOOL, cursor[kind]))
+
+
 class _Shipper:
     """Moves the cursors of one spool forward. Each kind of record waits on its own after a failure."""
 
-    def __init__(self, folder: Path, uri: str, run_id: str) -> None:
-        self._folder, self._uri, self._run_id = folder, uri, run_id
+    def __init__(self, folder: Path, uri: str, run_id: str, say: Callable[[str], None] = log.warning) -> None:
+        self._folder, self._uri, self._run_id, self._say = folder, uri, run_id, say
         self._cursor = _read_cursor(folder / CURSOR)
         self._failures = dict.fromkeys(KINDS, 0)
         self._next_try = dict.fromkeys(KINDS, 0.0)
 
     def pending(self) -> int:
-        """Records on disk behind neither cursor."""
-        return sum(kind in record for kind in KINDS for _, record in _records(self._folder / SPOOL, self._cursor[kind]))
+        """Records on disk behind their cursors."""
+        return _behind(self._folder, self._cursor)
 
     def retry_now(self) -> None:
         """Waits no longer after earlier failures: the end of training is worth another try at once."""
@@ -226,7 +276,8 @@ class _Shipper:
 
     def ship(self) -> None:
         """Ships what is there, in batches, until all is shipped or a call fails."""
-        for kind, send in (("metrics", self._send_metrics), ("artifact", self._send_artifact)):
+        sends = {"metrics": self._send_metrics, "artifact": self._send_artifact, "end": self._send_end}
+        for kind, send in sends.items():
             if time.monotonic() < self._next_try[kind]:
                 continue
             try:
@@ -267,6 +318,16 @@ class _Shipper:
                 break
         return self._advance("artifact", start, end)
 
+    def _send_end(self) -> bool:
+        """Tells how the run ended, if all before it has arrived and nothing came after it; False: nothing to tell."""
+        if _behind(self._folder, self._cursor, ("metrics", "artifact")):
+            return False
+        start = self._cursor["end"]
+        end, last = _last(self._folder / SPOOL, start)
+        if "end" in last:
+            self._client().set_terminated(self._run_id, str(last["end"]), end_time=int(last["t"]))
+        return self._advance("end", start, end)
+
     def _client(self) -> Any:
         file = sqlite_file(self._uri)
         if (
@@ -287,19 +348,17 @@ class _Shipper:
         self._failures[kind] += 1
         wait = min(BACKOFF_S[0] * 2 ** (self._failures[kind] - 1), BACKOFF_S[1])
         self._next_try[kind] = time.monotonic() + wait
-        if self._failures[kind] == 1:
-            log.warning(
-                "MLflow at %s takes no %s now, training goes on and %s keeps them: %s",
-                redact(self._uri),
-                "metrics" if kind == "metrics" else "files",
-                self._folder,
-                brief(error),
+        if sum(self._failures.values()) == 1:
+            what = "files" if kind == "artifact" else "records"
+            self._say(
+                f"MLflow at {redact(self._uri)} takes no {what} now, training goes on and {self._folder} keeps them: "
+                f"{brief(error)}"
             )
 
     def _told_recovered(self, kind: str) -> None:
-        if self._failures[kind]:
-            log.warning("MLflow at %s answers again: shipping what %s kept", redact(self._uri), self._folder)
-            self._failures[kind] = 0
+        failed, self._failures[kind] = self._failures[kind], 0
+        if failed and not sum(self._failures.values()):
+            self._say(f"MLflow at {redact(self._uri)} answers again: shipping what {self._folder} kept")
 
 
 def _records(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -311,6 +370,12 @@ def _records(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
                 return
             offset += len(line)
             yield offset, _parse(line)
+
+
+def _last(path: Path, offset: int) -> tuple[int, dict[str, Any]]:
+    """(byte offset after it, record) of the last whole line from `offset` on; (offset, empty): there is none."""
+    found: deque[tuple[int, dict[str, Any]]] = deque(_records(path, offset), maxlen=1)
+    return found[0] if found else (offset, {})
 
 
 def _parse(line: bytes) -> dict[str, Any]:

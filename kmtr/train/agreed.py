@@ -14,10 +14,19 @@ T = TypeVar("T")
 
 
 def together(call: Callable[[], T], device: torch.device, then: Callable[[], None] | None = None) -> T:
-    """Result of `call`, or on all workers the error of the first that has one: nobody waits for one that gave up.
+    """`together_or_stop` where nobody asks to stop."""
+    return together_or_stop(call, device, then)[0]
+
+
+def together_or_stop(
+    call: Callable[[], T], device: torch.device, then: Callable[[], None] | None = None, stop: bool = False
+) -> tuple[T, bool]:
+    """Result of `call` and whether any worker asks to stop, or on all workers the error of the first that has one:
+    nobody waits for one that gave up.
 
     Args:
         then: is called where `call` has returned, before the others are waited for.
+        stop: this worker asks to stop.
 
     Raises:
         KmtrError: of the lowest rank that has one.
@@ -25,8 +34,8 @@ def together(call: Callable[[], T], device: torch.device, then: Callable[[], Non
     result, failure = _tried(call)
     if then is not None:
         then()
-    agree(failure, device)
-    return result  # type: ignore[return-value]  # no failure, so there is a result
+    stops = agree(failure, device, stop)
+    return result, stops  # type: ignore[return-value]  # no failure, so there is a result
 
 
 def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
@@ -36,15 +45,17 @@ def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
         return None, error
 
 
-def agree(error: KmtrError | None, device: torch.device) -> None:
-    """Raise the first worker's error on all workers if any has one.
+def agree(error: KmtrError | None, device: torch.device, stop: bool = False) -> bool:
+    """Raise the first worker's error on all workers if any has one; else whether any asks to stop.
 
     Raises:
         KmtrError: of the lowest rank that has one.
     """
-    flag = torch.tensor(0 if error is None else 1, device=device)
+    flag = torch.tensor(2 if error is not None else int(stop), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if int(flag):
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
-        raise KmtrError(next(m for m in messages if m is not None))
+    found = int(flag)
+    if found == 2:
+        errors: list[KmtrError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        raise next(one for one in errors if one is not None)
+    return found == 1

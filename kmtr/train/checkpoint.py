@@ -84,14 +84,44 @@ def save(folder: Path, engine: ShardedEngine, progress: Progress, config: RunCon
     (folder / f"sha256-rank{rank:02d}.json").write_text(json.dumps(hashes))
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint of which something is missing or changed: an earlier one may be whole."""
+
+
 def verify(folder: Path, model: dict[str, list[int]], config: RunConfig, rank: int, world: int) -> Progress:
-    """Check that a checkpoint is whole and of this model; each worker hashes its share of the files.
+    """Check that a checkpoint is whole and of this model (`check_whole`, `fitting`)."""
+    check_whole(folder, rank, world)
+    return fitting(folder, model, config)
+
+
+def check_whole(folder: Path, rank: int, world: int) -> None:
+    """Check that all files of a checkpoint are as they were written; each worker hashes its share of them.
+
+    Raises:
+        DamagedError: a file that is missing or changed.
+        CheckpointError: another format.
+    """
+    head = read_head(folder)
+    step = head["progress"]["step"]
+    lists = sorted(folder.glob("sha256-rank*.json"))
+    if len(lists) != head["workers"]:
+        raise DamagedError(
+            f"checkpoint at step {step}: expected the files of {head['workers']} workers, got those of {len(lists)}"
+        )
+    hashed = sorted(pair for part in lists for pair in _json(part).items())
+    for name, digest in hashed[rank::world]:
+        if Path(name).name != name or not (folder / name).is_file() or _sha256(folder / name) != digest:
+            raise DamagedError(f"checkpoint at step {step}: {name} is missing or changed; refused")
+
+
+def fitting(folder: Path, model: dict[str, list[int]], config: RunConfig) -> Progress:
+    """Progress of a checkpoint that is whole.
 
     Args:
         model: weight -> shape, of `ShardedEngine.shapes`.
 
     Raises:
-        CheckpointError: another format, another model, a file that is missing or changed.
+        CheckpointError: it is another model's, or lacks the average that the settings ask for.
     """
     head = read_head(folder)
     _same_model(head["model"], model)
@@ -100,19 +130,14 @@ def verify(folder: Path, model: dict[str, list[int]], config: RunConfig, rank: i
             f"optimizer.ema: expected 0, since the run's checkpoint has no average, got {config.optimizer.ema}; "
             "or start anew with run.fresh=true"
         )
-    step = head["progress"]["step"]
-    lists = sorted(folder.glob("sha256-rank*.json"))
-    if len(lists) != head["workers"]:
-        raise CheckpointError(
-            f"checkpoint at step {step}: expected the files of {head['workers']} workers, got those of {len(lists)}"
-        )
-    hashed = [pair for part in lists for pair in json.loads(part.read_text()).items()]
-    for name, digest in hashed[rank::world]:
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
-            raise CheckpointError(f"checkpoint at step {step}: {name} is missing or changed; refused")
     known = Progress(**head["progress"])
     known.layouts = [(int(first), layout) for first, layout in known.layouts]
     return known
+
+
+def back_from(folder: Path) -> list[Path]:
+    """A checkpoint and those that the run wrote before it, newest first."""
+    return sorted((one for one in folder.parent.glob("checkpoint_*") if one.name <= folder.name), reverse=True)
 
 
 def restore(folder: Path, engine: ShardedEngine) -> None:
@@ -133,16 +158,33 @@ def read_head(folder: Path) -> dict[str, Any]:
     """Head of a checkpoint, as `save` wrote it.
 
     Raises:
-        CheckpointError: there is none, or it is of another format.
+        DamagedError: there is none, or it can't be read.
+        CheckpointError: it is of another format.
     """
-    path = folder / HEAD
-    head: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    head = _json(folder / HEAD)
     if head.get("format") != FORMAT:
         raise CheckpointError(
             f"checkpoint: expected format {FORMAT}, got {head.get('format', 'that of an earlier version')}; "
             "start anew with run.fresh=true"
         )
+    if not {"workers", "ema", "model", "progress"} <= head.keys() or "step" not in head["progress"]:
+        raise DamagedError(f"checkpoint: {HEAD} is damaged; refused")
     return head
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file.
+
+    Raises:
+        DamagedError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise DamagedError(f"checkpoint: {path.name} is missing or damaged; refused")
+    return content
 
 
 def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +20,19 @@ from kmtr.config import RunConfig, to_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.files import replacing, write_atomic
+from kmtr.owner import owning
 from kmtr.train import checkpoint, room, start
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.handed import handed
-from kmtr.train.loop import MASKED_ENCODER, train_worker
+from kmtr.train.loop import MASKED_ENCODER
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
-from kmtr.types import KmtrError, last_line
+from kmtr.types import InputError, KmtrError, StoppedError, last_line
 
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
+SEND_S = 60.0
+"""Time that the end of a command waits for MLflow."""
 
 log = logging.getLogger(__name__)
 
@@ -48,59 +53,112 @@ def fit(
 
     Raises:
         InputError: found before a worker starts.
-        KmtrError: the run failed; its MLflow run has status FAILED.
+        StoppedError: it was asked to stop (Ctrl-C, SIGTERM), and saved; its MLflow run has status KILLED.
+        KmtrError: the run failed; its MLflow run has status FAILED. Or another command is at work on it.
     """
-    import ray.train
-
     config, dataset = resolve(config)
     name, folder = run_folder(config, dataset)
     done = finished(folder)
     if done is not None:
-        return done
+        return settled(done, config)
     room.refuse_missing_gpu(config.train.device)
+    with owning(folder, f"run {name}"):
+        done = finished(folder)  # by the one that was waited for
+        return done or _fit(config, dataset, name, folder, _Job(parent_id, quiet, callbacks or [], tags))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Arguments of `fit` but the configuration."""
+
+    parent_id: str | None
+    quiet: bool
+    callbacks: list[Any]
+    tags: dict[str, str] | None
+
+
+def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _Job) -> Outcome:
+    """`fit` of a run that is not finished and is ours."""
+    import ray.train
+
+    from kmtr.train import trainer
+
     begin(folder, config, dataset)
     write_atomic(folder / "config.json", to_json(config))
     rows = start.budget(config, dataset)
     tables = fitted_tables(config, dataset, folder, rows)
-    uri = config.tracking.uri
-    run_id = tracking.open_run(
-        config,
-        name=name,
-        resume_id=tracking.find_run(uri, config.tracking.experiment, name),
-        parent_id=parent_id,
-        tags=tags,
-    )
-    tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
+    run_id = _opened(config, dataset, name, folder, asked)
     job: dict[str, Any] = {
         "config": to_json(config),
         "folder": str(folder),
         "resolved": handed(config, dataset, rows),
         "tables": {key: table.numpy() for key, table in tables.items()},
-        "tracking": {"uri": uri, "run_id": run_id, "spool": str(folder / SPOOL)},
+        "tracking": {"uri": config.tracking.uri, "run_id": run_id, "spool": str(folder / SPOOL)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
-    trainer = trainer_of(config, job, folder, callbacks or [])
-    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    training = trainer.trainer_of(config, job, folder, asked.callbacks)
+    status: tracking.Status = "FAILED"
+    files: list[Path] = []
     try:
-        with Display(job["progress"], config.total_steps, quiet) as display:
-            result = trainer.fit()
-        returned = _returned(name, result, display)
+        with Display(
+            job["progress"], config.total_steps, asked.quiet, config.train.silent_s, config.train.hang_s
+        ) as display:
+            try:
+                result = training.fit()
+            except ray.train.TrainingFailedError as error:
+                raise KmtrError(f"run {name}: {display.first_failure() or _reason(error)}") from error
+            returned = _returned(name, result, display)
         encoder = _export(config, dataset, folder, returned, result.checkpoint, tables)
-        _send_files(config, folder, run_id, encoder)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         if returned["stopped"]:
             metrics["task_stopped" if config.stage == "task" else "align_stopped"] = metrics["step"]
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
         finish(outcome)
-        status = "FINISHED"
+        status, files = "FINISHED", [*sorted(encoder.iterdir()), folder / "config.json"]
         return outcome
-    except ray.train.TrainingFailedError as error:
-        raise KmtrError(f"run {name}: {_reason(error)}") from error
+    except StoppedError:
+        status = "KILLED"
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
-        raise KmtrError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
+        raise StoppedError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
     finally:
-        _end(uri, run_id, status, folder)
+        _end(config, run_id, status, folder, files)
+
+
+def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _Job) -> str:
+    """Id of the run in MLflow, opened. One that was opened before goes on where MLflow does not answer.
+
+    Raises:
+        KmtrError: it does not answer, and the run is new.
+    """
+    uri, known = config.tracking.uri, tracking.owner(folder / SPOOL)
+    try:
+        run_id = tracking.open_run(
+            config,
+            name=name,
+            resume_id=tracking.find_run(uri, config.tracking.experiment, name),
+            parent_id=asked.parent_id,
+            tags=asked.tags,
+        )
+        tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
+    except InputError:
+        raise
+    except KmtrError as error:
+        if known is None:
+            raise
+        log.warning("tracking: the run goes on without its store, for which %s keeps all: %s", folder / SPOOL, error)
+        return known
+    return run_id
+
+
+def settled(done: Outcome, config: RunConfig) -> Outcome:
+    """The outcome of a finished run; what MLflow does not have of it yet is sent, which is said."""
+    spool = Path(done.folder) / SPOOL
+    if tracking.unsent(spool) or not tracking.ended(spool):
+        left = tracking.send(spool, config.tracking.uri, "FINISHED", SEND_S)
+        _say_unsent(left, spool) if left else log.warning("tracking: %s: MLflow has all of it now", done.name)
+    return done
 
 
 def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
@@ -112,6 +170,9 @@ def _returned(name: str, result: Any, display: Display) -> dict[str, Any]:
     returned = result.return_value
     if not isinstance(returned, dict):
         raise KmtrError(f"run {name}: the workers ended without a result")
+    if "interrupted" in returned:
+        step = returned["step"]
+        raise StoppedError(f"run {name}: stopped at step {step}, which is saved; the same command goes on from there")
     if "error" in returned:
         raise KmtrError(f"run {name}: {display.first_failure() or returned['error']}")
     if result.checkpoint is None:
@@ -133,6 +194,7 @@ def _export(
     encoder = folder / ("model" if config.stage == "task" else "encoder")
     if config.stage == "task":
         with last.as_directory() as place:
+            checkpoint.check_whole(Path(place), 0, 1)
             checkpoint.export_model_from(Path(place), encoder, config, tables, start.trained_on(config, dataset))
         write_card(encoder)
         return encoder
@@ -140,64 +202,31 @@ def _export(
         _copy_tree(folder / MASKED_ENCODER, encoder)
     else:
         with last.as_directory() as place:
+            checkpoint.check_whole(Path(place), 0, 1)
             checkpoint.export_encoder_from(Path(place), encoder, config, tables)
     return encoder
 
 
-def _send_files(config: RunConfig, folder: Path, run_id: str, encoder: Path) -> None:
-    """Encoder and configuration to the run's artifacts, with all that is still to be sent."""
-    spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
-    for file in sorted(encoder.iterdir()):
-        spool.artifact(file, encoder.name)
-    spool.artifact(folder / "config.json")
-    if unsent := spool.close(60.0):
-        log.warning("tracking: %d records could not be sent yet and are kept in %s", unsent, folder / SPOOL)
-
-
-def _end(uri: str, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"], folder: Path) -> None:
-    """End the MLflow run; one that failed sends first what its workers could not send any more."""
+def _end(config: RunConfig, run_id: str, status: tracking.Status, folder: Path, files: Sequence[Path]) -> None:
+    """Send files and all that workers could not send, and then end the MLflow run."""
     try:
-        if status != "FINISHED":
-            tracking.replay(folder / SPOOL, uri)
-        tracking.end_run(uri, run_id, status)
-    except KmtrError as error:
+        spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
+    except (KmtrError, OSError) as error:
         log.warning("tracking: %s", error)
+        return
+    for file in files:
+        spool.artifact(file, "" if file.parent == folder else file.parent.name)
+    spool.end(status)
+    if left := spool.close(SEND_S):
+        _say_unsent(left, folder / SPOOL)
 
 
-def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Any:
-    """The Ray Train trainer of a run: a fixed number of workers, or as many as share the batch and have room."""
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    train = config.train
-    use_gpu = room.uses_gpus(train.device)
-    resources = room.of_worker(config, gpus=use_gpu)
-    run = ray.train.RunConfig(
-        name="train",
-        storage_path=str(folder),
-        failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
-        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        callbacks=callbacks,
-    )
-    sizes = train.workers.sizes(config.data.global_batch)
-    if len(sizes) == 1:
-        fixed = ray.train.ScalingConfig(num_workers=sizes[0], use_gpu=use_gpu, resources_per_worker=resources)
-        return TorchTrainer(train_worker, train_loop_config=job, scaling_config=fixed, run_config=run)
-    from kmtr.train.elastic import ElasticTrainer
-
-    elastic = ray.train.ScalingConfig(
-        num_workers=(sizes[0], sizes[-1]),
-        use_gpu=use_gpu,
-        resources_per_worker=resources,
-        elastic_resize_monitor_interval_s=train.resize_every_s,
-    )
-    return ElasticTrainer(
-        train_worker,
-        train_loop_config=job,
-        scaling_config=elastic,
-        run_config=run,
-        sizes=sizes,
-        progress=job["progress"],
+def _say_unsent(left: int, spool: Path) -> None:
+    log.warning(
+        "tracking: MLflow lacks %d records and the end of this run, which %s keeps: the same command sends them, or "
+        "python jobs/send.py",
+        left,
+        spool,
     )
 
 

@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from kmtr.data.loader.device import HostBatch
 from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
-from kmtr.train import checkpoint, choice, guard, heads, validation
-from kmtr.train.agreed import together
+from kmtr.train import checkpoint, choice, guard, heads, validation, watch
+from kmtr.train.agreed import together, together_or_stop
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.handed import taken
@@ -45,16 +46,22 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     Returns:
         What `Worker.run` returned, or ``error`` (one line).
     """
-    try:
-        return Worker(job).run()
-    except KmtrError as error:
-        message = str(error)
-    except Exception as error:  # told to the driver below; the traceback stays in this worker's log
-        traceback.print_exc()
-        message = with_kind(error)
-    Sender(job["progress"]).fail(message)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    import ray.train
+    import ray.train.torch
+
+    tell, device = Sender(job["progress"]), ray.train.torch.get_device()
+    if settled := tell.settled():
+        return {"error": settled}
+    with watch.beating(tell, ray.train.get_context().get_world_rank(), device) as pulse:
+        try:
+            return Worker(job, tell, pulse).run()
+        except KmtrError as error:
+            message, lost_peer = str(error), False
+        except Exception as error:  # told to the driver below; the traceback stays in this worker's log
+            traceback.print_exc()
+            message, lost_peer = with_kind(error), watch.lost_peer(error)
+        tell.fail(message, lost_peer)
+        watch.abandon(device)
     return {"error": message}
 
 
@@ -64,13 +71,14 @@ class Worker:
     Args:
         job: ``config`` (JSON), ``folder`` (of the run), ``resolved`` (`handed.handed`), ``tables`` (statistics as
             numpy), ``tracking`` (uri, run_id, spool folder), ``progress`` (name of the progress actor).
+        tell: this worker's end of that actor.
 
     Raises:
         KmtrError: on all workers together, here and in `run`: damaged data, a loss or gradient that is not finite, a
             checkpoint that does not fit.
     """
 
-    def __init__(self, job: dict[str, Any]):
+    def __init__(self, job: dict[str, Any], tell: Sender, pulse: watch.Pulse):
         import ray.train
         import ray.train.torch
 
@@ -93,7 +101,7 @@ class Worker:
         model = Model(config)
         if config.stage == "task" and config.task.encoder != "none":
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
-        self.tell = Sender(job["progress"]) if self.rank == 0 else None
+        self.tell, self.pulse = tell if self.rank == 0 else None, pulse
         if ray.train.get_checkpoint() is None:
             say = self.tell.say if self.tell else lambda _: None
             heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device, say)
@@ -101,9 +109,13 @@ class Worker:
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)
         tracking = job["tracking"]
-        self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"]) if self.rank == 0 else None
+        self.spool = None
+        if self.rank == 0:
+            say = partial(_indented, tell)
+            self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"], say)
         self.progress = self._restored()
         self.metrics = self.progress.metrics
+        self.saved = self.progress.step
         self.watch = _Watch()
 
     def _restored(self) -> Progress:
@@ -113,11 +125,8 @@ class Worker:
         progress, last = Progress(), ray.train.get_checkpoint()
         if last is not None:
             with last.as_directory() as place:
-                folder = Path(place)
-                progress = together(
-                    lambda: checkpoint.verify(folder, self.engine.shapes(), self.config, self.rank, self.world),
-                    self.device,
-                )
+                folder = self._whole(Path(place))
+                progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
                 together(lambda: checkpoint.restore(folder, self.engine), self.device)
                 if progress.step == self.config.masked_steps and self.config.align_steps:
                     self._export(folder)  # it may have ended between the checkpoint and this
@@ -134,10 +143,30 @@ class Worker:
                 self.tell.say(f"  step {progress.step:>6}  goes on       {', '.join(changes)}".rstrip())
         return progress
 
+    def _whole(self, newest: Path) -> Path:
+        """The newest checkpoint of which nothing is missing or changed.
+
+        Raises:
+            DamagedError: of the newest, where none is whole.
+        """
+        found: list[Any] = [checkpoint.back_from(newest)]
+        dist.broadcast_object_list(found)
+        first: checkpoint.DamagedError | None = None
+        for folder in found[0]:
+            try:
+                together(partial(checkpoint.check_whole, folder, self.rank, self.world), self.device)
+                return Path(folder)
+            except checkpoint.DamagedError as error:
+                first = first or error
+                if self.tell:
+                    self.tell.say(f"               damaged       {error}; looking at the one before")
+        raise first or checkpoint.DamagedError(f"checkpoint: expected one in {newest.parent}, got none")
+
     def run(self) -> dict[str, Any]:
-        """Train to the end.
+        """Train to the end, or to where the run is to stop.
 
         Returns:
+            ``interrupted``: the run was asked to stop; else
             ``metrics`` of the weights that the run leaves; ``step``; ``stopped``: patience ended training on labels, or
             the guard alignment, so that the encoder of the end of masked reconstruction is to be used; ``unsent``:
             records that tracking could not send yet.
@@ -148,8 +177,13 @@ class Worker:
         wanted = self.step.prepare.wanted
         batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, wanted)
         for step in steps:
-            host = together(lambda: next(batches), self.device, self.watch.waited)
+            host, stop = together_or_stop(
+                lambda: next(batches), self.device, self.watch.waited, stop=self.pulse.stopping
+            )
+            if stop:
+                return self._interrupted()
             report = self.step(step, host)
+            self.pulse.moved()
             self.watch.stepped(host, report)
             progress.step = step + 1
             self._look(report)
@@ -166,6 +200,15 @@ class Worker:
                 break
         unsent = self.spool.close(30.0) if self.spool else 0
         return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+
+    def _interrupted(self) -> dict[str, Any]:
+        """Save, and leave."""
+        progress = self.progress
+        if progress.step > self.saved:
+            self._save()
+        if self.spool:
+            self.spool.close(5.0)
+        return {"interrupted": True, "step": progress.step}
 
     def _left(self) -> dict[str, float]:
         """Metrics of the weights that the run leaves."""
@@ -219,6 +262,7 @@ class Worker:
         progress, done = self.progress, self.progress.step
         with self.engine.averaged():
             self.metrics, figure = self.validate(self.engine)
+            self.pulse.moved()
             progress.metrics = self.metrics
             better = stage == "task" and choice.judge(progress, self.metrics)
             if better and choice.keeps_best(progress, self.config):
@@ -258,12 +302,16 @@ class Worker:
         """A checkpoint, and at the end of masked reconstruction its encoder."""
         import ray.train
 
-        progress = self.progress
+        progress, began = self.progress, time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(Path(folder), self.engine, progress, self.config, self.rank, self.world)
             ray.train.report(
                 {"step": progress.step, **self.metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder)
             )
+        self.saved = progress.step
+        self.pulse.moved()
+        if self.spool:
+            self.spool.metrics(progress.step, {"run/checkpoint_s": time.perf_counter() - began})
         if progress.step == self.config.masked_steps and self.config.align_steps:
             dist.barrier()  # all workers' files are there
             written = ray.train.get_checkpoint()
@@ -275,6 +323,10 @@ class Worker:
     def _export(self, folder: Path) -> None:
         if self.rank == 0:
             checkpoint.export_encoder_from(folder, self.folder / MASKED_ENCODER, self.config, self.tables)
+
+
+def _indented(tell: Sender, line: str) -> None:
+    tell.say(f"               {line}")
 
 
 def deterministic() -> None:

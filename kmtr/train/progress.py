@@ -4,12 +4,17 @@ else is printed.
 
 from __future__ import annotations
 
+import _thread
+import contextlib
+import signal
 import threading
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
+from typing import Any
 
 from kmtr.progress import Screen
 from kmtr.ray_start import NAMESPACE
+from kmtr.train.watch import Watch
 
 SHOWN = {
     "loss": "loss",
@@ -20,12 +25,23 @@ SHOWN = {
 }
 
 
-class Mailbox:
-    """Actor between the workers and the driver."""
+STOP_S = 60.0
+"""Time that workers have to save and leave when the command is asked to stop."""
 
-    def __init__(self) -> None:
+
+class Mailbox:
+    """Actor between the workers and the driver: what they say, which failed, whether they live, and orders to them.
+
+    Args:
+        silent_s, hang_s: of `Watch`.
+    """
+
+    def __init__(self, silent_s: float = 0.0, hang_s: float = 0.0) -> None:
         self.items: list[tuple[int, str, dict[str, float]] | str] = []
-        self.failures: list[str] = []
+        self.failures: list[tuple[bool, str]] = []
+        self.final = self.stopping = False
+        self.watch = Watch(silent_s, hang_s)
+        self.workers: dict[int, Any] = {}
 
     def put(self, step: int, stage: str, metrics: dict[str, float]) -> None:
         self.items.append((step, stage, metrics))
@@ -34,15 +50,56 @@ class Mailbox:
         self.items.append(line)
 
     def drain(self) -> list[tuple[int, str, dict[str, float]] | str]:
+        self._judge()
         items, self.items = self.items, []
         return items
 
-    def fail(self, message: str) -> None:
-        self.failures.append(message)
+    def fail(self, message: str, lost_peer: bool = False) -> None:
+        """An error of a worker; `lost_peer`: it only says that another one has left."""
+        self.failures.append((lost_peer, message))
 
     def first_failure(self) -> str:
         """The error of the worker that failed first; the others' only say that it left them."""
-        return self.failures[0] if self.failures else ""
+        return min(self.failures, key=lambda one: one[0])[1] if self.failures else ""
+
+    def settle(self) -> None:
+        """A worker had to be ended because another one had failed: that failure stays the reason."""
+        self.final = True
+
+    def restarted(self) -> None:
+        """Workers were lost and start again: what the others said of that is no failure of the run."""
+        if not self.final:
+            self.failures = []
+
+    def settled(self) -> str:
+        """The failure for which no worker is to start again; empty: there is none."""
+        return self.first_failure() if self.final else ""
+
+    def stop(self) -> None:
+        """From now on the orders are to save and leave."""
+        self.stopping = True
+
+    def beat(self, group: str, rank: int, moves: int, where: str, worker: Any) -> dict[str, Any]:
+        """A sign of life of a worker (its handle last), and the orders to it (`Pulse`)."""
+        self.watch.beat(group, rank, moves, where, time.monotonic())
+        self.workers[rank] = worker
+        self._judge()
+        own = [message for lost_peer, message in self.failures if not lost_peer]
+        return {"stop": self.stopping, "failure": own[0] if own else ""}
+
+    def leave(self, rank: int) -> None:
+        """It ends by itself."""
+        self.watch.leave(rank)
+
+    def _judge(self) -> None:
+        """End workers that are lost or stuck: Ray Train then starts all again from the last checkpoint."""
+        import ray
+
+        line, ranks = self.watch.judge(time.monotonic())
+        if line:
+            self.items.append(f"               {line}; ending {'it' if len(ranks) == 1 else 'them'}")
+        for rank in ranks:
+            ray.kill(self.workers.pop(rank))
 
 
 class Sender:
@@ -65,42 +122,93 @@ class Sender:
         if self._actor is not None:
             self._actor.say.remote(line)
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, lost_peer: bool = False) -> None:
         """Waits until it arrived, since the worker ends next."""
+        self._asked("fail", message, lost_peer)
+
+    def beat(self, group: str, rank: int, moves: int, where: str) -> dict[str, Any] | None:
+        """A sign of life of this worker: the orders to it; None: nobody answered in time."""
         import ray
 
+        worker = ray.get_runtime_context().current_actor
+        orders: dict[str, Any] | None = self._asked("beat", group, rank, moves, where, worker)
+        return orders
+
+    def leave(self, rank: int) -> None:
+        """This worker ends by itself."""
         if self._actor is not None:
-            ray.get(self._actor.fail.remote(message), timeout=10)
+            self._actor.leave.remote(rank)
+
+    def settle(self) -> None:
+        """This worker is ended for another one's failure; waits until it arrived."""
+        self._asked("settle")
+
+    def restarted(self) -> None:
+        """Workers were lost and start again."""
+        if self._actor is not None:
+            self._actor.restarted.remote()
+
+    def settled(self) -> str:
+        """The failure for which no worker is to start again; empty: there is none."""
+        return str(self._asked("settled") or "")
+
+    def _asked(self, method: str, *arguments: Any) -> Any:
+        import ray
+
+        if self._actor is None:
+            return None
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver is gone, or the network for a moment
+            return ray.get(getattr(self._actor, method).remote(*arguments), timeout=10)
+        return None
 
 
 class Display:
-    """The driver's end: prints what arrives until closed. On a terminal the current step is a bar."""
+    """The driver's end: prints what arrives until closed, and passes on that the command is to stop. On a terminal the
+    current step is a bar.
 
-    def __init__(self, name: str, total: int, quiet: bool = False):
+    Args:
+        silent_s, hang_s: of `Watch`.
+    """
+
+    def __init__(self, name: str, total: int, quiet: bool = False, silent_s: float = 0.0, hang_s: float = 0.0):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.total, self.quiet = total, quiet
         self.screen = Screen(total, quiet=quiet)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "scheduling_strategy": here}
-        self.mailbox = (
-            ray.remote(Mailbox).options(**options).remote()
-        )  # where the driver is: no lost node takes it along
-        self._stop = threading.Event()
+        options = {
+            "name": name,
+            "namespace": NAMESPACE,
+            "num_cpus": 0,
+            "max_restarts": -1,  # what it held is lost then, and progress goes on
+            "scheduling_strategy": here,  # where the driver is: no lost node takes it along
+        }
+        self.mailbox = ray.remote(Mailbox).options(**options).remote(silent_s, hang_s)
+        self._asked, self._closed, self._handlers = threading.Event(), threading.Event(), dict[int, Any]()
         self._thread = threading.Thread(target=self._poll, name="kmtr-progress", daemon=True)
 
     def __enter__(self) -> Display:
-        self.began = time.perf_counter()
         self._thread.start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._signalled)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._closed.set()
         self._thread.join(5)
         self.screen.close()
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C or SIGTERM asks the workers to save and leave; the second leaves them alone."""
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
 
     def first_failure(self) -> str:
         """Why the run failed, by the worker that failed first."""
@@ -112,20 +220,27 @@ class Display:
     def _poll(self) -> None:
         import ray
 
+        until = 0.0
         while True:
-            stopping = self._stop.wait(0.5)
+            closing = self._closed.wait(0.5)
+            if self._asked.is_set() and not until:
+                until = time.monotonic() + STOP_S
+                self.mailbox.stop.remote()
+                self.screen.line("               stopping      saving a checkpoint first; once more ends it at once")
+            if until and time.monotonic() > until:
+                self.screen.line(f"               stopping      no answer for {STOP_S:.0f} s, so it ends without")
+                _thread.interrupt_main()
+                until = float("inf")
             try:
                 items = ray.get(self.mailbox.drain.remote(), timeout=5)
-            except ray.exceptions.RayActorError:
-                return
-            except ray.exceptions.RayError:  # late, as while a node is being lost
+            except ray.exceptions.RayError:  # late, as while a node is being lost, or starting again
                 items = []
             for item in items:
                 if isinstance(item, tuple):
                     self._show(*item)
                 elif not self.quiet:
                     self.screen.line(item)
-            if stopping:
+            if closing:
                 return
 
     def _show(self, step: int, stage: str, metrics: dict[str, float]) -> None:

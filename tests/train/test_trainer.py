@@ -16,13 +16,13 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from kmtr import tracking
 from kmtr.config import RunConfig, override, to_json
 from kmtr.tracking.store import client
-from kmtr.train import elastic
+from kmtr.train import trainer
 from kmtr.train.folder import Outcome
 
 
 @pytest.mark.parametrize(("room", "taken"), [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8)])
 def test_the_largest_divisor_that_there_is_room_for(room: int, taken: int) -> None:
-    assert elastic.usable(room, (2, 4, 8)) == taken
+    assert trainer.usable(room, (2, 4, 8)) == taken
 
 
 def test_room_that_is_left_over_and_a_wait_are_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,10 +36,10 @@ def test_room_that_is_left_over_and_a_wait_are_said_once(monkeypatch: pytest.Mon
         def say(self, line: str) -> None:
             said.append(line.strip())
 
-    monkeypatch.setattr(elastic, "Sender", Recorder)
-    monkeypatch.setattr(elastic.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(trainer, "Sender", Recorder)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
     scaling = ScalingConfig(num_workers=(2, 8), resources_per_worker={"CPU": 0.5})
-    policy = elastic.DivisorPolicy(scaling, (2, 4, 8), "progress")
+    policy = trainer.DivisorPolicy(scaling, (2, 4, 8), "progress")
 
     def count(*cpus: float) -> int:
         return policy._count_possible_workers({f"node{i}": {"CPU": n} for i, n in enumerate(cpus)})
@@ -52,7 +52,7 @@ def test_room_that_is_left_over_and_a_wait_are_said_once(monkeypatch: pytest.Mon
     assert [count(0.5), count(0.5)] == [0, 0]
     assert len(said) == 2
     assert said[1] == "waiting       for 2 worker(s): the cluster has room for 1"
-    now[0] += elastic.SAID_EVERY_S
+    now[0] += trainer.SAID_EVERY_S
     assert count(0.5) == 0
     assert len(said) == 3
 

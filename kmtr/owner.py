@@ -1,0 +1,184 @@
+"""One command at a time writes into a folder: a lock with owner and heartbeat, which a dead owner loses.
+
+``<folder>/owner/N.json`` names an owner: machine, process, since when. The highest N is the present one, and a file of
+a number that is there already cannot be made, so of two that take a folder over only one succeeds, on any file system
+that several nodes share. The owner touches its file every `BEAT_S`.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import datetime
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kmtr.types import KmtrError
+
+log = logging.getLogger(__name__)
+
+FOLDER = "owner"
+BEAT_S = 3.0
+LEASE_S = 15.0
+"""An owner on another machine that gives no sign of life for so long is dead."""
+
+
+@contextmanager
+def owning(folder: Path, what: str, lost: Callable[[], None] = _thread.interrupt_main) -> Iterator[None]:
+    """Inside, this process owns the folder, which is made if missing.
+
+    Args:
+        what: the folder's content in words, for errors.
+        lost: called in a thread when another process has taken the folder over, as it may where this one stood still
+            for longer than `LEASE_S`; by default as Ctrl-C.
+
+    Raises:
+        KmtrError: another process owns it.
+    """
+    place = folder / FOLDER
+    place.mkdir(parents=True, exist_ok=True)
+    claim = _claimed(place, what)
+    released = threading.Event()
+    beating = threading.Thread(target=_beat, args=(claim, what, lost, released), name="kmtr-owner", daemon=True)
+    beating.start()
+    try:
+        yield
+    finally:
+        released.set()
+        beating.join()
+        with contextlib.suppress(OSError):
+            claim.with_suffix(".released").touch()
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Content of a claim."""
+
+    machine: str
+    host: str
+    pid: int
+    born: float
+    since: str
+
+    @classmethod
+    def me(cls) -> _Owner:
+        process = psutil.Process()
+        now = datetime.datetime.now(datetime.UTC)
+        return cls(_machine(), socket.gethostname(), process.pid, process.create_time(), f"{now:%Y-%m-%d %H:%M:%S} UTC")
+
+    def lives_here(self) -> bool | None:
+        """Whether its process lives; None: it is another machine's, or another container's."""
+        if self.machine != _machine():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.born) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+def _machine() -> str:
+    """Name of the machine since it was started, and of the container: within it a number of a process means one."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(parts)
+
+
+def _claimed(place: Path, what: str) -> Path:
+    """The file of our claim, behind one that is released or whose owner is dead.
+
+    Raises:
+        KmtrError: another process owns the folder.
+    """
+    content = json.dumps(_Owner.me().__dict__)
+    while True:
+        numbers = sorted(int(path.stem) for path in place.glob("*.json") if path.stem.isdecimal())
+        if numbers:
+            _refuse_living(place / f"{numbers[-1]}.json", what)
+        claim = place / f"{numbers[-1] + 1 if numbers else 0}.json"
+        whole = place / f"{claim.stem}.{os.getpid()}.{time.time_ns()}.tmp"
+        whole.write_text(content)
+        try:
+            os.link(whole, claim)  # whole or not at all, and not where another one was faster
+        except FileExistsError:
+            continue
+        finally:
+            whole.unlink()
+        if any(path.stem.isdecimal() and int(path.stem) > int(claim.stem) for path in place.glob("*.json")):
+            claim.unlink(missing_ok=True)  # our number was free again: others came and went since we looked
+            continue
+        for number in numbers:
+            for old in (place / f"{number}.json", place / f"{number}.released"):
+                old.unlink(missing_ok=True)
+        return claim
+
+
+def _refuse_living(claim: Path, what: str) -> None:
+    """Return if the claim is free: released, or its owner dead.
+
+    Raises:
+        KmtrError: it lives.
+    """
+    try:
+        owner = _Owner(**json.loads(claim.read_text()))
+    except FileNotFoundError:  # taken over meanwhile: look again
+        return
+    except (ValueError, TypeError):  # damaged: nobody can prove to be its owner, but for the heartbeat
+        owner = _Owner("", "an unknown machine", 0, 0.0, "an unknown time")
+    if claim.with_suffix(".released").exists():
+        return
+    lives = owner.lives_here()
+    if lives is None:
+        log.warning(
+            "%s: %s has had it since %s; waiting %.0f s for a sign of life", what, owner.host, owner.since, LEASE_S
+        )
+        lives = _beats(claim)
+    if lives:
+        raise KmtrError(
+            f"{what}: process {owner.pid} on {owner.host} is at work on it since {owner.since}; wait for it, or stop it"
+        )
+    log.warning("%s: process %d on %s, which had it, is dead; going on", what, owner.pid, owner.host)
+
+
+def _beats(claim: Path) -> bool:
+    """Whether the claim is touched within `LEASE_S`. Only changes count, since clocks of machines differ."""
+
+    def touched() -> Any:
+        try:
+            return claim.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    first, until = touched(), time.monotonic() + LEASE_S
+    while time.monotonic() < until:
+        time.sleep(0.2)
+        if touched() != first:
+            return True
+    return False
+
+
+def _beat(claim: Path, what: str, lost: Callable[[], None], released: threading.Event) -> None:
+    """Touch the claim until it is released, or another one has taken the folder."""
+    while not released.wait(BEAT_S):
+        try:
+            os.utime(claim)
+        except FileNotFoundError:
+            log.warning("%s: another process took it over while this one stood still; this one ends", what)
+            lost()
+            return
+        except OSError as error:  # a disk that is away for a moment: the next beat tells
+            log.warning("%s: no sign of life could be written: %s", what, error.strerror)

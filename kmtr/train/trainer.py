@@ -1,0 +1,196 @@
+"""The Ray Train trainer of a run: its number of workers may follow the cluster, and it says what it loses and awaits.
+
+The only file that leans on the inside of Ray Train. Its elastic policy takes any number of workers between two bounds.
+A global batch can be shared by its divisors only, so `DivisorPolicy` takes the largest of those that there is room for;
+a worker more would have nothing to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train import ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
+
+from kmtr.config import RunConfig
+from kmtr.ray_start import described
+from kmtr.train import room
+from kmtr.train.loop import train_worker
+from kmtr.train.progress import Sender
+from kmtr.types import first_line
+
+SAID_EVERY_S = 30.0
+
+
+def usable(room: int, sizes: Sequence[int]) -> int:
+    """Largest of the numbers of workers that can be used, at most `room`; 0: none of them fits."""
+    return max((size for size in sizes if size <= room), default=0)
+
+
+class DivisorPolicy(ElasticScalingPolicy):
+    """Ray Train's elastic policy, for numbers of workers that share the global batch evenly.
+
+    It says when it waits for room, and when room is left over.
+
+    Args:
+        sizes: those numbers.
+        progress: name of the progress actor.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], progress: str):
+        super().__init__(scaling_config)
+        self.sizes, self.progress = tuple(sizes), progress
+        self._said = ("", float("-inf"))
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Workers are about to be started: from what there is now, since a node may have gone a moment ago."""
+        self._maybe_send_resource_request()
+        ray.get(self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True))
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, ResizeDecision):
+            self._say(f"starting      {decision.num_workers} worker(s)", again_after_s=0.0)
+        return decision
+
+    def _count_possible_workers(self, *args: Any, **kwargs: Any) -> int:
+        room = super()._count_possible_workers(*args, **kwargs)
+        taken = usable(room, self.sizes)
+        if taken == 0:
+            self._say(f"waiting       for {self.sizes[0]} worker(s): the cluster has room for {room}", SAID_EVERY_S)
+        elif taken < room:
+            self._say(
+                f"workers       room for {room}, {taken} taken: numbers that share the global batch evenly are "
+                f"{', '.join(map(str, self.sizes))}"
+            )
+        return taken
+
+    def _say(self, text: str, again_after_s: float = float("inf")) -> None:
+        """Tell the driver, once, or again after a time."""
+        last, when = self._said
+        if text != last or time.monotonic() - when >= again_after_s:
+            self._said = (text, time.monotonic())
+            Sender(self.progress).say(f"               {text}")
+
+
+class Told(ControllerCallback, ReportCallback):
+    """Says in the driver which workers were lost, from which step all start again, and that there is no room for them.
+
+    Args:
+        progress: name of the progress actor.
+        most: losses that the run survives.
+    """
+
+    def __init__(self, progress: str, most: int):
+        self.progress, self.most = progress, most
+        self.lost, self.step = 0, 0
+        self._said = float("-inf")
+
+    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
+        if training_report.checkpoint is not None:
+            self.step = int(metrics[0]["step"])
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        sender = Sender(self.progress)
+        if isinstance(current_state, RestartingState):
+            self.lost += 1
+            sender.restarted()
+            place = f"from step {self.step}" if self.step else "from its last checkpoint, if there is one"
+            failures = getattr(current_state.training_failed_error, "worker_failures", {})
+            sender.say(
+                f"               lost          {lost(failures)}; all workers start again {place} "
+                f"(loss {self.lost} of at most {self.most})"
+            )
+        if isinstance(current_state, ReschedulingState) and time.monotonic() - self._said >= SAID_EVERY_S:
+            self._said = time.monotonic()
+            reason = first_line(current_state.training_failed_error)
+            sender.say(
+                f"               waiting       for room for the workers: the cluster has {described()}: {reason}"
+            )
+
+
+def lost(failures: dict[int, Exception]) -> str:
+    """Workers that were lost, and how, in words.
+
+    Args:
+        failures: rank -> what Ray says of it.
+    """
+    dead = {rank: error for rank, error in failures.items() if isinstance(_inner(error), RayActorError)}
+    said = dead or failures
+    if not said:
+        return "the workers"
+    ranks = ", ".join(map(str, sorted(said)))
+    first = _inner(said[min(said)])
+    how = "its process or node is gone" if len(dead) == 1 else "their processes or nodes are gone"
+    return f"worker {ranks}: {how if dead else first_line(first)}"
+
+
+def _inner(error: BaseException) -> BaseException:
+    return getattr(error, "base_exc", error)
+
+
+class Trainer(TorchTrainer):
+    """TorchTrainer with `DivisorPolicy` where the number of workers is a range. It leaves signals alone.
+
+    Args:
+        sizes, progress: of `DivisorPolicy`.
+        kwargs: of TorchTrainer.
+    """
+
+    def __init__(self, *args: Any, sizes: Sequence[int], progress: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._policy = (tuple(sizes), progress)
+
+    def _initialize_and_run_controller(self, **controller: Any) -> Any:
+        if len(self._policy[0]) > 1:
+            assert isinstance(controller["scaling_policy"], ElasticScalingPolicy), "Ray Train has changed: trainer.py"
+            controller["scaling_policy"] = DivisorPolicy(self.scaling_config, *self._policy)
+        return super()._initialize_and_run_controller(**controller)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Nothing: Ray Train's handler ends the command with status 0, and nothing is saved (`kmtr.train.stop`)."""
+
+
+def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Trainer:
+    """The trainer of a run: a fixed number of workers, or as many as share the batch and have room."""
+    train = config.train
+    use_gpu = room.uses_gpus(train.device)
+    sizes = train.workers.sizes(config.data.global_batch)
+    scaling: dict[str, Any] = {"use_gpu": use_gpu, "resources_per_worker": room.of_worker(config, gpus=use_gpu)}
+    if len(sizes) == 1:
+        scaling |= {"num_workers": sizes[0]}
+    else:
+        scaling |= {
+            "num_workers": (sizes[0], sizes[-1]),
+            "elastic_resize_monitor_interval_s": train.resize_every_s,
+        }
+    return Trainer(
+        train_worker,
+        train_loop_config=job,
+        torch_config=torch_config(config, use_gpu),
+        scaling_config=ScalingConfig(**scaling),
+        run_config=ray.train.RunConfig(
+            name="train",
+            storage_path=str(folder),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep),
+            callbacks=[*callbacks, Told(job["progress"], train.max_failures)],
+        ),
+        sizes=sizes,
+        progress=job["progress"],
+    )
+
+
+def torch_config(config: RunConfig, use_gpu: bool) -> TorchConfig:
+    """The process group: gloo for tensors on the host beside NCCL. No operation in it waits for longer than
+    `train.hang_s`, after which the watch has ended the workers already (`kmtr.train.watch`).
+    """
+    seconds = int(config.train.hang_s) + 60 if config.train.hang_s else 24 * 3600
+    return TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=seconds)

@@ -1,0 +1,223 @@
+"""Whether the workers of a run live and move: what each tells of itself, and when the run must not go on so.
+
+A worker waits for the others in every collective operation. One that has died takes them along, since Ray notices; one
+that stands still, or is stuck where no other one is, would let them wait for as long as NCCL's or gloo's timeout.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+BEAT_S = 2.0
+"""Time between two signs of life of a worker."""
+LEAVE_S = 10.0
+"""Time that a worker has to leave by itself when another one has failed; then it is torn away, and ended after as much
+again."""
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Beat:
+    """The last sign of life of a worker.
+
+    Attributes:
+        moves: counts up with everything that it finishes.
+        where: it is, in words (`where`).
+        seen: time of this sign, in seconds.
+        moved: time at which `moves` last changed.
+    """
+
+    moves: int
+    where: str
+    seen: float
+    moved: float
+
+
+class Watch:
+    """Signs of life of all workers of one group, and what follows from them. Times are given, so nothing waits here.
+
+    Args:
+        silent_s: after so many seconds without a sign a worker is lost; 0: never.
+        hang_s: after so many seconds in which no worker finished anything all are; 0: never.
+    """
+
+    def __init__(self, silent_s: float, hang_s: float):
+        self.silent_s, self.hang_s = silent_s, hang_s
+        self.beats: dict[int, Beat] = {}
+        self._group = ""
+        self._looked = float("inf")
+
+    def beat(self, group: str, rank: int, moves: int, where: str, now: float) -> None:
+        """A sign of life; the first of another group forgets the group before it."""
+        if group != self._group:
+            self._group, self.beats = group, {}
+        known = self.beats.get(rank)
+        moved = known.moved if known is not None and known.moves == moves else now
+        self.beats[rank] = Beat(moves, where, now, moved)
+
+    def leave(self, rank: int) -> None:
+        """It has ended by itself."""
+        self.beats.pop(rank, None)
+
+    def judge(self, now: float) -> tuple[str, tuple[int, ...]]:
+        """Why the run must not go on so, in one line, and the workers that are to be ended; empty: all is well.
+
+        They are forgotten then. A pause between two looks (this machine slept) is nobody's silence.
+        """
+        pause = max(0.0, now - self._looked - 2 * BEAT_S)
+        self._looked = now
+        for beat in self.beats.values() if pause else ():
+            beat.seen, beat.moved = beat.seen + pause, beat.moved + pause
+        line, ranks = verdict(self.beats, now, self.silent_s, self.hang_s)
+        for rank in ranks:
+            self.leave(rank)
+        return line, ranks
+
+
+def verdict(beats: Mapping[int, Beat], now: float, silent_s: float, hang_s: float) -> tuple[str, tuple[int, ...]]:
+    """`Watch.judge` without memory."""
+    silent = tuple(rank for rank, beat in beats.items() if silent_s and now - beat.seen > silent_s)
+    hangs = bool(hang_s and beats) and all(now - beat.moved > hang_s for beat in beats.values())
+    if not silent and not hangs:
+        return "", ()
+    told = "; ".join(
+        f"worker {rank} {'was last' if rank in silent else 'is'} {beat.where}" for rank, beat in sorted(beats.items())
+    )
+    if silent:
+        names = " and ".join(map(str, silent))
+        return f"no sign of life of worker {names} for {silent_s:.0f} s: {told}", silent
+    return f"no worker has finished anything for {hang_s:.0f} s: {told}", tuple(beats)
+
+
+def where(thread: int) -> str:
+    """Place in the code where a thread of this process is, in words: whether it waits for other workers, and the
+    innermost line of ours.
+    """
+    frame = sys._current_frames().get(thread)
+    stack = traceback.extract_stack(frame) if frame is not None else []
+    ours = [entry for entry in stack if Path(entry.filename).is_relative_to(ROOT)]
+    if not ours:
+        return "outside our code"
+    entry = ours[-1]
+    place = f"{Path(entry.filename).relative_to(ROOT.parent)}:{entry.lineno} ({entry.name})"
+    inner = stack[stack.index(entry) :]
+    waits = any(part in one.filename for one in inner for part in _INNER)
+    return f"waiting for the others at {place}" if waits else f"at {place}"
+
+
+class Pulse:
+    """A thread of a worker: tells that it lives and where it is, and hears whether the run is to stop.
+
+    Args:
+        tell: (moves, where) -> orders: ``stop``: save and leave; ``failure``: another worker's error. None: nobody
+            answered.
+        leave: called once when another worker has failed and this one has not left `LEAVE_S` later; and
+        end: called as much later.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[int, str], dict[str, Any] | None],
+        leave: Callable[[], None],
+        end: Callable[[], None],
+    ):
+        self.stopping = False
+        self.moves = 0
+        self._tell, self._steps = tell, [leave, end]
+        self._watched = threading.get_ident()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kmtr-pulse", daemon=True)
+        self._thread.start()
+
+    def moved(self) -> None:
+        """Something is finished."""
+        self.moves += 1
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        failed = float("inf")
+        while True:
+            orders = self._tell(self.moves, where(self._watched)) or {}
+            self.stopping = self.stopping or bool(orders.get("stop"))
+            now = time.monotonic()
+            if orders.get("failure"):
+                failed = min(failed, now)
+            if self._steps and now - failed > LEAVE_S * (3 - len(self._steps)):
+                self._steps.pop(0)()
+            if self._ended.wait(BEAT_S):
+                return
+
+
+@contextmanager
+def beating(tell: Orders, rank: int, device: torch.device) -> Iterator[Pulse]:
+    """Inside, this worker gives signs of life, and leaves the others' operations when one of them has failed."""
+    group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    def leave() -> None:
+        if device.type == "cuda":  # gloo's connections break by themselves when one of the others leaves
+            abandon(device)
+
+    def end() -> None:
+        tell.settle()
+        faulthandler.dump_traceback(sys.__stderr__ or 2)  # the worker's log
+        os._exit(1)
+
+    pulse = Pulse(lambda moves, place: tell.beat(group, rank, moves, place), leave, end)
+    try:
+        yield pulse
+    finally:
+        pulse.close()
+        tell.leave(rank)
+
+
+class Orders(Protocol):
+    """A worker's end of the progress actor (`kmtr.train.progress.Sender`)."""
+
+    def beat(self, group: str, rank: int, moves: int, where: str) -> dict[str, Any] | None: ...
+
+    def leave(self, rank: int) -> None: ...
+
+    def settle(self) -> None: ...
+
+
+def abandon(device: torch.device) -> None:
+    """Leave the process group without waiting for anyone; others that wait in it wake up with an error.
+
+    Under NCCL a group can't be destroyed while an operation runs, so it is aborted.
+    """
+    if not dist.is_initialized():
+        return
+    if device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """True for an error that only says that another worker has left: raised by a collective operation."""
+    if not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, dist.DistError) or _LEFT.search(str(error)):
+        return True
+    return any(any(part in frame.filename for part in _INNER) for frame in traceback.extract_tb(error.__traceback__))
+
+
+_LEFT = re.compile(r"\bgloo\b|\bNCCL\b|connection (closed|reset) by peer|broken pipe", re.IGNORECASE)
+_INNER = ("/torch/distributed/", "/deepspeed/comm/")

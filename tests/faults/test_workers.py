@@ -1,0 +1,97 @@
+"""One worker of a real run dies, stands still, hangs or raises: what becomes of the run."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import inject
+import pytest
+from inject import Fault, plant
+
+from kmtr import tracking
+from kmtr.config import RunConfig
+from kmtr.tracking.store import client
+from kmtr.train import driver
+from kmtr.train.folder import Outcome
+from kmtr.types import KmtrError
+
+pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("faults")]
+
+SHORT = {("killed", inject.SAVING), ("stopped", inject.MIDDLE), ("raises", inject.MIDDLE)}
+"""Cases that run by default."""
+
+
+def cases(deeds: tuple[str, ...], moments: tuple[str, ...] = inject.MOMENTS) -> Any:
+    return pytest.mark.parametrize(
+        ("deed", "moment"),
+        [
+            pytest.param(deed, moment, marks=[] if (deed, moment) in SHORT else pytest.mark.full)
+            for deed in deeds
+            for moment in moments
+        ],
+    )
+
+
+def run_of(config: RunConfig) -> tuple[str, str]:
+    """Id and status of the only run in MLflow."""
+    store = client(tracking.tracking_uri(config))
+    (found,) = store.search_runs([store.get_experiment_by_name("kmtr").experiment_id])
+    return found.info.run_id, found.info.status
+
+
+def curve(config: RunConfig, run_id: str, name: str) -> list[tuple[int, float]]:
+    points = client(tracking.tracking_uri(config)).get_metric_history(run_id, name)
+    return sorted((point.step, point.value) for point in points)
+
+
+def check_survived(config: RunConfig, outcome: Outcome, calm: Outcome) -> None:
+    """The run has the numbers of one to which nothing happened, each step once, and MLflow says FINISHED."""
+    assert outcome.metrics == pytest.approx(calm.metrics, rel=1e-6)
+    assert run_of(config) == (outcome.run_id, "FINISHED")
+    losses = curve(config, outcome.run_id, "masked/loss")
+    theirs = tracking.history(Path(calm.folder) / driver.SPOOL)["masked/loss"]
+    assert [step for step, _ in losses] == [step for step, _ in theirs]
+    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in theirs], rel=1e-6)
+
+
+@cases(("killed", "stopped", "hangs"))
+def test_the_run_goes_on(
+    deed: str,
+    moment: str,
+    cluster: None,
+    config: RunConfig,
+    calm: Outcome,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fault = Fault(moment, deed, str(tmp_path))
+    plant(monkeypatch, fault)
+    outcome = driver.fit(config)
+    assert fault.happened.exists(), "nothing happened: the test proves nothing"
+    check_survived(config, outcome, calm)
+    said = capsys.readouterr().out
+    assert re.search(r"lost          worker .*; all workers start again .*\(loss 1 of at most 3\)", said)
+    if deed == "stopped":
+        assert "no sign of life of worker 1 for 10 s" in said
+    if deed == "hangs":
+        assert "no worker has finished anything for 20 s" in said
+        assert "tests/faults" not in said
+    if deed != "killed" and moment == inject.MIDDLE:
+        assert re.search(r"worker 0 is waiting for the others at kmtr/train/\w+\.py:\d+", said)
+
+
+@cases(("raises", "out of memory"))
+def test_the_run_ends_with_the_first_error(
+    deed: str, moment: str, cluster: None, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = Fault(moment, deed, str(tmp_path))
+    plant(monkeypatch, fault)
+    with pytest.raises(KmtrError, match="planted") as caught:
+        driver.fit(config, quiet=True)
+    assert time.time() - fault.happened.stat().st_mtime < 30
+    assert "\n" not in str(caught.value)
+    assert run_of(config)[1] == "FAILED"
