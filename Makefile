@@ -90,10 +90,11 @@ ui: setup
 
 ##  submit       JOB="pretrain tiny key=value ..." to the Ray cluster at ADDRESS=http://127.0.0.1:8265
 # A submitted job runs in a throwaway upload of this folder without git-ignored files: its paths become absolute first,
-# and those that JOB leaves out are passed too.
+# and those that JOB leaves out are passed too. `ray job stop` kills 3 seconds after it has asked, unless told: a run saves.
 submit: setup
 	@$(PY) -m kmtr.config.submitted $(JOB) | xargs --null --no-run-if-empty \
-		$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . --
+		$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . \
+		--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90"}}' --
 
 help:
 	@echo "make ..."

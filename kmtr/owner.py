@@ -7,7 +7,6 @@ that several nodes share. The owner touches its file every `BEAT_S`.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import datetime
 import json
@@ -18,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,13 @@ LEASE_S = 15.0
 
 
 @contextmanager
-def owning(folder: Path, what: str, lost: Callable[[], None] = _thread.interrupt_main) -> Iterator[None]:
+def owning(folder: Path, what: str, lost: Callable[[], None] | None = None) -> Iterator[None]:
     """Inside, this process owns the folder, which is made if missing.
 
     Args:
         what: the folder's content in words, for errors.
         lost: called in a thread when another process has taken the folder over, as it may where this one stood still
-            for longer than `LEASE_S`; by default as Ctrl-C.
+            for longer than `LEASE_S`; by default this process ends at once, before it writes between that one's files.
 
     Raises:
         KmtrError: another process owns it.
@@ -50,7 +49,9 @@ def owning(folder: Path, what: str, lost: Callable[[], None] = _thread.interrupt
     place.mkdir(parents=True, exist_ok=True)
     claim = _claimed(place, what)
     released = threading.Event()
-    beating = threading.Thread(target=_beat, args=(claim, what, lost, released), name="kmtr-owner", daemon=True)
+    beating = threading.Thread(
+        target=_beat, args=(claim, what, lost or _leave, released), name="kmtr-owner", daemon=True
+    )
     beating.start()
     try:
         yield
@@ -59,6 +60,14 @@ def owning(folder: Path, what: str, lost: Callable[[], None] = _thread.interrupt
         beating.join()
         with contextlib.suppress(OSError):
             claim.with_suffix(".released").touch()
+
+
+def owned(folder: Path) -> bool:
+    """Whether a process owns the folder. One on another machine counts as long as it has not been found dead."""
+    claims = _claims(folder / FOLDER)
+    if not claims or claims[-1].with_suffix(".released").exists():
+        return False
+    return _owner_of(claims[-1]).lives_here() is not False
 
 
 @dataclass(frozen=True)
@@ -104,12 +113,12 @@ def _claimed(place: Path, what: str) -> Path:
     Raises:
         KmtrError: another process owns the folder.
     """
-    content = json.dumps(_Owner.me().__dict__)
+    content = json.dumps(asdict(_Owner.me()))
     while True:
-        numbers = sorted(int(path.stem) for path in place.glob("*.json") if path.stem.isdecimal())
-        if numbers:
-            _refuse_living(place / f"{numbers[-1]}.json", what)
-        claim = place / f"{numbers[-1] + 1 if numbers else 0}.json"
+        earlier = _claims(place)
+        if earlier:
+            _refuse_living(earlier[-1], what)
+        claim = place / f"{int(earlier[-1].stem) + 1 if earlier else 0}.json"
         whole = place / f"{claim.stem}.{os.getpid()}.{time.time_ns()}.tmp"
         whole.write_text(content)
         try:
@@ -118,13 +127,30 @@ def _claimed(place: Path, what: str) -> Path:
             continue
         finally:
             whole.unlink()
-        if any(path.stem.isdecimal() and int(path.stem) > int(claim.stem) for path in place.glob("*.json")):
+        if _claims(place)[-1] != claim:
             claim.unlink(missing_ok=True)  # our number was free again: others came and went since we looked
             continue
-        for number in numbers:
-            for old in (place / f"{number}.json", place / f"{number}.released"):
-                old.unlink(missing_ok=True)
+        for old in earlier:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".released").unlink(missing_ok=True)
         return claim
+
+
+def _claims(place: Path) -> list[Path]:
+    """Claims on a folder, the present owner's last."""
+    return sorted((p for p in place.glob("*.json") if p.stem.isdecimal()), key=lambda path: int(path.stem))
+
+
+def _owner_of(claim: Path) -> _Owner:
+    """Content of a claim; of a damaged one that of a machine that nobody knows.
+
+    Raises:
+        FileNotFoundError: it was taken over meanwhile.
+    """
+    try:
+        return _Owner(**json.loads(claim.read_text()))
+    except (ValueError, TypeError):
+        return _Owner("", "an unknown machine", 0, 0.0, "an unknown time")
 
 
 def _refuse_living(claim: Path, what: str) -> None:
@@ -134,11 +160,9 @@ def _refuse_living(claim: Path, what: str) -> None:
         KmtrError: it lives.
     """
     try:
-        owner = _Owner(**json.loads(claim.read_text()))
-    except FileNotFoundError:  # taken over meanwhile: look again
+        owner = _owner_of(claim)
+    except FileNotFoundError:  # look again
         return
-    except (ValueError, TypeError):  # damaged: nobody can prove to be its owner, but for the heartbeat
-        owner = _Owner("", "an unknown machine", 0, 0.0, "an unknown time")
     if claim.with_suffix(".released").exists():
         return
     lives = owner.lives_here()
@@ -169,6 +193,10 @@ def _beats(claim: Path) -> bool:
         if touched() != first:
             return True
     return False
+
+
+def _leave() -> None:
+    os._exit(1)
 
 
 def _beat(claim: Path, what: str, lost: Callable[[], None], released: threading.Event) -> None:

@@ -67,6 +67,8 @@ class Unseen(Display):
 
     def __exit__(self, *_: object) -> None: ...
 
+    def line(self, text: str) -> None: ...
+
     def first_failure(self) -> str:
         said = self.place.read_text() if self.place.exists() else ""
         self.place.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from kmtr.config import RunConfig, from_json, override, to_json, typed
 from kmtr.train import driver
+from kmtr.train.trainer import release_orphans
 from kmtr.types import KmtrError, last_line
 from tune.ledger import Ledger, Trial
 
@@ -102,31 +103,6 @@ class Desk(tune.Callback):
 
 def number_of(trial: Any) -> int:
     return int(trial.config["trial"]["number"])
-
-
-def release_orphans() -> int:
-    """Give back what dead Train controllers of this job reserved, and return how many reservations that were.
-
-    Tune stops a trial by ending its process, and the Train controller inside dies with it, but a placement group
-    lives until its job ends. Ray Train has a cleaner for this that asks the dashboard, which a local Ray does not
-    run (and which it does not find where several Rays share a machine): the workers' CPUs then stay reserved and
-    the next trial waits for ever. Who created a placement group is not in Ray's public table, so this reads the
-    table below it.
-    """
-    import ray
-    from ray.core.generated import gcs_pb2
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-    job = ray.get_runtime_context().get_job_id()
-    kind = gcs_pb2.PlacementGroupTableData
-    released = 0
-    for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
-        group = kind.FromString(raw)
-        by_actor = set(group.creator_actor_id) - {0xFF}  # all ones: created by a driver
-        if by_actor and group.creator_actor_dead and group.state != kind.REMOVED and group.creator_job_id.hex() == job:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
-            released += 1
-    return released
 
 
 def train_trial(params: dict[str, Any]) -> dict[str, Any]:

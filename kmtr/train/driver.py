@@ -96,7 +96,6 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         "tracking": {"uri": config.tracking.uri, "run_id": run_id, "spool": str(folder / SPOOL)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
-    training = trainer.trainer_of(config, job, folder, asked.callbacks)
     status: tracking.Status = "FAILED"
     files: list[Path] = []
     try:
@@ -104,7 +103,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
             job["progress"], config.total_steps, asked.quiet, config.train.silent_s, config.train.hang_s
         ) as display:
             try:
-                result = training.fit()
+                result = trainer.fit(config, job, folder, asked.callbacks, display.line)
             except ray.train.TrainingFailedError as error:
                 raise KmtrError(f"run {name}: {display.first_failure() or _reason(error)}") from error
             returned = _returned(name, result, display)

@@ -147,7 +147,7 @@ class Worker:
         """The newest checkpoint of which nothing is missing or changed.
 
         Raises:
-            DamagedError: of the newest, where none is whole.
+            DamagedError: none is whole.
         """
         found: list[Any] = [checkpoint.back_from(newest)]
         dist.broadcast_object_list(found)
@@ -160,7 +160,9 @@ class Worker:
                 first = first or error
                 if self.tell:
                     self.tell.say(f"               damaged       {error}; looking at the one before")
-        raise first or checkpoint.DamagedError(f"checkpoint: expected one in {newest.parent}, got none")
+        raise checkpoint.DamagedError(
+            f"{first or 'checkpoint: none is there'}; nor is one before it whole: run.fresh=true"
+        )
 
     def run(self) -> dict[str, Any]:
         """Train to the end, or to where the run is to stop.

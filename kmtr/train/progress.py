@@ -210,6 +210,11 @@ class Display:
             raise KeyboardInterrupt
         self._asked.set()
 
+    def line(self, text: str) -> None:
+        """A line of the driver's own."""
+        if not self.quiet:
+            self.screen.line(text)
+
     def first_failure(self) -> str:
         """Why the run failed, by the worker that failed first."""
         import ray
@@ -238,8 +243,8 @@ class Display:
             for item in items:
                 if isinstance(item, tuple):
                     self._show(*item)
-                elif not self.quiet:
-                    self.screen.line(item)
+                else:
+                    self.line(item)
             if closing:
                 return
 

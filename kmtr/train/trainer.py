@@ -8,25 +8,27 @@ a worker more would have nothing to do.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+from ray.core.generated import gcs_pb2
 from ray.exceptions import RayActorError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from kmtr.config import RunConfig
 from kmtr.ray_start import described
 from kmtr.train import room
 from kmtr.train.loop import train_worker
 from kmtr.train.progress import Sender
-from kmtr.types import first_line
+from kmtr.types import KmtrError, first_line
 
 SAID_EVERY_S = 30.0
 
@@ -188,9 +190,61 @@ def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: 
     )
 
 
+def fit(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any], say: Callable[[str], None]) -> Any:
+    """Train to the end; where the controller of the workers is lost, by a new one, as often as workers may be lost.
+
+    Args:
+        say: a line for people.
+
+    Returns:
+        Ray Train's result.
+
+    Raises:
+        ray.train.TrainingFailedError: workers were lost too often.
+        KmtrError: the controller was.
+    """
+    most = config.train.max_failures
+    for number in range(most + 1):
+        try:
+            return trainer_of(config, job, folder, callbacks).fit()
+        except RayActorError:  # workers' are within a TrainingFailedError
+            for _ in range(20):  # the cluster hears of its death a moment later
+                if release_orphans():
+                    break
+                time.sleep(0.5)
+            say(
+                "               lost          the controller of the workers; all start again from the last checkpoint "
+                f"(loss {number + 1} of at most {most})"
+            )
+    raise KmtrError(
+        f"the controller of its workers was lost {most + 1} times, expected at most train.max_failures={most}"
+    )
+
+
 def torch_config(config: RunConfig, use_gpu: bool) -> TorchConfig:
     """The process group: gloo for tensors on the host beside NCCL. No operation in it waits for longer than
     `train.hang_s`, after which the watch has ended the workers already (`kmtr.train.watch`).
     """
     seconds = int(config.train.hang_s) + 60 if config.train.hang_s else 24 * 3600
     return TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=seconds)
+
+
+def release_orphans() -> int:
+    """Give back what dead Train controllers of this job reserved, and return how many reservations that were.
+
+    A controller may be lost, and Tune stops a trial by ending its process, with which the controller inside dies. But a
+    placement group lives until its job ends. Ray Train has a cleaner for this that asks the dashboard, which a local
+    Ray does not run (and which it does not find where several Rays share a machine): the workers' CPUs then stay
+    reserved and whoever comes next waits for ever. Who created a placement group is not in Ray's public table, so this
+    reads the table below it.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    kind = gcs_pb2.PlacementGroupTableData
+    released = 0
+    for raw in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = kind.FromString(raw)
+        by_actor = set(group.creator_actor_id) - {0xFF}  # all ones: created by a driver
+        if by_actor and group.creator_actor_dead and group.state != kind.REMOVED and group.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+            released += 1
+    return released

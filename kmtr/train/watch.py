@@ -141,6 +141,7 @@ class Pulse:
         self._tell, self._steps = tell, [leave, end]
         self._watched = threading.get_ident()
         self._ended = threading.Event()
+        self._beat()  # from now on its silence is noticed
         self._thread = threading.Thread(target=self._run, name="kmtr-pulse", daemon=True)
         self._thread.start()
 
@@ -151,13 +152,16 @@ class Pulse:
     def close(self) -> None:
         self._ended.set()
 
+    def _beat(self) -> dict[str, Any]:
+        orders = self._tell(self.moves, where(self._watched)) or {}
+        self.stopping = self.stopping or bool(orders.get("stop"))
+        return orders
+
     def _run(self) -> None:
         failed = float("inf")
         while True:
-            orders = self._tell(self.moves, where(self._watched)) or {}
-            self.stopping = self.stopping or bool(orders.get("stop"))
             now = time.monotonic()
-            if orders.get("failure"):
+            if self._beat().get("failure"):
                 failed = min(failed, now)
             if self._steps and now - failed > LEAVE_S * (3 - len(self._steps)):
                 self._steps.pop(0)()

@@ -11,12 +11,11 @@ import inject
 import pytest
 from inject import Fault, plant
 
-from kmtr import tracking
 from kmtr.config import RunConfig
-from kmtr.tracking.store import client
 from kmtr.train import driver
 from kmtr.train.folder import Outcome
 from kmtr.types import KmtrError
+from runs import check_survived, run_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("faults")]
 
@@ -33,28 +32,6 @@ def cases(deeds: tuple[str, ...], moments: tuple[str, ...] = inject.MOMENTS) -> 
             for moment in moments
         ],
     )
-
-
-def run_of(config: RunConfig) -> tuple[str, str]:
-    """Id and status of the only run in MLflow."""
-    store = client(tracking.tracking_uri(config))
-    (found,) = store.search_runs([store.get_experiment_by_name("kmtr").experiment_id])
-    return found.info.run_id, found.info.status
-
-
-def curve(config: RunConfig, run_id: str, name: str) -> list[tuple[int, float]]:
-    points = client(tracking.tracking_uri(config)).get_metric_history(run_id, name)
-    return sorted((point.step, point.value) for point in points)
-
-
-def check_survived(config: RunConfig, outcome: Outcome, calm: Outcome) -> None:
-    """The run has the numbers of one to which nothing happened, each step once, and MLflow says FINISHED."""
-    assert outcome.metrics == pytest.approx(calm.metrics, rel=1e-6)
-    assert run_of(config) == (outcome.run_id, "FINISHED")
-    losses = curve(config, outcome.run_id, "masked/loss")
-    theirs = tracking.history(Path(calm.folder) / driver.SPOOL)["masked/loss"]
-    assert [step for step, _ in losses] == [step for step, _ in theirs]
-    assert [loss for _, loss in losses] == pytest.approx([loss for _, loss in theirs], rel=1e-6)
 
 
 @cases(("killed", "stopped", "hangs"))

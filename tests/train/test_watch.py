@@ -1,0 +1,156 @@
+"""When workers count as lost or stuck, by their signs of life alone; times are made up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kmtr.train import watch
+from kmtr.train.watch import Pulse, Watch, lost_peer, where
+
+
+def watched(silent_s: float = 30.0, hang_s: float = 100.0) -> Watch:
+    return Watch(silent_s, hang_s)
+
+
+def test_a_silent_worker_is_lost_and_the_others_are_told_of() -> None:
+    seen = watched()
+    seen.beat("a", 0, 1, "waiting for the others at x.py:1 (f)", 0.0)
+    seen.beat("a", 1, 1, "at y.py:2 (g)", 0.0)
+    for now in map(float, range(1, 31)):
+        seen.beat("a", 0, 1, "waiting for the others at x.py:1 (f)", now)
+        assert seen.judge(now) == ("", ())
+    line, ranks = seen.judge(31.0)
+    assert ranks == (1,)
+    assert line == (
+        "no sign of life of worker 1 for 30 s: worker 0 is waiting for the others at x.py:1 (f); worker 1 was last at "
+        "y.py:2 (g)"
+    )
+    assert seen.judge(32.0) == ("", ()), "it is said once"
+
+
+def test_nobody_hangs_as_long_as_one_worker_moves() -> None:
+    seen = watched()
+    for now in map(float, range(300)):
+        seen.beat("a", 0, 0, "waiting", now)
+        seen.beat("a", 1, int(now) // 90, "at work", now)
+        assert seen.judge(now) == ("", ())
+    for now in map(float, range(300, 371)):  # it moved last at 270
+        assert seen.judge(now) == ("", ())
+        seen.beat("a", 0, 0, "waiting", now)
+        seen.beat("a", 1, 3, "at work", now)
+    line, ranks = seen.judge(371.0)
+    assert ranks == (0, 1)
+    assert line.startswith("no worker has finished anything for 100 s: worker 0 is waiting; worker 1 is at work")
+
+
+def test_a_machine_that_slept_loses_nobody() -> None:
+    seen = watched()
+    for rank in range(2):
+        seen.beat("a", rank, 1, "there", 0.0)
+    assert seen.judge(1.0) == ("", ())
+    assert seen.judge(5000.0) == ("", ())
+    for now in map(float, range(5001, 5035)):
+        seen.beat("a", 0, 1, "there", now)
+        if now == 5002:
+            assert seen.judge(now) == ("", ())
+    found = [seen.judge(now)[1] for now in map(float, range(5003, 5050))]
+    assert (1,) in found, "one that stays silent afterwards is lost all the same"
+
+
+def test_workers_of_an_earlier_group_and_those_that_left_are_not_waited_for() -> None:
+    seen = watched()
+    for rank in range(4):
+        seen.beat("a", rank, 1, "there", 0.0)
+    seen.beat("b", 0, 0, "there", 1.0)
+    seen.beat("b", 1, 0, "there", 1.0)
+    seen.leave(1)
+    for now in map(float, range(2, 60)):
+        seen.beat("b", 0, int(now), "there", now)
+        assert seen.judge(now) == ("", ())
+
+
+def test_silence_and_standstill_may_each_be_allowed() -> None:
+    silence, standstill = watched(silent_s=0.0), watched(hang_s=0.0)
+    for now in map(float, range(100)):
+        silence.beat("a", 0, int(now), "there", now)
+        if not now:
+            silence.beat("a", 1, 0, "there", now)
+        standstill.beat("a", 0, 0, "there", now)
+        assert silence.judge(now) == standstill.judge(now) == ("", ())
+    for now in map(float, range(100, 300)):
+        standstill.beat("a", 0, 0, "there", now)
+        assert standstill.judge(now) == ("", ())
+
+
+def test_a_pulse_tells_where_its_thread_is_and_hears_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "BEAT_S", 0.02)
+    monkeypatch.setattr(watch, "LEAVE_S", 0.2)
+    told: list[tuple[int, str]] = []
+    orders: dict[str, Any] = {}
+    left, ended = threading.Event(), threading.Event()
+
+    def tell(moves: int, place: str) -> dict[str, Any]:
+        told.append((moves, place))
+        return orders
+
+    pulse = Pulse(tell, left.set, ended.set)
+    until(lambda: len(told) > 1)
+    assert not pulse.stopping
+    pulse.moved()
+    until(lambda: told[-1][0] == 1)
+    orders["stop"] = True
+    until(lambda: pulse.stopping)
+    assert not left.is_set()
+    orders["failure"] = "another worker's error"
+    assert left.wait(30)
+    assert ended.wait(30)
+    pulse.close()
+
+
+def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_place_of_a_thread_is_its_innermost_line_of_ours() -> None:
+    threads: list[int] = []
+    stop = threading.Event()
+
+    def tell(_: int, __: str) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        if len(threads) == 2:
+            stop.wait(60)
+        return {}
+
+    pulse = Pulse(tell, stop.set, stop.set)
+    until(lambda: len(threads) == 2)
+    assert threads[0] == threading.get_ident(), "the first sign is given before anything else"
+    place = where(threads[1])
+    assert place.startswith("at kmtr/train/watch.py:")
+    assert place.endswith("(_beat)")
+    assert where(-1) == "outside our code"
+    stop.set()
+    pulse.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7894"), True),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), True),
+        (torch.distributed.DistBackendError("any"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_an_error_that_only_says_that_another_worker_left(error: Exception, expected: bool) -> None:
+    assert lost_peer(error) is expected
