@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-all test-fast lint bench ui submit help
+.PHONY: setup demo test test-all test-fast faults lint bench ui submit help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,6 +56,10 @@ test-all: setup
 ##  test-fast    setup; then the tests without Ray and without the slow ones
 test-fast: setup
 	@$(TESTS) -m "not ray and not slow and not full"
+
+##  faults       setup; then every fault that a run is to survive, at every moment of it; the last line counts them
+faults: setup
+	@$(PY) -m pytest tests/faults --durations=0 --durations-min=60
 
 ##  lint         setup; then style, types, import layers and sizes
 lint: setup

@@ -1,11 +1,15 @@
 """python jobs/bench.py data [RECIPE] [key=value ...]
 python jobs/bench.py step [RECIPE] [key=value ...]
+python jobs/bench.py tracking [RECIPE] [key=value ...]
 
 data  speed of reading beside other loaders, on the same bytes: each loader's rate, first batch,
       longest wait, memory; the recipe (base, unless given) says what a row is. With
       bench.plan_subjects no files: how long the plan of so many subjects takes
 step  speed of a training step beside the settings of ViTa and DDP: tokens/s, FLOPs, MFU, memory,
       time per part, cost against R, of the recipe (tiny, unless given), with random k-space
+tracking
+      cost of tracking to a step, with a real MLflow server that is killed and started again every
+      ten steps (bench.pairs blocks of each kind), and whether it has all of it at the end
 
 examples:
   python jobs/bench.py data bench.peers=streaming
@@ -25,11 +29,11 @@ from jobs import main, recipe_config
 
 
 def run(words: list[str]) -> dict[str, Any]:
-    from kmtr.bench import data, step
+    from kmtr.bench import data, step, tracking
     from kmtr.config.recipes import named
     from kmtr.types import InputError
 
-    kinds = {"data": data.run, "step": step.run}
+    kinds = {"data": data.run, "step": step.run, "tracking": tracking.run}
     what, *rest = words or [""]
     if what not in kinds:
         state = "which is not built yet" if what == "scale" else "which is none of them"

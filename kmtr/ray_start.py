@@ -58,6 +58,8 @@ def start_ray() -> None:
     except Exception as error:  # Ray raises bare ones, as when a node is slow to start
         raise KmtrError(f"ray: {first_line(error)}") from None
     stop_on_sigterm()
+    # Of every process that dies Ray prints a paragraph here too, whatever `log_to_driver` says; its logs have it.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -34,6 +34,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from jobs import main, recipe_config  # first: goes on with the project's Python if need be
 from kmtr.config import RunConfig, override, to_json
 from kmtr.files import write_atomic
+from kmtr.owner import owning
 from kmtr.ray_start import start_ray
 from kmtr.train.room import lacking, reserved, uses_gpus
 from kmtr.types import InputError, KmtrError
@@ -51,7 +52,7 @@ def run(words: list[str]) -> dict[str, Any]:
 
     Raises:
         InputError: this search can't run, on this dataset or cluster.
-        KmtrError: no trial finished with a score.
+        KmtrError: no trial finished with a score, or another command is at work on the search.
     """
     from kmtr import tracking
     from kmtr.report.html import text_table
@@ -75,14 +76,16 @@ def run(words: list[str]) -> dict[str, Any]:
         print(text_table(report.table(ledger)))
         return outcome_of(parent, ledger, best_of(ledger, name))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.json", to_json(config))
-    start_ray()
-    check_room(config)
-    announce(config, ledger, name)
-    parent = report.open_parent(config, name, len(drawn), dataset.digest)
-    began = time.perf_counter()
-    with closing(config, ledger, parent):
-        scheduler.run_trials(config, ledger, folder, parent)
+    with owning(folder, f"search {name}"):
+        ledger = Ledger(folder, name, drawn)  # as whoever was waited for left it
+        write_atomic(folder / "config.json", to_json(config))
+        start_ray()
+        check_room(config)
+        announce(config, ledger, name)
+        parent = report.open_parent(config, name, len(drawn), dataset.digest)
+        began = time.perf_counter()
+        with closing(config, ledger, parent):
+            scheduler.run_trials(config, ledger, folder, parent)
     best = best_of(ledger, name)
     print(f"search: {name} ended after {time.perf_counter() - began:.0f} s")
     page = report.publish(config, ledger, folder, parent, best)

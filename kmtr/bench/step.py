@@ -39,8 +39,7 @@ RESAMPLES = 10_000
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Measure, print and keep; what the last line on stdout says."""
-    if "://" in config.bench.folder:
-        raise InputError(f"bench.folder: expected a local folder, got {config.bench.folder!r}")
+    check_folder(config)
     if config.model.encoder_inputs != "kspace":
         raise InputError(
             f"model.encoder_inputs: expected kspace, which the reference reads, got {config.model.encoder_inputs}"
@@ -73,12 +72,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     load = load_of_machine()
     stages = stages_of(config)
     threads = machine.threads(world)
-    data = written(config, "random k-space", 2 * d.global_batch)
-    config = override(config, {"data.root": str(data.folder / "ours")})
     with tempfile.TemporaryDirectory() as folder:
-        fitted = statistics.tables(config, Dataset.open(config.data).reader("train", config.data))
-        tables = {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in fitted.items()}
-        save_file(tables, Path(folder) / TABLES)
+        config = on_random_data(config, Path(folder))
         together = processes("together", config, stages, folder, threads)
         share = {"data.global_batch": d.global_batch // world, "train.workers": 1, "stage": "masked"}
         alone = processes("alone", override(config, share), stages, folder, threads)
@@ -94,6 +89,26 @@ def run(config: RunConfig) -> dict[str, Any]:
         "load": round(load, 2),
     }
     return result | keep(config, result, {"alone": alone, "together": together})
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse a place for the data that is not on this machine.
+
+    Raises:
+        InputError: it is a URI.
+    """
+    if "://" in config.bench.folder:
+        raise InputError(f"bench.folder: expected a local folder, got {config.bench.folder!r}")
+
+
+def on_random_data(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration on random k-space of its shape, which is written; its statistics lie in the folder."""
+    data = written(config, "random k-space", 2 * config.data.global_batch)
+    config = override(config, {"data.root": str(data.folder / "ours")})
+    fitted = statistics.tables(config, Dataset.open(config.data).reader("train", config.data))
+    tables = {k: torch.view_as_real(v).contiguous() if v.is_complex() else v for k, v in fitted.items()}
+    save_file(tables, folder / TABLES)
+    return config
 
 
 def device_of(config: RunConfig) -> str:

@@ -325,7 +325,14 @@ def _parts(worker: Worker, engine: ShardedEngine, stage: str, batches: Iterator[
 
 # ------------------------------------------------------------------------------------------------------------ process
 
-PROGRAMS = {"alone": alone, "together": together}
+
+def program_of(name: str) -> Callable[[Worker], dict[str, Any]]:
+    """The program of this name."""
+    if name == "tracked":
+        from kmtr.bench.tracked import tracked  # which imports this module
+
+        return tracked
+    return {"alone": alone, "together": together}[name]
 
 
 def _progress(worker: Worker, what: str, number: int, rounds: int, seconds: dict[str, list[float]]) -> None:
@@ -336,7 +343,7 @@ def _progress(worker: Worker, what: str, number: int, rounds: int, seconds: dict
 
 
 def work(rank: int, world: int, program: str, request: str, folder: str, threads: int, stages: tuple[str, ...]) -> None:
-    """A spawned process: a program of `PROGRAMS` on ``train.device``; the first one writes ``folder/program.json``.
+    """A spawned process: a program (`program_of`) on ``train.device``; the first one writes ``folder/program.json``.
 
     What DeepSpeed and torch say goes to ``folder/program-rank.log``, an error to ``folder/program-rank.error``.
 
@@ -375,7 +382,7 @@ def _work(
     dist.init_process_group("nccl" if cuda else "gloo", meeting, rank=rank, world_size=world)
     tables = load_file(Path(folder) / TABLES)
     tables["static_mean"] = torch.view_as_complex(tables["static_mean"])
-    result = PROGRAMS[program](Worker(config, tables, stages, rank, world, device, tell))
+    result = program_of(program)(Worker(config, tables, stages, rank, world, device, tell))
     if rank == 0:
         (Path(folder) / f"{program}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -127,7 +127,11 @@ class Bench(Section):
     )
     plan_subjects: int = Field(0, ge=0, description="bench.py data: only plan, for a dataset of this many subjects")
     plan_workers: int = Field(1024, gt=0, description="bench.py data: workers of that plan")
-    pairs: int = Field(20, ge=2, description="bench.py step: steps of ours and of what it is compared with, in turns")
+    pairs: int = Field(
+        20,
+        ge=2,
+        description="bench.py step: steps of ours and of what it is compared with, in turns; bench.py tracking: blocks",
+    )
     lines: int = Field(
         0, ge=0, description="bench.py step: lines of a subject at most; 0: 2,000 on a CPU, as the recipe on a GPU"
     )

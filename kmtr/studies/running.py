@@ -17,6 +17,7 @@ from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.files import write_atomic
+from kmtr.owner import owning
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
@@ -103,12 +104,12 @@ def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Out
         parent: the study's MLflow run.
         what: the run in words, for a line on the screen.
     """
+    from kmtr.train import driver
+
     done = finished(config, dataset)
     if done is not None:
         print(f"study: {what}: {done.name} is finished, reused", flush=True)
-        return done
-    from kmtr.train import driver  # what only compares or reports needs no training
-
+        return driver.settled(done, config)
     print(f"study: {what}", flush=True)
     start_ray()
     return driver.fit(config, parent_id=parent)
@@ -184,7 +185,18 @@ def known(value: Any) -> Any:
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
-    """The study's MLflow run, parent of its trainings; found again by name. It ends as what is within ends."""
+    """The study's MLflow run, parent of its trainings; found again by name. It ends as what is within ends.
+
+    Raises:
+        KmtrError: another command is at work on it.
+    """
+    folder = Path(config.storage.root) / "study" / name
+    with owning(folder, f"study {name}"), _open_run(config, dataset, name) as run_id:
+        yield run_id
+
+
+@contextlib.contextmanager
+def _open_run(config: RunConfig, dataset: Dataset, name: str) -> Iterator[str]:
     uri = config.tracking.uri
     run_id = tracking.open_run(
         config,

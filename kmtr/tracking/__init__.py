@@ -4,7 +4,7 @@
 """
 
 from kmtr.tracking.registry import fetch, register
-from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, versions
+from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded, versions
 from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
 from kmtr.tracking.store import tracking_uri, where
 
@@ -19,6 +19,7 @@ __all__ = [
     "log_dataset",
     "open_run",
     "owner",
+    "recorded",
     "register",
     "replay",
     "send",

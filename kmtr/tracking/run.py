@@ -107,6 +107,16 @@ def find_run(uri: str, experiment: str, name: str) -> str | None:
     return runs[0].info.run_id if runs else None
 
 
+def recorded(uri: str, run_id: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
+    """What the store has of these metrics: name -> (step, value) of every point, in order of steps.
+
+    Raises:
+        KmtrError: the store cannot be reached.
+    """
+    with reaching(uri) as mlflow:
+        return {name: sorted((p.step, p.value) for p in mlflow.get_metric_history(run_id, name)) for name in names}
+
+
 def end_run(uri: str, run_id: str, status: Status) -> None:
     """Ends the run with this status, now.
 

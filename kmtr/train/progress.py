@@ -67,7 +67,8 @@ class Mailbox:
         self.final = True
 
     def restarted(self) -> None:
-        """Workers were lost and start again: what the others said of that is no failure of the run."""
+        """Workers were lost and all start again: what the others said of that is no failure, and none is waited for."""
+        self.watch.forget()
         if not self.final:
             self.failures = []
 

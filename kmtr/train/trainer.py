@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -18,7 +19,8 @@ from ray.core.generated import gcs_pb2
 from ray.exceptions import RayActorError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.execution.callback import ControllerCallback, ReportCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -53,6 +55,10 @@ class DivisorPolicy(ElasticScalingPolicy):
         self.sizes, self.progress = tuple(sizes), progress
         self._said = ("", float("-inf"))
 
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Under a name that stays: a controller in place of one that was lost takes over what that one had reserved."""
+        super().after_controller_start(SimpleNamespace(run_id=self.progress))
+
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Workers are about to be started: from what there is now, since a node may have gone a moment ago."""
         self._maybe_send_resource_request()
@@ -82,8 +88,8 @@ class DivisorPolicy(ElasticScalingPolicy):
             Sender(self.progress).say(f"               {text}")
 
 
-class Told(ControllerCallback, ReportCallback):
-    """Says in the driver which workers were lost, from which step all start again, and that there is no room for them.
+class Told(ControllerCallback):
+    """Says in the driver which workers were lost, and that there is no room for them; the first that goes on says where.
 
     Args:
         progress: name of the progress actor.
@@ -92,22 +98,17 @@ class Told(ControllerCallback, ReportCallback):
 
     def __init__(self, progress: str, most: int):
         self.progress, self.most = progress, most
-        self.lost, self.step = 0, 0
+        self.lost = 0
         self._said = float("-inf")
-
-    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        if training_report.checkpoint is not None:
-            self.step = int(metrics[0]["step"])
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         sender = Sender(self.progress)
         if isinstance(current_state, RestartingState):
             self.lost += 1
             sender.restarted()
-            place = f"from step {self.step}" if self.step else "from its last checkpoint, if there is one"
             failures = getattr(current_state.training_failed_error, "worker_failures", {})
             sender.say(
-                f"               lost          {lost(failures)}; all workers start again {place} "
+                f"               lost          {lost(failures)}; all start again from the last checkpoint "
                 f"(loss {self.lost} of at most {self.most})"
             )
         if isinstance(current_state, ReschedulingState) and time.monotonic() - self._said >= SAID_EVERY_S:
@@ -124,14 +125,15 @@ def lost(failures: dict[int, Exception]) -> str:
     Args:
         failures: rank -> what Ray says of it.
     """
-    dead = {rank: error for rank, error in failures.items() if isinstance(_inner(error), RayActorError)}
+    gone = (RayActorError, WorkerHealthCheckFailedError)
+    dead = {rank: error for rank, error in failures.items() if isinstance(_inner(error), gone)}
     said = dead or failures
     if not said:
         return "the workers"
     ranks = ", ".join(map(str, sorted(said)))
-    first = _inner(said[min(said)])
-    how = "its process or node is gone" if len(dead) == 1 else "their processes or nodes are gone"
-    return f"worker {ranks}: {how if dead else first_line(first)}"
+    if dead:
+        return f"worker {ranks}: {'its process or node is' if len(dead) == 1 else 'their processes or nodes are'} gone"
+    return f"worker {ranks}: {first_line(_inner(said[min(said)]))}"
 
 
 def _inner(error: BaseException) -> BaseException:
@@ -208,6 +210,7 @@ def fit(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[An
         try:
             return trainer_of(config, job, folder, callbacks).fit()
         except RayActorError:  # workers' are within a TrainingFailedError
+            Sender(job["progress"]).restarted()
             for _ in range(20):  # the cluster hears of its death a moment later
                 if release_orphans():
                     break

@@ -74,6 +74,10 @@ class Watch:
         """It has ended by itself."""
         self.beats.pop(rank, None)
 
+    def forget(self) -> None:
+        """All are about to start again."""
+        self.beats = {}
+
     def judge(self, now: float) -> tuple[str, tuple[int, ...]]:
         """Why the run must not go on so, in one line, and the workers that are to be ended; empty: all is well.
 

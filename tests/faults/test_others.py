@@ -17,9 +17,9 @@ from typing import Any
 import inject
 import pytest
 from inject import Fault, plant
-from mlflow_server import Server
 
 from kmtr import tracking
+from kmtr.bench.mlflow_server import Server
 from kmtr.config import RunConfig, override, to_json
 from kmtr.train import driver
 from kmtr.train.folder import Outcome

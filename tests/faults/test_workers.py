@@ -51,7 +51,7 @@ def test_the_run_goes_on(
     assert fault.happened.exists(), "nothing happened: the test proves nothing"
     check_survived(config, outcome, calm)
     said = capsys.readouterr().out
-    assert re.search(r"lost          worker .*; all workers start again .*\(loss 1 of at most 3\)", said)
+    assert re.search(r"lost          worker .*; all start again .*\(loss 1 of at most 3\)", said)
     if deed == "stopped":
         assert "no sign of life of worker 1 for 10 s" in said
     if deed == "hangs":

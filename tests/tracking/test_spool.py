@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlflow_server import Server
 from urllib3.connectionpool import HTTPConnectionPool
 
+from kmtr.bench.mlflow_server import Server
 from kmtr.config import RunConfig, override
 from kmtr.tracking import Spool, open_run, replay, tracking_uri
 from kmtr.tracking.store import client

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from kmtr import tracking
-from kmtr.config import RunConfig, override, to_json
-from kmtr.tracking.store import client
 from kmtr.train import trainer
-from kmtr.train.folder import Outcome
 
 
 @pytest.mark.parametrize(("room", "taken"), [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8)])
@@ -70,36 +62,3 @@ def test_ray_train_still_has_what_the_trainer_replaces() -> None:
         assert "self._count_possible_workers(reserved_resources)" in inspect.getsource(
             getattr(ElasticScalingPolicy, name)
         )
-
-
-@pytest.mark.full  # a killed worker (test_training) and other numbers of workers (test_resized) are held in make test
-@pytest.mark.ray
-@pytest.mark.xdist_group("kills")  # both are held against `undisturbed`
-def test_a_node_that_goes_and_comes_back_changes_no_number(
-    longer: RunConfig, undisturbed: tuple[RunConfig, Outcome], tmp_path: Path
-) -> None:
-    """One MLflow run over three worker groups, and at every step the loss of a run that nothing happened to."""
-    room = {"train.workers": "1..2", "train.cpus_per_worker": 1.0, "train.resize_every_s": 1.0, "train.threads": 1}
-    run = override(longer, room | {"data.loader": "threads"})
-    (tmp_path / "config.json").write_text(to_json(run))
-    command = [sys.executable, str(Path(__file__).with_name("two_nodes.py")), str(tmp_path / "config.json")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    said = json.loads(ended.stdout.splitlines()[-1])
-    assert [workers for _, workers in said["layouts"]] == [2, 1, 2]
-    assert "goes on       workers 2 -> 1, accumulation 1 -> 2" in ended.stdout
-    assert "goes on       workers 1 -> 2, accumulation 2 -> 1" in ended.stdout
-    store = client(tracking.tracking_uri(run))
-    (found,) = store.search_runs([store.get_experiment_by_name("kmtr").experiment_id])
-    assert (found.info.run_id, found.info.status) == (said["outcome"]["run_id"], "FINISHED")
-    workers = [(p.step, p.value) for p in store.get_metric_history(found.info.run_id, "run/workers")]
-    assert workers == [(step, float(n)) for step, n in said["layouts"]]
-
-    calm, other = undisturbed
-    theirs = client(tracking.tracking_uri(calm))
-    for name, steps in (("masked/loss", 18), ("align/infonce_dynamic", 4)):
-        ours = {p.step: p.value for p in store.get_metric_history(found.info.run_id, name)}
-        curve = {p.step: p.value for p in theirs.get_metric_history(other.run_id, name)}
-        assert ours.keys() == curve.keys()
-        assert len(ours) == steps
-        assert ours == pytest.approx(curve, rel=2e-3)

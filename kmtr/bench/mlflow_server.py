@@ -1,4 +1,4 @@
-"""A real MLflow server that tests kill and start again."""
+"""A real MLflow server on this machine that can be killed and started again on the same port and store."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from kmtr.types import KmtrError
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -18,32 +20,24 @@ def free_port() -> int:
 
 
 class Server:
-    """An MLflow server on loopback that can be killed and started again on the same port and store."""
+    """A server on loopback.
+
+    Args:
+        folder: for its store, its artifacts and its log.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        words = [
-            "--backend-store-uri",
-            f"sqlite:///{self.folder}/mlflow.db",
-            "--port",
-            str(self.port),
-            "--workers",
-            "1",
-        ]
+        """Start it; it answers seconds later (`wait_until_up`)."""
+        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        files = ["--artifacts-destination", str(self.folder / "files")]
         with (self.folder / "server.log").open("a") as output:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "mlflow",
-                    "server",
-                    *words,
-                    "--artifacts-destination",
-                    str(self.folder / "files"),
-                ],
+                [sys.executable, "-m", "mlflow", "server", *store, *files, "--port", str(self.port), "--workers", "1"],
                 cwd=self.folder,
                 stdout=output,
                 stderr=output,
@@ -52,6 +46,11 @@ class Server:
             )
 
     def wait_until_up(self, timeout_s: float = 120.0) -> None:
+        """Return when it accepts connections.
+
+        Raises:
+            KmtrError: it does not; the end of its log.
+        """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             try:
@@ -59,9 +58,10 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.2)
-        raise TimeoutError((self.folder / "server.log").read_text()[-2000:])
+        raise KmtrError(f"the MLflow server does not start: {(self.folder / 'server.log').read_text()[-2000:]}")
 
     def kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)  # its own session: the workers of this server, nobody else's
+        """SIGKILL it, with the workers of its session; nothing where it does not run."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
