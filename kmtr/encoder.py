@@ -25,7 +25,7 @@ from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
-from kmtr.exported import HEAD, WEIGHTS, read_head, read_weights
+from kmtr.exported import HEAD, UNFIT, WEIGHTS, check_weights, read_head, read_weights
 from kmtr.physics import sampling
 from kmtr.systems import system
 from kmtr.types import InputError, Study, first_line
@@ -153,11 +153,14 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
     folder = Path(path)
     if not (folder / WEIGHTS).is_file() or not (folder / HEAD).is_file():
         raise InputError(f"encoder: expected a folder with {WEIGHTS} and {HEAD}, got {folder}")
-    config = read_head(folder / HEAD)
     try:
+        config = read_head(folder / HEAD)
         weights, tables = read_weights(folder / WEIGHTS, device)
+        check_weights(lambda: system("kspace").module(config), weights)
         return KSpaceEncoder(config, None if untrained else weights, tables, torch.device(device))
-    except (RuntimeError, KeyError) as error:
+    except InputError:
+        raise
+    except UNFIT as error:
         raise InputError(f"encoder: {folder} does not hold one: {first_line(error)}") from None
 
 

@@ -5,7 +5,7 @@ code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,10 @@ _TASK = {"stage"} | {
     for name in ("tasks", "system", "targets", "diseases", "patch", "queries", "channels", "data_consistency")
 }
 _SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
+
+
+UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError, MemoryError)
+"""Errors of building from settings, weights and tables that do not fit each other."""
 
 
 def write_folder(
@@ -62,6 +66,20 @@ def read_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         raise InputError(f"{path.name}: {path.parent} does not hold one: {first_line(error)}") from None
 
 
+def check_weights(build: Callable[[], torch.nn.Module], weights: dict[str, Tensor]) -> None:
+    """Refuse weights of other shapes than the settings beside them say, before a network of those is built.
+
+    Raises:
+        InputError: the first that differs.
+    """
+    with torch.device("meta"):
+        wanted = {name: tuple(weight.shape) for name, weight in build().state_dict().items()}
+    for name in (*wanted, *weights):
+        stored = tuple(weights[name].shape) if name in weights else "none"
+        if stored != wanted.get(name):
+            raise InputError(f"weights: expected {name} of shape {wanted.get(name, 'none')}, got {stored}")
+
+
 def rebuilds(key: str) -> bool:
     """True if an encoder of another value of this setting is another encoder."""
     return key == "seed" or key in _SHAPES or key.startswith(("sampling.", "model."))
@@ -89,6 +107,8 @@ def rebuilt(settings: dict[str, Any]) -> RunConfig:
     Raises:
         InputError: a setting that this version does not know.
     """
+    if not isinstance(settings, dict):
+        raise InputError(f"settings: expected names and values, got {type(settings).__name__}")
     scored = {"evaluate.accelerations": settings.get("sampling.accelerations", (1,))}
     return override(RunConfig(), settings | scored)
 

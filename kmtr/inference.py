@@ -24,7 +24,7 @@ from torch import Tensor
 from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch
 from kmtr.encoder import batch_of, misfit, undersampled
-from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, Trained, read_weights, rebuilt
+from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, UNFIT, Trained, check_weights, read_weights, rebuilt
 from kmtr.tasks import Model, Preparer, Stage, stages_of
 from kmtr.tasks.base import EMBEDDING
 from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
@@ -166,9 +166,12 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
         raise InputError(
             f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; fine-tune it anew"
         ) from None
-    config = rebuilt(settings)
     weights, tables = read_weights(folder / MODEL_WEIGHTS, device)
     try:
+        config = rebuilt(settings)
+        check_weights(lambda: Model(config), weights)
         return TaskModel(config, weights, tables, torch.device(device), trained)
-    except RuntimeError as error:
+    except InputError:
+        raise
+    except UNFIT as error:
         raise InputError(f"model: {folder} does not hold one: {first_line(error)}") from None

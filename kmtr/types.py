@@ -83,6 +83,10 @@ UNLABELLED = 255
 class KmtrError(Exception):
     """An error that the user can act on: one line, without traceback. The command ends with status 1."""
 
+    def __str__(self) -> str:
+        """One line, whatever of a user's text is quoted in it."""
+        return " ".join(super().__str__().splitlines())
+
 
 class StoppedError(KmtrError):
     """A run that was asked to stop, and goes on with the same command. Status 1."""

@@ -68,7 +68,10 @@ def large() -> RunConfig:
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "large": large}
 
-KINDS = {"study": {"labels": "tiny", "ablation": "tiny", "tasks": "tiny"}, "bench": {"data": "base", "step": "tiny"}}
+KINDS = {
+    "study": {"labels": "tiny", "ablation": "tiny", "tasks": "tiny"},
+    "bench": {"data": "base", "step": "tiny", "tracking": "tiny"},
+}
 """Commands whose first word is what to do -> what it may be -> recipe where none is given."""
 
 WITHOUT = ("ingest", "predict")

@@ -48,12 +48,14 @@ class Data(Section):
     views: tuple[Literal["sax", "lax_2ch", "lax_3ch", "lax_4ch"], ...] = Field(
         ("sax", "lax_2ch", "lax_3ch", "lax_4ch"), description="view groups read"
     )
-    sax_slices: int = Field(6, gt=0, description="short-axis slices per subject, evenly chosen; fewer are padded")
-    frames: int = Field(25, gt=0, description="cardiac frames per subject, evenly chosen; fewer are padded")
+    sax_slices: int = Field(
+        6, gt=0, le=1000, description="short-axis slices per subject, evenly chosen; fewer are padded"
+    )
+    frames: int = Field(25, gt=0, le=10_000, description="cardiac frames per subject, evenly chosen; fewer are padded")
     matrix: tuple[int, int] = Field(
         (128, 128), description="largest (ny, nx); smaller sources sit in the middle of k-space, larger ones need crop"
     )
-    coils: int = Field(1, gt=0, description="most coils per slice; fewer are padded")
+    coils: int = Field(1, gt=0, le=1000, description="most coils per slice; fewer are padded")
     crop: bool = Field(False, description="allow cropping or padding sources of another matrix (image domain)")
     global_batch: int = Field(64, gt=0, description="subjects per optimizer step, over all workers")
     loader: Literal["ray", "threads"] = Field("ray", description="what executes the plan: identical batches")
@@ -89,8 +91,8 @@ class Data(Section):
     def _check(self) -> Data:
         if not self.views or len(set(self.views)) < len(self.views):
             raise ValueError(f"data.views: expected one or more different views, got {','.join(self.views) or 'none'}")
-        if min(self.matrix) < 8 or any(n % 2 for n in self.matrix):
-            raise ValueError(f"data.matrix: expected even sizes of at least 8, got {self.matrix}")
+        if min(self.matrix) < 8 or max(self.matrix) > 16_384 or any(n % 2 for n in self.matrix):
+            raise ValueError(f"data.matrix: expected even sizes from 8 to 16384, got {self.matrix}")
         if self.weights and (len(self.weights) != len(self.roots) or min(self.weights) <= 0):
             raise ValueError(
                 f"data.weights: expected one positive number for each of the {len(self.roots)} datasets, "
@@ -135,12 +137,14 @@ class Sampling(Section):
 
 
 class Model(Section):
-    width: int = Field(512, gt=0, description="channels of a token")
-    depth: int = Field(12, gt=0, description="transformer blocks of an encoder")
-    head_width: int = Field(64, gt=0, description="channels of an attention head")
-    mlp_ratio: int = Field(4, gt=0, description="hidden width of the MLP over width")
-    decoder_width: int = Field(256, gt=0, description="channels of a token in the decoders of masked pretraining")
-    decoder_depth: int = Field(2, gt=0, description="blocks of the decoders of masked pretraining")
+    width: int = Field(512, gt=0, le=65_536, description="channels of a token")
+    depth: int = Field(12, gt=0, le=1000, description="transformer blocks of an encoder")
+    head_width: int = Field(64, gt=0, le=65_536, description="channels of an attention head")
+    mlp_ratio: int = Field(4, gt=0, le=64, description="hidden width of the MLP over width")
+    decoder_width: int = Field(
+        256, gt=0, le=65_536, description="channels of a token in the decoders of masked pretraining"
+    )
+    decoder_depth: int = Field(2, gt=0, le=1000, description="blocks of the decoders of masked pretraining")
     patch: tuple[int, int, int] = Field((5, 8, 8), description="image patch (t, y, x)")
     encoder_inputs: Literal["kspace", "zerofilled", "both"] = Field(
         "kspace", description="input of the k-space encoder: visible lines, patches of their zero-filled image, both"
@@ -152,7 +156,9 @@ class Model(Section):
     line_parts: Literal["static+dynamic", "whole"] = Field(
         "static+dynamic", description="a line as temporal mean and deviation from it, or as it is"
     )
-    coils: int = Field(0, ge=0, description="virtual coils of a line, told by the visible lines; 0: coils as stored")
+    coils: int = Field(
+        0, ge=0, le=1000, description="virtual coils of a line, told by the visible lines; 0: coils as stored"
+    )
     remove: Literal["phase+gain", "gain", "none"] = Field(
         "phase+gain", description="removed before all else: phase of each slice and coil, gain of each subject"
     )
@@ -165,6 +171,7 @@ class Model(Section):
     centre: int = Field(
         0,
         ge=0,
+        le=1024,
         multiple_of=2,
         description="pixels along each side of the temporally shared image of low resolution that the k-space encoder "
         "sees beside its tokens, made of the lines that it may see; 0: none",
@@ -173,7 +180,7 @@ class Model(Section):
         0.0, ge=0, lt=1, description="stochastic depth per subject in training: rate of the last encoder block, 0 first"
     )
     checkpointing: bool = Field(False, description="encoder blocks are run again in the backward pass: less memory")
-    projection: int = Field(128, gt=0, description="width of the alignment space")
+    projection: int = Field(128, gt=0, le=65_536, description="width of the alignment space")
 
     def readout_samples(self, nx: int) -> int:
         """Samples of a line of nx that enter its token: an even number of central ones."""

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 
 from kmtr.config import RunConfig
@@ -54,6 +55,9 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     worse: int = 0
     layouts: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+
+
+_PROGRESS = pydantic.TypeAdapter(Progress)
 
 
 def layout_of(config: RunConfig, world: int) -> dict[str, Any]:
@@ -108,7 +112,10 @@ def check_whole(folder: Path, rank: int, world: int) -> None:
         raise DamagedError(
             f"checkpoint at step {step}: expected the files of {head['workers']} workers, got those of {len(lists)}"
         )
-    hashed = sorted(pair for part in lists for pair in _json(part).items())
+    hashed = sorted((name, str(digest)) for part in lists for name, digest in _json(part).items())
+    wanted = {HEAD, *(f"state-rank{rank:02d}.safetensors" for rank in range(head["workers"]))}
+    if lacking := sorted(wanted - {name for name, _ in hashed}):
+        raise DamagedError(f"checkpoint at step {step}: expected a hash of {lacking[0]}, got none; refused")
     for name, digest in hashed[rank::world]:
         if Path(name).name != name or not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise DamagedError(f"checkpoint at step {step}: {name} is missing or changed; refused")
@@ -130,9 +137,12 @@ def fitting(folder: Path, model: dict[str, list[int]], config: RunConfig) -> Pro
             f"optimizer.ema: expected 0, since the run's checkpoint has no average, got {config.optimizer.ema}; "
             "or start anew with run.fresh=true"
         )
-    known = Progress(**head["progress"])
-    known.layouts = [(int(first), layout) for first, layout in known.layouts]
-    return known
+    try:
+        return _PROGRESS.validate_python(head["progress"])
+    except pydantic.ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise DamagedError(f"checkpoint: {HEAD} is damaged: {where}: {wrong['msg']}") from None
 
 
 def back_from(folder: Path) -> list[Path]:
@@ -167,7 +177,8 @@ def read_head(folder: Path) -> dict[str, Any]:
             f"checkpoint: expected format {FORMAT}, got {head.get('format', 'that of an earlier version')}; "
             "start anew with run.fresh=true"
         )
-    if not {"workers", "ema", "model", "progress"} <= head.keys() or "step" not in head["progress"]:
+    kinds = {"workers": int, "ema": bool, "model": dict, "progress": dict}
+    if any(type(head.get(key)) is not kind for key, kind in kinds.items()) or "step" not in head["progress"]:
         raise DamagedError(f"checkpoint: {HEAD} is damaged; refused")
     return head
 

@@ -89,7 +89,7 @@ class DivisorPolicy(ElasticScalingPolicy):
 
 
 class Told(ControllerCallback):
-    """Says in the driver which workers were lost, and that there is no room for them; the first that goes on says where.
+    """Says in the driver which workers were lost, and that there is no room for them; the next say where they go on.
 
     Args:
         progress: name of the progress actor.

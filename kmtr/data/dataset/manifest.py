@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pydantic
 
 from kmtr.data.dataset import SCHEMA_VERSION, pages, storage
-from kmtr.types import VIEWS, InputError, KmtrError
+from kmtr.types import VIEWS, InputError, KmtrError, with_kind
 
 
 class DamagedShard(KmtrError):
@@ -150,19 +152,46 @@ def read_manifest(root: str) -> Manifest:
         if version == 1:
             content = _from_version_1(root, content)
         content["schema_version"] = SCHEMA_VERSION  # what version 3 added is in the shards alone (`record.current`)
-        manifest = Manifest(
-            shards=tuple(shard_of(fields) for fields in content.pop("shards")),
-            subject_shapes=tuple(content.pop("subject_shapes")),
-            undersampled=tuple(content.pop("undersampled")),
-            **content,
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: expected a manifest, got invalid content ({type(error).__name__})") from None
+        manifest = _MANIFEST.validate_python(content)
+        _check(manifest)
+    except InputError:
+        raise
+    except pydantic.ValidationError as error:
+        wrong = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise InputError(f"{path}: expected a manifest, got for {where}: {wrong['msg']}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: expected a manifest, got invalid content: {with_kind(error)}") from None
     if manifest.digest != digest:
         raise InputError(f"{path}: its digest does not match its shards; write the dataset anew")
     return manifest
+
+
+_MANIFEST = pydantic.TypeAdapter(Manifest)
+
+
+def _check(manifest: Manifest) -> None:
+    """What the types do not say.
+
+    Raises:
+        ValueError: the first thing that is wrong.
+    """
+    if manifest.dtype not in ("float16", "float32"):
+        raise ValueError(f"dtype: expected float16 or float32, got {manifest.dtype}")
+    for shape in manifest.subject_shapes:
+        for view, axes in shape.items():
+            if view not in VIEWS or len(axes) != 5 or min(axes) < 1:
+                raise ValueError(f"subject_shapes: expected slice, coil, t, ky, kx of a view, got {view}: {axes}")
+    for shard in manifest.shards:
+        place = PurePosixPath(shard.name)
+        if place.is_absolute() or ".." in place.parts or not shard.name.isprintable():
+            raise ValueError(f"shards: expected a name within the dataset, got {shard.name!r}")
+        runs = (*shard.groups, *shard.shapes)
+        counts = [shard.rows, shard.row_groups, shard.bytes, *(number for run in runs for number in run)]
+        rows = {sum(n * size for n, size in shard.groups), sum(n for n, _ in shard.shapes), shard.rows}
+        kinds = max((number for _, number in shard.shapes), default=-1)
+        if min(counts) < 0 or len(rows) > 1 or kinds >= len(manifest.subject_shapes):
+            raise ValueError(f"shards: the numbers of {shard.name} do not agree")
 
 
 def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
