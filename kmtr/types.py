@@ -16,6 +16,7 @@ k-space is index ``n // 2``. Masks say what True means and are never called just
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,12 +81,20 @@ UNLABELLED = 255
 """Segmentation value of a pixel, or of a whole frame, that nobody contoured."""
 
 
+_PASSWORD = re.compile(r"(?<=://)[^/\s@'\"]*@")
+
+
+def redact(text: str) -> str:
+    """``scheme://user:password@host`` -> ``scheme://***@host``, anywhere in the text."""
+    return _PASSWORD.sub("***@", text)
+
+
 class KmtrError(Exception):
     """An error that the user can act on: one line, without traceback. The command ends with status 1."""
 
     def __str__(self) -> str:
-        """One line, whatever of a user's text is quoted in it."""
-        return " ".join(super().__str__().splitlines())
+        """One line without passwords, whatever of a user's text is quoted in it."""
+        return redact(" ".join(super().__str__().splitlines()))
 
 
 class StoppedError(KmtrError):

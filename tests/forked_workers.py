@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import tempfile
 import warnings
@@ -48,6 +47,8 @@ class Silent:
 
     def leave(self, rank: int) -> None: ...
 
+    def settle(self) -> None: ...
+
     def settled(self) -> str:
         return ""
 
@@ -68,6 +69,9 @@ class Unseen(Display):
     def __exit__(self, *_: object) -> None: ...
 
     def line(self, text: str) -> None: ...
+
+    def own_failure(self) -> str:
+        return self.first_failure()
 
     def first_failure(self) -> str:
         said = self.place.read_text() if self.place.exists() else ""
@@ -121,10 +125,9 @@ def work(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
         get_world_rank=lambda: rank, get_world_size=lambda: world, get_local_world_size=lambda: world
     )
 
-    def report(metrics: dict[str, float], checkpoint: Any) -> None:
+    def report(metrics: dict[str, float], checkpoint: Any, checkpoint_upload_fn: Any, **_: Any) -> None:
         nonlocal reports
-        with checkpoint.as_directory() as part:
-            shutil.copytree(part, folder / "train" / f"checkpoint_{9 * 10**8 + reports}", dirs_exist_ok=True)
+        checkpoint_upload_fn(checkpoint, f"checkpoint_{9 * 10**8 + reports}")
         reports += 1
         dist.barrier()
 

@@ -72,7 +72,7 @@ def test_recipes_show_different_values_and_commands_different_settings() -> None
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("data.frames", "integer from 1"),
+        ("data.frames", "integer from 1 to 10000"),
         ("simulate.coils", "integer from 1 to 32"),
         ("masked.steps", "integer from 0"),
         ("masked.mask_ratio", "number above 0 below 1"),

@@ -37,7 +37,7 @@ from kmtr.files import write_atomic
 from kmtr.owner import owning
 from kmtr.ray_start import start_ray
 from kmtr.train.room import lacking, reserved, uses_gpus
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, redact
 
 if TYPE_CHECKING:
     from kmtr.data.dataset.reader import Dataset
@@ -78,7 +78,7 @@ def run(words: list[str]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with owning(folder, f"search {name}"):
         ledger = Ledger(folder, name, drawn)  # as whoever was waited for left it
-        write_atomic(folder / "config.json", to_json(config))
+        write_atomic(folder / "config.json", redact(to_json(config)))
         start_ray()
         check_room(config)
         announce(config, ledger, name)

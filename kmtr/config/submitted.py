@@ -16,7 +16,7 @@ from kmtr.config.core import changed, flatten, typed
 from kmtr.config.recipes import RECIPES, named
 from kmtr.config.used import settings_of
 from kmtr.config.whole import RunConfig
-from kmtr.types import InputError
+from kmtr.types import InputError, redact
 
 PATHS = (
     "data.root",
@@ -145,7 +145,7 @@ def main() -> None:
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
-    sys.stderr.write(f"submit: {shlex.join(words)}\n")
+    sys.stderr.write(f"submit: {redact(shlex.join(words))}\n")
     sys.stdout.write("".join(f"{word}\0" for word in words))
 
 

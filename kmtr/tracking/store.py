@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from kmtr.config import RunConfig
-from kmtr.types import InputError, KmtrError
+from kmtr.types import InputError, KmtrError, redact
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,6 @@ ENVIRONMENT = {
 
 PATIENCE_S = 5.0
 """A job that waits longer for another one to make or migrate the store says so."""
-
-_PASSWORD = re.compile(r"(?<=://)[^/\s@'\"]*@")
-
 
 UI_STORE = Path(__file__).parents[2] / "runs" / "mlflow.db"
 """The SQLite file that `make ui` shows."""
@@ -230,8 +226,3 @@ def brief(error: BaseException) -> str:
     """One line of at most 200 characters, without passwords."""
     line = redact(" ".join(str(error).split()))
     return f"{type(error).__name__}: " + (line if len(line) <= 200 else line[:197] + "...")
-
-
-def redact(text: str) -> str:
-    """``scheme://user:password@host`` -> ``scheme://***@host``, anywhere in the text."""
-    return _PASSWORD.sub("***@", text)

@@ -72,20 +72,47 @@ def layout_of(config: RunConfig, world: int) -> dict[str, Any]:
     }
 
 
-def save(folder: Path, engine: ShardedEngine, progress: Progress, config: RunConfig, rank: int, world: int) -> None:
-    """Write this worker's part of the checkpoint into a folder of its own; the parts are brought together by name."""
-    engine.save(folder / f"state-rank{rank:02d}.safetensors")
+@dataclass(frozen=True)
+class Part:
+    """A worker's part of a checkpoint, copied; training may go on meanwhile.
+
+    Attributes:
+        head: of the checkpoint, as JSON; empty but for the first worker's.
+    """
+
+    rank: int
+    state: state.Content
+    head: str
+
+    def write(self, folder: Path) -> None:
+        """Into the folder of the checkpoint, or one of its own: the parts come together by name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [f"state-rank{self.rank:02d}.safetensors", *([HEAD] if self.head else [])]
+        self.state.write(folder / names[0])
+        if self.head:
+            (folder / HEAD).write_text(self.head)
+        hashes = {name: _sha256(folder / name) for name in names}
+        (folder / f"sha256-rank{self.rank:02d}.json").write_text(json.dumps(hashes))
+
+
+def collect(engine: ShardedEngine, progress: Progress, config: RunConfig, rank: int, world: int) -> Part:
+    """This worker's part of a checkpoint of this moment."""
+    head = ""
     if rank == 0:
-        head = {
+        known = {
             "format": FORMAT,
             "workers": world,
             "ema": bool(config.optimizer.ema),
             "model": engine.shapes(),
             "progress": asdict(progress),
         }
-        (folder / HEAD).write_text(json.dumps(head))
-    hashes = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    (folder / f"sha256-rank{rank:02d}.json").write_text(json.dumps(hashes))
+        head = json.dumps(known)
+    return Part(rank, engine.collect(), head)
+
+
+def save(folder: Path, engine: ShardedEngine, progress: Progress, config: RunConfig, rank: int, world: int) -> None:
+    """Write this worker's part of the checkpoint into a folder."""
+    collect(engine, progress, config, rank, world).write(folder)
 
 
 class DamagedError(CheckpointError):

@@ -27,7 +27,7 @@ from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
-from kmtr.types import InputError, KmtrError, StoppedError, last_line
+from kmtr.types import InputError, KmtrError, StoppedError, redact
 
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
@@ -84,7 +84,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
     from kmtr.train import trainer
 
     begin(folder, config, dataset)
-    write_atomic(folder / "config.json", to_json(config))
+    write_atomic(folder / "config.json", redact(to_json(config)))
     rows = start.budget(config, dataset)
     tables = fitted_tables(config, dataset, folder, rows)
     run_id = _opened(config, dataset, name, folder, asked)
@@ -105,7 +105,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
             try:
                 result = trainer.fit(config, job, folder, asked.callbacks, display.line)
             except ray.train.TrainingFailedError as error:
-                raise KmtrError(f"run {name}: {display.first_failure() or _reason(error)}") from error
+                raise KmtrError(f"run {name}: {display.own_failure() or trainer.reason(error)}") from error
             returned = _returned(name, result, display)
         encoder = _export(config, dataset, folder, returned, result.checkpoint, tables)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
@@ -257,10 +257,3 @@ def _copy_tree(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost reason of a failed training as one line."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner: BaseException = next(iter(failures.values()), error)
-    return last_line(getattr(inner, "base_exc", inner))

@@ -261,9 +261,9 @@ class ShardedEngine:
         """Weight -> its shape."""
         return state.shapes(self.wrapped.module)
 
-    def save(self, path: Path) -> None:
-        """Write this worker's pieces of weights, AdamW's state, EMA and what it remembers; every worker must."""
-        state.save(path, self.held, self._copies())
+    def collect(self) -> state.Content:
+        """This worker's pieces of weights, AdamW's state, EMA and what it remembers, copied; every worker must."""
+        return state.collect(self.held, self._copies())
 
     def load(self, paths: Iterable[Path]) -> None:
         """Go on from the pieces that any number of workers in any ZeRO stage wrote; every worker must.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
+import threading
 import time
 import traceback
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kmtr import machine
@@ -101,7 +102,7 @@ class Worker:
         model = Model(config)
         if config.stage == "task" and config.task.encoder != "none":
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
-        self.tell, self.pulse = tell if self.rank == 0 else None, pulse
+        self.sender, self.tell, self.pulse = tell, tell if self.rank == 0 else None, pulse
         if ray.train.get_checkpoint() is None:
             say = self.tell.say if self.tell else lambda _: None
             heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device, say)
@@ -116,6 +117,8 @@ class Worker:
         self.progress = self._restored()
         self.metrics = self.progress.metrics
         self.saved = self.progress.step
+        self.written = threading.Event()
+        self.written.set()
         self.watch = _Watch()
 
     def _restored(self) -> Progress:
@@ -197,7 +200,7 @@ class Worker:
             if progress.step == config.masked_steps and config.align_steps:
                 progress.reference = self.metrics
             if progress.step % config.train.checkpoint_every == 0 or ends or progress.stopped:
-                self._save()
+                self._save(wait=ends or progress.stopped)
             if progress.stopped:
                 break
         unsent = self.spool.close(30.0) if self.spool else 0
@@ -207,7 +210,7 @@ class Worker:
         """Save, and leave."""
         progress = self.progress
         if progress.step > self.saved:
-            self._save()
+            self._save(wait=True)
         if self.spool:
             self.spool.close(5.0)
         return {"interrupted": True, "step": progress.step}
@@ -300,20 +303,30 @@ class Worker:
                     f"than {best:.3f} at step {progress.best_step}"
                 )
 
-    def _save(self) -> None:
-        """A checkpoint, and at the end of masked reconstruction its encoder."""
+    def _save(self, wait: bool) -> None:
+        """A checkpoint, and at the end of masked reconstruction its encoder. Training stops to copy the state; written
+        and hashed it is beside training.
+
+        Args:
+            wait: until it is written; else for the one before only, so that the host holds one copy at most.
+        """
         import ray.train
 
         progress, began = self.progress, time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint.save(Path(folder), self.engine, progress, self.config, self.rank, self.world)
-            ray.train.report(
-                {"step": progress.step, **self.metrics}, checkpoint=ray.train.Checkpoint.from_directory(folder)
-            )
+        self.written.wait()
+        part = checkpoint.collect(self.engine, progress, self.config, self.rank, self.world)
+        self.written.clear()
+        modes = ray.train.CheckpointUploadMode
+        ray.train.report(
+            {"step": progress.step, **self.metrics},
+            checkpoint=ray.train.Checkpoint.from_directory(str(self.folder)),  # Ray wants one; `write` makes it
+            checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
+            checkpoint_upload_fn=partial(self._write, part),
+        )
         self.saved = progress.step
         self.pulse.moved()
         if self.spool:
-            self.spool.metrics(progress.step, {"run/checkpoint_s": time.perf_counter() - began})
+            self.spool.metrics(progress.step, {"run/checkpoint_stall_s": time.perf_counter() - began})
         if progress.step == self.config.masked_steps and self.config.align_steps:
             dist.barrier()  # all workers' files are there
             written = ray.train.get_checkpoint()
@@ -321,6 +334,24 @@ class Worker:
             with written.as_directory() as place:
                 self._export(Path(place))
         self.watch.reset()
+
+    def _write(self, part: checkpoint.Part, _: Any, name: str) -> Any:
+        """Write a worker's part where Ray Train looks for it; in a thread of Ray's, or its error ends the run."""
+        import ray.train
+
+        target = self.folder / "train" / name
+        try:
+            part.write(target)
+        except Exception as error:
+            disk = isinstance(error, OSError | SafetensorError)
+            self.sender.fail(
+                (f"storage.root: no checkpoint can be written in {target}: " if disk else "") + with_kind(error)
+            )
+            self.sender.settle()  # it would come again
+            raise
+        finally:
+            self.written.set()
+        return ray.train.Checkpoint.from_directory(str(target))
 
     def _export(self, folder: Path) -> None:
         if self.rank == 0:

@@ -60,7 +60,11 @@ class Mailbox:
 
     def first_failure(self) -> str:
         """The error of the worker that failed first; the others' only say that it left them."""
-        return min(self.failures, key=lambda one: one[0])[1] if self.failures else ""
+        return self.own_failure() or (self.failures[0][1] if self.failures else "")
+
+    def own_failure(self) -> str:
+        """The first error that does not say that another worker has left; empty: there is none."""
+        return next((message for lost_peer, message in self.failures if not lost_peer), "")
 
     def settle(self) -> None:
         """A worker had to be ended because another one had failed: that failure stays the reason."""
@@ -85,8 +89,7 @@ class Mailbox:
         self.watch.beat(group, rank, moves, where, time.monotonic())
         self.workers[rank] = worker
         self._judge()
-        own = [message for lost_peer, message in self.failures if not lost_peer]
-        return {"stop": self.stopping, "failure": own[0] if own else ""}
+        return {"stop": self.stopping, "failure": self.own_failure()}
 
     def leave(self, rank: int) -> None:
         """It ends by itself."""
@@ -221,6 +224,13 @@ class Display:
         import ray
 
         failure: str = ray.get(self.mailbox.first_failure.remote(), timeout=10)
+        return failure
+
+    def own_failure(self) -> str:
+        """`first_failure`, unless workers only say that another one has left; empty: there is none."""
+        import ray
+
+        failure: str = ray.get(self.mailbox.own_failure.remote(), timeout=10)
         return failure
 
     def _poll(self) -> None:

@@ -124,8 +124,26 @@ def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(weight, "ds_shape", weight.shape)) for name, weight in module.named_parameters()}
 
 
-def save(path: Path, held: Held, copies: Copies) -> None:
-    """Write this worker's pieces, with the number of AdamW's updates in the header.
+@dataclass(frozen=True)
+class Content:
+    """This worker's pieces as they were at a moment, on the host; training may go on meanwhile.
+
+    Attributes:
+        tensors: ``kind:start:name`` -> flat, fp32.
+        updates: AdamW's.
+    """
+
+    tensors: dict[str, Tensor]
+    updates: int
+
+    def write(self, path: Path) -> None:
+        """As safetensors, with the number of updates in the header."""
+        save_file(self.tensors, path, {"updates": str(self.updates)})
+
+
+@torch.no_grad()
+def collect(held: Held, copies: Copies) -> Content:
+    """Copy this worker's pieces to the host.
 
     Raises:
         CheckpointError: weights that were updated unlike often, which one number could not say.
@@ -136,10 +154,10 @@ def save(path: Path, held: Held, copies: Copies) -> None:
         updates.add(float(state["step"]))
         for kind, tensor in _kinds(piece.master, state, copies).items():
             if piece.size:
-                content[f"{kind}:{piece.start}:{piece.name}"] = piece.of(tensor)
+                content[f"{kind}:{piece.start}:{piece.name}"] = piece.of(tensor).detach().to("cpu", copy=True)
     if len(updates) > 1:
         raise CheckpointError(f"checkpoint: expected all weights updated equally often, got {sorted(updates)}")
-    save_file(content, path, {"updates": str(int(updates.pop())) if updates else "0"})
+    return Content(content, int(updates.pop()) if updates else 0)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.core.generated import gcs_pb2
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -30,7 +30,7 @@ from kmtr.ray_start import described
 from kmtr.train import room
 from kmtr.train.loop import train_worker
 from kmtr.train.progress import Sender
-from kmtr.types import KmtrError, first_line
+from kmtr.types import KmtrError, first_line, last_line
 
 SAID_EVERY_S = 30.0
 
@@ -113,10 +113,8 @@ class Told(ControllerCallback):
             )
         if isinstance(current_state, ReschedulingState) and time.monotonic() - self._said >= SAID_EVERY_S:
             self._said = time.monotonic()
-            reason = first_line(current_state.training_failed_error)
-            sender.say(
-                f"               waiting       for room for the workers: the cluster has {described()}: {reason}"
-            )
+            why = first_line(_inner(current_state.training_failed_error))
+            sender.say(f"               waiting       for room for the workers; the cluster has {described()}: {why}")
 
 
 def lost(failures: dict[int, Exception]) -> str:
@@ -131,13 +129,28 @@ def lost(failures: dict[int, Exception]) -> str:
     if not said:
         return "the workers"
     ranks = ", ".join(map(str, sorted(said)))
+    first = _inner(said[min(said)])
+    if any(isinstance(_inner(error), OutOfMemoryError) or "low on memory" in str(error) for error in said.values()):
+        return f"worker {ranks}: killed, since its node had no memory left"
     if dead:
         return f"worker {ranks}: {'its process or node is' if len(dead) == 1 else 'their processes or nodes are'} gone"
-    return f"worker {ranks}: {first_line(_inner(said[min(said)]))}"
+    return f"worker {ranks}: {first_line(first)}"
+
+
+def reason(error: Any) -> str:
+    """Why Ray Train gave up, in one line.
+
+    Args:
+        error: ray.train.TrainingFailedError.
+    """
+    failures = getattr(error, "worker_failures", None)
+    if not failures:
+        return last_line(_inner(error))
+    return f"{lost(failures)}, once more than train.max_failures; the same command goes on from the last checkpoint"
 
 
 def _inner(error: BaseException) -> BaseException:
-    return getattr(error, "base_exc", error)
+    return getattr(error, "base_exc", getattr(error, "controller_failure", error))
 
 
 class Trainer(TorchTrainer):

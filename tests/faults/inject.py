@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from runs import wait_for
 
 START, FIRST, MIDDLE, VALIDATION, SAVING, LAST = "start", "first step", "mid-epoch", "validation", "saving", "last step"
 MOMENTS = (START, FIRST, MIDDLE, VALIDATION, SAVING, LAST)
@@ -132,3 +136,19 @@ def faulty_worker(job: dict[str, Any]) -> dict[str, Any]:
     elif mine and fault.moment == SAVING:  # the weights are written, their hashes are not
         checkpoint._sha256 = before(checkpoint._sha256)
     return loop.train_worker(job)
+
+
+@contextmanager
+def meanwhile(fault: Fault, happens: Any) -> Iterator[None]:
+    """While the block runs, call `happens` at the fault's moment; the worker that waits for it goes on then."""
+
+    def wait() -> None:
+        wait_for(fault.moment, fault.happened.exists)
+        happens()
+        fault.done.touch()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    yield
+    thread.join()
+    assert fault.done.exists(), "nothing happened: the test proves nothing"

@@ -20,7 +20,6 @@ import torch
 from exported import model_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from kmtr.config import RunConfig, flatten, parse, typed
 from kmtr.config.recipes import RECIPES, tiny
@@ -31,6 +30,7 @@ from kmtr.exported import export_encoder
 from kmtr.inference import load_model
 from kmtr.model.encoder import line_encoder
 from kmtr.train import checkpoint
+from kmtr.train.state import Content
 from kmtr.types import KmtrError
 
 KINDS = 5
@@ -210,11 +210,8 @@ def test_settings(given_words: list[str]) -> None:
 class Pieces:
     """What `checkpoint.save` asks of an engine."""
 
-    def __init__(self) -> None:
-        self.weights = {"weight:0:a": torch.arange(64.0), "exp_avg:0:a": torch.ones(64)}
-
-    def save(self, path: Path) -> None:
-        save_file(self.weights, path)
+    def collect(self) -> Content:
+        return Content({"weight:0:a": torch.arange(64.0), "exp_avg:0:a": torch.ones(64)}, updates=7)
 
     def shapes(self) -> dict[str, list[int]]:
         return {"a": [8, 8]}
@@ -225,7 +222,7 @@ def saved(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "checkpoint"
     folder.mkdir()
     progress = checkpoint.Progress(step=7, metrics={"val/kspace_loss": 0.5}, layouts=[(0, {"workers": 1})])
-    checkpoint.save.__wrapped__(folder, Pieces(), progress, small, 0, 1)  # type: ignore[attr-defined]  # unchecked types
+    checkpoint.collect.__wrapped__(Pieces(), progress, small, 0, 1).write(folder)  # type: ignore[attr-defined]
     return folder
 
 

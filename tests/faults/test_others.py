@@ -7,16 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import inject
 import pytest
-from inject import Fault, plant
+from inject import Fault, meanwhile, plant
 
 from kmtr import tracking
 from kmtr.bench.mlflow_server import Server
@@ -41,22 +39,6 @@ def cases(deeds: tuple[str, ...], moments: tuple[str, ...]) -> Any:
             for moment in moments
         ],
     )
-
-
-@contextmanager
-def meanwhile(fault: Fault, happens: Any) -> Iterator[None]:
-    """While the block runs, call `happens` at the fault's moment; the worker that waits for it goes on then."""
-
-    def wait() -> None:
-        wait_for(fault.moment, fault.happened.exists)
-        happens()
-        fault.done.touch()
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    yield
-    thread.join()
-    assert fault.done.exists(), "nothing happened: the test proves nothing"
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ from kmtr.config import RunConfig, override
 from kmtr.config.recipes import RECIPES
 from kmtr.data.dataset.reader import Dataset
 from kmtr.train import driver, folder
-from kmtr.types import InputError
+from kmtr.types import InputError, KmtrError
 
 NAMES = {"tiny": "tiny-962af888", "base": "base-7d8da823", "large": "large-36d4c3bd"}
 """Of the recipes over a dataset of digest 0: a new key with its default renames no run."""
@@ -82,3 +82,14 @@ def test_a_name_stays_in_storage_root(small: RunConfig, name: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_recipes_keep_their_names(recipe: str) -> None:
     assert RECIPES[recipe]().run_name("0" * 64) == NAMES[recipe]
+
+
+def test_a_password_stays_out_of_files_and_errors(forked: None, config: RunConfig) -> None:
+    """The store does not answer, so the run ends where it opens it, behind all that it writes of its settings."""
+    config = override(config, {"tracking.uri": "http://somebody:secret@127.0.0.1:9"})
+    with pytest.raises(KmtrError, match=r"^MLflow at http://\*\*\*@127.0.0.1:9 failed") as caught:
+        driver.fit(config, quiet=True)
+    assert "secret" not in str(caught.value)
+    written = [path for path in Path(config.storage.root).rglob("*") if path.is_file()]
+    assert "config.json" in {path.name for path in written}
+    assert not [path for path in written if b"secret" in path.read_bytes()]

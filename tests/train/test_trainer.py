@@ -5,9 +5,14 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from kmtr.train import trainer
 
@@ -49,8 +54,73 @@ def test_room_that_is_left_over_and_a_wait_are_said_once(monkeypatch: pytest.Mon
     assert len(said) == 3
 
 
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        ({1: ActorDiedError()}, "worker 1: its process or node is gone"),
+        ({2: ActorDiedError(), 0: ActorDiedError()}, "worker 0, 2: their processes or nodes are gone"),
+        ({1: WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())}, "worker 1: its process"),
+        ({0: RuntimeError("Connection closed by peer"), 1: ActorDiedError()}, "worker 1: its process or node is gone"),
+        (
+            {1: OutOfMemoryError("the node is running low on memory")},
+            "worker 1: killed, since its node had no memory left",
+        ),
+        ({1: ValueError("a reason\nadvice")}, "worker 1: a reason"),
+        ({}, "the workers"),
+    ],
+)
+def test_who_was_lost_is_said_in_words(failures: dict[int, Exception], said: str) -> None:
+    assert trainer.lost(failures).startswith(said)
+    assert "\n" not in trainer.lost(failures)
+    if failures:
+        told = trainer.reason(WorkerGroupError("two\nlines", failures))
+        assert told.startswith(said)
+        assert "once more than train.max_failures" in told
+
+
+def test_losses_are_told_and_counted_and_a_wait_for_room_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    now = [100.0]
+
+    class Recorder:
+        def __init__(self, name: str):
+            assert name == "progress"
+
+        def say(self, line: str) -> None:
+            said.append(line.strip())
+
+        def restarted(self) -> None:
+            said.append("restarted")
+
+    monkeypatch.setattr(trainer, "Sender", Recorder)
+    monkeypatch.setattr(trainer, "described", lambda: "1 node(s), 2 CPUs, 0 GPUs")
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    told = trainer.Told("progress", most=3)
+    running = InitializingState()
+    error = WorkerGroupError("lost", {1: ActorDiedError()})
+    for count in (1, 2):
+        told.after_controller_state_update(running, RestartingState(error))
+        line = "lost          worker 1: its process or node is gone; all start again from the last checkpoint"
+        assert said[-2:] == ["restarted", f"{line} (loss {count} of at most 3)"]
+    waiting = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(2)))
+    for _ in range(3):
+        told.after_controller_state_update(running, waiting)
+    assert len(said) == 5
+    assert said[-1].startswith("waiting       for room for the workers; the cluster has 1 node(s), 2 CPUs, 0 GPUs: ")
+    now[0] += trainer.SAID_EVERY_S
+    told.after_controller_state_update(running, waiting)
+    assert len(said) == 6
+
+
 def test_ray_train_still_has_what_the_trainer_replaces() -> None:
     """A new version that moves it must be met here, not in a run."""
+    start = inspect.getsource(DataParallelTrainer._initialize_and_run_controller)
+    assert "self._register_sigint_handler(controller)" in start
+    assert "ray.get(controller.run.remote())" in start
+    assert 'self._requester_id = f"train-{train_run_context.run_id}"' in inspect.getsource(
+        ElasticScalingPolicy.after_controller_start
+    )
+    assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)
     fit = inspect.getsource(DataParallelTrainer.fit)
     assert "scaling_policy=create_scaling_policy(self.scaling_config)" in fit
     assert "self._initialize_and_run_controller(" in fit
