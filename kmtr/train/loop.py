@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import threading
 import time
 import traceback
@@ -119,6 +120,7 @@ class Worker:
         self.saved = self.progress.step
         self.written = threading.Event()
         self.written.set()
+        self.nothing = tempfile.TemporaryDirectory()
         self.watch = _Watch()
 
     def _restored(self) -> Progress:
@@ -319,7 +321,7 @@ class Worker:
         modes = ray.train.CheckpointUploadMode
         ray.train.report(
             {"step": progress.step, **self.metrics},
-            checkpoint=ray.train.Checkpoint.from_directory(str(self.folder)),  # Ray wants one; `write` makes it
+            checkpoint=ray.train.Checkpoint.from_directory(self.nothing.name),  # Ray wants one; `_write` makes it
             checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
             checkpoint_upload_fn=partial(self._write, part),
         )

@@ -60,9 +60,9 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line(
     fault = Fault(moment, "outside", str(tmp_path))
     with monkeypatch.context() as patch:
         plant(patch, fault)
-        with meanwhile(fault, lambda: fill(small_disk)):
-            with pytest.raises(KmtrError, match="storage.root: no checkpoint can be written in") as caught:
-                driver.fit(config, quiet=True)
+        refused = pytest.raises(KmtrError, match=r"storage\.root: no checkpoint can be written in")
+        with meanwhile(fault, lambda: fill(small_disk)), refused as caught:
+            driver.fit(config, quiet=True)
     assert "\n" not in str(caught.value)
     assert "No space left on device" in str(caught.value)
     assert run_of(config)[1] in ("FAILED", "RUNNING"), "the spool had no room either"
