@@ -61,7 +61,7 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
             message, lost_peer = str(error), False
         except Exception as error:  # told to the driver below; the traceback stays in this worker's log
             traceback.print_exc()
-            message, lost_peer = with_kind(error), watch.lost_peer(error)
+            message, lost_peer = _told(error, Path(job["folder"])), watch.lost_peer(error)
         tell.fail(message, lost_peer)
         watch.abandon(device)
     return {"error": message}
@@ -345,10 +345,7 @@ class Worker:
         try:
             part.write(target)
         except Exception as error:
-            disk = isinstance(error, OSError | SafetensorError)
-            self.sender.fail(
-                (f"storage.root: no checkpoint can be written in {target}: " if disk else "") + with_kind(error)
-            )
+            self.sender.fail(_told(error, self.folder))
             self.sender.settle()  # it would come again
             raise
         finally:
@@ -358,6 +355,16 @@ class Worker:
     def _export(self, folder: Path) -> None:
         if self.rank == 0:
             checkpoint.export_encoder_from(folder, self.folder / MASKED_ENCODER, self.config, self.tables)
+
+
+def _told(error: Exception, folder: Path) -> str:
+    """An error of no kind of ours in one line; a full disk by its setting."""
+    text = with_kind(error)
+    if "No space left on device" in text:
+        return f"storage.root: no room left in {folder}; make some, and the same command goes on ({text})"
+    if isinstance(error, SafetensorError):
+        return f"storage.root: {folder} can not be written: {text}"
+    return text
 
 
 def _indented(tell: Sender, line: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -40,6 +41,7 @@ class Mailbox:
         self.items: list[tuple[int, str, dict[str, float]] | str] = []
         self.failures: list[tuple[bool, str]] = []
         self.final = self.stopping = False
+        self.past: set[str] = set()
         self.watch = Watch(silent_s, hang_s)
         self.workers: dict[int, Any] = {}
 
@@ -54,9 +56,10 @@ class Mailbox:
         items, self.items = self.items, []
         return items
 
-    def fail(self, message: str, lost_peer: bool = False) -> None:
-        """An error of a worker; `lost_peer`: it only says that another one has left."""
-        self.failures.append((lost_peer, message))
+    def fail(self, group: str, message: str, lost_peer: bool = False) -> None:
+        """An error of a worker of a group; `lost_peer`: it only says that another one has left."""
+        if group not in self.past:
+            self.failures.append((lost_peer, message))
 
     def first_failure(self) -> str:
         """The error of the worker that failed first; the others' only say that it left them."""
@@ -66,12 +69,15 @@ class Mailbox:
         """The first error that does not say that another worker has left; empty: there is none."""
         return next((message for lost_peer, message in self.failures if not lost_peer), "")
 
-    def settle(self) -> None:
+    def settle(self, group: str) -> None:
         """A worker had to be ended because another one had failed: that failure stays the reason."""
-        self.final = True
+        self.final = self.final or group not in self.past
 
     def restarted(self) -> None:
-        """Workers were lost and all start again: what the others said of that is no failure, and none is waited for."""
+        """Workers were lost and all start again: what the others said of that is no failure, none is waited for, and
+        those that live on for a moment are not listened to.
+        """
+        self.past.add(self.watch.group)
         self.watch.forget()
         if not self.final:
             self.failures = []
@@ -86,6 +92,8 @@ class Mailbox:
 
     def beat(self, group: str, rank: int, moves: int, where: str, worker: Any) -> dict[str, Any]:
         """A sign of life of a worker (its handle last), and the orders to it (`Pulse`)."""
+        if group in self.past:
+            return {}
         self.watch.beat(group, rank, moves, where, time.monotonic())
         self.workers[rank] = worker
         self._judge()
@@ -112,6 +120,7 @@ class Sender:
     def __init__(self, name: str) -> None:
         import ray
 
+        self.group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"  # of each start another one
         try:
             self._actor = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
@@ -128,14 +137,14 @@ class Sender:
 
     def fail(self, message: str, lost_peer: bool = False) -> None:
         """Waits until it arrived, since the worker ends next."""
-        self._asked("fail", message, lost_peer)
+        self._asked("fail", self.group, message, lost_peer)
 
-    def beat(self, group: str, rank: int, moves: int, where: str) -> dict[str, Any] | None:
+    def beat(self, rank: int, moves: int, where: str) -> dict[str, Any] | None:
         """A sign of life of this worker: the orders to it; None: nobody answered in time."""
         import ray
 
         worker = ray.get_runtime_context().current_actor
-        orders: dict[str, Any] | None = self._asked("beat", group, rank, moves, where, worker)
+        orders: dict[str, Any] | None = self._asked("beat", self.group, rank, moves, where, worker)
         return orders
 
     def leave(self, rank: int) -> None:
@@ -145,7 +154,7 @@ class Sender:
 
     def settle(self) -> None:
         """This worker is ended for another one's failure; waits until it arrived."""
-        self._asked("settle")
+        self._asked("settle", self.group)
 
     def restarted(self) -> None:
         """Workers were lost and start again."""

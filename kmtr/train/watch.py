@@ -59,13 +59,13 @@ class Watch:
     def __init__(self, silent_s: float, hang_s: float):
         self.silent_s, self.hang_s = silent_s, hang_s
         self.beats: dict[int, Beat] = {}
-        self._group = ""
+        self.group = ""
         self._looked = float("inf")
 
     def beat(self, group: str, rank: int, moves: int, where: str, now: float) -> None:
         """A sign of life; the first of another group forgets the group before it."""
-        if group != self._group:
-            self._group, self.beats = group, {}
+        if group != self.group:
+            self.group, self.beats = group, {}
         known = self.beats.get(rank)
         moved = known.moved if known is not None and known.moves == moves else now
         self.beats[rank] = Beat(moves, where, now, moved)
@@ -176,7 +176,6 @@ class Pulse:
 @contextmanager
 def beating(tell: Orders, rank: int, device: torch.device) -> Iterator[Pulse]:
     """Inside, this worker gives signs of life, and leaves the others' operations when one of them has failed."""
-    group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
     def leave() -> None:
         if device.type == "cuda":  # gloo's connections break by themselves when one of the others leaves
@@ -187,7 +186,7 @@ def beating(tell: Orders, rank: int, device: torch.device) -> Iterator[Pulse]:
         faulthandler.dump_traceback(sys.__stderr__ or 2)  # the worker's log
         os._exit(1)
 
-    pulse = Pulse(lambda moves, place: tell.beat(group, rank, moves, place), leave, end)
+    pulse = Pulse(lambda moves, place: tell.beat(rank, moves, place), leave, end)
     try:
         yield pulse
     finally:
@@ -198,7 +197,7 @@ def beating(tell: Orders, rank: int, device: torch.device) -> Iterator[Pulse]:
 class Orders(Protocol):
     """A worker's end of the progress actor (`kmtr.train.progress.Sender`)."""
 
-    def beat(self, group: str, rank: int, moves: int, where: str) -> dict[str, Any] | None: ...
+    def beat(self, rank: int, moves: int, where: str) -> dict[str, Any] | None: ...
 
     def leave(self, rank: int) -> None: ...
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from kmtr.train import watch
+from kmtr.train import progress, watch
+from kmtr.train.progress import Mailbox
 from kmtr.train.watch import Pulse, Watch, lost_peer, where
 
 
@@ -154,3 +155,58 @@ def test_the_place_of_a_thread_is_its_innermost_line_of_ours() -> None:
 )
 def test_an_error_that_only_says_that_another_worker_left(error: Exception, expected: bool) -> None:
     assert lost_peer(error) is expected
+
+
+def test_workers_of_a_group_that_was_given_up_are_not_listened_to() -> None:
+    """They live on for a moment when their controller has died, and fail then since it is gone."""
+    mailbox = Mailbox(30.0, 100.0)
+    mailbox.beat("a", 0, 1, "there", None)
+    mailbox.restarted()
+    mailbox.fail("a", "ActorDiedError: the controller's")
+    mailbox.settle("a")
+    assert mailbox.beat("a", 0, 2, "there", None) == {}
+    mailbox.beat("b", 0, 0, "there", None)
+    assert mailbox.beat("b", 0, 1, "there", None) == {"stop": False, "failure": ""}
+    assert (mailbox.first_failure(), mailbox.settled()) == ("", "")
+
+
+def test_a_failure_for_which_others_had_to_be_ended_stays_the_reason() -> None:
+    mailbox = Mailbox(30.0, 100.0)
+    for rank in range(2):
+        mailbox.beat("a", rank, 1, "there", None)
+    mailbox.fail("a", "connection closed by peer", lost_peer=True)
+    assert mailbox.beat("a", 0, 1, "there", None)["failure"] == ""
+    mailbox.fail("a", "out of memory")
+    assert mailbox.beat("a", 0, 1, "there", None)["failure"] == "out of memory"
+    assert mailbox.first_failure() == "out of memory"
+    mailbox.settle("a")
+    mailbox.restarted()
+    assert mailbox.settled() == "out of memory"
+
+
+def test_what_workers_said_of_a_loss_that_is_survived_is_forgotten() -> None:
+    mailbox = Mailbox(30.0, 100.0)
+    mailbox.beat("a", 0, 1, "there", None)
+    mailbox.fail("a", "connection closed by peer", lost_peer=True)
+    mailbox.restarted()
+    assert mailbox.first_failure() == ""
+    assert mailbox.settled() == ""
+
+
+def test_a_silent_worker_is_ended_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    ended: list[str] = []
+    now = [0.0]
+    monkeypatch.setattr(ray, "kill", ended.append)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    mailbox = Mailbox(3.0, 0.0)
+    mailbox.beat("a", 0, 1, "there", "first")
+    mailbox.beat("a", 1, 1, "elsewhere", "second")
+    for second in range(1, 6):
+        now[0] = float(second)
+        mailbox.beat("a", 0, second, "there", "first")
+    assert ended == ["second"]
+    (line,) = mailbox.drain()
+    assert "no sign of life of worker 1 for 3 s" in line
+    assert mailbox.drain() == []
