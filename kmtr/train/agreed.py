@@ -12,21 +12,23 @@ from kmtr.types import KmtrError
 
 T = TypeVar("T")
 
+NOTHING, SAVE, STOP, _FAILED = range(4)
+"""Wishes of a worker between two steps: that of any worker is all workers', the largest first."""
+
 
 def together(call: Callable[[], T], device: torch.device, then: Callable[[], None] | None = None) -> T:
-    """`together_or_stop` where nobody asks to stop."""
-    return together_or_stop(call, device, then)[0]
+    """`together_wishing` where nobody wishes anything."""
+    return together_wishing(call, device, then)[0]
 
 
-def together_or_stop(
-    call: Callable[[], T], device: torch.device, then: Callable[[], None] | None = None, stop: bool = False
-) -> tuple[T, bool]:
-    """Result of `call` and whether any worker asks to stop, or on all workers the error of the first that has one:
-    nobody waits for one that gave up.
+def together_wishing(
+    call: Callable[[], T], device: torch.device, then: Callable[[], None] | None = None, wish: int = NOTHING
+) -> tuple[T, int]:
+    """Result of `call` and the workers' largest wish, or on all workers the error of the first that has one: nobody
+    waits for one that gave up.
 
     Args:
         then: is called where `call` has returned, before the others are waited for.
-        stop: this worker asks to stop.
 
     Raises:
         KmtrError: of the lowest rank that has one.
@@ -34,8 +36,8 @@ def together_or_stop(
     result, failure = _tried(call)
     if then is not None:
         then()
-    stops = agree(failure, device, stop)
-    return result, stops  # type: ignore[return-value]  # no failure, so there is a result
+    wishes = agree(failure, device, wish)
+    return result, wishes  # type: ignore[return-value]  # no failure, so there is a result
 
 
 def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
@@ -45,17 +47,17 @@ def _tried(call: Callable[[], T]) -> tuple[T | None, KmtrError | None]:
         return None, error
 
 
-def agree(error: KmtrError | None, device: torch.device, stop: bool = False) -> bool:
-    """Raise the first worker's error on all workers if any has one; else whether any asks to stop.
+def agree(error: KmtrError | None, device: torch.device, wish: int = NOTHING) -> int:
+    """Raise the first worker's error on all workers if any has one; else their largest wish.
 
     Raises:
         KmtrError: of the lowest rank that has one.
     """
-    flag = torch.tensor(2 if error is not None else int(stop), device=device)
+    flag = torch.tensor(wish if error is None else _FAILED, device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     found = int(flag)
-    if found == 2:
+    if found == _FAILED:
         errors: list[KmtrError | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, error)
         raise next(one for one in errors if one is not None)
-    return found == 1
+    return found

@@ -26,7 +26,7 @@ from kmtr.exported import WEIGHTS, read_weights
 from kmtr.tasks import Model, Preparer
 from kmtr.tracking import Spool
 from kmtr.train import checkpoint, choice, guard, heads, validation, watch
-from kmtr.train.agreed import together, together_or_stop
+from kmtr.train.agreed import SAVE, STOP, together, together_wishing
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.handed import taken
@@ -184,11 +184,11 @@ class Worker:
         wanted = self.step.prepare.wanted
         batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, wanted)
         for step in steps:
-            host, stop = together_or_stop(
-                lambda: next(batches), self.device, self.watch.waited, stop=self.pulse.stopping
-            )
-            if stop:
+            host, wish = together_wishing(lambda: next(batches), self.device, self.watch.waited, self.pulse.wish)
+            if wish == STOP:
                 return self._interrupted()
+            if wish == SAVE:
+                self._save_early()
             report = self.step(step, host)
             self.pulse.moved()
             self.watch.stepped(host, report)
@@ -207,6 +207,12 @@ class Worker:
                 break
         unsent = self.spool.close(30.0) if self.spool else 0
         return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+
+    def _save_early(self) -> None:
+        """A node is about to be taken away."""
+        if self.progress.step > self.saved:
+            self._save(wait=True)
+        self.pulse.answered()
 
     def _interrupted(self) -> dict[str, Any]:
         """Save, and leave."""

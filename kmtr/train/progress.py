@@ -42,6 +42,7 @@ class Mailbox:
         self.failures: list[tuple[bool, str]] = []
         self.final = self.stopping = False
         self.past: set[str] = set()
+        self.saves = 0
         self.watch = Watch(silent_s, hang_s)
         self.workers: dict[int, Any] = {}
 
@@ -90,6 +91,10 @@ class Mailbox:
         """From now on the orders are to save and leave."""
         self.stopping = True
 
+    def save(self) -> None:
+        """From now on the orders are to save once, and to go on."""
+        self.saves += 1
+
     def beat(self, group: str, rank: int, moves: int, where: str, worker: Any) -> dict[str, Any]:
         """A sign of life of a worker (its handle last), and the orders to it (`Pulse`)."""
         if group in self.past:
@@ -97,7 +102,7 @@ class Mailbox:
         self.watch.beat(group, rank, moves, where, time.monotonic())
         self.workers[rank] = worker
         self._judge()
-        return {"stop": self.stopping, "failure": self.own_failure()}
+        return {"stop": self.stopping, "saves": self.saves, "failure": self.own_failure()}
 
     def leave(self, rank: int) -> None:
         """It ends by itself."""
@@ -160,6 +165,11 @@ class Sender:
         """Workers were lost and start again."""
         if self._actor is not None:
             self._actor.restarted.remote()
+
+    def save(self) -> None:
+        """Ask the workers to save, and to go on."""
+        if self._actor is not None:
+            self._actor.save.remote()
 
     def settled(self) -> str:
         """The failure for which no worker is to start again; empty: there is none."""

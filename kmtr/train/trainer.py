@@ -21,7 +21,7 @@ from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
+from ray.train.v2._internal.execution.controller.state import PreemptingState, ReschedulingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -111,6 +111,10 @@ class Told(ControllerCallback):
                 f"               lost          {lost(failures)}; all start again from the last checkpoint "
                 f"(loss {self.lost} of at most {self.most})"
             )
+        if isinstance(current_state, PreemptingState):
+            sender.save()
+            ranks = ", ".join(map(str, sorted(current_state.preemption_info.preempted_ranks)))
+            sender.say(f"               preemption    the node of worker {ranks} is about to be taken away; saving now")
         if isinstance(current_state, ReschedulingState) and time.monotonic() - self._said >= SAID_EVERY_S:
             self._said = time.monotonic()
             why = first_line(_inner(current_state.training_failed_error))

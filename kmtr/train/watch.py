@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from kmtr.train.agreed import NOTHING, SAVE, STOP
+
 BEAT_S = 2.0
 """Time between two signs of life of a worker."""
 LEAVE_S = 10.0
@@ -128,8 +130,8 @@ class Pulse:
     """A thread of a worker: tells that it lives and where it is, and hears whether the run is to stop.
 
     Args:
-        tell: (moves, where) -> orders: ``stop``: save and leave; ``failure``: another worker's error. None: nobody
-            answered.
+        tell: (moves, where) -> orders: ``stop``: save and leave; ``saves``: how often it was asked to save and go on;
+            ``failure``: another worker's error. None: nobody answered.
         leave: called once when another worker has failed and this one has not left `LEAVE_S` later; and
         end: called as much later.
     """
@@ -141,7 +143,7 @@ class Pulse:
         end: Callable[[], None],
     ):
         self.stopping = False
-        self.moves = 0
+        self.moves, self.asked, self.done = 0, 0, 0
         self._tell, self._steps = tell, [leave, end]
         self._watched = threading.get_ident()
         self._ended = threading.Event()
@@ -153,12 +155,22 @@ class Pulse:
         """Something is finished."""
         self.moves += 1
 
+    @property
+    def wish(self) -> int:
+        """What this worker was asked for and has not done yet (`agreed`)."""
+        return STOP if self.stopping else SAVE if self.asked > self.done else NOTHING
+
+    def answered(self) -> None:
+        """It has saved."""
+        self.done = self.asked
+
     def close(self) -> None:
         self._ended.set()
 
     def _beat(self) -> dict[str, Any]:
         orders = self._tell(self.moves, where(self._watched)) or {}
         self.stopping = self.stopping or bool(orders.get("stop"))
+        self.asked = max(self.asked, orders.get("saves", 0))
         return orders
 
     def _run(self) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,9 @@ from inject import Fault, meanwhile, plant
 from kmtr import tracking
 from kmtr.bench.mlflow_server import Server
 from kmtr.config import RunConfig, override, to_json
-from kmtr.train import driver
+from kmtr.train import driver, watch
 from kmtr.train.folder import Outcome
+from kmtr.train.progress import Display
 from kmtr.types import KmtrError
 from runs import check_survived, curve, process_of, run_of, wait_for
 
@@ -127,6 +129,33 @@ def test_a_second_signal_ends_a_command_whose_workers_do_not_answer(
     assert "interrupted; the same command goes on from its last checkpoint" in error
     assert run_of(config)[1] == "KILLED"
     check_survived(config, driver.fit(config, quiet=True), calm)
+
+
+@pytest.mark.full
+def test_a_preemption_notice_saves_and_training_goes_on(
+    cluster: None, config: RunConfig, calm: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 is held when the notice comes; checkpoints are due behind steps 4 and 8."""
+    fault = Fault(inject.MIDDLE, "outside", str(tmp_path))
+    plant(monkeypatch, fault)
+    displays: list[Display] = []
+
+    class Seen(Display):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            displays.append(self)
+
+    monkeypatch.setattr(driver, "Display", Seen)
+
+    def notify() -> None:
+        displays[0].mailbox.save.remote()
+        time.sleep(3 * watch.BEAT_S)  # every worker has heard of it
+
+    with meanwhile(fault, notify):
+        outcome = driver.fit(config, quiet=True)
+    check_survived(config, outcome, calm)
+    saved = [step for step, _ in curve(config, outcome.run_id, "run/checkpoint_stall_s")]
+    assert saved == [4, 7, 8, 10]
 
 
 @pytest.fixture

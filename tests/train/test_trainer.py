@@ -9,10 +9,16 @@ import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.controller.state import InitializingState, ReschedulingState, RestartingState
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    PreemptingState,
+    ReschedulingState,
+    RestartingState,
+)
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from kmtr.train import trainer
 
@@ -92,6 +98,9 @@ def test_losses_are_told_and_counted_and_a_wait_for_room_now_and_then(monkeypatc
         def restarted(self) -> None:
             said.append("restarted")
 
+        def save(self) -> None:
+            said.append("saved")
+
     monkeypatch.setattr(trainer, "Sender", Recorder)
     monkeypatch.setattr(trainer, "described", lambda: "1 node(s), 2 CPUs, 0 GPUs")
     monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
@@ -102,6 +111,10 @@ def test_losses_are_told_and_counted_and_a_wait_for_room_now_and_then(monkeypatc
         told.after_controller_state_update(running, RestartingState(error))
         line = "lost          worker 1: its process or node is gone; all start again from the last checkpoint"
         assert said[-2:] == ["restarted", f"{line} (loss {count} of at most 3)"]
+    taken = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [3, 1]})
+    told.after_controller_state_update(running, PreemptingState(taken, 0.0))
+    assert said[-2:] == ["saved", "preemption    the node of worker 1, 3 is about to be taken away; saving now"]
+    del said[-2:]
     waiting = ReschedulingState(ControllerError(WorkerGroupStartupTimeoutError(2)))
     for _ in range(3):
         told.after_controller_state_update(running, waiting)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kmtr.train import progress, watch
+from kmtr.train.agreed import NOTHING, SAVE, STOP
 from kmtr.train.progress import Mailbox
 from kmtr.train.watch import Pulse, Watch, lost_peer, where
 
@@ -102,11 +103,17 @@ def test_a_pulse_tells_where_its_thread_is_and_hears_orders(monkeypatch: pytest.
 
     pulse = Pulse(tell, left.set, ended.set)
     until(lambda: len(told) > 1)
-    assert not pulse.stopping
     pulse.moved()
     until(lambda: told[-1][0] == 1)
+    assert pulse.wish == NOTHING
+    orders["saves"] = 1
+    until(lambda: pulse.wish == SAVE)
+    pulse.answered()
+    assert pulse.wish == NOTHING, "once"
+    orders["saves"] = 2
+    until(lambda: pulse.wish == SAVE)
     orders["stop"] = True
-    until(lambda: pulse.stopping)
+    until(lambda: pulse.wish == STOP)
     assert not left.is_set()
     orders["failure"] = "another worker's error"
     assert left.wait(30)
@@ -166,7 +173,7 @@ def test_workers_of_a_group_that_was_given_up_are_not_listened_to() -> None:
     mailbox.settle("a")
     assert mailbox.beat("a", 0, 2, "there", None) == {}
     mailbox.beat("b", 0, 0, "there", None)
-    assert mailbox.beat("b", 0, 1, "there", None) == {"stop": False, "failure": ""}
+    assert mailbox.beat("b", 0, 1, "there", None) == {"stop": False, "saves": 0, "failure": ""}
     assert (mailbox.first_failure(), mailbox.settled()) == ("", "")
 
 
