@@ -22,8 +22,8 @@ STEPS = {
     "stage": "masked",
     "train.checkpoint_every": 4,
     "train.eval_every": 5,
-    "train.silent_s": 10.0,
-    "train.hang_s": 20.0,
+    "train.silent_s": 0.0,  # nothing is lost because the machine is busy; tests of these turn them on
+    "train.hang_s": 0.0,
 }
 
 

@@ -26,8 +26,6 @@ STEPS = {
     "optimizer.ema": 0.9,
     "train.checkpoint_every": 3,
     "train.eval_every": 12,
-    "train.silent_s": 30.0,
-    "train.hang_s": 1800.0,
 }
 ELASTIC = {"train.workers": "1..2", "train.cpus_per_worker": 1.0, "train.resize_every_s": 1.0, "train.threads": 1}
 

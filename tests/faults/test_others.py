@@ -117,7 +117,7 @@ def test_a_second_signal_ends_a_command_whose_workers_do_not_answer(
     cluster: None, config: RunConfig, calm: Outcome, tmp_path: Path
 ) -> None:
     fault = Fault(inject.MIDDLE, "hangs", str(tmp_path))
-    running = command(fault, override(config, {"train.hang_s": 0.0}), tmp_path)
+    running = command(fault, config, tmp_path)
     wait_for("the fault", lambda: fault.happened.exists() or running.poll() is not None)
     assert running.stdout is not None
     running.send_signal(signal.SIGINT)

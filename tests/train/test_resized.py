@@ -292,12 +292,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(copy: Path, confi
     (copy / "sha256-rank01.json").unlink()
     assert "expected the files of 2 workers, got those of 1" in refused(copy, config, model)
     (copy / checkpoint.HEAD).write_text(json.dumps(head | {"ema": False}))
-    assert refused(copy, config, model).startswith("optimizer.ema: expected 0")
+    with pytest.raises(checkpoint.CheckpointError, match=r"^optimizer\.ema: expected 0"):
+        checkpoint.fitting(copy, model, config)
     (copy / checkpoint.HEAD).write_text(json.dumps(head | {"format": 0}))
     assert refused(copy, config, model).startswith("checkpoint: expected format 1, got 0; start anew")
-    (copy / checkpoint.HEAD).unlink()
-    (copy / "engine").mkdir()
+    (copy / checkpoint.HEAD).write_text(json.dumps({name: head[name] for name in head if name != "format"}))
     assert "got that of an earlier version; start anew with run.fresh=true" in refused(copy, config, model)
+    (copy / checkpoint.HEAD).unlink()
+    assert refused(copy, config, model) == "checkpoint: checkpoint.json is missing or damaged; refused"
 
 
 def test_a_missing_piece_is_named(copy: Path) -> None:
