@@ -70,14 +70,14 @@ def check_weights(build: Callable[[], torch.nn.Module], weights: dict[str, Tenso
     """Refuse weights of other shapes than the settings beside them say, before a network of those is built.
 
     Raises:
-        InputError: the first that differs.
+        ValueError: the first that differs.
     """
     with torch.device("meta"):
         wanted = {name: tuple(weight.shape) for name, weight in build().state_dict().items()}
     for name in (*wanted, *weights):
         stored = tuple(weights[name].shape) if name in weights else "none"
         if stored != wanted.get(name):
-            raise InputError(f"weights: expected {name} of shape {wanted.get(name, 'none')}, got {stored}")
+            raise ValueError(f"expected {name} of shape {wanted.get(name, 'none')}, got {stored}")
 
 
 def rebuilds(key: str) -> bool:

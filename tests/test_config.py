@@ -76,8 +76,8 @@ def test_a_wrong_value_names_its_key_and_what_came(key: str, value: str) -> None
     [
         ({"data.views": "sax,sax"}, "data.views: expected one or more different views, got sax,sax"),
         ({"data.views": ""}, "data.views: expected one or more different views, got none"),
-        ({"data.matrix": "63,64"}, "data.matrix: expected even sizes of at least 8, got (63, 64)"),
-        ({"data.matrix": "64,6"}, "data.matrix: expected even sizes of at least 8, got (64, 6)"),
+        ({"data.matrix": "63,64"}, "data.matrix: expected even sizes from 8 to 16384, got (63, 64)"),
+        ({"data.matrix": "64,6"}, "data.matrix: expected even sizes from 8 to 16384, got (64, 6)"),
         ({"sampling.accelerations": ""}, "expected one or more integers from 1"),
         ({"sampling.accelerations": "0,4"}, "expected one or more integers from 1"),
         ({"model.width": "100"}, "model.width: expected a multiple of model.head_width=32"),

@@ -137,7 +137,7 @@ class Sampling(Section):
 
 
 class Model(Section):
-    width: int = Field(512, gt=0, le=65_536, description="channels of a token")
+    width: int = Field(512, gt=0, le=1_000_000, description="channels of a token")
     depth: int = Field(12, gt=0, le=1000, description="transformer blocks of an encoder")
     head_width: int = Field(64, gt=0, le=65_536, description="channels of an attention head")
     mlp_ratio: int = Field(4, gt=0, le=64, description="hidden width of the MLP over width")

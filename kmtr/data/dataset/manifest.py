@@ -152,6 +152,8 @@ def read_manifest(root: str) -> Manifest:
         if version == 1:
             content = _from_version_1(root, content)
         content["schema_version"] = SCHEMA_VERSION  # what version 3 added is in the shards alone (`record.current`)
+        if unknown := sorted(content.keys() - Manifest.__dataclass_fields__.keys()):
+            raise ValueError(f"unknown {unknown[0]}")
         manifest = _MANIFEST.validate_python(content)
         _check(manifest)
     except InputError:
