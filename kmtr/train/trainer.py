@@ -48,16 +48,19 @@ class DivisorPolicy(ElasticScalingPolicy):
     Args:
         sizes: those numbers.
         progress: name of the progress actor.
+        run: name of the run, which has one command at a time.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], progress: str):
+    def __init__(self, scaling_config: ScalingConfig, sizes: Sequence[int], progress: str, run: str = ""):
         super().__init__(scaling_config)
-        self.sizes, self.progress = tuple(sizes), progress
+        self.sizes, self.progress, self.run = tuple(sizes), progress, run
         self._said = ("", float("-inf"))
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Under a name that stays: a controller in place of one that was lost takes over what that one had reserved."""
-        super().after_controller_start(SimpleNamespace(run_id=self.progress))
+        """Under the run's name: a controller in place of one that was lost, or of a command that was killed, takes over
+        what that one had reserved, which else expires minutes later.
+        """
+        super().after_controller_start(SimpleNamespace(run_id=self.run))
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Workers are about to be started: from what there is now, since a node may have gone a moment ago."""
@@ -161,13 +164,13 @@ class Trainer(TorchTrainer):
     """TorchTrainer with `DivisorPolicy` where the number of workers is a range. It leaves signals alone.
 
     Args:
-        sizes, progress: of `DivisorPolicy`.
+        sizes, progress, run: of `DivisorPolicy`.
         kwargs: of TorchTrainer.
     """
 
-    def __init__(self, *args: Any, sizes: Sequence[int], progress: str, **kwargs: Any):
+    def __init__(self, *args: Any, sizes: Sequence[int], progress: str, run: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._policy = (tuple(sizes), progress)
+        self._policy = (tuple(sizes), progress, run)
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         if len(self._policy[0]) > 1:
@@ -206,6 +209,7 @@ def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: 
         ),
         sizes=sizes,
         progress=job["progress"],
+        run=str(folder),
     )
 
 
