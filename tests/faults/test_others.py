@@ -102,6 +102,7 @@ def test_the_command_is_stopped_or_killed_and_the_same_goes_on(
         while "stopping" not in line:
             line = running.stdout.readline()
             assert line, "it ended without a word"
+        time.sleep(4 * watch.BEAT_S)  # a worker has heard of it; the steps that are left take less than a beat
     fault.done.touch()
     _, error = running.communicate(timeout=300)
     if deed != "SIGKILL":
