@@ -63,11 +63,12 @@ def owning(folder: Path, what: str, lost: Callable[[], None] | None = None) -> I
 
 
 def owned(folder: Path) -> bool:
-    """Whether a process owns the folder. One on another machine counts as long as it has not been found dead."""
+    """Whether a living process owns the folder; one on another machine is waited for, for a sign of life."""
     claims = _claims(folder / FOLDER)
     if not claims or claims[-1].with_suffix(".released").exists():
         return False
-    return _owner_of(claims[-1]).lives_here() is not False
+    lives = _owner_of(claims[-1]).lives_here()
+    return _beats(claims[-1]) if lives is None else lives
 
 
 @dataclass(frozen=True)

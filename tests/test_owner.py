@@ -79,7 +79,7 @@ def test_another_machine_s_owner_is_dead_without_a_sign_of_life(
 ) -> None:
     monkeypatch.setattr(owner, "LEASE_S", 0.5)
     claim = elsewhere(tmp_path)
-    assert owned(tmp_path)
+    assert not owned(tmp_path)
     with owning(tmp_path, "run x"):
         assert not claim.exists()
     assert "node7 has had it since yesterday; waiting 0 s for a sign of life" in caplog.messages[0]

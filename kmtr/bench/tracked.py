@@ -27,9 +27,9 @@ def tracked(worker: Worker) -> dict[str, Any]:
     """Seconds of steps by kind of block, in turns; seconds of the calls; and what MLflow has of it at the end."""
     folder, config = Path(worker.config.storage.root), worker.config
     server = Server(folder)
-    server.start()
-    server.wait_until_up()
     try:
+        server.start()
+        server.wait_until_up()
         config = override(config, {"tracking.uri": server.uri})
         run_id = tracking.open_run(config, name="bench-tracking")
         spool = tracking.Spool(folder / "spool", server.uri, run_id, worker.tell)

@@ -71,6 +71,7 @@ class Spool:
         self.continued = bool(self._recorded)  # an earlier process of this run recorded something
         self._file = os.open(self.folder / SPOOL, os.O_WRONLY | os.O_APPEND)
         self._shipper = _Shipper(self.folder, uri, run_id, say)
+        self._shipper.pass_over("end", self._size)  # an end that was not told yet: the run goes on
         self._deadline: float | None = None  # monotonic; set by close
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kmtr-spool", daemon=True)
@@ -268,6 +269,10 @@ class _Shipper:
     def pending(self) -> int:
         """Records on disk behind their cursors."""
         return _behind(self._folder, self._cursor)
+
+    def pass_over(self, kind: str, size: int) -> None:
+        """Records of a kind up to this byte are not shipped any more."""
+        self._cursor[kind] = max(self._cursor[kind], size)
 
     def retry_now(self) -> None:
         """Waits no longer after earlier failures: the end of training is worth another try at once."""

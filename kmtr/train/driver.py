@@ -97,7 +97,6 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
     status: tracking.Status = "FAILED"
-    files: list[Path] = []
     try:
         with Display(
             job["progress"], config.total_steps, asked.quiet, config.train.silent_s, config.train.hang_s
@@ -112,8 +111,9 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         if returned["stopped"]:
             metrics["task_stopped" if config.stage == "task" else "align_stopped"] = metrics["step"]
         outcome = Outcome(run_id, name, str(folder), str(encoder), metrics)
+        _stage(config, run_id, folder, [*sorted(encoder.iterdir()), folder / "config.json"])
         finish(outcome)
-        status, files = "FINISHED", [*sorted(encoder.iterdir()), folder / "config.json"]
+        status = "FINISHED"
         return outcome
     except StoppedError:
         status = "KILLED"
@@ -122,7 +122,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         status = "KILLED"
         raise StoppedError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None
     finally:
-        _end(config, run_id, status, folder, files)
+        _end(config, run_id, status, folder)
 
 
 def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _Job) -> str:
@@ -154,7 +154,7 @@ def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked:
 def settled(done: Outcome, config: RunConfig) -> Outcome:
     """The outcome of a finished run; what MLflow does not have of it yet is sent, which is said."""
     spool = Path(done.folder) / SPOOL
-    if tracking.unsent(spool) or not tracking.ended(spool):
+    if tracking.owner(spool) and (tracking.unsent(spool) or not tracking.ended(spool)):
         left = tracking.send(spool, config.tracking.uri, "FINISHED", SEND_S)
         _say_unsent(left, spool) if left else log.warning("tracking: %s: MLflow has all of it now", done.name)
     return done
@@ -206,15 +206,21 @@ def _export(
     return encoder
 
 
-def _end(config: RunConfig, run_id: str, status: tracking.Status, folder: Path, files: Sequence[Path]) -> None:
-    """Send files and all that workers could not send, and then end the MLflow run."""
+def _stage(config: RunConfig, run_id: str, folder: Path, files: Sequence[Path]) -> None:
+    """Put files into the spool, before the run counts as finished: what is in it is sent, whatever happens next."""
+    spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
+    for file in files:
+        spool.artifact(file, "" if file.parent == folder else file.parent.name)
+    spool.close(0.0)
+
+
+def _end(config: RunConfig, run_id: str, status: tracking.Status, folder: Path) -> None:
+    """Send what the spool holds, and then end the MLflow run."""
     try:
         spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
     except (KmtrError, OSError) as error:
         log.warning("tracking: %s", error)
         return
-    for file in files:
-        spool.artifact(file, "" if file.parent == folder else file.parent.name)
     spool.end(status)
     if left := spool.close(SEND_S):
         _say_unsent(left, folder / SPOOL)

@@ -175,8 +175,7 @@ class Worker:
         Returns:
             ``interrupted``: the run was asked to stop; else
             ``metrics`` of the weights that the run leaves; ``step``; ``stopped``: patience ended training on labels, or
-            the guard alignment, so that the encoder of the end of masked reconstruction is to be used; ``unsent``:
-            records that tracking could not send yet.
+            the guard alignment, so that the encoder of the end of masked reconstruction is to be used.
         """
         config, progress = self.config, self.progress
         first = progress.step
@@ -205,8 +204,9 @@ class Worker:
                 self._save(wait=ends or progress.stopped)
             if progress.stopped:
                 break
-        unsent = self.spool.close(30.0) if self.spool else 0
-        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "unsent": unsent}
+        if self.spool:
+            self.spool.close(30.0)
+        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped}
 
     def _save_early(self) -> None:
         """A node is about to be taken away."""

@@ -71,8 +71,8 @@ class Mailbox:
         return next((message for lost_peer, message in self.failures if not lost_peer), "")
 
     def settle(self, group: str) -> None:
-        """A worker had to be ended because another one had failed: that failure stays the reason."""
-        self.final = self.final or group not in self.past
+        """A worker had to be ended because another one had failed: that failure, if it was one, stays the reason."""
+        self.final = self.final or (group not in self.past and bool(self.own_failure()))
 
     def restarted(self) -> None:
         """Workers were lost and all start again: what the others said of that is no failure, none is waited for, and
@@ -102,7 +102,7 @@ class Mailbox:
         self.watch.beat(group, rank, moves, where, time.monotonic())
         self.workers[rank] = worker
         self._judge()
-        return {"stop": self.stopping, "saves": self.saves, "failure": self.own_failure()}
+        return {"stop": self.stopping, "saves": self.saves, "failure": self.first_failure()}
 
     def leave(self, rank: int) -> None:
         """It ends by itself."""
@@ -242,15 +242,17 @@ class Display:
         """Why the run failed, by the worker that failed first."""
         import ray
 
-        failure: str = ray.get(self.mailbox.first_failure.remote(), timeout=10)
-        return failure
+        with contextlib.suppress(ray.exceptions.RayError):  # it is gone: others say why
+            return str(ray.get(self.mailbox.first_failure.remote(), timeout=10))
+        return ""
 
     def own_failure(self) -> str:
         """`first_failure`, unless workers only say that another one has left; empty: there is none."""
         import ray
 
-        failure: str = ray.get(self.mailbox.own_failure.remote(), timeout=10)
-        return failure
+        with contextlib.suppress(ray.exceptions.RayError):
+            return str(ray.get(self.mailbox.own_failure.remote(), timeout=10))
+        return ""
 
     def _poll(self) -> None:
         import ray

@@ -16,13 +16,18 @@ from typing import Any
 import ray
 import ray.train
 from ray.core.generated import gcs_pb2
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import PreemptingState, ReschedulingState, RestartingState
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+)
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from kmtr.config import RunConfig
@@ -33,6 +38,9 @@ from kmtr.train.progress import Sender
 from kmtr.types import KmtrError, first_line, last_line
 
 SAID_EVERY_S = 30.0
+END_S = 3.0
+ANSWER_S = 5.0
+"""Time for an answer of Ray's own actors."""
 
 
 def usable(room: int, sizes: Sequence[int]) -> int:
@@ -65,7 +73,11 @@ class DivisorPolicy(ElasticScalingPolicy):
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Workers are about to be started: from what there is now, since a node may have gone a moment ago."""
         self._maybe_send_resource_request()
-        ray.get(self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True))
+        asked = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        try:
+            ray.get(asked, timeout=ANSWER_S)
+        except RayError:  # it starts again itself: look again
+            return NoopDecision()
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             self._say(f"starting      {decision.num_workers} worker(s)", again_after_s=0.0)
@@ -114,6 +126,8 @@ class Told(ControllerCallback):
                 f"               lost          {lost(failures)}; all start again from the last checkpoint "
                 f"(loss {self.lost} of at most {self.most})"
             )
+        if isinstance(current_state, ResizingState):
+            sender.restarted()
         if isinstance(current_state, PreemptingState):
             sender.save()
             ranks = ", ".join(map(str, sorted(current_state.preemption_info.preempted_ranks)))
@@ -171,6 +185,7 @@ class Trainer(TorchTrainer):
     def __init__(self, *args: Any, sizes: Sequence[int], progress: str, run: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._policy = (tuple(sizes), progress, run)
+        self.controller: Any = None
 
     def _initialize_and_run_controller(self, **controller: Any) -> Any:
         if len(self._policy[0]) > 1:
@@ -179,7 +194,14 @@ class Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**controller)
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Nothing: Ray Train's handler ends the command with status 0, and nothing is saved (`kmtr.train.stop`)."""
+        """No handler: Ray Train's ends the command with status 0, and nothing is saved (`progress.Display`)."""
+        self.controller = controller
+
+    def end(self) -> None:
+        """End the controller, with which its workers end, and give them a moment for that."""
+        if self.controller is not None:
+            ray.kill(self.controller)
+            time.sleep(END_S)
 
 
 def trainer_of(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[Any]) -> Trainer:
@@ -228,9 +250,14 @@ def fit(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[An
     """
     most = config.train.max_failures
     for number in range(most + 1):
+        trainer = trainer_of(config, job, folder, callbacks)
         try:
-            return trainer_of(config, job, folder, callbacks).fit()
+            return trainer.fit()
+        except KeyboardInterrupt:
+            trainer.end()
+            raise
         except RayActorError:  # workers' are within a TrainingFailedError
+            trainer.end()
             Sender(job["progress"]).restarted()
             for _ in range(20):  # the cluster hears of its death a moment later
                 if release_orphans():

@@ -26,7 +26,7 @@ from kmtr.train.agreed import NOTHING, SAVE, STOP
 
 BEAT_S = 2.0
 """Time between two signs of life of a worker."""
-LEAVE_S = 10.0
+LEAVE_S = 3.0
 """Time that a worker has to leave by itself when another one has failed; then it is torn away, and ended after as much
 again."""
 
@@ -165,7 +165,9 @@ class Pulse:
         self.done = self.asked
 
     def close(self) -> None:
+        """No more signs of life; one that is under way may still arrive where nobody answers."""
         self._ended.set()
+        self._thread.join(2 * BEAT_S)
 
     def _beat(self) -> dict[str, Any]:
         orders = self._tell(self.moves, where(self._watched)) or {}
@@ -190,8 +192,8 @@ def beating(tell: Orders, rank: int, device: torch.device) -> Iterator[Pulse]:
     """Inside, this worker gives signs of life, and leaves the others' operations when one of them has failed."""
 
     def leave() -> None:
-        if device.type == "cuda":  # gloo's connections break by themselves when one of the others leaves
-            abandon(device)
+        if device.type == "cuda":  # nothing tears a thread out of gloo but the end of a process
+            threading.Thread(target=abandon, args=(device,), daemon=True).start()  # it may wait, or fail
 
     def end() -> None:
         tell.settle()
@@ -217,7 +219,7 @@ class Orders(Protocol):
 
 
 def abandon(device: torch.device) -> None:
-    """Leave the process group without waiting for anyone; others that wait in it wake up with an error.
+    """Leave the process group without waiting for anyone.
 
     Under NCCL a group can't be destroyed while an operation runs, so it is aborted.
     """
@@ -231,7 +233,7 @@ def abandon(device: torch.device) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """True for an error that only says that another worker has left: raised by a collective operation."""
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
     if isinstance(error, dist.DistError) or _LEFT.search(str(error)):
         return True

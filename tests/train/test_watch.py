@@ -182,7 +182,9 @@ def test_a_failure_for_which_others_had_to_be_ended_stays_the_reason() -> None:
     for rank in range(2):
         mailbox.beat("a", rank, 1, "there", None)
     mailbox.fail("a", "connection closed by peer", lost_peer=True)
-    assert mailbox.beat("a", 0, 1, "there", None)["failure"] == ""
+    assert mailbox.beat("a", 0, 1, "there", None)["failure"] == "connection closed by peer", "the others leave too"
+    mailbox.settle("a")
+    assert mailbox.settled() == "", "but it is no reason not to start again"
     mailbox.fail("a", "out of memory")
     assert mailbox.beat("a", 0, 1, "there", None)["failure"] == "out of memory"
     assert mailbox.first_failure() == "out of memory"

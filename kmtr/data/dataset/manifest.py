@@ -185,15 +185,20 @@ def _check(manifest: Manifest) -> None:
             if view not in VIEWS or len(axes) != 5 or min(axes) < 1:
                 raise ValueError(f"subject_shapes: expected slice, coil, t, ky, kx of a view, got {view}: {axes}")
     for shard in manifest.shards:
-        place = PurePosixPath(shard.name)
-        if place.is_absolute() or ".." in place.parts or not shard.name.isprintable():
-            raise ValueError(f"shards: expected a name within the dataset, got {shard.name!r}")
+        _check_name(shard.name)
         runs = (*shard.groups, *shard.shapes)
         counts = [shard.rows, shard.row_groups, shard.bytes, *(number for run in runs for number in run)]
         rows = {sum(n * size for n, size in shard.groups), sum(n for n, _ in shard.shapes), shard.rows}
         kinds = max((number for _, number in shard.shapes), default=-1)
-        if min(counts) < 0 or len(rows) > 1 or kinds >= len(manifest.subject_shapes):
+        if min(counts) < 0 or shard.bytes < 12 or len(rows) > 1 or kinds >= len(manifest.subject_shapes):
             raise ValueError(f"shards: the numbers of {shard.name} do not agree")
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError: a name of a shard that leaves the dataset."""
+    place = PurePosixPath(name)
+    if place.is_absolute() or ".." in place.parts or not name.isprintable():
+        raise ValueError(f"shards: expected a name within the dataset, got {name!r}")
 
 
 def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +207,7 @@ def _from_version_1(root: str, content: dict[str, Any]) -> dict[str, Any]:
     shards = []
     store, base = storage.open_root(root)
     for fields in content["shards"]:
+        _check_name(fields["name"])
         try:
             with store.open_input_file(f"{base}/{fields['name']}") as source:
                 file = pq.ParquetFile(source)
