@@ -41,6 +41,9 @@ SIGNATURES = (
 )
 """Offset in the file, bytes found there, format. An HDF5 file may begin with a block of its user (MATLAB 7.3 does)."""
 
+ROWS, ROW_BYTES = "kmtr/studies/rows", 128 << 10
+"""Folder of the rows of studies: predictions for simulated subjects, numbered, as small Parquet files (`task_rows`)."""
+
 HEAD = 1024
 
 
@@ -76,6 +79,9 @@ def by_name(name: str) -> str | None:
 
 def refusal(path: Path) -> str | None:
     """Why a file must not be committed; None: it may. A symbolic link is judged by its own name only."""
+    if path.is_relative_to(ROWS) and path.suffix == ".parquet" and path.is_file() and not path.is_symlink():
+        fits = path.stat().st_size <= ROW_BYTES and content(path) == "Parquet"
+        return None if fits else f"no row of a study: expected Parquet of at most {ROW_BYTES >> 10} KiB"
     if kind := by_name(path.name):
         return f"{kind} file by its name"
     if path.is_symlink() or not path.is_file():

@@ -155,3 +155,18 @@ def test_without_arguments_every_tracked_file_is_looked_at(tmp_path: Path) -> No
     assert result.stderr.splitlines() == [
         "tracked one.txt: DICOM data by its content: participant data and large files stay out of the repository"
     ]
+
+
+def test_rows_of_a_study_may_be_committed_where_they_belong_and_small(tmp_path: Path) -> None:
+    place = tmp_path / "kmtr/studies/rows/easy"
+    place.mkdir(parents=True)
+    pq.write_table(pa.table({"R": [4, 8], "place": [0, 1], "dice": [0.5, 0.6]}), place / "row.parquet")
+    assert guard("kmtr/studies/rows/easy/row.parquet", cwd=tmp_path).returncode == 0
+    (tmp_path / "row.parquet").write_bytes((place / "row.parquet").read_bytes())
+    assert guard("row.parquet", cwd=tmp_path).returncode == 1
+    pq.write_table(pa.table({"large": np.random.default_rng(0).random(50_000)}), place / "large.parquet")
+    (place / "other.parquet").write_bytes(b"something else")
+    for name in ("large", "other"):
+        refused = guard(f"kmtr/studies/rows/easy/{name}.parquet", cwd=tmp_path)
+        assert refused.returncode == 1
+        assert "no row of a study: expected Parquet of at most 128 KiB" in refused.stderr
