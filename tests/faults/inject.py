@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from runs import wait_for
+from survived import wait_for
 
 START, FIRST, MIDDLE, VALIDATION, SAVING, LAST = "start", "first step", "mid-epoch", "validation", "saving", "last step"
 MOMENTS = (START, FIRST, MIDDLE, VALIDATION, SAVING, LAST)

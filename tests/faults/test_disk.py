@@ -11,12 +11,12 @@ from pathlib import Path
 import inject
 import pytest
 from inject import Fault, meanwhile, plant
+from survived import check_survived, run_of
 
 from kmtr.config import RunConfig, override
 from kmtr.train import driver
 from kmtr.train.folder import Outcome
 from kmtr.types import KmtrError
-from runs import check_survived, run_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.xdist_group("faults")]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from forked_workers import instead_of_ray_train
+from survived import curve, run_of
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override, to_json
 from kmtr.train import driver
-from runs import curve, run_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.xdist_group("faults")]
 

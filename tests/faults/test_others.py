@@ -16,6 +16,7 @@ from typing import Any
 import inject
 import pytest
 from inject import Fault, meanwhile, plant
+from survived import check_survived, curve, process_of, run_of, wait_for
 
 from kmtr import tracking
 from kmtr.bench.mlflow_server import Server
@@ -24,7 +25,6 @@ from kmtr.train import driver, watch
 from kmtr.train.folder import Outcome
 from kmtr.train.progress import Display
 from kmtr.types import KmtrError
-from runs import check_survived, curve, process_of, run_of, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("faults")]
 
