@@ -63,7 +63,7 @@ def owning(folder: Path, what: str, lost: Callable[[], None] | None = None) -> I
 
 
 def owned(folder: Path) -> bool:
-    """Whether a living process owns the folder; one on another machine is waited for, for a sign of life."""
+    """True if a living process owns the folder; one on another machine is waited for, for a sign of life."""
     claims = _claims(folder / FOLDER)
     if not claims or claims[-1].with_suffix(".released").exists():
         return False
@@ -88,7 +88,7 @@ class _Owner:
         return cls(_machine(), socket.gethostname(), process.pid, process.create_time(), f"{now:%Y-%m-%d %H:%M:%S} UTC")
 
     def lives_here(self) -> bool | None:
-        """Whether its process lives; None: it is another machine's, or another container's."""
+        """True if its process lives; None: it is another machine's, or another container's."""
         if self.machine != _machine():
             return None
         try:
@@ -180,7 +180,7 @@ def _refuse_living(claim: Path, what: str) -> None:
 
 
 def _beats(claim: Path) -> bool:
-    """Whether the claim is touched within `LEASE_S`. Only changes count, since clocks of machines differ."""
+    """True if the claim is touched within `LEASE_S`. Only changes count, since clocks of machines differ."""
 
     def touched() -> Any:
         try:

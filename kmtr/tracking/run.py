@@ -108,7 +108,7 @@ def find_run(uri: str, experiment: str, name: str) -> str | None:
 
 
 def recorded(uri: str, run_id: str, names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:
-    """What the store has of these metrics: name -> (step, value) of every point, in order of steps.
+    """Points of these metrics in the store: name -> (step, value) of every point, in order of steps.
 
     Raises:
         KmtrError: the store cannot be reached.

@@ -1,4 +1,4 @@
-"""Whether the workers of a run live and move: what each tells of itself, and when the run must not go on so.
+"""Signs of life of the workers of a run: what each tells of itself, and when the run must not go on so.
 
 A worker waits for the others in every collective operation. One that has died takes them along, since Ray notices; one
 that stands still, or is stuck where no other one is, would let them wait for as long as NCCL's or gloo's timeout.
@@ -157,7 +157,7 @@ class Pulse:
 
     @property
     def wish(self) -> int:
-        """What this worker was asked for and has not done yet (`agreed`)."""
+        """Wish of this worker (`agreed`): the order that it has not followed yet."""
         return STOP if self.stopping else SAVE if self.asked > self.done else NOTHING
 
     def answered(self) -> None:

@@ -151,3 +151,10 @@ def meanwhile(fault: Fault, happens: Any) -> Iterator[None]:
     yield
     thread.join()
     assert fault.done.exists(), "nothing happened: the test proves nothing"
+
+
+def cases(short: set[tuple[str, str]], deeds: tuple[str, ...], moments: tuple[str, ...] = MOMENTS) -> Any:
+    """Parameters ``deed`` and ``moment`` of a test; those that are not `short` are marked `full`."""
+    every = [(deed, moment) for deed in deeds for moment in moments]
+    marked = [pytest.param(*case, marks=[] if case in short else pytest.mark.full) for case in every]
+    return pytest.mark.parametrize(("deed", "moment"), marked)

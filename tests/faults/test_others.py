@@ -15,7 +15,7 @@ from typing import Any
 
 import inject
 import pytest
-from inject import Fault, meanwhile, plant
+from inject import Fault, cases, meanwhile, plant
 from survived import check_survived, curve, process_of, run_of, wait_for
 
 from kmtr import tracking
@@ -30,17 +30,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("faults")]
 
 SHORT = {("SIGTERM", inject.MIDDLE)}
 """Cases that run by default."""
-
-
-def cases(deeds: tuple[str, ...], moments: tuple[str, ...]) -> Any:
-    return pytest.mark.parametrize(
-        ("deed", "moment"),
-        [
-            pytest.param(deed, moment, marks=[] if (deed, moment) in SHORT else pytest.mark.full)
-            for deed in deeds
-            for moment in moments
-        ],
-    )
 
 
 @pytest.mark.full
@@ -86,7 +75,7 @@ def command(fault: Fault, config: RunConfig, folder: Path) -> subprocess.Popen[s
     )
 
 
-@cases(("SIGTERM", "SIGINT", "SIGKILL"), (inject.START, inject.MIDDLE, inject.VALIDATION, inject.SAVING))
+@cases(SHORT, ("SIGTERM", "SIGINT", "SIGKILL"), (inject.START, inject.MIDDLE, inject.VALIDATION, inject.SAVING))
 def test_the_command_is_stopped_or_killed_and_the_same_goes_on(
     deed: str, moment: str, cluster: None, config: RunConfig, calm: Outcome, tmp_path: Path
 ) -> None:

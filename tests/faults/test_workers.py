@@ -6,11 +6,10 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import inject
 import pytest
-from inject import Fault, plant
+from inject import Fault, cases, plant
 from survived import check_survived, run_of
 
 from kmtr.config import RunConfig, override
@@ -27,18 +26,7 @@ SHORT = {("killed", inject.SAVING), ("stopped", inject.MIDDLE), ("raises", injec
 WATCHED = {"stopped": {"train.silent_s": 10.0}, "hangs": {"train.hang_s": 20.0}}
 
 
-def cases(deeds: tuple[str, ...], moments: tuple[str, ...] = inject.MOMENTS) -> Any:
-    return pytest.mark.parametrize(
-        ("deed", "moment"),
-        [
-            pytest.param(deed, moment, marks=[] if (deed, moment) in SHORT else pytest.mark.full)
-            for deed in deeds
-            for moment in moments
-        ],
-    )
-
-
-@cases(("killed", "stopped", "hangs"))
+@cases(SHORT, ("killed", "stopped", "hangs"))
 def test_the_run_goes_on(
     deed: str,
     moment: str,
@@ -65,7 +53,7 @@ def test_the_run_goes_on(
         assert re.search(r"worker 0 is waiting for the others at kmtr/train/\w+\.py:\d+", said)
 
 
-@cases(("raises", "out of memory"))
+@cases(SHORT, ("raises", "out of memory"))
 def test_the_run_ends_with_the_first_error(
     deed: str, moment: str, cluster: None, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,7 +173,7 @@ _MANIFEST = pydantic.TypeAdapter(Manifest)
 
 
 def _check(manifest: Manifest) -> None:
-    """What the types do not say.
+    """Check the numbers and names that the types leave open.
 
     Raises:
         ValueError: the first thing that is wrong.
