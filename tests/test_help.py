@@ -30,9 +30,9 @@ def usage(command: str) -> str:
 
 
 def shown(text: str) -> dict[str, str]:
-    """Key -> value of every setting in a help text."""
+    """Key -> value of every setting in a help text; KEY stands for those that a setting has of its own."""
     _, _, settings = text.partition("\nsettings of ")
-    return dict(re.findall(r"^  ([\w.]+)=(\S*)", settings, re.MULTILINE))
+    return dict(re.findall(r"^  ([\w.]+?)(?:\.KEY)?=(\S*)", settings, re.MULTILINE))
 
 
 def test_every_command_has_a_row_in_the_table_and_every_row_a_command() -> None:

@@ -8,16 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import command
+import numpy as np
 import pytest
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.tracking.store import client
+from kmtr.train import guard, held
 from kmtr.types import InputError
-from tune import scheduler, search, space
+from tune import scheduler, search
 from tune.ledger import Trial
+from tune.plan import rungs
 
 pytestmark = pytest.mark.ray
+
+R = "sampling.accelerations"
 
 
 @pytest.fixture
@@ -29,55 +34,106 @@ def words(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "storage.root": str(tmp_path),
         "train.eval_every": 2,
         "search.trials": 2,
-        "search.accelerations": (2, 4),
+        f"search.space.{R}": "grid(2,4)",
         "search.grace_steps": 2,
+        "search.confirm": "0x0",
     }
     return command.words(override(small, changes))
 
 
-def test_a_search_from_its_command_to_its_best(
+def test_a_search_from_its_command_to_its_best_trial(
     cluster: None, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    dry = search.run([*words, "search.dry_run=true"])
+    assert dry["values"] == [{R: (2,)}, {R: (4,)}]
+    assert not list(tmp_path.glob("search-*"))  # it only says what would run
+    assert "one bracket, eta 2, grace 2 steps; looks at 2, 4" in capsys.readouterr().out
+
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)  # a trap: MLflow would write into this run
     result = search.run(words)
     printed = capsys.readouterr().out
     config = search.recipe_config(words, "")
-    store = client(tracking.tracking_uri(config))
-    parent = store.get_run(result["run_id"])
-    children = store.search_runs(
-        [parent.info.experiment_id],
-        f"tags.mlflow.parentRunId = '{parent.info.run_id}'",
-        order_by=["tags.`search.trial`"],
-    )
+    parent, children = of_mlflow(config, result["run_id"])
     ledger = read_ledger(tmp_path)
 
     assert parent.info.status == "FINISHED"
     assert parent.info.run_name.startswith("search-tiny-")
-    assert [child.data.tags["search.trial"] for child in children] == ["0", "1"]
-    for child, values, trial in zip(children, space.trials(config), ledger, strict=True):
-        for key, value in values.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            assert child.data.params[key] == text
-            assert child.data.tags[f"search.{key}"] == text
-        stopped = trial["status"] == "stopped"
-        assert child.info.status == ("KILLED" if stopped else "FINISHED")
-        assert child.data.tags["search.stopped"] == ("asha" if stopped else "no")
-        assert child.info.run_id == trial["run_id"]
-        reported = {point.step: point.value for point in store.get_metric_history(child.info.run_id, scheduler.SCORE)}
-        for step, score in trial["reports"]:
-            assert reported[step] == pytest.approx(score)
-
-    best = max((t for t in ledger if t["status"] == "finished"), key=lambda t: t["reports"][-1][1])
+    assert len(children) == len(ledger) == 2
+    for run in ledger:
+        check_child(run, children[run["run_id"]], config)
+    best = max((run for run in ledger if run["status"] == "finished"), key=lambda run: run["result"])
     assert result["best_run_id"] == best["run_id"] == parent.data.tags["best/run_id"]
-    assert result["metrics"]["probe_r2"] == parent.data.metrics["best/probe_r2"] == best["reports"][-1][1]
-    assert json.loads(json.dumps(result))["best"] == best["values"]
-    assert f"best      trial {best['number']}" in printed
+    assert result["metrics"]["score"] == parent.data.metrics["best/score"] == best["result"]
+    steps = sum(run["reports"][-1][0] for run in ledger)
+    assert result["steps_fraction"] == pytest.approx(steps / (2 * config.total_steps), abs=1e-4)
+    assert json.loads(json.dumps(result))["best"] == {R: best["values"][R]}
+    assert result["verdict"].startswith(f"not confirmed: trial {best['number']}")
+    assert f"  verdict   {result['verdict']}" in printed
+    assert parent.data.tags["search.verdict"] == result["verdict"]
+    assert result["verdict"] in parent.data.tags["mlflow.note.content"]
     assert Path(result["encoder"]).is_dir()
+    files = {file.path for file in client(tracking.tracking_uri(config)).list_artifacts(parent.info.run_id)}
+    assert {"search.html", "interactive.html", "keys.png", "curves.png", "parallel.png"} <= files
 
-    again = search.run(words)
-    assert again == result
+    assert search.run(words) == result
     assert "finished, reused" in capsys.readouterr().out
-    assert len(store.search_runs([parent.info.experiment_id])) == 3
+    assert len(of_mlflow(config, result["run_id"])[1]) == 2
+
+
+@pytest.mark.full
+def test_the_best_trial_and_the_recipe_run_again_with_fresh_seeds(
+    cluster: None, words: list[str], tmp_path: Path
+) -> None:
+    """Asked for later, they go on from the trials that there are."""
+    first = search.run(words)
+    trials = read_ledger(tmp_path)
+    result = search.run([*words, "search.confirm=1x2", "search.noise_seeds=3"])
+    config = search.recipe_config(words, "")
+    parent, children = of_mlflow(config, result["run_id"])
+    ledger = read_ledger(tmp_path)
+    assert result["run_id"] == first["run_id"]
+    assert ledger[:2] == trials
+    assert [(run["number"], run["seed"]) for run in ledger[2:]] == [
+        *((-1, seed) for seed in (1, 2, 3)),
+        *((first["best_trial"], seed) for seed in (1, 2)),
+    ]
+    assert len(children) == len(ledger) == 7
+    for run in ledger:
+        check_child(run, children[run["run_id"]], config)
+    assert "noise SD" in result["verdict"]
+    assert parent.data.metrics["search/noise_sd"] == result["metrics"]["noise_sd"]
+
+    finished = [run for run in ledger if run["status"] == "finished"]
+    said = [held.Held.read(tmp_path / run["name"], config.total_steps) for run in finished]
+    for one, run in zip(said, finished, strict=True):  # whatever values and seed: the same subjects are asked
+        np.testing.assert_array_equal(one.columns[0].truth, said[0].columns[0].truth)
+        assert one.statistic(np.ones((1, one.subjects)))[0] == pytest.approx(run["result"], rel=1e-4, abs=1e-5)
+
+
+def of_mlflow(config: RunConfig, run_id: str) -> tuple[Any, dict[str, Any]]:
+    """The parent of a search, and its children by id."""
+    store = client(tracking.tracking_uri(config))
+    parent = store.get_run(run_id)
+    found = store.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'")
+    return parent, {child.info.run_id: child for child in found}
+
+
+def check_child(run: dict[str, Any], child: Any, config: RunConfig) -> None:
+    """MLflow says of a run what the ledger says."""
+    stopped, tags = run["status"] == "stopped", child.data.tags
+    assert tags["search.kind"] == ("trial" if run["seed"] is None else "recipe" if run["number"] < 0 else "confirm")
+    assert tags["search.trial"] == str(run["number"])
+    assert child.info.status == ("KILLED" if stopped else "FINISHED")
+    assert tags["search.stopped"] == ("asha" if stopped else "no")
+    for key, value in run["values"].items():
+        text = ",".join(map(str, value))
+        assert child.data.params[key] == tags[f"search.{key}"] == text
+        assert child.info.run_name.startswith(f"{run['number']:02d} {key}={text}")
+    history = client(tracking.tracking_uri(config)).get_metric_history(child.info.run_id, guard.MEAN)
+    reported = {point.step: point.value for point in history}
+    assert [step for step, _ in run["reports"]] == sorted(reported)
+    for step, score in run["reports"]:
+        assert reported[step] == pytest.approx(score)
 
 
 def read_ledger(root: Path) -> list[dict[str, Any]]:
@@ -88,10 +144,11 @@ def read_ledger(root: Path) -> list[dict[str, Any]]:
 def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig, tmp_path: Path) -> None:
     """On Tune's own scheduler, without trials: rungs at 2 and 4 of 8 steps."""
     config = override(small, {"masked.steps": 6, "align.steps": 2, "search.grace_steps": 2})
+    assert rungs(config) == [2, 4]
 
     class Runner:
         def __init__(self, number: int) -> None:
-            self.trial_id, self.config = f"trial-{number}", {"trial": {"number": number}}
+            self.trial_id, self.config = f"trial-{number}", {"trial": {"name": f"s-{number}"}}
 
     good, bad, late = Runner(0), Runner(1), Runner(2)
     asha = scheduler.Halving(config, [])
@@ -99,17 +156,17 @@ def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig
         asha.on_trial_add(None, runner)
 
     def told(runner: Runner, step: int, score: float) -> str:
-        return asha.on_trial_result(None, runner, {"step": step, scheduler.SCORE: score})
+        return asha.on_trial_result(None, runner, {"step": step, guard.MEAN: score})
 
     assert told(good, 2, 0.8) == "CONTINUE"
     assert told(bad, 2, 0.1) == "STOP"
-    assert asha.stopped == {1}
+    assert asha.stopped == {"s-1"}
     assert told(late, 8, -1.0) == "CONTINUE"
     assert told(good, 4, 0.9) == "CONTINUE"
 
-    resumed = scheduler.Halving(config, [Trial(0, "a", {}, "finished", ((2, 0.8), (4, 0.9), (8, 0.9)))])
+    resumed = scheduler.Halving(config, [Trial(0, "a", {}, None, "finished", ((2, 0.8), (4, 0.9), (8, 0.9)))])
     resumed.on_trial_add(None, bad)
-    assert resumed.on_trial_result(None, bad, {"step": 2, scheduler.SCORE: 0.1}) == "STOP"
+    assert resumed.on_trial_result(None, bad, {"step": 2, guard.MEAN: 0.1}) == "STOP"
 
 
 def test_a_search_that_cannot_run_is_refused(cluster: None, words: list[str]) -> None:

@@ -1,45 +1,64 @@
-"""Ledger of a search: its trials and what came of each, kept in a file so that nothing that ended is run twice."""
+"""Ledger of a search: its runs and what came of each, kept in a file so that nothing that ended is run twice."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kmtr.files import write_atomic
+from kmtr.types import InputError
 
 STATE = "search.json"
+RECIPE = -1
+"""Number of the recipe itself among trials."""
+WAITING, FINISHED, STOPPED, FAILED = "waiting", "finished", "stopped", "failed"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration of a search and what came of it.
+    """A run of a search and what came of it.
 
     Attributes:
+        number: of the trial, or of the one that it repeats; `RECIPE`: nothing is changed.
         name: of its run, its folder in storage.root.
         values: keys that it changes.
+        seed: of a repeat; None: the search's own.
         status: waiting (never ended: the next command goes on with it), finished, stopped (by ASHA) or failed.
         reports: (step, score) at every validation.
+        result: score of the weights that a finished run left.
         run_id: of its MLflow run; empty: it has none yet.
-        encoder: folder of the exported encoder of a finished trial.
+        encoder: folder of the exported encoder or model of a finished run.
         reason: of a failure, one line.
+        seconds: from its begin to its end, over all commands.
     """
 
     number: int
     name: str
-    values: dict[str, Any]
-    status: str = "waiting"
+    values: Mapping[str, Any]
+    seed: int | None = None
+    status: str = WAITING
     reports: tuple[tuple[int, float], ...] = ()
+    result: float | None = None
     run_id: str = ""
     encoder: str = ""
     reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def repeats(self) -> bool:
+        """True if it tells how much a score varies, and is no trial."""
+        return self.seed is not None
 
     @property
     def score(self) -> float:
-        return self.reports[-1][1] if self.reports else math.nan
+        """Of the weights that it left; of one that did not finish the last reported; NaN: none."""
+        if self.result is not None:
+            return self.result
+        return self.reports[-1][1] if self.reports and self.status != FINISHED else math.nan
 
     @property
     def step(self) -> int:
@@ -47,40 +66,58 @@ class Trial:
 
     @property
     def ended(self) -> bool:
-        return self.status in ("finished", "stopped")
+        return self.status in (FINISHED, STOPPED)
+
+    @property
+    def scored(self) -> bool:
+        """True if it finished with a score."""
+        return self.status == FINISHED and math.isfinite(self.score)
 
 
 class Ledger:
-    """All trials of a search in ``search.json``; the process of the command is its one owner."""
+    """All runs of a search in ``search.json``; the process of the command is its one owner.
 
-    def __init__(self, folder: Path, name: str, drawn: Sequence[dict[str, Any]]):
-        self.path = folder / STATE
-        known = json.loads(self.path.read_text()) if self.path.is_file() else []
-        self.all = [_trial(item) for item in known]
-        for number in range(len(self.all), len(drawn)):
-            self.all.append(Trial(number, f"{name}-{number:02d}", drawn[number]))
-        self.wanted = len(drawn)
+    Raises:
+        InputError: the file holds something else.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.path, self.name = folder / STATE, name
+        self.runs: dict[str, Trial] = {}
+        if self.path.is_file():
+            try:
+                self.runs = {item["name"]: _trial(item) for item in json.loads(self.path.read_text())}
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"{self.path}: expected runs of a search, got a {type(error).__name__}; run.fresh=true starts anew"
+                ) from None
 
     @property
     def trials(self) -> list[Trial]:
-        """Those of this command; an earlier one may have had more."""
-        return self.all[: self.wanted]
+        """Those that were drawn, by number; no repeats."""
+        return sorted((run for run in self.runs.values() if not run.repeats), key=lambda trial: trial.number)
 
-    @property
-    def done(self) -> bool:
-        """True if no trial is left to run and one of them is the best."""
-        return self.best() is not None and all(trial.ended for trial in self.trials)
+    def repeats(self, number: int) -> list[Trial]:
+        """Runs of a trial, or of the `RECIPE`, with other seeds, by seed."""
+        found = (run for run in self.runs.values() if run.repeats and run.number == number)
+        return sorted(found, key=lambda run: run.seed or 0)
 
-    def update(self, number: int, **changes: Any) -> Trial:
-        self.all[number] = replace(self.all[number], **changes)
+    def add(self, number: int, values: Mapping[str, Any], seed: int | None = None) -> Trial:
+        """A new run; it is kept when it is first updated."""
+        of = "recipe" if number == RECIPE else f"{number:03d}"
+        name = f"{self.name}-{of}" + ("" if seed is None else f"-seed{seed}")
+        self.runs[name] = Trial(number, name, dict(values), seed)
+        return self.runs[name]
+
+    def update(self, name: str, **changes: Any) -> Trial:
+        self.runs[name] = replace(self.runs[name], **changes)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, json.dumps([asdict(trial) for trial in self.all], indent=1))
-        return self.all[number]
+        write_atomic(self.path, json.dumps([asdict(run) for run in self.runs.values()], indent=1))
+        return self.runs[name]
 
-    def best(self) -> Trial | None:
-        """The finished trial with the best last score."""
-        scored = [t for t in self.trials if t.status == "finished" and math.isfinite(t.score)]
-        return max(scored, key=lambda t: t.score, default=None)
+    def ranked(self) -> list[Trial]:
+        """The finished trials, the best first; equal ones by number."""
+        return sorted((t for t in self.trials if t.scored), key=lambda t: (-t.score, t.number))
 
 
 def _trial(item: dict[str, Any]) -> Trial:

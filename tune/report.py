@@ -1,26 +1,33 @@
-"""Result of a search: table and figure of its trials, a page, and the parent run in MLflow."""
+"""Result of a search: verdict, tables and figures, a page of its own, and the parent run in MLflow."""
 
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from kmtr import tracking
 from kmtr.config import RunConfig, typed
-from kmtr.report.html import Table, png, write_report
-from kmtr.report.style import COLOURS, INK
+from kmtr.metrics.resampling import Difference, difference, resample
+from kmtr.report.html import Table, markdown_table, png, write_report
 from kmtr.tracking.store import reaching
-from tune.ledger import Ledger, Trial
+from kmtr.train import folder as runs
+from kmtr.train import held
+from kmtr.types import KmtrError
+from tune import figures
+from tune.importance import ENOUGH, importance
+from tune.ledger import FAILED, FINISHED, RECIPE, STOPPED, WAITING, Ledger, Trial
+from tune.plan import Plan
+from tune.space import shown
+from tune.verdict import Verdict, sentence
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+RESAMPLES = 1000
 
 
 def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
-    """The MLflow run that all trials are children of, opened again where the search has one; its id.
+    """The MLflow run that all runs of the search are children of, opened again where the search has one; its id.
 
     Args:
         digest: of the dataset.
@@ -30,7 +37,7 @@ def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
         config,
         name=name,
         resume_id=tracking.find_run(uri, config.tracking.experiment, name),
-        tags={"search.trials": str(trials)},
+        tags={"search.trials": str(trials), "search.kind": "search"},
         besides=("search",),
     )
     tracking.log_dataset(uri, parent, Path(config.data.root).name, digest, config.data.root)
@@ -40,92 +47,182 @@ def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
 def close_children(config: RunConfig, ledger: Ledger) -> None:
     """End the MLflow runs whose process Tune killed, after what their spools still hold is sent."""
     uri = config.tracking.uri
-    for trial in ledger.trials:
-        run_id = tracking.find_run(uri, config.tracking.experiment, trial.name)
+    for run in list(ledger.runs.values()):
+        if run.status == FINISHED:
+            continue
+        run_id = tracking.find_run(uri, config.tracking.experiment, run.name)
         if run_id is None:
             continue
-        ledger.update(trial.number, run_id=run_id)
-        if trial.status == "finished":
-            continue
-        tracking.replay(Path(config.storage.root) / trial.name / "spool", uri)
-        why = {"stopped": "asha", "waiting": "interrupted"}.get(trial.status)
+        ledger.update(run.name, run_id=run_id)
+        tracking.replay(Path(config.storage.root) / run.name / "spool", uri)
+        why = {STOPPED: "asha", WAITING: "interrupted"}.get(run.status)
         if why is not None:
             with reaching(uri) as mlflow:
                 mlflow.set_tag(run_id, "search.stopped", why)
-        tracking.end_run(uri, run_id, "FAILED" if trial.status == "failed" else "KILLED")
+        tracking.end_run(uri, run_id, "FAILED" if run.status == FAILED else "KILLED")
 
 
-def publish(config: RunConfig, ledger: Ledger, folder: Path, parent: str, best: Trial) -> Path:
+def steps_fraction(plan: Plan) -> float:
+    """Steps that the trials took over those of as many whole runs."""
+    return sum(trial.step for trial in plan.trials) / (plan.wanted * plan.space.config.total_steps)
+
+
+def conclusion(plan: Plan) -> tuple[Trial | None, Verdict | None, str]:
+    """The trial that is left, the verdict and its sentence: a trial that is confirmed to be better than the recipe,
+    else the one with the best score.
+    """
+    verdict, ranked = plan.verdict(), plan.ranked()
+    best = verdict.best if verdict else None
+    if best is not None:
+        chosen = next((trial for trial in plan.ledger.trials if trial.number == best.number), None)
+    else:
+        chosen = ranked[0] if ranked else None
+    words = f"trial {chosen.number} ({shown(chosen.values)})" if chosen else ""
+    return chosen, verdict, sentence(verdict, words, bool(plan.search.confirm.best))
+
+
+def publish(plan: Plan, folder: Path, parent: str) -> Path:
     """The result in MLflow's parent run, and as a page of its own beside the ledger."""
+    config = plan.space.config
+    best, verdict, said = conclusion(plan)
+    tables = [table(plan)]
+    if verdict is not None:
+        tables.append(confirmations(plan, verdict))
+    weights = importance(plan.space, plan.trials)
+    if weights:
+        tables.append(Table("Importance of each key (PED-ANOVA)", ("key", "share"), tuple(weights.items())))
+    title = f"Search {folder.name}"
+    summary = "\n\n".join([f"{said[0].upper()}{said[1:]}.", *about(plan, verdict, bool(weights))])
+    pictures = figures.all_of(plan, best)
     page = write_report(
         folder / "search.html",
-        title=f"Search {folder.name}",
-        summary=f"Best: trial {best.number} with {shown(best.values)}, probe R² {best.score:.3f} on subjects of the "
-        "validation split. It was chosen on these very subjects: evaluate it on the test split.",
-        tables=[table(ledger)],
-        figures=[("Score against each searched key; red: the best, open: it did not finish.", figure(ledger, best))],
-        footer=f"MLflow run {parent}; best run {best.run_id}",
+        title=title,
+        summary=summary,
+        tables=tables,
+        figures=[(caption, figure) for _, caption, figure in pictures],
+        footer=f"MLflow run {parent}; data {config.data.root}",
     )
-    (folder / "search.png").write_bytes(png(figure(ledger, best)))
+    files = [page, figures.interactive(plan, folder / "interactive.html")]
+    for name, _, figure in pictures:
+        (folder / f"{name}.png").write_bytes(png(figure))
+        files.append(folder / f"{name}.png")
+    note = "\n\n".join([f"**{said}**", *about(plan, verdict, bool(weights)), *map(markdown_table, tables)])
     with reaching(config.tracking.uri) as mlflow:
-        for trial in ledger.trials:
+        for trial in plan.trials:
             if math.isfinite(trial.score):
-                mlflow.log_metric(parent, "trial/probe_r2", trial.score, step=trial.number)
-        mlflow.log_metric(parent, "best/probe_r2", best.score)
-        tags = {"best/trial": best.number, "best/run_id": best.run_id, "best/run_name": best.name}
-        for key, value in (tags | {f"best/{key}": typed(value) for key, value in best.values.items()}).items():
+                mlflow.log_metric(parent, "trial/score", trial.score, step=trial.number)
+        tags: dict[str, Any] = {"search.verdict": said, "mlflow.note.content": f"# {title}\n\n{note}"[:8000]}
+        if best is not None:
+            mlflow.log_metric(parent, "best/score", best.score)
+            tags |= {"best/trial": best.number, "best/run_id": best.run_id, "best/run_name": best.name}
+            tags |= {f"best/{key}": typed(value) for key, value in best.values.items()}
+        if verdict is not None:
+            mlflow.log_metric(parent, "search/noise_sd", verdict.noise_sd)
+            mlflow.log_metric(parent, "search/gain", verdict.comparisons[0].gain)
+        for key, value in tags.items():
             mlflow.set_tag(parent, key, str(value))
-        for file in (page, folder / "search.png"):
+        for file in files:
             mlflow.log_artifact(parent, str(file))
     return page
 
 
-def table(ledger: Ledger) -> Table:
+def about(plan: Plan, verdict: Verdict | None, important: bool) -> list[str]:
+    """What a reader has to know of a search, a sentence each."""
+    config, search = plan.space.config, plan.search
+    said = [
+        f"Every trial has {config.total_steps} steps at most, the same data, and validation subjects and patterns that "
+        f"are the same for all (R = {', '.join(map(str, config.evaluate.accelerations))}); the score is "
+        + ("the mean over tasks." if config.stage == "task" else "the mean R² of ridge probes on held-out subjects.")
+    ]
+    if search.scheduler == "asha":
+        said.append(
+            f"ASHA stopped {sum(t.status == STOPPED for t in plan.trials)} of {plan.wanted} trials; all took "
+            f"{steps_fraction(plan):.0%} of the steps of whole ones."
+        )
+    if verdict is not None:
+        seeds = len(plan.ledger.repeats(RECIPE))
+        said.append(
+            f"The recipe has {verdict.recipe:.4f} with {seeds} fresh seeds. The best trials were run again, whole, "
+            "with fresh seeds, since the best of many scores is high by luck: only these fresh scores are compared."
+        )
+    if not important:
+        finished = sum(trial.scored for trial in plan.trials)
+        said.append(f"Importance of keys: too few finished trials to say, {finished} of {ENOUGH}.")
+    return said
+
+
+def confirmations(plan: Plan, verdict: Verdict) -> Table:
+    """The recipe and the trials that ran again."""
+    own = [run.score for run in plan.ledger.repeats(RECIPE) if run.scored]
+    rows: list[tuple[Any, ...]] = [("recipe", "", len(own), verdict.recipe, _sd(own), None, "", "")]
+    values = {trial.number: trial.values for trial in plan.ledger.trials}
+    for one in verdict.comparisons:
+        scores = [run.score for run in plan.ledger.repeats(one.number) if run.scored]
+        paired = paired_difference(plan, one.number)
+        rows.append(
+            (
+                f"trial {one.number}",
+                shown(values.get(one.number, {})),
+                one.seeds,
+                one.mean,
+                _sd(scores),
+                one.gain,
+                f"{one.low:+.4f} to {one.high:+.4f}",
+                "" if paired is None else f"{paired.low:+.4f} to {paired.high:+.4f}",
+            )
+        )
+    return Table(
+        caption="Fresh seeds: the best trials against the recipe",
+        columns=("setting", "values", "seeds", "mean score", "SD of seeds", "gain", "over seeds", "over subjects"),
+        rows=tuple(rows),
+        note="Over seeds: the gain is above the lower and below the upper number, each with 95 % over all comparisons "
+        f"together; noise SD {verdict.noise_sd:.4f}, {verdict.degrees} degrees of freedom. Over subjects: 95 % "
+        "interval of the same gain with these seeds on other subjects (paired bootstrap).",
+        digits=4,
+    )
+
+
+def paired_difference(plan: Plan, number: int) -> Difference | None:
+    """Gain of a trial over the recipe, each seed's predictions of the same validation subjects resampled together; None
+    where they are not all at hand.
+    """
+    config = plan.space.config
+    try:
+        sides = [
+            [
+                held.left(outcome, config)
+                for run in plan.ledger.repeats(one)
+                if run.scored and (outcome := runs.finished(Path(config.storage.root) / run.name)) is not None
+            ]
+            for one in (number, RECIPE)
+        ]
+    except KmtrError:
+        return None
+    subjects = {said.subjects for side in sides for said in side}
+    if not all(sides) or len(subjects) != 1:
+        return None
+    (count,) = subjects
+    own, base = (resample([said.statistic for said in side], count, RESAMPLES) for side in sides)
+    return difference(own, base)
+
+
+def table(plan: Plan) -> Table:
     """All trials, the best score first; what was stopped earlier cannot be above what finished."""
     order = sorted(
-        ledger.trials, key=lambda t: (t.status != "finished", -t.step, -t.score if math.isfinite(t.score) else math.inf)
+        plan.trials, key=lambda t: (t.status != FINISHED, -t.step, -t.score if math.isfinite(t.score) else math.inf)
     )
-    keys = list(ledger.trials[0].values)
+    keys = list(plan.space.domains)
     return Table(
-        caption="Trials by probe R² on held-out subjects",
-        columns=("trial", *keys, "probe R²", "step", "status"),
+        caption="Trials by their score on held-out subjects, all with the search's own seed",
+        columns=("trial", *keys, "score", "step", "status"),
         rows=tuple(
-            (t.number, *(typed(t.values[key]) for key in keys), t.score, t.step, t.reason[:60] or t.status)
+            (t.number, *(typed(t.values.get(key)) for key in keys), t.score, t.step, t.reason[:60] or t.status)
             for t in order
         ),
-        best=(("probe R²", "max"),) if len(order) > 1 else (),
+        best=(("score", "max"),) if len(order) > 1 else (),
+        digits=4,
     )
 
 
-def figure(ledger: Ledger, best: Trial) -> Figure:
-    """Score against each searched key."""
-    from matplotlib.figure import Figure
-
-    keys = list(best.values)
-    scored = [t for t in ledger.trials if math.isfinite(t.score)]
-    drawing = Figure(figsize=(3.1 * len(keys), 2.9), layout="constrained")
-    for axes, key in zip(drawing.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys, strict=True):
-        for t in scored:
-            colour = COLOURS[1] if t.number == best.number else COLOURS[0]
-            full = t.status == "finished"
-            axes.plot(_number(t.values[key]), t.score, "o", color=colour, markerfacecolor=colour if full else "none")
-        if key == "align.temperature":
-            axes.set_xscale("log")
-            ends = [_number(t.values[key]) for t in scored]
-            ticks = sorted({float(f"{x:.2g}") for x in np.geomspace(min(ends), max(ends), 4)})
-            axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-            axes.set_xticks([], minor=True)
-        axes.set_xlabel(key, fontsize=9, color=INK)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    drawing.axes[0].set_ylabel("probe R²", fontsize=9, color=INK)
-    return drawing
-
-
-def shown(values: dict[str, Any]) -> str:
-    return "  ".join(f"{key}={typed(value)}" for key, value in values.items())
-
-
-def _number(value: Any) -> float:
-    return float(value[0]) if isinstance(value, tuple) else float(value)
+def _sd(scores: Sequence[float]) -> float:
+    return statistics.stdev(scores) if len(scores) > 1 else math.nan

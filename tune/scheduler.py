@@ -1,10 +1,10 @@
-"""Ray Tune of a search: which trials ASHA stops, and the bridge between Tune, Ray Train and the ledger."""
+"""Ray Tune of a search: which runs begin, which ASHA stops, and the bridge between Tune, Ray Train and the ledger."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,41 +18,82 @@ os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose table is printed even at verbose
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
-from kmtr.config import RunConfig, from_json, override, to_json, typed
-from kmtr.train import driver
+from kmtr.config import RunConfig, from_json, to_json, typed
+from kmtr.train import choice, driver, guard
 from kmtr.train.trainer import release_orphans
 from kmtr.types import KmtrError, last_line
-from tune.ledger import Ledger, Trial
+from tune.ledger import FAILED, FINISHED, STOPPED, Trial
+from tune.plan import Plan, settings
+from tune.screen import Screen
+from tune.space import shown
 
-SCORE = "val/probe_r2"
-ETA = 2
-"""Reduction factor of ASHA (Li et al. 2020): the better half goes on at every rung; 4 is for hundreds of trials."""
 RELEASE_EVERY_S = 2.0
+LOST = 3
+"""Losses of a trial's process, with its node, that a trial survives; what comes again is an error of the run's own."""
+
+
+def score_of(config: RunConfig) -> str:
+    """Metric by which the trials compare: of a task's validation or of the probe, never a loss, whose scale a
+    temperature or mask ratio changes.
+    """
+    return choice.SCORE if config.stage == "task" else guard.MEAN
+
+
+class Asking(Searcher):
+    """Tune's way to ask a plan which run comes next."""
+
+    def __init__(self, following: Callable[[set[str]], Trial | None], plan: Plan, parent: str):
+        super().__init__()
+        self.following, self.plan, self.parent = following, plan, parent
+        self.begun: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        if self.plan.hopeless:
+            return Searcher.FINISHED
+        run = self.following(self.begun)
+        if run is None:
+            return Searcher.FINISHED
+        self.begun.add(run.name)
+        return {"trial": job_of(self.plan.space.config, run, self.parent)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """The ledger knows already."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing of it is needed: the ledger is the state of a search."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its ledger")
 
 
 class Halving(ASHAScheduler):
-    """ASHA on training steps. The last report of a trial stops nothing: what is left is only to export it."""
+    """ASHA (Li et al., MLSys 2020) on training steps, with one bracket. The last report of a trial stops nothing: what
+    is left is only to export it.
+    """
 
     def __init__(self, config: RunConfig, ended: Iterable[Trial]):
-        last = config.total_steps
+        last, score = config.total_steps, score_of(config)
         grace = min(config.search.grace_steps, last)
         super().__init__(
-            "step", SCORE, "max", max_t=last, grace_period=grace, reduction_factor=ETA, stop_last_trials=False
-        )
+            "step", score, "max", max_t=last, grace_period=grace, reduction_factor=config.search.eta,
+            stop_last_trials=False,
+        )  # fmt: skip
         self.last_step = last
-        self.stopped: set[int] = set()
+        self.stopped: set[str] = set()
         for trial in ended:  # the rungs of an earlier command, so that a search cut in two decides as a whole one
-            for step, score in trial.reports:
-                self._brackets[0].on_result(_Past(trial.name), step, score)
+            for step, value in trial.reports:
+                self._brackets[0].on_result(_Past(trial.name), step, value)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result.get("step", 0) >= self.last_step:
             return str(TrialScheduler.CONTINUE)
         action = super().on_trial_result(tune_controller, trial, result)
         if action == TrialScheduler.STOP:
-            self.stopped.add(number_of(trial))
+            self.stopped.add(name_of(trial))
         return str(action)
 
 
@@ -62,95 +103,139 @@ class _Past:
 
 
 class Desk(tune.Callback):
-    """Writes what Tune tells into the ledger, and a line for people."""
+    """Writes what Tune tells into the ledger, and shows it."""
 
-    def __init__(self, ledger: Ledger, scheduler: Halving):
-        self.ledger, self.scheduler = ledger, scheduler
+    def __init__(self, plan: Plan, stopped: set[str], screen: Screen):
+        self.plan, self.stopped, self.screen = plan, stopped, screen
+        self.ledger, self.score = plan.ledger, score_of(plan.space.config)
+        self.began: dict[str, float] = {}
         self._look_again = 0.0
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        name = name_of(trial)
+        self.began.setdefault(name, time.monotonic())
+        self.screen.begins(self.ledger.runs[name])
+
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        known = self.ledger.all[number_of(trial)]
-        if "step" not in result or SCORE not in result or int(result["step"]) <= known.step:
+        known = self.ledger.runs[name_of(trial)]
+        if "step" not in result or self.score not in result or int(result["step"]) <= known.step:
             return  # a failure; or a step trained again after a restart, or the end, which repeats the last report
-        report = (int(result["step"]), float(result[SCORE]))
-        self.ledger.update(known.number, reports=(*known.reports, report))
-        print(f"  trial {known.number:>3}  step {report[0]:>6}   probe R² {report[1]:.3f}", flush=True)
+        report = (int(result["step"]), float(result[self.score]))
+        self.screen.reports(self.ledger.update(known.name, reports=(*known.reports, report)))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        number, result = number_of(trial), trial.last_result
-        if number in self.scheduler.stopped:
-            self.ledger.update(number, status="stopped")
-            print(f"  trial {number:>3}  stopped by ASHA", flush=True)
+        name, result = name_of(trial), trial.last_result
+        if name in self.stopped:
+            self._ends(name, status=STOPPED)
         elif "failure" in result:
-            self._failed(number, result["failure"])
+            self._ends(name, status=FAILED, reason=result["failure"])
         else:
-            self.ledger.update(number, status="finished", run_id=result["run_id"], encoder=result["encoder"])
-            print(f"  trial {number:>3}  finished", flush=True)
+            left = {key: result[key] for key in ("run_id", "encoder")}
+            self._ends(name, status=FINISHED, result=result.get("result"), **left)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._failed(number_of(trial), last_line(trial.get_error() or "its process was lost"))
+        self._ends(name_of(trial), status=FAILED, reason=last_line(trial.get_error() or "its process was lost"))
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        ended = self.scheduler.stopped or any(trial.status == "failed" for trial in self.ledger.trials)
+        ended = self.stopped or any(run.status == FAILED for run in self.ledger.runs.values())
         if ended and time.monotonic() > self._look_again:
             release_orphans()
             self._look_again = time.monotonic() + RELEASE_EVERY_S
 
-    def _failed(self, number: int, reason: str) -> None:
-        self.ledger.update(number, status="failed", reason=reason)
-        print(f"  trial {number:>3}  failed: {reason}", flush=True)
+    def _ends(self, name: str, **what: Any) -> None:
+        seconds = self.ledger.runs[name].seconds + time.monotonic() - self.began.pop(name, time.monotonic())
+        self.screen.ends(self.ledger.update(name, seconds=round(seconds, 1), **what))
 
 
-def number_of(trial: Any) -> int:
-    return int(trial.config["trial"]["number"])
+def name_of(trial: Any) -> str:
+    return str(trial.config["trial"]["name"])
 
 
 def train_trial(params: dict[str, Any]) -> dict[str, Any]:
-    """One trial, in a process of Tune's that only waits: it starts the run and passes its reports on."""
+    """One run, in a process of Tune's that only waits: it starts the run and passes its reports on."""
     job = params["trial"]
     os.environ.pop("MLFLOW_RUN_ID", None)  # else MLflow would write into that run instead of a child
+    config = from_json(job["config"])
     try:
         outcome = driver.fit(
-            from_json(job["config"]),
+            config,
             parent_id=job["parent"],
             quiet=True,
             callbacks=[TuneReportCallback()],
             tags=job["tags"],
+            title=job["title"],
         )
     except KmtrError as error:
         return {"failure": str(error)}
-    known = {name: outcome.metrics[name] for name in ("step", SCORE) if name in outcome.metrics}
-    return known | {"run_id": outcome.run_id, "encoder": outcome.encoder}
+    known = {"step": outcome.metrics["step"], "run_id": outcome.run_id, "encoder": outcome.encoder}
+    score = outcome.metrics.get(score_of(config))
+    return known | ({} if score is None else {"result": float(score)})
 
 
-def run_trials(config: RunConfig, ledger: Ledger, folder: Path, parent: str) -> None:
-    """Let Ray Tune run all trials that have not ended, until each has ended or failed."""
-    jobs = [job_of(config, trial, parent) for trial in ledger.trials if not trial.ended]
-    scheduler = Halving(config, [trial for trial in ledger.trials if trial.ended])
+def run_trials(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
+    """Let Ray Tune run all trials that have not ended, until each has ended or failed.
+
+    Raises:
+        KmtrError: none can be trained.
+    """
+    config = plan.space.config
+    if config.search.scheduler == "asha":
+        scheduler: Any = Halving(config, [trial for trial in plan.trials if trial.ended])
+        stopped = scheduler.stopped
+    else:
+        scheduler, stopped = FIFOScheduler(), set()
+    left = sum(not trial.ended for trial in plan.trials) + plan.wanted - len(plan.trials)
+    _run(plan, Asking(plan.next_trial, plan, parent), left, scheduler, Desk(plan, stopped, screen), folder)
+    if why := plan.hopeless:
+        raise KmtrError(f"search {plan.ledger.name}: {why}")
+
+
+def run_repeats(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
+    """Let Ray Tune run the recipe and the best trials with fresh seeds, whole."""
+    runs = [run for run in plan.repeats() if not run.ended]
+    asking = Asking(lambda begun: next((run for run in runs if run.name not in begun), None), plan, parent)
+    _run(plan, asking, len(runs), FIFOScheduler(), Desk(plan, set(), screen), folder)
+
+
+def _run(plan: Plan, asking: Asking, count: int, scheduler: Any, desk: Desk, folder: Path) -> None:
+    if not count:
+        return
     tuner = tune.Tuner(
         tune.with_resources(train_trial, {"memory": 1}),  # a byte, since nothing is refused: it waits, the CPUs do not
-        param_space={"trial": tune.grid_search(jobs)},
         tune_config=tune.TuneConfig(
+            search_alg=asking,
             scheduler=scheduler,
-            max_concurrent_trials=config.search.concurrent,
+            num_samples=count,
+            max_concurrent_trials=plan.search.concurrent,
             reuse_actors=False,
-            trial_name_creator=lambda trial: f"trial-{number_of(trial):02d}",
-            trial_dirname_creator=lambda trial: f"trial-{number_of(trial):02d}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, callbacks=[Desk(ledger, scheduler)]
+            name="tune",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[desk],
+            failure_config=tune.FailureConfig(max_failures=LOST),
         ),
     )
     tuner.fit()
 
 
-def job_of(config: RunConfig, trial: Trial, parent: str) -> dict[str, Any]:
-    """Task of a trial's process. Its run is named after the search, whose name also fixes how it is scored."""
-    changed = {**trial.values, "run.name": trial.name, "run.fresh": False}
+def job_of(config: RunConfig, run: Trial, parent: str) -> dict[str, Any]:
+    """Task of a run's process. The run is named after the search, whose name also fixes how it is scored."""
+    kind = "trial" if not run.repeats else "recipe" if not run.values else "confirm"
+    tags = {f"search.{key}": typed(value) for key, value in run.values.items()}
+    tags |= {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
     return {
-        "number": trial.number,
-        "config": to_json(override(config, changed)),
+        "name": run.name,
+        "title": title_of(run),
+        "config": to_json(settings(config, run)),
         "parent": parent,
-        "tags": {f"search.{key}": typed(value) for key, value in trial.values.items()}
-        | {"search.trial": str(trial.number), "search.stopped": "no"},
+        "tags": tags,
     }
+
+
+def title_of(run: Trial) -> str:
+    """Name of a run in MLflow: what differs."""
+    of = "recipe" if not run.values else f"{run.number:02d} {shown(run.values)}"
+    return of if run.seed is None else f"{of}  seed={run.seed}"

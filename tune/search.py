@@ -1,21 +1,21 @@
 """python tune/search.py RECIPE [key=value ...]
 
-Searches temperature, mask ratio and acceleration. Every trial is a pretraining run of its own (a
-child run in MLflow), scored by the ridge probe on held-out subjects.
+Searches settings of pretraining, or of training on labels with stage=task. Every trial is a run of
+its own (a child run in MLflow), scored on the same held-out subjects with the same patterns.
 
-Trials report at each checkpoint, so a search checkpoints exactly when it validates:
-train.eval_every decides for both, and with it how often ASHA looks. From search.grace_steps on,
-ASHA stops a trial whose score is below the median of those that came as far, and looks again at 2,
-4, ... times as many steps. All trials are validated at evaluate.accelerations, whatever R they
-train at. The temperature acts in alignment only: with search.grace_steps below masked.steps,
-trials are also stopped before they reach it.
+search.space.KEY=DOMAIN names what is searched; without any, temperature, mask ratio and
+acceleration are. ASHA stops trials that fall behind: a trial reports at every checkpoint, so
+train.eval_every decides for both. Then the best trials and the recipe itself run again with fresh
+seeds, whole (search.confirm, search.noise_seeds), and the verdict says whether a trial is better
+than the recipe beyond noise.
 
-The same command resumes: finished and stopped trials are kept; more search.trials go on from the
-same ones. run.fresh=true starts anew.
+The same command resumes: what ended is kept; more search.trials go on from the same ones.
+run.fresh=true starts anew. search.dry_run=true only says what would run.
 
 examples:
   python tune/search.py tiny search.trials=16
-  python tune/search.py tiny search.temperature=0.05,0.2 search.accelerations=4,8
+  python tune/search.py tiny search.space.align.temperature='loguniform(0.02,0.5)'
+  python tune/search.py tiny stage=task task.tasks=diseases search.space.model.depth='grid(2,3)'
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,14 +38,15 @@ from kmtr.files import write_atomic
 from kmtr.owner import owning
 from kmtr.ray_start import start_ray
 from kmtr.train.room import lacking, reserved, uses_gpus
-from kmtr.types import InputError, KmtrError, redact
+from kmtr.types import InputError, KmtrError, StoppedError, redact
 
 if TYPE_CHECKING:
     from kmtr.data.dataset.reader import Dataset
-    from tune.ledger import Ledger, Trial
+    from tune.ledger import Trial
+    from tune.plan import Plan
 
 MIN_HELD_OUT = 3
-"""Held-out subjects below which the probe gives no score."""
+"""Held-out subjects below which nothing is scored."""
 
 
 def run(words: list[str]) -> dict[str, Any]:
@@ -54,74 +56,131 @@ def run(words: list[str]) -> dict[str, Any]:
         InputError: this search can't run, on this dataset or cluster.
         KmtrError: no trial finished with a score, or another command is at work on the search.
     """
-    from kmtr import tracking
-    from kmtr.report.html import text_table
     from kmtr.train import driver
-    from tune import report, scheduler, space
+    from tune import space
     from tune.ledger import Ledger
+    from tune.plan import Plan
 
     os.environ.pop("MLFLOW_RUN_ID", None)
     config = recipe_config(words, __doc__ or "")
     config = override(config, {"train.checkpoint_every": config.train.eval_every})
+    space.of(config)  # before a dataset is looked for
     config, dataset = driver.resolve(config)
-    check_probe(dataset)
-    drawn = space.trials(config)
+    check_scores(config, dataset)
+    searched = space.of(config)
     name, folder = driver.run_folder(
         override(config, {"run.name": config.run.name or search_name(config, dataset.digest)}), dataset
     )
-    ledger = Ledger(folder, name, drawn)
-    if ledger.done:
+    earlier = earlier_trials(config)
+
+    def planned() -> Plan:
+        plan = Plan(searched, Ledger(folder, name), earlier)
+        plan.drawn()
+        return plan
+
+    plan = planned()
+    announce(plan, name)
+    if config.search.dry_run:
+        return {"search": name, "trials": plan.wanted, "values": [dict(trial.values) for trial in plan.trials]}
+    if plan.done:
+        from kmtr import tracking
+
         print(f"search: {name} is finished, reused (run.fresh=true starts anew)")
-        parent = tracking.find_run(config.tracking.uri, config.tracking.experiment, name) or ""
-        print(text_table(report.table(ledger)))
-        return outcome_of(parent, ledger, best_of(ledger, name))
+        return told(plan, name, tracking.find_run(config.tracking.uri, config.tracking.experiment, name) or "")
     folder.mkdir(parents=True, exist_ok=True)
     with owning(folder, f"search {name}"):
-        ledger = Ledger(folder, name, drawn)  # as whoever was waited for left it
+        plan = planned()  # as whoever was waited for left it
         write_atomic(folder / "config.json", redact(to_json(config)))
         start_ray()
         check_room(config)
-        announce(config, ledger, name)
-        parent = report.open_parent(config, name, len(drawn), dataset.digest)
-        began = time.perf_counter()
-        with closing(config, ledger, parent):
-            scheduler.run_trials(config, ledger, folder, parent)
-    best = best_of(ledger, name)
+        return searched_through(plan, name, folder, dataset)
+
+
+def searched_through(plan: Plan, name: str, folder: Path, dataset: Dataset) -> dict[str, Any]:
+    """Run all that is left of a plan, and say what came of it."""
+    from tune import report, scheduler
+
+    config = plan.space.config
+    parent = report.open_parent(config, name, plan.wanted, dataset.digest)
+    began = time.perf_counter()
+    with closing(plan, parent):
+        with shown_on_screen(plan, plan.trials, plan.wanted) as screen:
+            scheduler.run_trials(plan, folder, parent, screen)
+        again = plan.repeats()
+        if left := [run for run in again if not run.ended]:
+            print(f"search: {len(left)} runs with fresh seeds, of the recipe and of the best trials", flush=True)
+            with shown_on_screen(plan, again, len(again)) as screen:
+                scheduler.run_repeats(plan, folder, parent, screen)
     print(f"search: {name} ended after {time.perf_counter() - began:.0f} s")
-    page = report.publish(config, ledger, folder, parent, best)
-    print(text_table(report.table(ledger)))
-    print(f"  best      trial {best.number}: {report.shown(best.values)}")
-    print(f"  encoder   {best.encoder}\n  report    {page}")
-    return outcome_of(parent, ledger, best)
-
-
-def announce(config: RunConfig, ledger: Ledger, name: str) -> None:
-    """Print what is about to run, a line for each trial."""
-    from tune.report import shown
-
-    print(
-        f"search: {name}: {len(ledger.trials)} trials of {config.total_steps} steps, {config.train.workers} worker(s) "
-        f"each, {config.search.concurrent} at a time; score: held-out probe R² every {config.train.eval_every} steps",
-        flush=True,
-    )
-    for trial in ledger.trials:
-        state = f"  {trial.status}" if trial.ended else ""
-        print(f"  trial {trial.number:>3}  {shown(trial.values)}{state}", flush=True)
+    page = report.publish(plan, folder, parent)
+    print(f"  report    {page}")
+    return told(plan, name, parent)
 
 
 @contextmanager
-def closing(config: RunConfig, ledger: Ledger, parent: str) -> Iterator[None]:
+def shown_on_screen(plan: Plan, runs: list[Trial], wanted: int) -> Iterator[Any]:
+    from tune.screen import Screen
+
+    screen = Screen(runs, wanted, plan.space.config.total_steps, plan.search.concurrent)
+    try:
+        yield screen
+    finally:
+        screen.close()
+
+
+def announce(plan: Plan, name: str) -> None:
+    """Print what is about to run: the search, what it reserves, how long it takes, and a line for each trial."""
+    from tune import scheduler
+    from tune.expected import expected
+    from tune.plan import rungs
+    from tune.space import shown
+
+    config, search = plan.space.config, plan.search
+    count, steps = plan.wanted, config.total_steps
+    print(
+        f"search: {name}: {count} trials of {steps} steps, {search.concurrent} at a time; score "
+        f"{scheduler.score_of(config)} on the same held-out subjects every {config.train.eval_every} steps"
+    )
+    if search.scheduler == "asha":
+        looks = rungs(config)
+        print(
+            f"  ASHA      one bracket, eta {search.eta}, grace {min(search.grace_steps, steps)} steps; looks at "
+            f"{', '.join(map(str, looks)) or 'no step, since a trial is no longer than its grace'}"
+        )
+        if config.masked_steps and config.align_steps and search.grace_steps < config.masked_steps:
+            print("            and so also before alignment, in which alone the temperature acts")
+    if search.confirm.best:
+        print(
+            f"  confirm   the best {search.confirm.best} with {search.confirm.seeds} fresh seeds each, the recipe with "
+            f"{search.noise_seeds}"
+        )
+    wanted = reserved(config, search.concurrent * config.train.workers.least, gpus=config.train.device == "cuda")
+    resources = ", ".join(f"{amount:g} {kind}s" for kind, amount in wanted.items() if amount)
+    gpus = ", and a GPU for each worker where the cluster has some" if config.train.device == "auto" else ""
+    print(f"  reserves  {resources} for {search.concurrent} trial(s) of {config.train.workers} worker(s){gpus}")
+    print(f"  time      {expected(plan)}")
+    for trial in plan.trials:
+        state = f"  {trial.status} {trial.score:.4f}" if trial.ended else ""
+        print(f"  trial {trial.number:>3}  {shown(trial.values)}{state}")
+    if len(plan.trials) < count:
+        print(f"  trials {len(plan.trials)} to {count - 1} follow from the scores of those before (TPE)")
+    sys.stdout.flush()
+
+
+@contextmanager
+def closing(plan: Plan, parent: str) -> Iterator[None]:
     """End the MLflow runs of trials that Tune stopped after the block that runs them, and then the parent's."""
     from kmtr import tracking
     from tune.report import close_children
 
+    config = plan.space.config
     status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
     try:
         yield
-        close_children(config, ledger)
-        status = "FINISHED" if ledger.best() is not None else "FAILED"
-    except KeyboardInterrupt:
-        close_children(config, ledger)
+        close_children(config, plan.ledger)
+        status = "FINISHED" if plan.ranked() else "FAILED"
+    except (KeyboardInterrupt, StoppedError):
+        close_children(config, plan.ledger)
         raise
     except BaseException:
         status = "FAILED"
@@ -130,22 +189,57 @@ def closing(config: RunConfig, ledger: Ledger, parent: str) -> Iterator[None]:
         tracking.end_run(config.tracking.uri, parent, status)
 
 
-def best_of(ledger: Ledger, name: str) -> Trial:
-    """The best trial of a search that ran.
+def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
+    """Print the tables and the verdict; what the last line says.
 
     Raises:
-        KmtrError: none finished with a score.
+        KmtrError: no trial finished with a score.
     """
-    best = ledger.best()
+    from kmtr.report.html import text_table
+    from tune import report
+
+    best, verdict, said = report.conclusion(plan)
+    print(text_table(report.table(plan)))
+    if verdict is not None:
+        print(text_table(report.confirmations(plan, verdict)))
     if best is None:
-        reasons = [f"trial {t.number}: {t.reason}" for t in ledger.trials if t.status == "failed"]
-        raise KmtrError(
-            f"search {name}: no trial finished with a score; {(reasons or ['no probe on this dataset'])[0]}"
-        )
-    return best
+        reasons = [f"trial {t.number}: {t.reason}" for t in plan.trials if t.status == "failed"]
+        raise KmtrError(f"search {name}: {said}; {(reasons or ['no score on this dataset'])[0]}")
+    print(f"  verdict   {said}\n  encoder   {best.encoder}")
+    confirmed = verdict is not None and verdict.best is not None
+    return {
+        "run_id": parent,
+        "verdict": said,
+        "confirmed": confirmed,
+        "best": dict(best.values),
+        "best_trial": best.number,
+        "best_run_id": best.run_id,
+        "encoder": best.encoder,
+        "metrics": {"score": best.score}
+        | ({} if verdict is None else {"noise_sd": verdict.noise_sd, "gain": verdict.comparisons[0].gain}),
+        "trials": plan.wanted,
+        "steps_fraction": round(report.steps_fraction(plan), 4),
+    }
 
 
-def check_probe(dataset: Dataset) -> None:
+def earlier_trials(config: RunConfig) -> list[Trial]:
+    """Trials of `search.earlier`, whose scores TPE learns from.
+
+    Raises:
+        InputError: there is no such search in storage.root.
+    """
+    from tune.ledger import STATE, Ledger
+
+    found: list[Trial] = []
+    for name in config.search.earlier:
+        folder = Path(config.storage.root) / name
+        if not (folder / STATE).is_file():
+            raise InputError(f"search.earlier: expected the name of a search in {config.storage.root}, got {name!r}")
+        found += [trial for trial in Ledger(folder, name).trials if trial.ended]
+    return found
+
+
+def check_scores(config: RunConfig, dataset: Dataset) -> None:
     """Refuse a dataset on which trials can't be scored.
 
     Raises:
@@ -158,7 +252,7 @@ def check_probe(dataset: Dataset) -> None:
             f"data.root: a search scores held-out subjects, expected at least {MIN_HELD_OUT} in the split val, got "
             f"{dataset.rows('val')}; write the dataset with shards.split=hash"
         )
-    if not any(dataset.labels.get(name) for name in PROBED):
+    if config.stage != "task" and not any(dataset.labels.get(name) for name in PROBED):
         raise InputError(f"data.root: a search scores {', '.join(PROBED)}, expected one of them as a label, got none")
 
 
@@ -181,24 +275,17 @@ def check_room(config: RunConfig) -> None:
 
 
 def search_name(config: RunConfig, digest: str) -> str:
-    """Recipe and hash of all that decides trials and scores; not how many trials, so that a search can be extended."""
+    """Recipe and hash of all that decides trials and scores; not how many trials there are, who draws them and what is
+    confirmed, so that a search can be extended.
+    """
+    search = config.search
     what = {
         "run": override(config, {"run.name": ""}).run_name(digest),
-        "space": config.search.model_dump(mode="json", exclude={"trials", "concurrent"}),
+        "space": search.space,
+        "stops": [search.scheduler, search.grace_steps, search.eta] if search.scheduler == "asha" else [],
         "score": [config.train.eval_every, config.train.eval_subjects, list(config.evaluate.accelerations)],
     }
     return f"search-{config.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
-
-
-def outcome_of(parent: str, ledger: Ledger, best: Trial) -> dict[str, Any]:
-    return {
-        "run_id": parent,
-        "best": best.values,
-        "best_run_id": best.run_id,
-        "encoder": best.encoder,
-        "metrics": {"probe_r2": best.score},
-        "trials": len(ledger.trials),
-    }
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -106,13 +107,60 @@ class Verify(Section):
         return value
 
 
+@dataclass(frozen=True)
+class Confirm:
+    """How many of the best trials run again, and with how many fresh seeds each."""
+
+    best: int
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{self.best}x{self.seeds}"
+
+
+def _confirm(value: Any) -> Any:
+    """``'2x3'`` -> Confirm(2, 3)."""
+    words = str(value).split("x")
+    if len(words) != 2 or not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"expected TRIALSxSEEDS as 2x3, 0x0 for none, got {value!r}")
+    best, seeds = map(int, words)
+    if (best, seeds) != (0, 0) and not (best >= 1 and seeds >= 2):
+        raise ValueError(f"expected at least one trial and two seeds, as 1x2, or 0x0 for none, got {value!r}")
+    return Confirm(best, seeds)
+
+
 class Search(Section):
-    trials: int = Field(8, gt=0, description="configurations tried")
+    """tune/search.py: which settings are best, and how sure that is."""
+
+    space: dict[str, str] = Field(
+        {},
+        description="domain of a searched key, search.space.KEY=: uniform(LOW,HIGH), loguniform(LOW,HIGH), "
+        "choice(A,B,...), or grid(A,B,...), all of whose combinations are tried; A|B|... where a value has commas. "
+        "None: temperature, mask ratio and acceleration of pretraining",
+    )
+    trials: int = Field(8, gt=0, description="configurations tried; a space of grids alone is tried whole")
     concurrent: int = Field(1, gt=0, description="trials at the same time")
+    sampler: Literal["random", "tpe"] = Field(
+        "random", description="random: evenly over the space; tpe: near the best so far (Optuna), after startup trials"
+    )
+    startup: int = Field(10, gt=0, description="trials that tpe draws at random first")
+    earlier: tuple[str, ...] = Field((), description="names of earlier searches whose trials tpe learns from")
+    scheduler: Literal["none", "asha"] = Field(
+        "asha",
+        description="asha: trials below the best 1/eta of those that came as far are stopped; none: all run whole",
+    )
     grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial")
-    temperature: tuple[float, float] = Field((0.03, 0.3), description="log-uniform range of align.temperature")
-    mask_ratio: tuple[float, float] = Field((0.3, 0.9), description="uniform range of masked.mask_ratio")
-    accelerations: tuple[int, ...] = Field((4, 8, 12), description="choices for sampling.accelerations")
+    eta: int = Field(2, ge=2, description="ASHA keeps one of so many, and looks again at so many times the steps")
+    confirm: Annotated[Confirm, pydantic.PlainValidator(_confirm), pydantic.PlainSerializer(str)] = Field(
+        Confirm(2, 3),
+        description="best trials that run again with so many fresh seeds, whole, before one is called best",
+    )
+    noise_seeds: int = Field(
+        4,
+        ge=3,
+        description="seeds of the recipe itself, whole: what the confirmed are compared with; unless confirm=0x0",
+    )
+    dry_run: bool = Field(False, description="only print the trials, what they reserve and how long they take")
 
 
 class Bench(Section):

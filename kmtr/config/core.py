@@ -66,12 +66,20 @@ def changed(config: BaseModel) -> dict[str, Any]:
 def override(config: S, changes: dict[str, Any]) -> S:
     """The configuration with dotted keys changed; values may be strings as typed on a command line.
 
+    A setting of type dict has a key for each of its own: ``section.setting.KEY``.
+
     Raises:
         InputError: an unknown key (names the nearest), a wrong type or an impossible combination.
     """
     known = dict(keys(config))
     tree = config.model_dump()
     for key, value in changes.items():
+        if field := next((name for name, info in known.items() if _is_dict(info) and key.startswith(f"{name}.")), ""):
+            node = tree
+            for part in field.split("."):
+                node = node[part]
+            node[key.removeprefix(f"{field}.")] = value
+            continue
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(f"unknown key {key!r}; the nearest one is {near!r} (settings of a command: --help)")
@@ -79,9 +87,7 @@ def override(config: S, changes: dict[str, Any]) -> S:
         *parents, leaf = key.split(".")
         for part in parents:
             node = node[part]
-        if isinstance(value, str) and _is_tuple(known[key].annotation):
-            value = None if not value and type(None) in get_args(known[key].annotation) else _parse(value)
-        node[leaf] = value
+        node[leaf] = _read(key, known[key], value) if isinstance(value, str) else value
     try:
         return type(config).model_validate(tree)
     except pydantic.ValidationError as error:
@@ -90,6 +96,8 @@ def override(config: S, changes: dict[str, Any]) -> S:
 
 def typed(value: Any) -> str:
     """A value as on a command line."""
+    if isinstance(value, dict):
+        return " ".join(f"{key}={typed(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
         return ",".join(map(typed, value))
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -109,6 +117,21 @@ def load(model: type[S], text: str) -> S:
         return model.model_validate_json(text)
     except pydantic.ValidationError as error:
         raise InputError(_one_line(model, error, {})) from None
+
+
+def _read(key: str, info: Any, text: str) -> Any:
+    """A value as pydantic takes it, of what was typed."""
+    if not text and type(None) in get_args(info.annotation):
+        return None
+    if _is_dict(info):
+        if text:
+            raise InputError(f"{key}: expected {key}.KEY=..., got {key}={text}")
+        return {}
+    return _parse(text) if _is_tuple(info.annotation) else text
+
+
+def _is_dict(info: Any) -> bool:
+    return get_origin(info.annotation) is dict
 
 
 def _is_tuple(annotation: Any) -> bool:

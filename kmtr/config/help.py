@@ -8,6 +8,7 @@ from itertools import groupby
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from kmtr.config.commands import Confirm
 from kmtr.config.core import flatten, typed
 from kmtr.config.recipes import RECIPES, WITHOUT, named
 from kmtr.config.run import Workers
@@ -20,6 +21,7 @@ WIDTH = 100
 _KIND_COLUMN, _TEXT_COLUMN = 44, 6
 
 _KINDS = {bool: "true | false", int: "integer", float: "number", str: "text", Workers: "integer or range, as 2..8"}
+_KINDS |= {Confirm: "trials x seeds, as 2x3"}
 _MANY = {"integer": "integers", "number": "numbers", "text": "names"}
 
 _UNITS = {"gib": "GiB", "s": "s", "seconds": "s", "deg": "degrees", "db": "dB"}
@@ -59,7 +61,8 @@ def _recipe(name: str) -> list[str]:
 
 def _entry(key: str, info: Any, value: Any) -> Iterator[str]:
     """Lines of one setting: as it is typed, beside what it may be; below, what it means."""
-    yield from _beside(f"  {key}={typed(value)}", kind(key, info))
+    shown = f"{key}.KEY=" if get_origin(info.annotation) is dict else f"{key}={typed(value)}"
+    yield from _beside(f"  {shown}", kind(key, info))
     indent = " " * _TEXT_COLUMN
     yield from textwrap.wrap(info.description or "", WIDTH, initial_indent=indent, subsequent_indent=indent)
 
@@ -87,6 +90,8 @@ def _kind(annotation: Any) -> str:
     if origin in (Union, UnionType):
         (some,) = [part for part in parts if part is not type(None)]
         return f"{_kind(some)}, or empty"
+    if origin is dict:
+        return f"{_kind(parts[1])}, for each key"
     if origin is tuple:
         one = _kind(parts[0])
         return f"list of {_MANY.get(one, one)}" if parts[-1] is Ellipsis else f"{len(parts)} {_MANY.get(one, one)}"

@@ -365,6 +365,11 @@ class Train(Section):
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
+    eval_seed: int | None = Field(
+        None,
+        ge=0,
+        description="seed of validation's subjects and patterns, the same for runs that compare; empty: seed",
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept; one that is damaged gives way to the one before")
     max_failures: int = Field(3, ge=0, description="lost workers or nodes survived; other errors are never retried")
     resize_every_s: float = Field(60.0, ge=0, description="time between looks for more room, where workers is a range")

@@ -174,7 +174,7 @@ class RunConfig(Section):
         told = {
             key: value
             for key, value in changed(self).items()
-            if _is_identity(key) and key.partition(".")[0] not in unread
+            if is_identity(key) and key.partition(".")[0] not in unread
         }
         if self.stage == "task" and (self.task.keep == "best" or self.task.patience):
             told |= {key: value for key, value in changed(self).items() if key in _CHOOSING}
@@ -220,11 +220,11 @@ _NO_IDENTITY = {
 }
 
 
-_CHOOSING = {"train.eval_every", "train.eval_subjects", "evaluate.accelerations"}
+_CHOOSING = {"train.eval_every", "train.eval_subjects", "train.eval_seed", "evaluate.accelerations"}
 """Settings of validation: they change the numbers of a run on labels, whose weights it chooses."""
 
 
-def _is_identity(key: str) -> bool:
+def is_identity(key: str) -> bool:
     return key.partition(".")[0] in _IDENTITY and key not in _NO_IDENTITY
 
 

@@ -194,6 +194,12 @@ class Task(ABC):
         """
         return {}
 
+    def counts_as(self, target: str) -> str:
+        """How a target counts in the score: by its ``r2``, its ``auroc``, or as the ``mean`` of the subjects' scores;
+        empty: it does not.
+        """
+        return ""
+
     def couple(self, outputs: Sequence[dict[str, Tensor]], micro: Sequence[Batch], log: Sums) -> Link:
         """Part of each micro-batch in a loss over the global batch, given the outputs for all of them."""
         raise NotImplementedError(f"{self.name} couples no subjects")

@@ -89,6 +89,9 @@ class Diseases(OnVector):
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         return dict(zip(self.labels, self.logits(encode, head, asked).sigmoid().unbind(1), strict=True))
 
+    def counts_as(self, target: str) -> str:
+        return "auroc"
+
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:

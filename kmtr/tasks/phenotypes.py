@@ -120,6 +120,9 @@ class Phenotypes(OnVector):
         found = self.answer(encode, head, asked) * asked.sd + asked.mean
         return dict(zip(self.labels, found.unbind(1), strict=True))
 
+    def counts_as(self, target: str) -> str:
+        return "r2"
+
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:

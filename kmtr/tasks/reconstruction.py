@@ -82,6 +82,9 @@ class Reconstruction(Dense):
         scores = [reconstruction_scores(views) for views in views_of(batch, self.config.data, truth, outputs["image"])]
         return of_subjects(scores, batch.key.device)
 
+    def counts_as(self, target: str) -> str:
+        return "mean" if target == "ssim" else ""
+
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:

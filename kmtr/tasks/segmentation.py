@@ -67,6 +67,9 @@ class Segmentation(Dense):
         scores = [mask_scores(views) for views in views_of(batch, self.config.data, batch.masks, outputs["masks"])]
         return of_subjects(scores, batch.key.device)
 
+    def counts_as(self, target: str) -> str:
+        return "mean" if target.startswith("dice") else ""
+
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:

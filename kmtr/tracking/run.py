@@ -41,6 +41,7 @@ def open_run(
     resume_id: str | None = None,
     parent_id: str | None = None,
     tags: dict[str, str] | None = None,
+    title: str = "",
     besides: Iterable[str] = (),
 ) -> str:
     """Creates the run, or reopens `resume_id`: status RUNNING, configuration as parameters, versions as tags.
@@ -49,6 +50,8 @@ def open_run(
     change the numbers) the first stays the parameter and the new one becomes the tag ``resumed.<key>``.
 
     Args:
+        name: by which `find_run` finds it.
+        title: that MLflow shows; empty: the name.
         besides: sections of the configuration that are logged beside what training reads.
 
     Returns:
@@ -66,7 +69,7 @@ def open_run(
         if resume_id is None:
             experiment = _experiment(mlflow, config, uri)
             parent = {"mlflow.parentRunId": parent_id} if parent_id else {}
-            run = mlflow.create_run(experiment, run_name=name, tags={NAME_TAG: name, **parent})
+            run = mlflow.create_run(experiment, run_name=title or name, tags={NAME_TAG: name, **parent})
         else:
             run = mlflow.get_run(resume_id)
             if run.info.lifecycle_stage != "active":

@@ -44,12 +44,14 @@ def fit(
     quiet: bool = False,
     callbacks: list[Any] | None = None,
     tags: dict[str, str] | None = None,
+    title: str = "",
 ) -> Outcome:
     """Train in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
 
     Args:
         parent_id: MLflow run that this one is a child of (a search).
         callbacks: of Ray Train's controller (a search's bridge to Tune).
+        title: its name in MLflow; empty: the run's own.
 
     Raises:
         InputError: found before a worker starts.
@@ -64,7 +66,7 @@ def fit(
     room.refuse_missing_gpu(config.train.device)
     with owning(folder, f"run {name}"):
         done = finished(folder)  # by the one that was waited for
-        return done or _fit(config, dataset, name, folder, _Job(parent_id, quiet, callbacks or [], tags))
+        return done or _fit(config, dataset, name, folder, _Job(parent_id, quiet, callbacks or [], tags, title))
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class _Job:
     quiet: bool
     callbacks: list[Any]
     tags: dict[str, str] | None
+    title: str
 
 
 def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _Job) -> Outcome:
@@ -139,6 +142,7 @@ def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked:
             resume_id=tracking.find_run(uri, config.tracking.experiment, name),
             parent_id=asked.parent_id,
             tags=asked.tags,
+            title=asked.title,
         )
         tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
     except InputError:

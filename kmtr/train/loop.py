@@ -280,6 +280,8 @@ class Worker:
             better = stage == "task" and choice.judge(progress, self.metrics)
             if better and choice.keeps_best(progress, self.config):
                 self.engine.remember()
+        if self.rank == 0 and self.validate.held_out and self.validate.held.columns:
+            self.validate.held.write(self.folder, done)
         if self.spool and self.tell:
             self.spool.metrics(done, self.metrics)
             self.tell.put(done, stage, self.metrics)

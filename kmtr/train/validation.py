@@ -21,6 +21,7 @@ from kmtr.physics.sampling import true_acceleration
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
 from kmtr.train import choice, guard
+from kmtr.train.held import R2, Column, Held
 from kmtr.types import PROBED
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Validation(ABC):
 
     Attributes:
         held_out: subjects of the validation split that are asked; 0: there is none, and training subjects are.
+        held: what the last call said of each of them.
     """
 
     def __init__(
@@ -58,12 +60,14 @@ class Validation(ABC):
         world: int,
         device: torch.device,
     ):
-        fixed = {"sampling.accelerations": config.evaluate.accelerations}
+        fixed: dict[str, object] = {"sampling.accelerations": config.evaluate.accelerations}
+        if config.train.eval_seed is not None:
+            fixed["seed"] = config.train.eval_seed
         self.config = override(config, fixed)
         self.prepare, self.device = prepare, device
         self.rank, self.world = rank, world
         self.labels = self.labels_of(dataset)
-        self.shown, self.held_out = "Held-out subject", 0
+        self.shown, self.held_out, self.held = "Held-out subject", 0, Held(())
         self.readers: dict[str, Reader] = {}
         self.rows: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
@@ -72,7 +76,8 @@ class Validation(ABC):
                 reader = self.readers["train"]
                 self.shown = "Training subject (the dataset has no validation split)"
             self.readers[split] = reader
-            self.rows[split] = np.array(subjects.validated(config.seed, len(reader), config.train.eval_subjects), int)
+            chosen = subjects.validated(self.config.seed, len(reader), config.train.eval_subjects)
+            self.rows[split] = np.array(chosen, int)
             if reader.split == "val":
                 self.held_out = len(self.rows[split])
 
@@ -161,6 +166,20 @@ class TaskValidation(Validation):
             predicted = {target: both[:, i] for i, (of, target) in enumerate(names) if of == task}
             for name, value in self.prepare.tasks[task].score(truth, predicted, means).items():
                 metrics[f"val/{task}_{name}" if name == SCORE else f"val/{name}"] = value
+        self.held = Held(
+            tuple(
+                Column(
+                    task,
+                    target,
+                    kind,
+                    truth.get(target, np.full(len(both), np.nan)),
+                    both[:, i],
+                    means.get(target, np.nan),
+                )
+                for i, (task, target) in enumerate(names)
+                if (kind := self.prepare.tasks[task].counts_as(target))
+            )
+        )
         metrics = self._agreed(metrics)
         scores = [metrics.get(f"val/{task}_{SCORE}", np.nan) for task in stage.tasks]
         return metrics | (choice.overall(scores) if self.held_out else {}), None
@@ -182,7 +201,7 @@ class PretrainingValidation(Validation):
         held, held_labels = self._embed(engine, "val")
         if self.labels:
             train, train_labels = self._embed(engine, "train")
-            scores = {}
+            scores, said = {}, []
             parts = {"": slice(None)} | self._contents()
             for (part, features), (i, label) in product(parts.items(), enumerate(self.labels)):
                 result = probe(train[:, features], train_labels[:, i], held[:, features], held_labels[:, i])
@@ -190,6 +209,11 @@ class PretrainingValidation(Validation):
                     metrics[guard.r2_of(label) + part] = result.r2
                     if not part:
                         scores[label] = result.r2
+                        predicted = np.full(len(held), np.nan)
+                        predicted[np.isfinite(held_labels[:, i])] = result.predicted
+                        truth, mean = held_labels[:, i].astype(np.float64), result.training_mean
+                        said.append(Column("probe", label, R2, truth, predicted, mean))
+            self.held = Held(tuple(said))
             if scores:
                 metrics[guard.MEAN] = float(np.mean(list(scores.values())))
         metrics["val/effective_rank"] = effective_rank(held)
