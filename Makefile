@@ -88,9 +88,7 @@ runs/bench-env/.installed:
 
 ##  ui           MLflow on http://127.0.0.1:5000 over the runs in runs/mlflow.db; PORT=... takes another port
 ui: setup
-	@mkdir -p runs/artifacts
-	@$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-		--backend-store-uri "sqlite:///$(CURDIR)/runs/mlflow.db" --artifacts-destination "$(CURDIR)/runs/artifacts"
+	@$(PY) -m kmtr.tracking.ui runs $(PORT)
 
 ##  submit       JOB="pretrain tiny key=value ..." to the Ray cluster at ADDRESS=http://127.0.0.1:8265
 # A submitted job runs in a throwaway upload of this folder without git-ignored files: its paths become absolute first,
@@ -98,7 +96,7 @@ ui: setup
 submit: setup
 	@$(PY) -m kmtr.config.submitted $(JOB) | xargs --null --no-run-if-empty \
 		$(BIN)/ray job submit --address "$(ADDRESS)" --working-dir . \
-		--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90"}}' --
+		--runtime-env-json "$$($(PY) -c 'from kmtr.tracking.origin import main; main()' RAY_JOB_STOP_WAIT_TIME_S=90)" --
 
 help:
 	@echo "make ..."

@@ -21,6 +21,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from kmtr import tracking
 from kmtr.config import RunConfig, from_json, to_json, typed
 from kmtr.train import choice, driver, guard
 from kmtr.train.trainer import release_orphans
@@ -225,7 +226,7 @@ def job_of(config: RunConfig, run: Trial, parent: str) -> dict[str, Any]:
     """Task of a run's process. The run is named after the search, whose name also fixes how it is scored."""
     kind = "trial" if not run.repeats else "recipe" if not run.values else "confirm"
     tags = {f"search.{key}": typed(value) for key, value in run.values.items()}
-    tags |= {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
+    tags |= tracking.origin() | {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
     return {
         "name": run.name,
         "title": title_of(run),

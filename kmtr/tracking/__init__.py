@@ -3,14 +3,16 @@
 ``import mlflow`` costs seconds, so it happens inside functions, never when this package is imported.
 """
 
+from kmtr.tracking.origin import command, origin, versions
 from kmtr.tracking.registry import fetch, register
-from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded, versions
+from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded
 from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
 from kmtr.tracking.store import tracking_uri, where
 
 __all__ = [
     "Spool",
     "Status",
+    "command",
     "end_run",
     "ended",
     "fetch",
@@ -18,6 +20,7 @@ __all__ = [
     "history",
     "log_dataset",
     "open_run",
+    "origin",
     "owner",
     "recorded",
     "register",

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kmtr.config import RunConfig, run_keys
+from kmtr.tracking.origin import origin, versions
 from kmtr.tracking.store import SERVERS, artifact_location, local_path, reaching, redact, tracking_uri
 from kmtr.types import InputError
 
@@ -26,8 +24,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 """End of a run, by MLflow."""
 
 NAME_TAG = "kmtr.run_name"
-VALUE_LIMIT = 6000
-"""Characters of a parameter, by MLflow; a tag takes 8000."""
+NOTE_TAG = "mlflow.note.content"
+VALUE_LIMIT, TAG_LIMIT = 6000, 8000
+"""Characters of a parameter and of a tag, by MLflow."""
 BATCH_LIMIT = 100
 """Parameters or tags in one call, by MLflow."""
 DIGEST_LIMIT = 36
@@ -42,6 +41,7 @@ def open_run(
     parent_id: str | None = None,
     tags: dict[str, str] | None = None,
     title: str = "",
+    note: str = "",
     besides: Iterable[str] = (),
 ) -> str:
     """Creates the run, or reopens `resume_id`: status RUNNING, configuration as parameters, versions as tags.
@@ -52,6 +52,7 @@ def open_run(
     Args:
         name: by which `find_run` finds it.
         title: that MLflow shows; empty: the name.
+        note: description of a new run, Markdown.
         besides: sections of the configuration that are logged beside what training reads.
 
     Returns:
@@ -81,7 +82,9 @@ def open_run(
         known = run.data.params
         new = {key: value for key, value in wanted.items() if key not in known}
         changed = {f"resumed.{key}": value for key, value in wanted.items() if known.get(key, value) != value}
-        marks = {"recipe": config.recipe, "stage": config.stage, **versions(), **changed, **(tags or {})}
+        marks = {"recipe": config.recipe, "stage": config.stage, **versions(), **origin(), **changed, **(tags or {})}
+        if resume_id is None and note:
+            marks[NOTE_TAG] = note[:TAG_LIMIT]
         for part in _batches(new):
             mlflow.log_batch(run_id, params=[Param(key, value) for key, value in part.items()])
         for part in _batches(marks):
@@ -184,6 +187,8 @@ def _experiment(mlflow: MlflowClient, config: RunConfig, uri: str) -> str:
 
 def _text(value: object) -> str:
     """A parameter as MLflow takes it: without passwords, within the limit, `,` between items as on a command line."""
+    if isinstance(value, dict):
+        value = " ".join(f"{key}={each}" for key, each in value.items())
     text = redact(",".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return text if len(text) <= VALUE_LIMIT else text[: VALUE_LIMIT - 3] + "..."
 
@@ -191,31 +196,3 @@ def _text(value: object) -> str:
 def _batches(items: dict[str, str]) -> list[dict[str, str]]:
     keys = list(items)
     return [{key: items[key] for key in keys[i : i + BATCH_LIMIT]} for i in range(0, len(keys), BATCH_LIMIT)]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers, and the commit of this code where it runs from a git checkout."""
-    tags = {}
-    for package in ("torch", "ray", "deepspeed", "kmtr"):
-        try:
-            tags[f"version.{package}"] = version(package)
-        except PackageNotFoundError:
-            continue  # a source tree put on the path, or a machine that only evaluates
-    here = Path(__file__)
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name):  # else: installed inside somebody else's repository
-        commit = _git(here.parent, "rev-parse", "HEAD")
-        if commit:
-            changed = bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))
-            tags |= {"mlflow.source.git.commit": commit, "git.changed": str(changed).lower()}
-    return tags
-
-
-def _git(folder: Path, *words: str) -> str:
-    """Output of a git command; empty: no git, no repository, or the command failed."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

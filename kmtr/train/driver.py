@@ -22,6 +22,7 @@ from kmtr.data.loader import statistics
 from kmtr.files import replacing, write_atomic
 from kmtr.owner import owning
 from kmtr.train import checkpoint, room, start
+from kmtr.train.described import note
 from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
 from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER
@@ -143,6 +144,7 @@ def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked:
             parent_id=asked.parent_id,
             tags=asked.tags,
             title=asked.title,
+            note=note(config, dataset, name),
         )
         tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
     except InputError:
