@@ -226,7 +226,7 @@ def job_of(config: RunConfig, run: Trial, parent: str) -> dict[str, Any]:
     """Task of a run's process. The run is named after the search, whose name also fixes how it is scored."""
     kind = "trial" if not run.repeats else "recipe" if not run.values else "confirm"
     tags = {f"search.{key}": typed(value) for key, value in run.values.items()}
-    tags |= tracking.origin() | {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
+    tags |= tracking.started_by() | {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
     return {
         "name": run.name,
         "title": title_of(run),

@@ -3,7 +3,7 @@
 ``import mlflow`` costs seconds, so it happens inside functions, never when this package is imported.
 """
 
-from kmtr.tracking.origin import command, origin, versions
+from kmtr.tracking.origin import command, started_by, versions
 from kmtr.tracking.registry import fetch, register
 from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded
 from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
@@ -20,12 +20,12 @@ __all__ = [
     "history",
     "log_dataset",
     "open_run",
-    "origin",
     "owner",
     "recorded",
     "register",
     "replay",
     "send",
+    "started_by",
     "tracking_uri",
     "unsent",
     "versions",

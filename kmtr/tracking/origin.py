@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
     return tags | ({"mlflow.source.git.commit": commit, "git.changed": changed} if commit else {})
 
 
-def origin() -> dict[str, str]:
+def started_by() -> dict[str, str]:
     """Tags by which MLflow shows user, source and command of this process."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     script = Path(sys.argv[0])

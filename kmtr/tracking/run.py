@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 from kmtr.config import RunConfig, run_keys
-from kmtr.tracking.origin import origin, versions
+from kmtr.tracking.origin import started_by, versions
 from kmtr.tracking.store import SERVERS, artifact_location, local_path, reaching, redact, tracking_uri
 from kmtr.types import InputError
 
@@ -82,7 +82,14 @@ def open_run(
         known = run.data.params
         new = {key: value for key, value in wanted.items() if key not in known}
         changed = {f"resumed.{key}": value for key, value in wanted.items() if known.get(key, value) != value}
-        marks = {"recipe": config.recipe, "stage": config.stage, **versions(), **origin(), **changed, **(tags or {})}
+        marks = {
+            "recipe": config.recipe,
+            "stage": config.stage,
+            **versions(),
+            **started_by(),
+            **changed,
+            **(tags or {}),
+        }
         if resume_id is None and note:
             marks[NOTE_TAG] = note[:TAG_LIMIT]
         for part in _batches(new):

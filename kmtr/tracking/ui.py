@@ -1,4 +1,4 @@
-"""MLflow's server over a local store, and the page that it is best opened on. ``python -m kmtr.tracking.ui FOLDER PORT``"""
+"""MLflow server over a local store, and the page to open it on. ``python -m kmtr.tracking.ui FOLDER PORT``"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def test_a_command_is_shown_as_it_was_typed_without_passwords(monkeypatch: pytes
     )
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     monkeypatch.setenv(origin.USER, "somebody")
-    tags = origin.origin()
+    tags = origin.started_by()
     assert tags["mlflow.source.name"] == "jobs/pretrain.py"
     assert tags["mlflow.source.type"] == "LOCAL"
     assert tags["mlflow.user"] == "somebody"
@@ -28,7 +28,7 @@ def test_a_command_is_shown_as_it_was_typed_without_passwords(monkeypatch: pytes
     assert tags["command"].endswith(" 'a=b c'")
     assert "secret" not in tags["command"]
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert origin.origin()["mlflow.source.type"] == "JOB"
+    assert origin.started_by()["mlflow.source.type"] == "JOB"
 
 
 def test_an_uploaded_job_knows_the_commit_that_it_was_submitted_from(
@@ -45,7 +45,7 @@ def test_an_uploaded_job_knows_the_commit_that_it_was_submitted_from(
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert {name: value for name, value in origin.versions().items() if "git" in name} == own
-    assert origin.origin()["mlflow.user"] == told[origin.USER]
+    assert origin.started_by()["mlflow.user"] == told[origin.USER]
 
 
 @pytest.mark.parametrize(
