@@ -365,6 +365,7 @@ class Train(Section):
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     eval_every: int = Field(200, gt=0, description="steps between validation loss and probe; multiple of log_every")
     eval_subjects: int = Field(256, gt=0, description="subjects of each of the two splits used by that probe")
+    until: int = Field(0, ge=0, description="step at which the run pauses, with a checkpoint; 0: it goes to its end")
     eval_seed: int | None = Field(
         None,
         ge=0,
@@ -398,6 +399,11 @@ class Train(Section):
 class Run(Section):
     name: str = Field("", description="run name; empty: recipe and hash of what changes its numbers")
     fresh: bool = Field(False, description="start anew even though this run exists")
+    begin: str = Field(
+        "",
+        description="checkpoint (folder) of another run, at which a new one branches off: weights, optimizer and place in "
+        "the order of subjects are that one's, settings may differ as far as the model stays the same; needs run.name",
+    )
 
     @pydantic.field_validator("name")
     @classmethod

@@ -28,6 +28,7 @@ PATHS = (
     "sampling.file",
     "evaluate.encoder",
     "task.encoder",
+    "run.begin",
     "bench.folder",
     "predict.out",
     "study.rows",

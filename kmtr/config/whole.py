@@ -74,6 +74,10 @@ class RunConfig(Section):
                 f"{sizes[-1] if sizes else t.workers} * {t.accumulation}, got {d.global_batch}"
             )
         self.check_lines(d.matrix[0])
+        if self.run.begin and not self.run.name:
+            raise ValueError(
+                "run.begin: expected a run.name beside it, since another beginning is another run, got none"
+            )
         if d.frames % self.model.patch[0] or any(n % p for n, p in zip(d.matrix, self.model.patch[1:], strict=True)):
             raise ValueError(
                 f"model.patch: expected a divisor of (data.frames, *data.matrix) = {(d.frames, *d.matrix)}, "

@@ -30,6 +30,8 @@ from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError, KmtrError, StoppedError, redact
 
+STATISTICS = "statistics.safetensors"
+"""Tables of normalisation and of tasks, fitted once for a run."""
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
 SEND_S = 60.0
@@ -100,7 +102,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         "tracking": {"uri": config.tracking.uri, "run_id": run_id, "spool": str(folder / SPOOL)},
         "progress": f"progress-{name}-{os.getpid()}-{time.time_ns()}",
     }
-    status: tracking.Status = "FAILED"
+    status: tracking.Status | None = "FAILED"
     try:
         with Display(
             job["progress"], config.total_steps, asked.quiet, config.train.silent_s, config.train.hang_s
@@ -110,6 +112,9 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
             except ray.train.TrainingFailedError as error:
                 raise KmtrError(f"run {name}: {display.own_failure() or trainer.reason(error)}") from error
             returned = _returned(name, result, display)
+        if returned.get("paused"):
+            status = None
+            return Outcome(run_id, name, str(folder), "", {**returned["metrics"], "step": float(returned["step"])})
         encoder = _export(config, dataset, folder, returned, result.checkpoint, tables)
         metrics = {**returned["metrics"], "step": float(returned["step"])}
         if returned["stopped"]:
@@ -220,14 +225,15 @@ def _stage(config: RunConfig, run_id: str, folder: Path, files: Sequence[Path]) 
     spool.close(0.0)
 
 
-def _end(config: RunConfig, run_id: str, status: tracking.Status, folder: Path) -> None:
-    """Send what the spool holds, and then end the MLflow run."""
+def _end(config: RunConfig, run_id: str, status: tracking.Status | None, folder: Path) -> None:
+    """Send what the spool holds, and then end the MLflow run; None: it only pauses."""
     try:
         spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
     except (KmtrError, OSError) as error:
         log.warning("tracking: %s", error)
         return
-    spool.end(status)
+    if status is not None:
+        spool.end(status)
     if left := spool.close(SEND_S):
         _say_unsent(left, folder / SPOOL)
 
@@ -251,7 +257,9 @@ def fitted_tables(
     """
     from safetensors.torch import load_file, save_file
 
-    path = folder / "statistics.safetensors"
+    path = folder / STATISTICS
+    if config.run.begin and not path.is_file():
+        write_atomic(path, (Path(config.run.begin).parents[1] / STATISTICS).read_bytes())
     if path.is_file():
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}

@@ -31,6 +31,7 @@ class Outcome:
         metrics: of the last validation, and ``step``; with ``align_stopped`` (the step at which the guard ended
             alignment) encoder and metrics are those of the end of masked reconstruction. Of `stage=task` those of the
             model that is left, what chose it (`choice.result`), and ``task_stopped`` where patience ended the run.
+            Of a run that pauses (`train.until`), of the last validation; `encoder` is empty then.
         reused: it was finished before; nothing was trained.
     """
 

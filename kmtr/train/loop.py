@@ -104,7 +104,7 @@ class Worker:
         if config.stage == "task" and config.task.encoder != "none":
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
         self.sender, self.tell, self.pulse = tell, tell if self.rank == 0 else None, pulse
-        if ray.train.get_checkpoint() is None:
+        if ray.train.get_checkpoint() is None and not config.run.begin:
             say = self.tell.say if self.tell else lambda _: None
             heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device, say)
         self.engine = ShardedEngine(model, config, self.world, device)
@@ -128,7 +128,10 @@ class Worker:
         import ray.train
 
         progress, last = Progress(), ray.train.get_checkpoint()
-        if last is not None:
+        self.branched = last is None and bool(self.config.run.begin)
+        if self.branched:
+            progress = self._branched(Path(self.config.run.begin))
+        elif last is not None:
             with last.as_directory() as place:
                 folder = self._whole(Path(place))
                 progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
@@ -146,6 +149,15 @@ class Worker:
             if last is not None:
                 changes = [f"{k} {before[k]} -> {v}" for k, v in layout.items() if before and v != before[k]]
                 self.tell.say(f"  step {progress.step:>6}  goes on       {', '.join(changes)}".rstrip())
+        return progress
+
+    def _branched(self, folder: Path) -> Progress:
+        """The progress of another run's checkpoint, which the engine goes on from."""
+        together(partial(checkpoint.check_whole, folder, self.rank, self.world), self.device)
+        progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
+        together(lambda: checkpoint.restore(folder, self.engine), self.device)
+        if self.tell:
+            self.tell.say(f"  step {progress.step:>6}  branches off  another run's checkpoint")
         return progress
 
     def _whole(self, newest: Path) -> Path:
@@ -173,13 +185,16 @@ class Worker:
         """Train to the end, or to where the run is to stop.
 
         Returns:
-            ``interrupted``: the run was asked to stop; else
+            ``interrupted``: the run was asked to stop; ``paused``: it is at `train.until`; else
             ``metrics`` of the weights that the run leaves; ``step``; ``stopped``: patience ended training on labels, or
             the guard alignment, so that the encoder of the end of masked reconstruction is to be used.
         """
         config, progress = self.config, self.progress
         first = progress.step
-        steps = range(first, first if progress.stopped else config.total_steps)
+        if self.branched:
+            self._save(wait=True)  # from now on it needs the other run no more
+        last = min(config.train.until or config.total_steps, config.total_steps)
+        steps = range(first, first if progress.stopped else max(first, last))
         wanted = self.step.prepare.wanted
         batches = pipeline.batches(config, self.reader, self.plan, steps, self.rank, self.world, wanted)
         for step in steps:
@@ -193,7 +208,7 @@ class Worker:
             self.watch.stepped(host, report)
             progress.step = step + 1
             self._look(report)
-            ends = progress.step in (config.masked_steps, config.total_steps)
+            ends = progress.step in (config.masked_steps, last)
             if progress.step % config.train.log_every == 0 or progress.step == 1 or ends:
                 self._log(report)
             if progress.step % config.train.eval_every == 0 or ends:
@@ -206,7 +221,8 @@ class Worker:
                 break
         if self.spool:
             self.spool.close(30.0)
-        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped}
+        paused = not progress.stopped and progress.step < config.total_steps
+        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "paused": paused}
 
     def _save_early(self) -> None:
         """A node is about to be taken away."""

@@ -5,6 +5,7 @@ need of it found, so that none searches or reads it again.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override
@@ -12,6 +13,7 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import planning
 from kmtr.train import start
+from kmtr.train.checkpoint import HEAD
 from kmtr.types import InputError
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,20 @@ def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
     return config, Dataset.open(config.data)
 
 
+def branching(config: RunConfig) -> RunConfig:
+    """The configuration with `run.begin` as an absolute path.
+
+    Raises:
+        InputError: it is no checkpoint.
+    """
+    if not config.run.begin:
+        return config
+    folder = Path(storage.absolute(config.run.begin))
+    if not (folder / HEAD).is_file():
+        raise InputError(f"run.begin: expected a run's checkpoint, RUN/train/checkpoint_..., got {folder}")
+    return override(config, {"run.begin": str(folder)})
+
+
 def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
     """Everything that can be refused before a worker starts is refused here; paths become absolute.
 
@@ -43,7 +59,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
         InputError: one line that names the key or the file.
     """
     config, dataset = open_data(config)
-    config = start.resolve(config, dataset)
+    config = start.resolve(branching(config), dataset)
     planning.plan_of(config, dataset, rows=start.budget(config, dataset))
     subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:

@@ -78,7 +78,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 def _pretrained(config: RunConfig, dataset: Dataset) -> Path:
     """Encoder of the finished pretraining with the same settings."""
-    before = override(config, {"stage": "both", "task.tasks": (), "run.name": "", "run.fresh": False})
+    before = override(config, {"stage": "both", "task.tasks": (), "run.name": "", "run.begin": "", "run.fresh": False})
     name, folder = run_folder(before, dataset)
     done = finished(folder)
     if done is None:
