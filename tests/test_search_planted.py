@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +24,7 @@ Objective = Callable[[Trial], float]
 class NotWritten(Ledger):
     """A ledger in memory alone, for thousands of searches."""
 
-    def update(self, name: str, **changes: Any) -> Trial:
-        from dataclasses import replace
-
-        self.runs[name] = replace(self.runs[name], **changes)
-        return self.runs[name]
+    def write(self) -> None: ...
 
 
 def config_of(**changes: object) -> RunConfig:

@@ -34,6 +34,8 @@ class Trial:
         encoder: folder of the exported encoder or model of a finished run.
         reason: of a failure, one line.
         seconds: from its begin to its end, over all commands.
+        generation: number of the look at which it branched off (population based training).
+        donor: run that it branched off; begun: at which step.
     """
 
     number: int
@@ -47,6 +49,9 @@ class Trial:
     encoder: str = ""
     reason: str = ""
     seconds: float = 0.0
+    generation: int = 0
+    donor: str = ""
+    begun: int = 0
 
     @property
     def repeats(self) -> bool:
@@ -95,7 +100,9 @@ class Ledger:
     @property
     def trials(self) -> list[Trial]:
         """Those that were drawn, by number; no repeats."""
-        return sorted((run for run in self.runs.values() if not run.repeats), key=lambda trial: trial.number)
+        return sorted(
+            (run for run in self.runs.values() if not run.repeats), key=lambda trial: (trial.number, trial.generation)
+        )
 
     def repeats(self, number: int) -> list[Trial]:
         """Runs of a trial, or of the `RECIPE`, with other seeds, by seed."""
@@ -103,17 +110,32 @@ class Ledger:
         return sorted(found, key=lambda run: run.seed or 0)
 
     def add(self, number: int, values: Mapping[str, Any], seed: int | None = None) -> Trial:
-        """A new run; it is kept when it is first updated."""
-        of = "recipe" if number == RECIPE else f"{number:03d}"
-        name = f"{self.name}-{of}" + ("" if seed is None else f"-seed{seed}")
+        """A new run; it is kept when the ledger is next written."""
+        name = f"{self._label(number)}" + ("" if seed is None else f"-seed{seed}")
         self.runs[name] = Trial(number, name, dict(values), seed)
         return self.runs[name]
 
+    def branch(self, loser: Trial, donor: Trial, values: Mapping[str, Any], generation: int, step: int) -> Trial:
+        """A new run in place of a loser's, from the donor's state at a step; kept when the ledger is next written."""
+        name = f"{self._label(loser.number)}-g{generation}"
+        score = dict(donor.reports)[step]
+        child = Trial(loser.number, name, dict(values), generation=generation, donor=donor.name, begun=step)
+        self.runs[name] = replace(child, reports=((step, score),))
+        if loser.status != FAILED:
+            self.runs[loser.name] = replace(loser, status=STOPPED)
+        return self.runs[name]
+
+    def _label(self, number: int) -> str:
+        return f"{self.name}-" + ("recipe" if number == RECIPE else f"{number:03d}")
+
     def update(self, name: str, **changes: Any) -> Trial:
         self.runs[name] = replace(self.runs[name], **changes)
+        self.write()
+        return self.runs[name]
+
+    def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, json.dumps([asdict(run) for run in self.runs.values()], indent=1))
-        return self.runs[name]
 
     def ranked(self) -> list[Trial]:
         """The finished trials, the best first; equal ones by number."""

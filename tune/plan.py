@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from kmtr.config import RunConfig, override
 from tune import tpe
@@ -85,7 +86,7 @@ class Plan:
     def repeats(self) -> list[Trial]:
         """Runs with fresh seeds of the recipe and of all candidates, those first that tell the noise."""
         candidates, confirm, seed = self.candidates(), self.search.confirm, self.space.config.seed
-        if not confirm.best or not candidates:
+        if not confirm.best or not candidates or self.search.scheduler == "pbt":
             return []
         asked = [(RECIPE, {}, self.search.noise_seeds), *((t.number, t.values, confirm.seeds) for t in candidates)]
         found = []
@@ -116,13 +117,15 @@ class Plan:
     @property
     def done(self) -> bool:
         """True if nothing is left to run."""
-        whole = len(self.trials) == self.wanted and all(trial.ended for trial in self.trials)
+        numbers = {trial.number for trial in self.trials}
+        whole = len(numbers) == self.wanted and all(trial.ended for trial in self.trials)
         return whole and all(run.ended for run in self.repeats())
 
 
 def settings(config: RunConfig, run: Trial) -> RunConfig:
     """The configuration of a run of a search. All are validated on the same subjects with the same patterns."""
     changed = {**run.values, "run.name": run.name, "run.fresh": False, "train.eval_seed": config.seed}
+    changed |= {"run.begin": str(Path(config.storage.root) / run.name / "begin")} if run.donor else {}
     return override(config, changed | ({} if run.seed is None else {"seed": run.seed}))
 
 

@@ -55,7 +55,8 @@ def close_children(config: RunConfig, ledger: Ledger) -> None:
             continue
         ledger.update(run.name, run_id=run_id)
         tracking.replay(Path(config.storage.root) / run.name / "spool", uri)
-        why = {STOPPED: "asha", WAITING: "interrupted"}.get(run.status)
+        stopped = "replaced" if config.search.scheduler == "pbt" else "asha"
+        why = {STOPPED: stopped, WAITING: "interrupted"}.get(run.status)
         if why is not None:
             with reaching(uri) as mlflow:
                 mlflow.set_tag(run_id, "search.stopped", why)
@@ -64,7 +65,7 @@ def close_children(config: RunConfig, ledger: Ledger) -> None:
 
 def steps_fraction(plan: Plan) -> float:
     """Steps that the trials took over those of as many whole runs."""
-    return sum(trial.step for trial in plan.trials) / (plan.wanted * plan.space.config.total_steps)
+    return sum(trial.step - trial.begun for trial in plan.trials) / (plan.wanted * plan.space.config.total_steps)
 
 
 def conclusion(plan: Plan) -> tuple[Trial | None, Verdict | None, str]:
@@ -72,13 +73,14 @@ def conclusion(plan: Plan) -> tuple[Trial | None, Verdict | None, str]:
     else the one with the best score.
     """
     verdict, ranked = plan.verdict(), plan.ranked()
+    confirm = plan.search.confirm.best > 0 and plan.search.scheduler != "pbt"
     best = verdict.best if verdict else None
     if best is not None:
         chosen = next((trial for trial in plan.ledger.trials if trial.number == best.number), None)
     else:
         chosen = ranked[0] if ranked else None
     words = f"trial {chosen.number} ({shown(chosen.values)})" if chosen else ""
-    return chosen, verdict, sentence(verdict, words, bool(plan.search.confirm.best))
+    return chosen, verdict, sentence(verdict, words, confirm)
 
 
 def publish(plan: Plan, folder: Path, parent: str) -> Path:
@@ -134,6 +136,12 @@ def about(plan: Plan, verdict: Verdict | None, important: bool) -> list[str]:
         f"are the same for all (R = {', '.join(map(str, config.evaluate.accelerations))}); the score is "
         + ("the mean over tasks." if config.stage == "task" else "the mean R² of ridge probes on held-out subjects.")
     ]
+    if search.scheduler == "pbt":
+        said.append(
+            "Population based training: at every look members that fell behind went on from the state of one that led, "
+            f"with its values changed ({sum(bool(t.donor) for t in plan.trials)} times). What is left is a schedule "
+            "of values, which was not run again with fresh seeds."
+        )
     if search.scheduler == "asha":
         said.append(
             f"ASHA stopped {sum(t.status == STOPPED for t in plan.trials)} of {plan.wanted} trials; all took "
@@ -216,12 +224,17 @@ def table(plan: Plan) -> Table:
         caption="Trials by their score on held-out subjects, all with the search's own seed",
         columns=("trial", *keys, "score", "step", "status"),
         rows=tuple(
-            (t.number, *(typed(t.values.get(key)) for key in keys), t.score, t.step, t.reason[:60] or t.status)
+            (_of(t), *(typed(t.values.get(key)) for key in keys), t.score, t.step, t.reason[:60] or t.status)
             for t in order
         ),
         best=(("score", "max"),) if len(order) > 1 else (),
         digits=4,
     )
+
+
+def _of(trial: Trial) -> int | str:
+    """A trial by its number; of population based training also the look after which it began."""
+    return f"{trial.number} after look {trial.generation}" if trial.generation else trial.number
 
 
 def _sd(scores: Sequence[float]) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from kmtr import tracking
-from kmtr.config import RunConfig, from_json, to_json, typed
+from kmtr.config import RunConfig, from_json, override, to_json, typed
 from kmtr.train import choice, driver, guard
 from kmtr.train.trainer import release_orphans
 from kmtr.types import KmtrError, last_line
+from tune import pbt
 from tune.ledger import FAILED, FINISHED, STOPPED, Trial
 from tune.plan import Plan, settings
 from tune.screen import Screen
@@ -46,9 +48,9 @@ def score_of(config: RunConfig) -> str:
 class Asking(Searcher):
     """Tune's way to ask a plan which run comes next."""
 
-    def __init__(self, following: Callable[[set[str]], Trial | None], plan: Plan, parent: str):
+    def __init__(self, following: Callable[[set[str]], Trial | None], plan: Plan, parent: str, until: int = 0):
         super().__init__()
-        self.following, self.plan, self.parent = following, plan, parent
+        self.following, self.plan, self.parent, self.until = following, plan, parent, until
         self.begun: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
@@ -58,7 +60,7 @@ class Asking(Searcher):
         if run is None:
             return Searcher.FINISHED
         self.begun.add(run.name)
-        return {"trial": job_of(self.plan.space.config, run, self.parent)}
+        return {"trial": job_of(self.plan.space.config, run, self.parent, self.until)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger knows already."""
@@ -130,6 +132,8 @@ class Desk(tune.Callback):
             self._ends(name, status=STOPPED)
         elif "failure" in result:
             self._ends(name, status=FAILED, reason=result["failure"])
+        elif "paused" in result:
+            self._ends(name)
         else:
             left = {key: result[key] for key in ("run_id", "encoder")}
             self._ends(name, status=FINISHED, result=result.get("result"), **left)
@@ -168,6 +172,8 @@ def train_trial(params: dict[str, Any]) -> dict[str, Any]:
         )
     except KmtrError as error:
         return {"failure": str(error)}
+    if not outcome.encoder:
+        return {"step": outcome.metrics["step"], "paused": True}
     known = {"step": outcome.metrics["step"], "run_id": outcome.run_id, "encoder": outcome.encoder}
     score = outcome.metrics.get(score_of(config))
     return known | ({} if score is None else {"result": float(score)})
@@ -191,10 +197,31 @@ def run_trials(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
         raise KmtrError(f"search {plan.ledger.name}: {why}")
 
 
+def run_population(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
+    """Let Ray Tune run the members of population based training from look to look.
+
+    Raises:
+        KmtrError: none can be trained.
+    """
+    while (segment := pbt.next_segment(plan)) is not None:
+        until, runs = segment
+        asking = Asking(partial(_not_begun, runs), plan, parent, until)
+        _run(plan, asking, len(runs), FIFOScheduler(), Desk(plan, set(), screen), folder)
+        now = plan.ledger.runs
+        if why := plan.hopeless:
+            raise KmtrError(f"search {plan.ledger.name}: {why}")
+        if all(now[run.name].step == run.step and now[run.name].status == run.status for run in runs):
+            raise KmtrError(f"search {plan.ledger.name}: no member came further than step {runs[0].step}")
+
+
+def _not_begun(runs: Sequence[Trial], begun: set[str]) -> Trial | None:
+    return next((run for run in runs if run.name not in begun), None)
+
+
 def run_repeats(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
     """Let Ray Tune run the recipe and the best trials with fresh seeds, whole."""
     runs = [run for run in plan.repeats() if not run.ended]
-    asking = Asking(lambda begun: next((run for run in runs if run.name not in begun), None), plan, parent)
+    asking = Asking(partial(_not_begun, runs), plan, parent)
     _run(plan, asking, len(runs), FIFOScheduler(), Desk(plan, set(), screen), folder)
 
 
@@ -222,15 +249,21 @@ def _run(plan: Plan, asking: Asking, count: int, scheduler: Any, desk: Desk, fol
     tuner.fit()
 
 
-def job_of(config: RunConfig, run: Trial, parent: str) -> dict[str, Any]:
-    """Task of a run's process. The run is named after the search, whose name also fixes how it is scored."""
+def job_of(config: RunConfig, run: Trial, parent: str, until: int = 0) -> dict[str, Any]:
+    """Task of a run's process. The run is named after the search, whose name also fixes how it is scored.
+
+    Args:
+        until: step at which it pauses; 0: it goes to its end.
+    """
     kind = "trial" if not run.repeats else "recipe" if not run.values else "confirm"
     tags = {f"search.{key}": typed(value) for key, value in run.values.items()}
     tags |= tracking.started_by() | {"search.trial": str(run.number), "search.kind": kind, "search.stopped": "no"}
+    if run.donor:
+        tags |= {"search.generation": str(run.generation), "search.donor": run.donor}
     return {
         "name": run.name,
         "title": title_of(run),
-        "config": to_json(settings(config, run)),
+        "config": to_json(override(settings(config, run), {"train.until": until})),
         "parent": parent,
         "tags": tags,
     }
@@ -238,5 +271,6 @@ def job_of(config: RunConfig, run: Trial, parent: str) -> dict[str, Any]:
 
 def title_of(run: Trial) -> str:
     """Name of a run in MLflow: what differs."""
-    of = "recipe" if not run.values else f"{run.number:02d} {shown(run.values)}"
+    look = f" after look {run.generation}" if run.generation else ""
+    of = "recipe" if not run.values else f"{run.number:02d}{look} {shown(run.values)}"
     return of if run.seed is None else f"{of}  seed={run.seed}"

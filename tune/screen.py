@@ -55,7 +55,9 @@ class Screen:
     def ends(self, run: Trial) -> None:
         self._knows(run)
         self.going.discard(run.name)
-        how = {FINISHED: "finished", STOPPED: "stopped by ASHA"}.get(run.status, f"failed: {run.reason}")
+        how = {FINISHED: "finished", STOPPED: "stopped by ASHA", WAITING: f"pauses at step {run.step}"}.get(
+            run.status, f"failed: {run.reason}"
+        )
         score = f"   score {run.score:.4f}" if run.scored else ""
         self._says(f"{label(run)}  {how}{score}")
         if not self.live:

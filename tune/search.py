@@ -57,7 +57,7 @@ def run(words: list[str]) -> dict[str, Any]:
         KmtrError: no trial finished with a score, or another command is at work on the search.
     """
     from kmtr.train import driver
-    from tune import space
+    from tune import pbt, space
     from tune.ledger import Ledger
     from tune.plan import Plan
 
@@ -68,6 +68,8 @@ def run(words: list[str]) -> dict[str, Any]:
     config, dataset = driver.resolve(config)
     check_scores(config, dataset)
     searched = space.of(config)
+    if config.search.scheduler == "pbt":
+        pbt.check(searched)
     name, folder = driver.run_folder(
         override(config, {"run.name": config.run.name or search_name(config, dataset.digest)}), dataset
     )
@@ -104,8 +106,9 @@ def searched_through(plan: Plan, name: str, folder: Path, dataset: Dataset) -> d
     parent = report.open_parent(config, name, plan.wanted, dataset.digest)
     began = time.perf_counter()
     with closing(plan, parent):
+        run_all = scheduler.run_population if plan.search.scheduler == "pbt" else scheduler.run_trials
         with shown_on_screen(plan, plan.trials, plan.wanted) as screen:
-            scheduler.run_trials(plan, folder, parent, screen)
+            run_all(plan, folder, parent, screen)
         again = plan.repeats()
         if left := [run for run in again if not run.ended]:
             print(f"search: {len(left)} runs with fresh seeds, of the recipe and of the best trials", flush=True)
@@ -149,7 +152,12 @@ def announce(plan: Plan, name: str) -> None:
         )
         if config.masked_steps and config.align_steps and search.grace_steps < config.masked_steps:
             print("            and so also before alignment, in which alone the temperature acts")
-    if search.confirm.best:
+    if search.scheduler == "pbt":
+        print(
+            f"  PBT       looks every {search.grace_steps} steps: the last of four goes on from the state of the first "
+            "with its values changed; nothing runs again with fresh seeds"
+        )
+    elif search.confirm.best:
         print(
             f"  confirm   the best {search.confirm.best} with {search.confirm.seeds} fresh seeds each, the recipe with "
             f"{search.noise_seeds}"
@@ -282,7 +290,7 @@ def search_name(config: RunConfig, digest: str) -> str:
     what = {
         "run": override(config, {"run.name": ""}).run_name(digest),
         "space": search.space,
-        "stops": [search.scheduler, search.grace_steps, search.eta] if search.scheduler == "asha" else [],
+        "stops": [search.scheduler, search.grace_steps, search.eta] if search.scheduler != "none" else [],
         "score": [config.train.eval_every, config.train.eval_subjects, list(config.evaluate.accelerations)],
     }
     return f"search-{config.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"

@@ -98,7 +98,7 @@ def sentence(verdict: Verdict | None, best: str, confirm: bool) -> str:
     if not best:
         return "no trial finished with a score"
     if not confirm:
-        return f"not confirmed: {best} scored best, by how much beyond noise nobody knows (search.confirm=0x0)"
+        return f"not confirmed: {best} scored best, by how much beyond noise nobody knows, since nothing ran again"
     if verdict is None:
         return f"not confirmed: {best} scored best, but too few runs with fresh seeds finished to compare it"
     first = verdict.best or verdict.comparisons[0]

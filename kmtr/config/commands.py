@@ -145,11 +145,11 @@ class Search(Section):
     )
     startup: int = Field(10, gt=0, description="trials that tpe draws at random first")
     earlier: tuple[str, ...] = Field((), description="names of earlier searches whose trials tpe learns from")
-    scheduler: Literal["none", "asha"] = Field(
+    scheduler: Literal["none", "asha", "pbt"] = Field(
         "asha",
         description="asha: trials below the best 1/eta of those that came as far are stopped; none: all run whole",
     )
-    grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial")
+    grace_steps: int = Field(100, gt=0, description="steps before ASHA may stop a trial, or between two looks of pbt")
     eta: int = Field(2, ge=2, description="ASHA keeps one of so many, and looks again at so many times the steps")
     confirm: Annotated[Confirm, pydantic.PlainValidator(_confirm), pydantic.PlainSerializer(str)] = Field(
         Confirm(2, 3),

@@ -401,8 +401,8 @@ class Run(Section):
     fresh: bool = Field(False, description="start anew even though this run exists")
     begin: str = Field(
         "",
-        description="checkpoint (folder) of another run, at which a new one branches off: weights, optimizer and place in "
-        "the order of subjects are that one's, settings may differ as far as the model stays the same; needs run.name",
+        description="checkpoint (folder) of another run, at which a new one branches off: weights, optimizer and place "
+        "in the order of subjects are that one's, settings may differ if the model stays the same; needs run.name",
     )
 
     @pydantic.field_validator("name")

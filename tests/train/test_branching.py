@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from forked_workers import instead_of_ray_train, last_checkpoint
+from checkpoints import content, history, written
+from forked_workers import instead_of_ray_train
 from safetensors.torch import load_file
 
 from kmtr import tracking
 from kmtr.config import RunConfig, override
 from kmtr.tracking.store import client
-from kmtr.train import checkpoint, driver, state
+from kmtr.train import driver
 from kmtr.types import InputError
 
 STEPS = {
@@ -31,25 +31,6 @@ def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     instead_of_ray_train(monkeypatch)
     changes = {"stage": "masked", "train.workers": 2, "train.log_every": 1, "storage.root": str(tmp_path)}
     return override(small, {**STEPS, **changes})
-
-
-def history(folder: Path, name: str = "masked/loss") -> dict[int, float]:
-    return dict(tracking.history(folder / "spool")[name])
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Weights and moments of a checkpoint, whole."""
-    model = checkpoint.read_head(folder)["model"]
-    return {
-        f"{kind} {part}.{name}": value.numpy()
-        for kind in (state.WEIGHT, *state.MOMENTS)
-        for part in ("systems", "heads")
-        for name, value in state.whole(checkpoint.states(folder), kind, model, part).items()
-    }
-
-
-def newest(folder: Path) -> Path:
-    return Path(last_checkpoint(folder).path)
 
 
 def test_a_run_that_pauses_is_the_run(config: RunConfig, tmp_path: Path) -> None:
@@ -83,12 +64,12 @@ def test_a_branch_begins_as_its_donor_and_goes_its_own_way(
     """At every ZeRO stage, also another one than the donor's; the changed key alters the learning rate's schedule."""
     asked = override(config, {"run.name": "donor", "train.zero_stage": donor, "train.until": 4})
     driver.fit(asked, quiet=True)
-    begin = newest(tmp_path / "donor")
+    begin = written(tmp_path / "donor")[-1]
     changes = {"run.begin": str(begin), "train.zero_stage": child, "train.until": 0, "masked.learning_rate": 3e-4}
     branch = override(asked, changes | {"run.name": "child"})
 
     driver.fit(override(branch, {"train.until": 4}), quiet=True)
-    of_child, of_donor = content(newest(tmp_path / "child")), content(begin)
+    of_child, of_donor = content(written(tmp_path / "child")[-1]), content(begin)
     assert of_child.keys() == of_donor.keys()
     assert sum(bool(np.any(value)) for value in of_donor.values()) > 100
     for name, value in of_donor.items():
@@ -119,7 +100,7 @@ def test_a_branch_that_can_not_be_is_refused(config: RunConfig, tmp_path: Path) 
     with pytest.raises(InputError, match=r"run\.begin: expected a run's checkpoint"):
         driver.fit(named, quiet=True)
     driver.fit(override(config, {"run.name": "donor", "train.until": 2}), quiet=True)
-    begin = newest(tmp_path / "donor")
+    begin = written(tmp_path / "donor")[-1]
     other = override(config, {"run.name": "child", "run.begin": str(begin), "model.depth": config.model.depth + 1})
     with pytest.raises(Exception, match="it is another model's"):
         driver.fit(other, quiet=True)
