@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kmtr.train import checkpoint
-from kmtr.train.driver import STATISTICS
+from kmtr.train.folder import STATISTICS
 from kmtr.types import InputError, KmtrError
 from tune.ledger import FAILED, FINISHED, Trial
 from tune.plan import Plan

@@ -23,15 +23,13 @@ from kmtr.files import replacing, write_atomic
 from kmtr.owner import owning
 from kmtr.train import checkpoint, room, start
 from kmtr.train.described import note
-from kmtr.train.folder import Outcome, begin, finish, finished, run_folder
+from kmtr.train.folder import STATISTICS, Outcome, begin, finish, finished, run_folder
 from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError, KmtrError, StoppedError, redact
 
-STATISTICS = "statistics.safetensors"
-"""Tables of normalisation and of tasks, fitted once for a run."""
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
 SEND_S = 60.0

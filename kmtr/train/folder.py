@@ -16,6 +16,8 @@ from kmtr.files import write_atomic
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"
+STATISTICS = "statistics.safetensors"
+"""Tables of normalisation and of tasks, fitted once for a run."""
 
 
 @dataclass(frozen=True)
