@@ -23,12 +23,12 @@ from kmtr.files import replacing, write_atomic
 from kmtr.owner import owning
 from kmtr.train import checkpoint, room, start
 from kmtr.train.described import note
-from kmtr.train.folder import STATISTICS, Outcome, begin, finish, finished, run_folder
+from kmtr.train.folder import STATISTICS, Outcome, begin, by_setting, finish, finished, run_folder
 from kmtr.train.handed import handed
 from kmtr.train.loop import MASKED_ENCODER
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
-from kmtr.types import InputError, KmtrError, StoppedError, redact
+from kmtr.types import InputError, KmtrError, StoppedError, redact, with_kind
 
 SPOOL = "spool"
 """Folder in the run's: records on their way to MLflow."""
@@ -108,7 +108,8 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
             try:
                 result = trainer.fit(config, job, folder, asked.callbacks, display.line)
             except ray.train.TrainingFailedError as error:
-                raise KmtrError(f"run {name}: {display.own_failure() or trainer.reason(error)}") from error
+                why = display.own_failure() or by_setting(trainer.reason(error), folder)
+                raise KmtrError(f"run {name}: {why}") from error
             returned = _returned(name, result, display)
         if returned.get("paused"):
             status = None
@@ -125,6 +126,8 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
     except StoppedError:
         status = "KILLED"
         raise
+    except OSError as error:  # what the driver itself writes: the exported model, the result
+        raise KmtrError(f"run {name}: {by_setting(with_kind(error), folder)}") from error
     except KeyboardInterrupt:
         status = "KILLED"
         raise StoppedError(f"run {name}: interrupted; the same command goes on from its last checkpoint") from None

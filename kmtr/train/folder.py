@@ -88,6 +88,13 @@ def finish(outcome: Outcome) -> None:
     write_json(Path(outcome.folder) / RESULT, asdict(outcome))
 
 
+def by_setting(text: str, folder: Path) -> str:
+    """An error in one line: a full disk by the setting that names its place, others as they are."""
+    if "No space left on device" not in text:
+        return text
+    return f"storage.root: no room left in {folder}; make some, and the same command goes on ({text})"
+
+
 def write_json(path: Path, content: Any) -> None:
     """The whole file or none of it."""
     write_atomic(path, json.dumps(content))

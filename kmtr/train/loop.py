@@ -29,6 +29,7 @@ from kmtr.train import checkpoint, choice, guard, heads, validation, watch
 from kmtr.train.agreed import SAVE, STOP, together, together_wishing
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
+from kmtr.train.folder import by_setting
 from kmtr.train.handed import taken
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
@@ -384,11 +385,10 @@ class Worker:
 def _told(error: Exception, folder: Path) -> str:
     """An error of no kind of ours in one line; a full disk by its setting."""
     text = with_kind(error)
-    if "No space left on device" in text:
-        return f"storage.root: no room left in {folder}; make some, and the same command goes on ({text})"
-    if isinstance(error, SafetensorError):
+    told = by_setting(text, folder)
+    if told == text and isinstance(error, SafetensorError):
         return f"storage.root: {folder} can not be written: {text}"
-    return text
+    return told
 
 
 def _indented(tell: Sender, line: str) -> None:
