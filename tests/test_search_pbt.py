@@ -51,7 +51,7 @@ def grow(plan: Plan, segments: int = 10**6) -> Plan:
 @pytest.fixture
 def _no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted objectives have no checkpoints."""
-    monkeypatch.setattr(pbt, "pin", lambda *_: None)
+    monkeypatch.setattr(pbt, "pin", lambda *_: True)
 
 
 planted = pytest.mark.usefixtures("_no_files")
@@ -75,7 +75,7 @@ def test_members_that_fall_behind_go_on_from_those_that_lead() -> None:
             assert domain.low <= child.values[key] <= domain.high  # type: ignore[union-attr]
             ratio = child.values[key] / donor.values[key]
             assert ratio != 1 or child.values[key] in (domain.low, domain.high)  # type: ignore[union-attr]
-    now = pbt.members(plan)
+    now = plan.members
     assert [run.number for run in now] == list(range(8))
     assert all(run.status == FINISHED and run.step == 1200 for run in now)
     assert plan.done
@@ -91,7 +91,7 @@ def test_a_population_ends_better_than_its_first_draws_alone() -> None:
         changes = {**PBT, "search.trials": 8, "masked.steps": 1200, "seed": seed}
         best = [grow(planned(config_of(**changes, **{"search.grace_steps": g}))).ranked()[0].score for g in (100, 1200)]
         mean = [
-            np.mean([r.score for r in pbt.members(grow(planned(config_of(**changes, **{"search.grace_steps": g}))))])
+            np.mean([r.score for r in (grow(planned(config_of(**changes, **{"search.grace_steps": g}))).members)])
             for g in (100, 1200)
         ]
         assert best[0] >= best[1] - 0.05
@@ -124,14 +124,24 @@ def test_a_member_that_failed_is_replaced_and_one_without_a_score_never_leads() 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"search.space.model.depth": "grid(2,3)"}, r"search\.space\.model\.depth: expected a number of masked"),
+        ({"search.space.model.depth": "grid(2,3)"}, r"search\.space\.model\.depth: expected a key that can change"),
         ({"search.space.model.width": "grid(64,128)"}, r"search\.space\.model\.width"),
         ({"search.space.masked.target": "grid(acquired,all)"}, r"search\.space\.masked\.target"),
-        ({f"search.space.{RATE}": "choice(0.001,0.002)", "search.trials": 1}, "at least 2 members"),
+        ({"search.space.optimizer.ema": "grid(0,0.9)"}, r"search\.space\.optimizer\.ema"),
+        ({f"search.space.{RATE}": "uniform(0.001,0.002)", "search.trials": 1}, "at least 2 members"),
+        (
+            {f"search.space.{RATE}": "uniform(0.001,0.002)", "search.grace_steps": 100},
+            r"multiple of train\.eval_every=150",
+        ),
+        (
+            {f"search.space.{RATE}": "uniform(0.001,0.002)", "search.sampler": "tpe"},
+            r"search\.sampler: expected random",
+        ),
+        ({"stage": "both", f"search.space.{RATE}": "uniform(0.001,0.002)"}, r"align\.guard: expected false"),
     ],
 )
 def test_what_can_not_change_in_flight_is_refused(changes: dict[str, object], says: str) -> None:
-    config = config_of(**{"search.scheduler": "pbt", "stage": "masked", **changes})
+    config = config_of(**{"search.scheduler": "pbt", "stage": "masked", "search.grace_steps": 150, **changes})
     with pytest.raises(InputError, match=says):
         pbt.check(space.of(config))
 

@@ -221,6 +221,40 @@ def test_tpe_begins_with_earlier_trials_even_of_other_keys() -> None:
     assert np.mean(np.abs(np.array(ratios) - 0.6) < 0.1) > 0.6  # at random one in three
 
 
+def test_no_point_is_tried_twice_and_none_counts_twice() -> None:
+    changes = {f"search.space.{R}": "choice(4,8,12)", "search.space.model.depth": "uniform(1,2)"}
+    for sampler in ("random", "tpe"):
+        config = config_of(**changes, **{"search.trials": 20, "search.sampler": sampler, "search.startup": 2})
+        plan = searched(config, noisy(lambda _: 0.4, 0))
+        points = [str(trial.values) for trial in plan.trials]
+        assert len(points) == len(set(points)) == plan.wanted == 6
+        candidates = [str(trial.values) for trial in plan.candidates()]
+        assert len(candidates) == len(set(candidates)) == 2
+
+
+def test_the_verdict_says_worse_where_all_are_worse() -> None:
+    said = judge([0.50, 0.51, 0.49], {3: [0.30, 0.31, 0.29], 4: [0.2, 0.21, 0.2]})
+    assert verdict.sentence(said, "trial 3").startswith(
+        "the recipe is better: trial 3, the best of those that ran again"
+    )
+    assert judge([0.5, 0.5], {3: [0.6, 0.6]}) is None  # no scatter at all: nothing to compare with
+
+
+def test_what_failed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    config = config_of(**{"search.trials": 4})
+    plan = Plan(space.of(config), Ledger(tmp_path, "s"))
+    plan.drawn()
+    for trial in plan.trials[:3]:
+        plan.ledger.update(trial.name, status=FAILED, reason="no room left")
+    assert plan.hopeless
+    again = Plan(space.of(config), Ledger(tmp_path, "s"))
+    again.again()
+    again.drawn()
+    assert not again.hopeless
+    assert again.next_trial(set()) == again.trials[0]
+    assert not again.trials[0].reason
+
+
 def test_a_search_in_which_all_fail_ends_early() -> None:
     plan = Plan(space.of(config_of()), NotWritten(Path("nowhere"), "s"))
     plan.drawn()

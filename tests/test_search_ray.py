@@ -164,9 +164,35 @@ def test_asha_stops_the_worse_half_and_never_at_the_last_report(small: RunConfig
     assert told(late, 8, -1.0) == "CONTINUE"
     assert told(good, 4, 0.9) == "CONTINUE"
 
-    resumed = scheduler.Halving(config, [Trial(0, "a", {}, None, "finished", ((2, 0.8), (4, 0.9), (8, 0.9)))])
-    resumed.on_trial_add(None, bad)
+    stopped = {"step": 4, guard.MEAN: -1.0, "ended": 1.0}
+    assert asha.on_trial_result(None, late, stopped) == "CONTINUE"  # the guard ended it: what it leaves is exported
+
+    before = [
+        Trial(0, "s-0", {}, None, "finished", ((2, 0.8), (4, 0.9), (8, 0.9))),
+        Trial(2, "s-2", {}, reports=((2, 0.9),)),
+    ]
+    resumed = scheduler.Halving(config, before)
+    for runner in (bad, late):
+        resumed.on_trial_add(None, runner)
     assert resumed.on_trial_result(None, bad, {"step": 2, guard.MEAN: 0.1}) == "STOP"
+    assert resumed.on_trial_result(None, late, {"step": 3, guard.MEAN: 0.1}) == "CONTINUE"  # it had passed that rung
+
+
+def test_another_search_under_the_same_name_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = [*words, "run.name=mine", "search.dry_run=true"]
+    search.run(mine)
+    config = search.recipe_config(mine, "")
+    known = search.identity(config, "another dataset")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / search.IDENTITY).write_text(json.dumps(known))
+    with pytest.raises(InputError, match=r"run\.name: search mine had another data, another dataset, got"):
+        search.run(mine)
+    with pytest.raises(InputError, match=r"search\.earlier: expected search\.sampler=tpe"):
+        search.run([*words, "search.earlier=mine"])
+    with pytest.raises(InputError, match=r"search\.earlier: expected the name of a search in .*, got 'other'"):
+        search.run([*words, "search.sampler=tpe", "search.earlier=other"])
 
 
 def test_a_search_that_cannot_run_is_refused(cluster: None, words: list[str]) -> None:

@@ -9,6 +9,7 @@ from kmtr import tracking
 from kmtr.config import RunConfig, from_json
 from kmtr.train.folder import RESULT
 from kmtr.types import KmtrError
+from tune.pbt import looks
 from tune.plan import Plan, rungs
 from tune.screen import duration
 
@@ -21,8 +22,9 @@ LOOKED_AT = 20
 def expected(plan: Plan) -> str:
     """The time of what is left, in words."""
     config, search = plan.space.config, plan.search
-    trials = sum(not trial.ended for trial in plan.trials) + plan.wanted - len(plan.trials)
-    confirmed = search.noise_seeds + search.confirm.best * search.confirm.seeds if search.confirm.best else 0
+    trials = plan.wanted - sum(trial.ended for trial in plan.members)
+    repeated = search.confirm.best and search.scheduler != "pbt"
+    confirmed = search.noise_seeds + search.confirm.best * search.confirm.seeds if repeated else 0
     again = max(0, confirmed - sum(run.repeats and run.ended for run in plan.ledger.runs.values()))
     share = asha_share(config) if search.scheduler == "asha" else 1.0
     seconds = seconds_of_run(plan)
@@ -31,7 +33,8 @@ def expected(plan: Plan) -> str:
             "not known: no finished run of these model settings in storage.root says how fast it was; "
             f"{trials} trials of about {share:.0%} of the steps, {again} whole runs with fresh seeds"
         )
-    total = trials * (share * seconds + START_UP_S) + again * (seconds + START_UP_S)
+    starts = 1 + len(looks(plan)) if search.scheduler == "pbt" else 1
+    total = trials * (share * seconds + starts * START_UP_S) + again * (seconds + START_UP_S)
     return f"about {duration(total / search.concurrent)}: a whole run has taken {duration(seconds)}" + (
         f", trials take about {share:.0%} of it under ASHA" if share < 1 else ""
     )

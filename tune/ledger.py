@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -132,6 +133,11 @@ class Ledger:
         self.runs[name] = replace(self.runs[name], **changes)
         self.write()
         return self.runs[name]
+
+    @property
+    def digest(self) -> str:
+        """Hash of the file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest() if self.path.is_file() else ""
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,45 +10,68 @@ as an undisturbed one.
 from __future__ import annotations
 
 import math
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmtr.train import checkpoint
-from kmtr.train.folder import STATISTICS
+from kmtr.train.branch import pin
 from kmtr.types import InputError, KmtrError
 from tune.ledger import FAILED, FINISHED, Trial
-from tune.plan import Plan
+from tune.plan import Plan, begin_of
 from tune.space import Choice, Domain, Space
 
 SHARE = 4
 """One member in so many is replaced at a look, by one of as many that lead."""
 FACTOR, RESAMPLED = 1.2, 0.25
 """Numbers are multiplied or divided by `FACTOR`; with the probability `RESAMPLED` a value is drawn anew instead."""
-IN_FLIGHT = ("masked", "align", "task", "optimizer", "augment")
-"""Sections of numbers that can change during a run, beside `sampling.accelerations` and `model.drop_path`."""
+IN_FLIGHT = (
+    "masked.learning_rate",
+    "masked.mask_ratio",
+    "align.learning_rate",
+    "align.temperature",
+    "align.static_weight",
+    "align.dynamic_weight",
+    "task.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "augment.shift",
+    "augment.rotation_deg",
+    "model.drop_path",
+    "sampling.accelerations",
+)
+"""Keys that can change during a run: what is learnt, and the state of the optimizer, stay the same kind."""
 
 
 def check(space: Space) -> None:
-    """Refuse keys that can't change during a run.
+    """Refuse what population based training can't do.
 
     Raises:
-        InputError: one line that names the key.
+        InputError: a key that can't change during a run, a run that may end before a look, or a single member.
     """
-    for key, domain in space.domains.items():
-        numbers = not isinstance(domain, Choice) or all(type(value) in (int, float) for value in domain.values)
-        able = key in ("sampling.accelerations", "model.drop_path") or (key.partition(".")[0] in IN_FLIGHT and numbers)
-        if not able:
+    config, what = space.config, "with search.scheduler=pbt"
+    for key in space.domains:
+        if key not in IN_FLIGHT or (key == "align.temperature" and config.align.learn_temperature):
             raise InputError(
-                f"search.space.{key}: expected a number of {', '.join(IN_FLIGHT)}, model.drop_path or "
-                "sampling.accelerations, which can change during a run, with search.scheduler=pbt"
+                f"search.space.{key}: expected a key that can change during a run {what}, {', '.join(IN_FLIGHT)}"
             )
-    if space.size(space.config.search.trials) < 2:
-        raise InputError("search.trials: expected at least 2 members with search.scheduler=pbt, got 1")
+    if config.align_steps and config.align.guard:
+        raise InputError(f"align.guard: expected false {what}, since a member that it ends reaches no look, got true")
+    if config.stage == "task" and config.task.patience:
+        raise InputError(
+            f"task.patience: expected 0 {what}, since members reach every look, got {config.task.patience}"
+        )
+    if config.search.grace_steps % config.train.eval_every:
+        raise InputError(
+            f"search.grace_steps: expected a multiple of train.eval_every={config.train.eval_every} {what}, got "
+            f"{config.search.grace_steps}"
+        )
+    if config.search.sampler != "random":
+        raise InputError(f"search.sampler: expected random {what}, got {config.search.sampler}")
+    if space.size(config.search.trials) < 2:
+        raise InputError(f"search.trials: expected at least 2 members {what}, got 1")
 
 
 @dataclass(frozen=True)
@@ -70,16 +93,10 @@ def looks(plan: Plan) -> list[int]:
     return list(range(plan.search.grace_steps, plan.space.config.total_steps, plan.search.grace_steps))
 
 
-def members(plan: Plan) -> list[Trial]:
-    """The present run of every member, by number."""
-    latest = {run.number: run for run in sorted(plan.trials, key=lambda run: run.generation)}
-    return [latest[number] for number in sorted(latest)]
-
-
 def exploits(plan: Plan, number: int) -> list[Exploit]:
     """Who is replaced by whom at a look: a pure function of the members' scores, the seed and the look's number."""
     step = looks(plan)[number - 1]
-    ranked = sorted(members(plan), key=lambda run: (-_score(run, step), run.number))
+    ranked = sorted(plan.members, key=lambda run: (-_score(run, step), run.number))
     count = max(1, len(ranked) // SHARE)
     leaders, found = ranked[:count], []
     for loser in ranked[-count:]:
@@ -92,9 +109,16 @@ def exploits(plan: Plan, number: int) -> list[Exploit]:
     return found
 
 
-def explored(space: Space, values: Any, rng: np.random.Generator) -> dict[str, Any]:
-    """A leader's values, each a little changed or drawn anew, inside their domains."""
-    return {key: _changed(domain, values[key], rng) for key, domain in space.domains.items()}
+def explored(space: Space, values: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """A leader's values, each a little changed or drawn anew, inside their domains; as they are, where these do not go
+    together.
+    """
+    found = {key: _changed(domain, values[key], rng) for key, domain in space.domains.items()}
+    try:
+        space.check(found)
+    except InputError:
+        return dict(values)
+    return found
 
 
 def _changed(domain: Domain, value: Any, rng: np.random.Generator) -> Any:
@@ -122,12 +146,12 @@ def next_segment(plan: Plan) -> tuple[int, list[Trial]] | None:
         KmtrError: the checkpoint that one is to branch off is gone.
     """
     for number, step in enumerate(looks(plan), 1):
-        behind = [run for run in members(plan) if run.step < step and run.status != FAILED]
+        behind = [run for run in plan.members if run.step < step and run.status != FAILED]
         if behind:
             return step, behind
-        if max(run.generation for run in members(plan)) < number:
+        if max(run.generation for run in plan.members) < number:
             _replace(plan, number, step)
-    left = [run for run in members(plan) if run.status not in (FINISHED, FAILED)]
+    left = [run for run in plan.members if run.status not in (FINISHED, FAILED)]
     return (0, left) if left else None
 
 
@@ -136,39 +160,8 @@ def _replace(plan: Plan, number: int, step: int) -> None:
     root = Path(plan.space.config.storage.root)
     for one in exploits(plan, number):
         child = plan.ledger.branch(one.loser, one.donor, one.values, number, step)
-        pin(root / one.donor.name, step, root / child.name)
+        if not pin(root / one.donor.name, step, begin_of(root, child)):
+            raise KmtrError(
+                f"search: expected a checkpoint of {one.donor.name} at step {step}, got none; take run.fresh=true"
+            )
     plan.ledger.write()
-
-
-def pin(donor: Path, step: int, child: Path) -> None:
-    """Keep the donor's checkpoint of a step, and its tables, in the child's folder: the donor goes on and removes it.
-
-    Files are linked where the file system can, else copied.
-
-    Raises:
-        KmtrError: the donor has no such checkpoint.
-    """
-    target = child / "begin"
-    if (target / checkpoint.HEAD).is_file():
-        return
-    for folder in sorted((donor / "train").glob("checkpoint_*"), reverse=True):
-        if (folder / checkpoint.HEAD).is_file() and checkpoint.read_head(folder)["progress"]["step"] == step:
-            partial = child / "begin.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(folder, partial, copy_function=_linked)
-            _linked(str(donor / STATISTICS), str(child / STATISTICS))
-            partial.rename(target)
-            return
-    raise KmtrError(
-        f"search: expected a checkpoint of {donor.name} at step {step}, got none; run.fresh=true starts anew"
-    )
-
-
-def _linked(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        pass
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)
-    return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kmtr.config import RunConfig, override
@@ -11,6 +12,8 @@ from tune.ledger import FAILED, RECIPE, WAITING, Ledger, Trial
 from tune.space import Space
 from tune.verdict import Verdict, judge
 
+ATTEMPTS = 20
+"""Suggestions of TPE for one trial, if they can't run or were tried before; then the next draw at random is taken."""
 HOPELESS = 3
 """Trials that fail, with none that reported anything, after which a search ends early."""
 
@@ -33,9 +36,20 @@ class Plan:
         return [trial for trial in self.ledger.trials if trial.number < self.wanted]
 
     @property
+    def members(self) -> list[Trial]:
+        """The present run of every trial, by number: in population based training the last that branched off."""
+        latest = {run.number: run for run in sorted(self.trials, key=lambda run: run.generation)}
+        return [latest[number] for number in sorted(latest)]
+
+    @property
     def adapts(self) -> bool:
         """True if values of later trials follow from the scores of earlier ones."""
         return self.search.sampler == "tpe" and bool(self.space.free)
+
+    def again(self) -> None:
+        """Let what failed in an earlier command be tried once more."""
+        for run in [run for run in self.ledger.runs.values() if run.status == FAILED]:
+            self.ledger.runs[run.name] = replace(run, status=WAITING, reason="")
 
     def drawn(self) -> None:
         """Draw all trials whose values follow from nothing that is found out.
@@ -45,9 +59,9 @@ class Plan:
         """
         first = self.search.startup if self.adapts and not self.earlier else 0 if self.adapts else self.wanted
         there = {trial.number for trial in self.ledger.trials}
-        for number in range(min(first, self.wanted)):
+        drawn = self.space.drawn(min(first, self.wanted))
+        for number, values in enumerate(drawn):
             if number not in there:
-                values = self.space.random(number)
                 self.space.check(values)
                 self.ledger.add(number, values)
 
@@ -67,14 +81,24 @@ class Plan:
         return None
 
     def _suggested(self, number: int) -> Trial:
-        values = tpe.suggest(self.space, number, [*self.earlier, *self.trials])
-        self.space.check(values)
+        known = [*self.earlier, *self.trials]
+        tried = [dict(trial.values) for trial in self.trials]
+        for attempt in range(ATTEMPTS):
+            values = tpe.suggest(self.space, number, known, attempt)
+            if values not in tried and self.space.able(values):
+                break
+        else:
+            values = next(found for found in self.space.all_drawn() if found not in tried and self.space.able(found))
         trial = self.ledger.add(number, values)
         return self.ledger.update(trial.name)  # whatever comes, this trial has these values
 
     def candidates(self) -> list[Trial]:
         """The best trials, which are to run again; the recipe's own settings among them need not."""
-        return [trial for trial in self.ranked() if self._differs(trial)][: self.search.confirm.best]
+        different: list[Trial] = []
+        for trial in self.ranked():
+            if self._differs(trial) and all(dict(trial.values) != dict(other.values) for other in different):
+                different.append(trial)
+        return different[: self.search.confirm.best]
 
     def ranked(self) -> list[Trial]:
         """The finished trials of this command, the best first."""
@@ -117,16 +141,22 @@ class Plan:
     @property
     def done(self) -> bool:
         """True if nothing is left to run."""
-        numbers = {trial.number for trial in self.trials}
-        whole = len(numbers) == self.wanted and all(trial.ended for trial in self.trials)
+        whole = len(self.members) == self.wanted and all(trial.ended for trial in self.members)
         return whole and all(run.ended for run in self.repeats())
 
 
 def settings(config: RunConfig, run: Trial) -> RunConfig:
     """The configuration of a run of a search. All are validated on the same subjects with the same patterns."""
-    changed = {**run.values, "run.name": run.name, "run.fresh": False, "train.eval_seed": config.seed}
-    changed |= {"run.begin": str(Path(config.storage.root) / run.name / "begin")} if run.donor else {}
+    asked = config.train.eval_seed
+    changed = {**run.values, "run.name": run.name, "run.fresh": False}
+    changed |= {"train.eval_seed": config.seed if asked is None else asked}
+    changed |= {"run.begin": str(begin_of(Path(config.storage.root), run))} if run.donor else {}
     return override(config, changed | ({} if run.seed is None else {"seed": run.seed}))
+
+
+def begin_of(root: Path, child: Trial) -> Path:
+    """Where the state is kept at which a run branches off."""
+    return root / child.name / "begin"
 
 
 def rungs(config: RunConfig) -> list[int]:

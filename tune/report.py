@@ -10,12 +10,13 @@ from typing import Any
 
 from kmtr import tracking
 from kmtr.config import RunConfig, typed
+from kmtr.files import write_atomic
 from kmtr.metrics.resampling import Difference, difference, resample
 from kmtr.report.html import Table, markdown_table, png, write_report
 from kmtr.tracking.store import reaching
 from kmtr.train import folder as runs
 from kmtr.train import held
-from kmtr.types import KmtrError
+from kmtr.types import KmtrError, redact
 from tune import figures
 from tune.importance import ENOUGH, importance
 from tune.ledger import FAILED, FINISHED, RECIPE, STOPPED, WAITING, Ledger, Trial
@@ -24,6 +25,8 @@ from tune.space import shown
 from tune.verdict import Verdict, sentence
 
 RESAMPLES = 1000
+PUBLISHED = "published"
+"""File in a search's folder, written last: digest of the ledger that MLflow and the page show."""
 
 
 def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
@@ -48,7 +51,7 @@ def close_children(config: RunConfig, ledger: Ledger) -> None:
     """End the MLflow runs whose process Tune killed, after what their spools still hold is sent."""
     uri = config.tracking.uri
     for run in list(ledger.runs.values()):
-        if run.status == FINISHED:
+        if run.status == FINISHED or (run.status == STOPPED and run.run_id):
             continue
         run_id = tracking.find_run(uri, config.tracking.experiment, run.name)
         if run_id is None:
@@ -73,14 +76,13 @@ def conclusion(plan: Plan) -> tuple[Trial | None, Verdict | None, str]:
     else the one with the best score.
     """
     verdict, ranked = plan.verdict(), plan.ranked()
-    confirm = plan.search.confirm.best > 0 and plan.search.scheduler != "pbt"
     best = verdict.best if verdict else None
     if best is not None:
-        chosen = next((trial for trial in plan.ledger.trials if trial.number == best.number), None)
+        chosen = next((trial for trial in plan.ledger.ranked() if trial.number == best.number), None)
     else:
         chosen = ranked[0] if ranked else None
     words = f"trial {chosen.number} ({shown(chosen.values)})" if chosen else ""
-    return chosen, verdict, sentence(verdict, words, confirm)
+    return chosen, verdict, sentence(verdict, words)
 
 
 def publish(plan: Plan, folder: Path, parent: str) -> Path:
@@ -102,7 +104,7 @@ def publish(plan: Plan, folder: Path, parent: str) -> Path:
         summary=summary,
         tables=tables,
         figures=[(caption, figure) for _, caption, figure in pictures],
-        footer=f"MLflow run {parent}; data {config.data.root}",
+        footer=f"MLflow run {parent}; data {redact(config.data.root)}",
     )
     files = [page, figures.interactive(plan, folder / "interactive.html")]
     for name, _, figure in pictures:
@@ -125,7 +127,14 @@ def publish(plan: Plan, folder: Path, parent: str) -> Path:
             mlflow.set_tag(parent, key, str(value))
         for file in files:
             mlflow.log_artifact(parent, str(file))
+    write_atomic(folder / PUBLISHED, plan.ledger.digest)
     return page
+
+
+def published(plan: Plan, folder: Path) -> bool:
+    """True if what the ledger says now was published."""
+    path = folder / PUBLISHED
+    return path.is_file() and path.read_text() == plan.ledger.digest
 
 
 def about(plan: Plan, verdict: Verdict | None, important: bool) -> list[str]:
@@ -224,7 +233,13 @@ def table(plan: Plan) -> Table:
         caption="Trials by their score on held-out subjects, all with the search's own seed",
         columns=("trial", *keys, "score", "step", "status"),
         rows=tuple(
-            (_of(t), *(typed(t.values.get(key)) for key in keys), t.score, t.step, t.reason[:60] or t.status)
+            (
+                _of(t),
+                *(typed(t.values.get(key)) for key in keys),
+                t.score,
+                t.step,
+                t.status + (f": {t.reason[:60]}" if t.reason else ""),
+            )
             for t in order
         ),
         best=(("score", "max"),) if len(order) > 1 else (),

@@ -28,7 +28,7 @@ from kmtr.train import choice, driver, guard
 from kmtr.train.trainer import release_orphans
 from kmtr.types import KmtrError, last_line
 from tune import pbt
-from tune.ledger import FAILED, FINISHED, STOPPED, Trial
+from tune.ledger import FAILED, FINISHED, STOPPED, WAITING, Trial
 from tune.plan import Plan, settings
 from tune.screen import Screen
 from tune.space import shown
@@ -54,8 +54,9 @@ class Asking(Searcher):
         self.begun: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
-        if self.plan.hopeless:
-            return Searcher.FINISHED
+        runs = self.plan.ledger.runs
+        if self.plan.hopeless:  # unless one that goes on reports something after all; what is final can't be taken back
+            return None if any(runs[name].status == WAITING for name in self.begun) else Searcher.FINISHED
         run = self.following(self.begun)
         if run is None:
             return Searcher.FINISHED
@@ -74,34 +75,47 @@ class Asking(Searcher):
 
 
 class Halving(ASHAScheduler):
-    """ASHA (Li et al., MLSys 2020) on training steps, with one bracket. The last report of a trial stops nothing: what
-    is left is only to export it.
+    """ASHA (Li et al., MLSys 2020) on training steps, with one bracket, whose rungs know trials by their runs' names.
+    The last report of a trial stops nothing: what is left is only to export it.
+
+    Args:
+        before: trials with their reports of earlier commands, so that a search cut in two decides as a whole one.
     """
 
-    def __init__(self, config: RunConfig, ended: Iterable[Trial]):
+    def __init__(self, config: RunConfig, before: Iterable[Trial]):
         last, score = config.total_steps, score_of(config)
         grace = min(config.search.grace_steps, last)
         super().__init__(
             "step", score, "max", max_t=last, grace_period=grace, reduction_factor=config.search.eta,
             stop_last_trials=False,
         )  # fmt: skip
-        self.last_step = last
+        self.last_step, self.score = last, score
         self.stopped: set[str] = set()
-        for trial in ended:  # the rungs of an earlier command, so that a search cut in two decides as a whole one
+        for trial in before:
             for step, value in trial.reports:
-                self._brackets[0].on_result(_Past(trial.name), step, value)
+                self._brackets[0].on_result(_Named(trial.name), step, value)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """There is one bracket."""
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if result.get("step", 0) >= self.last_step:
+        step = result.get("step", 0)
+        if step >= self.last_step or result.get("ended") or self.score not in result:
             return str(TrialScheduler.CONTINUE)
-        action = super().on_trial_result(tune_controller, trial, result)
+        action = self._brackets[0].on_result(_Named(name_of(trial)), step, result[self.score])
         if action == TrialScheduler.STOP:
             self.stopped.add(name_of(trial))
         return str(action)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Its reports are known."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Its reports are known."""
+
 
 @dataclass(frozen=True)
-class _Past:
+class _Named:
     trial_id: str
 
 
@@ -133,6 +147,7 @@ class Desk(tune.Callback):
         elif "failure" in result:
             self._ends(name, status=FAILED, reason=result["failure"])
         elif "paused" in result:
+            self.on_trial_result(iteration, trials, trial, result)  # where the report of its last step was lost
             self._ends(name)
         else:
             left = {key: result[key] for key in ("run_id", "encoder")}
@@ -149,7 +164,7 @@ class Desk(tune.Callback):
 
     def _ends(self, name: str, **what: Any) -> None:
         seconds = self.ledger.runs[name].seconds + time.monotonic() - self.began.pop(name, time.monotonic())
-        self.screen.ends(self.ledger.update(name, seconds=round(seconds, 1), **what))
+        self.screen.ends(self.ledger.update(name, **{"seconds": round(seconds, 1), "reason": "", **what}))
 
 
 def name_of(trial: Any) -> str:
@@ -172,10 +187,11 @@ def train_trial(params: dict[str, Any]) -> dict[str, Any]:
         )
     except KmtrError as error:
         return {"failure": str(error)}
-    if not outcome.encoder:
-        return {"step": outcome.metrics["step"], "paused": True}
-    known = {"step": outcome.metrics["step"], "run_id": outcome.run_id, "encoder": outcome.encoder}
     score = outcome.metrics.get(score_of(config))
+    if not outcome.encoder:
+        paused = {"step": outcome.metrics["step"], "paused": True}
+        return paused | ({} if score is None else {score_of(config): float(score)})
+    known = {"step": outcome.metrics["step"], "run_id": outcome.run_id, "encoder": outcome.encoder}
     return known | ({} if score is None else {"result": float(score)})
 
 
@@ -187,14 +203,17 @@ def run_trials(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:
     """
     config = plan.space.config
     if config.search.scheduler == "asha":
-        scheduler: Any = Halving(config, [trial for trial in plan.trials if trial.ended])
+        scheduler: Any = Halving(config, plan.trials)
         stopped = scheduler.stopped
     else:
         scheduler, stopped = FIFOScheduler(), set()
+    asking = Asking(plan.next_trial, plan, parent)
     left = sum(not trial.ended for trial in plan.trials) + plan.wanted - len(plan.trials)
-    _run(plan, Asking(plan.next_trial, plan, parent), left, scheduler, Desk(plan, stopped, screen), folder)
+    _run(plan, asking, left, scheduler, Desk(plan, stopped, screen), folder)
     if why := plan.hopeless:
         raise KmtrError(f"search {plan.ledger.name}: {why}")
+    if (run := plan.next_trial(asking.begun)) is not None:
+        raise KmtrError(f"search {plan.ledger.name}: Ray Tune ended before {run.name} began; the same command goes on")
 
 
 def run_population(plan: Plan, folder: Path, parent: str, screen: Screen) -> None:

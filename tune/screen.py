@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -33,7 +34,7 @@ class Screen:
         self._out = out  # not sys.stdout itself, since Tune pickles what it is given
         self.live = self.out.isatty()
         self.began = time.monotonic()
-        self.before = sum(run.step for run in runs)
+        self.before = sum(run.step - run.begun for run in runs)
         self.going: set[str] = set()
         self.height, self.drawn = 0, -math.inf
 
@@ -85,7 +86,7 @@ class Screen:
         """Seconds that the rest takes, by the speed so far; a run that is yet to come takes as many steps as those that
         ended. NaN: nothing is known.
         """
-        done = sum(run.step for run in self.runs.values()) - self.before
+        done = sum(run.step - run.begun for run in self.runs.values()) - self.before
         if done <= 0:
             return math.nan
         ended = [run.step for run in self.runs.values() if run.status in (FINISHED, STOPPED)]
@@ -106,7 +107,8 @@ class Screen:
     def _draw(self) -> None:
         order = sorted(self.runs.values(), key=lambda run: (run.name not in self.going, -_known(run.score), run.number))
         lines = [self._row(run) for run in order if run.name in self.going or run.step][:LATEST]
-        text = "\n".join(line[:160] for line in [*lines, self.status()])
+        width = shutil.get_terminal_size().columns - 1  # a line that wraps would be two
+        text = "\n".join(line[:width] for line in [*lines, self.status()])
         back = f"\x1b[{self.height}A\x1b[J" if self.height else ""
         print(back + text, file=self.out, flush=True)
         self.height, self.drawn = len(lines) + 1, time.monotonic()

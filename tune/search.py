@@ -15,7 +15,7 @@ run.fresh=true starts anew. search.dry_run=true only says what would run.
 examples:
   python tune/search.py tiny search.trials=16
   python tune/search.py tiny search.space.align.temperature='loguniform(0.02,0.5)'
-  python tune/search.py tiny stage=task task.tasks=diseases search.space.model.depth='grid(2,3)'
+  python tune/search.py tiny stage=task task.tasks=diseases search.space.augment.shift='grid(0,0.1)'
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from kmtr.data.dataset.reader import Dataset
     from tune.ledger import Trial
     from tune.plan import Plan
+    from tune.space import Space
 
+IDENTITY = "what.json"
+"""File in a search's folder: what it searches, on which data, and how it scores."""
 MIN_HELD_OUT = 3
 """Held-out subjects below which nothing is scored."""
 
@@ -57,7 +60,8 @@ def run(words: list[str]) -> dict[str, Any]:
         KmtrError: no trial finished with a score, or another command is at work on the search.
     """
     from kmtr.train import driver
-    from tune import pbt, space
+    from kmtr.train.folder import content_digest
+    from tune import report, space
     from tune.ledger import Ledger
     from tune.plan import Plan
 
@@ -68,15 +72,16 @@ def run(words: list[str]) -> dict[str, Any]:
     config, dataset = driver.resolve(config)
     check_scores(config, dataset)
     searched = space.of(config)
-    if config.search.scheduler == "pbt":
-        pbt.check(searched)
-    name, folder = driver.run_folder(
-        override(config, {"run.name": config.run.name or search_name(config, dataset.digest)}), dataset
-    )
-    earlier = earlier_trials(config)
+    check_searched(searched)
+    what = identity(config, content_digest(config, dataset))
+    named = config.run.name or f"search-{config.recipe}-{hashed(what)}"
+    name, folder = driver.run_folder(override(config, {"run.name": named}), dataset)
+    check_same(folder, name, what)
+    earlier = earlier_trials(config, what)
 
     def planned() -> Plan:
         plan = Plan(searched, Ledger(folder, name), earlier)
+        plan.again()
         plan.drawn()
         return plan
 
@@ -84,7 +89,7 @@ def run(words: list[str]) -> dict[str, Any]:
     announce(plan, name)
     if config.search.dry_run:
         return {"search": name, "trials": plan.wanted, "values": [dict(trial.values) for trial in plan.trials]}
-    if plan.done:
+    if plan.done and report.published(plan, folder):
         from kmtr import tracking
 
         print(f"search: {name} is finished, reused (run.fresh=true starts anew)")
@@ -93,6 +98,7 @@ def run(words: list[str]) -> dict[str, Any]:
     with owning(folder, f"search {name}"):
         plan = planned()  # as whoever was waited for left it
         write_atomic(folder / "config.json", redact(to_json(config)))
+        write_atomic(folder / IDENTITY, json.dumps(what))
         start_ray()
         check_room(config)
         return searched_through(plan, name, folder, dataset)
@@ -230,19 +236,64 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
     }
 
 
-def earlier_trials(config: RunConfig) -> list[Trial]:
+def check_searched(searched: Space) -> None:
+    """Refuse values that a run would refuse only when it begins.
+
+    Raises:
+        InputError: one line that names the key.
+    """
+    from kmtr.train import start
+    from tune import pbt
+    from tune.space import Choice
+
+    config = searched.config
+    if config.search.earlier and config.search.sampler != "tpe":
+        raise InputError(
+            "search.earlier: expected search.sampler=tpe, which alone learns from earlier trials, got random"
+        )
+    if config.search.scheduler == "pbt":
+        pbt.check(searched)
+    if config.stage == "task" and config.task.encoder != start.NONE:
+        for key, domain in searched.domains.items():
+            for value in domain.values if isinstance(domain, Choice) else (domain.low, domain.high):
+                start.check_fits(override(config, {key: value}), Path(config.task.encoder))
+
+
+def check_same(folder: Path, name: str, what: dict[str, Any]) -> None:
+    """Refuse the folder of another search, as one that `run.name` names may be.
+
+    Raises:
+        InputError: says what differs.
+    """
+    path = folder / IDENTITY
+    known = json.loads(path.read_text()) if path.is_file() else what
+    for part in what:
+        if known.get(part) != what[part]:
+            raise InputError(
+                f"run.name: search {name} had another {part}, {known.get(part)}, got {what[part]}; take another "
+                "run.name, or run.fresh=true"
+            )
+
+
+def earlier_trials(config: RunConfig, what: dict[str, Any]) -> list[Trial]:
     """Trials of `search.earlier`, whose scores TPE learns from.
 
     Raises:
-        InputError: there is no such search in storage.root.
+        InputError: there is no such search in storage.root, or its scores do not compare.
     """
     from tune.ledger import STATE, Ledger
 
     found: list[Trial] = []
     for name in config.search.earlier:
         folder = Path(config.storage.root) / name
-        if not (folder / STATE).is_file():
+        if not (folder / STATE).is_file() or not (folder / IDENTITY).is_file():
             raise InputError(f"search.earlier: expected the name of a search in {config.storage.root}, got {name!r}")
+        other = json.loads((folder / IDENTITY).read_text())
+        if other["score"] != what["score"] or other["data"] != what["data"]:
+            raise InputError(
+                f"search.earlier: expected a search on the same data with the same score, got {name}, which has "
+                f"{other['score']} on {other['data'][:12]}"
+            )
         found += [trial for trial in Ledger(folder, name).trials if trial.ended]
     return found
 
@@ -282,18 +333,27 @@ def check_room(config: RunConfig) -> None:
         )
 
 
-def search_name(config: RunConfig, digest: str) -> str:
-    """Recipe and hash of all that decides trials and scores; not how many trials there are, who draws them and what is
-    confirmed, so that a search can be extended.
+def identity(config: RunConfig, digest: str) -> dict[str, Any]:
+    """All that decides trials and scores; not how many trials there are, who draws them and what runs again, so that a
+    search can be extended. A population's size counts: its members are compared with each other.
+
+    Args:
+        digest: of all content that a run depends on.
     """
-    search = config.search
-    what = {
-        "run": override(config, {"run.name": ""}).run_name(digest),
+    search, train = config.search, config.train
+    stops = [search.scheduler, search.grace_steps, search.eta] if search.scheduler != "none" else []
+    score = [config.stage, list(config.task.tasks), list(config.evaluate.accelerations)]
+    return {
+        "data": digest,
+        "run": override(config, {"run.name": ""}).identity(),
         "space": search.space,
-        "stops": [search.scheduler, search.grace_steps, search.eta] if search.scheduler != "none" else [],
-        "score": [config.train.eval_every, config.train.eval_subjects, list(config.evaluate.accelerations)],
+        "stops": [*stops, search.trials] if search.scheduler == "pbt" else stops,
+        "score": [*score, train.eval_every, train.eval_subjects, train.eval_seed],
     }
-    return f"search-{config.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def hashed(what: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

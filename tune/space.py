@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -113,12 +113,42 @@ class Space:
         return {key: domain for key, domain in self.domains.items() if not (isinstance(domain, Choice) and domain.grid)}
 
     def size(self, trials: int) -> int:
-        """Number of trials where so many are asked for: a space of grids alone is tried whole."""
-        return trials if self.free else len(self.grid)
+        """Number of trials where so many are asked for: a space of grids alone is tried whole, and no point twice."""
+        return int(min(trials, self.points)) if self.free else len(self.grid)
+
+    @property
+    def points(self) -> float:
+        """Number of different points; infinite where a key is a continuum."""
+        if any(isinstance(one, Range) and not one.whole and one.low < one.high for one in self.domains.values()):
+            return math.inf
+        return math.prod(len(domain) for domain in self.domains.values())
+
+    def all_drawn(self) -> Iterator[dict[str, Any]]:
+        """Different points in the order in which they are drawn at random; without end in a continuum."""
+        there: set[str] = set()
+        for number in itertools.count():
+            if len(there) >= self.points:
+                return
+            values = self.random(number)
+            if str(values) not in there:
+                there.add(str(values))
+                yield values
+
+    def drawn(self, count: int) -> list[dict[str, Any]]:
+        """The first points of `all_drawn`."""
+        return list(itertools.islice(self.all_drawn(), count))
+
+    def able(self, values: Mapping[str, Any]) -> bool:
+        """True if the values go together."""
+        try:
+            self.check(values)
+        except InputError:
+            return False
+        return True
 
     def random(self, number: int) -> dict[str, Any]:
-        """Values of a trial that follow from nothing that was found out. A key's depend on (seed, key, number) alone,
-        so that neither more trials nor another key change them.
+        """The point of a draw, which follows from nothing that was found out. A key's value depends on (seed, key,
+        number) alone, so that neither more trials nor another key change it.
         """
         point = self.grid[number % len(self.grid)]
         return self.ordered(point | {key: self._drawn(key, domain, number) for key, domain in self.free.items()})

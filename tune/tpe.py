@@ -13,17 +13,18 @@ from tune.ledger import Trial
 from tune.space import Choice, Domain, Space
 
 
-def suggest(space: Space, number: int, known: Iterable[Trial]) -> dict[str, Any]:
+def suggest(space: Space, number: int, known: Iterable[Trial], attempt: int = 0) -> dict[str, Any]:
     """Values of a trial: a pure function of (space, seed, number, what the known trials reported), so that a search
     that is cut in two suggests as a whole one.
 
     Args:
+        attempt: number of the suggestion for this trial, if those before were of no use.
         known: finished trials; stopped ones, which count by their last step and score; and running ones, which count as
             bad, so that two at a time differ. Those of other keys count for the keys that they have.
     """
     import optuna
 
-    seed = int(np.random.SeedSequence([space.config.seed, number]).generate_state(1)[0])
+    seed = int(np.random.SeedSequence([space.config.seed, number, attempt]).generate_state(1)[0])
     domains = space.free
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

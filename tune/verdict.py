@@ -50,13 +50,14 @@ class Verdict:
 
     Attributes:
         comparisons: of the trials that were run again, the greatest gain first.
-        recipe: mean of the recipe's fresh scores.
+        recipe, recipe_seeds: mean and number of the recipe's fresh scores.
         noise_sd: SD over seeds of the score of one setting, pooled over all that were repeated.
         degrees: of freedom of `noise_sd`.
     """
 
     comparisons: tuple[Comparison, ...]
     recipe: float
+    recipe_seeds: int
     noise_sd: float
     degrees: int
 
@@ -79,33 +80,34 @@ def judge(recipe: Sequence[float], candidates: Mapping[int, Sequence[float]]) ->
     groups = [np.asarray(scores, dtype=np.float64) for scores in (recipe, *known.values())]
     degrees = sum(len(group) - 1 for group in groups)
     noise = math.sqrt(sum(float(((group - group.mean()) ** 2).sum()) for group in groups) / degrees)
+    if noise == 0:
+        return None
     base, quantile = float(groups[0].mean()), float(student.ppf(1 - LEVEL / len(known), degrees))
     found = []
     for number, group in zip(known, groups[1:], strict=True):
         mean = float(group.mean())
         reach = quantile * noise * math.sqrt(1 / len(group) + 1 / len(groups[0]))
         found.append(Comparison(number, mean, mean - base, mean - base - reach, mean - base + reach, len(group)))
-    return Verdict(tuple(sorted(found, key=lambda one: -one.gain)), base, noise, degrees)
+    return Verdict(tuple(sorted(found, key=lambda one: -one.gain)), base, len(recipe), noise, degrees)
 
 
-def sentence(verdict: Verdict | None, best: str, confirm: bool) -> str:
+def sentence(verdict: Verdict | None, best: str) -> str:
     """The verdict in one line.
 
     Args:
         best: the trial with the best score, in words; empty: none finished.
-        confirm: trials were to run again.
     """
     if not best:
         return "no trial finished with a score"
-    if not confirm:
-        return f"not confirmed: {best} scored best, by how much beyond noise nobody knows, since nothing ran again"
     if verdict is None:
-        return f"not confirmed: {best} scored best, but too few runs with fresh seeds finished to compare it"
-    first = verdict.best or verdict.comparisons[0]
+        return f"not confirmed: {best} scored best; too few runs with fresh seeds say how much of that is noise"
+    first = verdict.comparisons[0]
     sure = (
-        f"gain {first.gain:+.4f} over the recipe ({first.seeds} fresh seeds each side at least), 95 % sure of "
-        f"{first.low:+.4f} at least and {first.high:+.4f} at most; noise SD {verdict.noise_sd:.4f}"
+        f"gain {first.gain:+.4f}, above {first.low:+.4f} and below {first.high:+.4f} with 95 % each ({first.seeds} "
+        f"fresh seeds against {verdict.recipe_seeds} of the recipe, noise SD {verdict.noise_sd:.4f})"
     )
-    if verdict.best is None:
-        return f"no difference beyond noise: trial {first.number} has {sure}"
-    return f"confirmed: trial {first.number} is better than the recipe: {sure}"
+    if verdict.best is not None:
+        return f"confirmed: trial {first.number} is better than the recipe: {sure}"
+    if all(one.high < 0 for one in verdict.comparisons):
+        return f"the recipe is better: trial {first.number}, the best of those that ran again, has {sure}"
+    return f"no difference beyond noise: trial {first.number}, the best of those that ran again, has {sure}"

@@ -74,6 +74,12 @@ class RunConfig(Section):
                 f"{sizes[-1] if sizes else t.workers} * {t.accumulation}, got {d.global_batch}"
             )
         self.check_lines(d.matrix[0])
+        decides = self.stage == "task" or (self.align_steps and self.align.guard)
+        if t.until % t.eval_every and decides:
+            raise ValueError(
+                f"train.until: expected a multiple of train.eval_every={t.eval_every}, since validations decide in "
+                f"this run, got {t.until}"
+            )
         if self.run.begin and not self.run.name:
             raise ValueError(
                 "run.begin: expected a run.name beside it, since another beginning is another run, got none"

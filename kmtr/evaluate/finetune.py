@@ -64,6 +64,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         start_ray()
     began = time.perf_counter()
     outcome = driver.fit(config)
+    if not outcome.encoder:
+        print(f"finetune: {name} pauses at step {outcome.metrics['step']:.0f} (train.until)")
+        return asdict(outcome)
     if outcome.reused:
         print(f"finetune: {name} is finished, reused (run.fresh=true starts anew)")
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kmtr import tracking
 from kmtr.config import RunConfig, plain, typed
 from kmtr.config.recipes import RECIPES
 from kmtr.config.whole import is_identity
@@ -25,7 +24,7 @@ WHERE = {
 }
 
 
-def note(config: RunConfig, dataset: Dataset, name: str) -> str:
+def note(config: RunConfig, dataset: Dataset, name: str, command: str) -> str:
     """Markdown: stage, data, what differs from the recipe, command, and which charts and files say most."""
     what = STAGES[config.stage] + (f" ({', '.join(config.task.tasks)})" if config.stage == "task" else "")
     rows = [f"| `{key}` | {value or '(empty)'} |" for key, value in _different(config).items()]
@@ -36,7 +35,7 @@ def note(config: RunConfig, dataset: Dataset, name: str) -> str:
             f"Data: `{Path(config.data.root).name}`, {dataset.rows('train'):,} training, {dataset.rows('val'):,} "
             f"validation and {dataset.rows('test'):,} test subjects, manifest `{dataset.digest[:12]}`.",
             *(["\n".join(["| differs from the recipe | |", "|---|---|", *rows])] if rows else []),
-            f"Command: `{tracking.command()}`; the same command goes on where it was interrupted.",
+            f"Command: `{command}`; the same command goes on where it was interrupted.",
             f"Where to look: {WHERE.get(config.stage, WHERE[''])}",
         ]
     )

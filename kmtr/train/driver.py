@@ -21,11 +21,10 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.files import replacing, write_atomic
 from kmtr.owner import owning
-from kmtr.train import checkpoint, room, start
+from kmtr.train import branch, checkpoint, room, start
 from kmtr.train.described import note
-from kmtr.train.folder import STATISTICS, Outcome, begin, by_setting, finish, finished, run_folder
+from kmtr.train.folder import MASKED_ENCODER, STATISTICS, Outcome, begin, by_setting, finish, finished, run_folder
 from kmtr.train.handed import handed
-from kmtr.train.loop import MASKED_ENCODER
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError, KmtrError, StoppedError, redact, with_kind
@@ -88,6 +87,7 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
     from kmtr.train import trainer
 
     begin(folder, config, dataset)
+    branch.begin(config, folder)
     write_atomic(folder / "config.json", redact(to_json(config)))
     rows = start.budget(config, dataset)
     tables = fitted_tables(config, dataset, folder, rows)
@@ -150,7 +150,7 @@ def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked:
             parent_id=asked.parent_id,
             tags=asked.tags,
             title=asked.title,
-            note=note(config, dataset, name),
+            note=note(config, dataset, name, (asked.tags or {}).get("command") or tracking.command()),
         )
         tracking.log_dataset(uri, run_id, Path(config.data.root).name, dataset.digest, config.data.root)
     except InputError:
@@ -259,8 +259,6 @@ def fitted_tables(
     from safetensors.torch import load_file, save_file
 
     path = folder / STATISTICS
-    if config.run.begin and not path.is_file():
-        write_atomic(path, (Path(config.run.begin).parents[1] / STATISTICS).read_bytes())
     if path.is_file():
         tables = load_file(path)
         return tables | {"static_mean": torch.view_as_complex(tables["static_mean"])}

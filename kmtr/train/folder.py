@@ -16,6 +16,8 @@ from kmtr.files import write_atomic
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"
+MASKED_ENCODER = "encoder-masked"
+"""Encoder of the end of masked pretraining, in a run's folder."""
 STATISTICS = "statistics.safetensors"
 """Tables of normalisation and of tasks, fitted once for a run."""
 
@@ -54,7 +56,7 @@ def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
     Raises:
         InputError: a run of that name is another one: the first key that differs is named.
     """
-    base = config.run_name(_digest(config, dataset))
+    base = config.run_name(content_digest(config, dataset))
     root = Path(config.storage.root)
     number = 1
     while (root / (f"{base}.{number + 1}")).is_dir():
@@ -68,7 +70,9 @@ def run_folder(config: RunConfig, dataset: Dataset) -> tuple[str, Path]:
 
 def identity_of(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
     """Identity of the run, as its folder keeps it."""
-    return {"format": config.identity_format, "dataset": _digest(config, dataset), "settings": config.identity()}
+    begun = {"run.begin": config.run.begin} if config.run.begin else {}
+    digest = content_digest(config, dataset)
+    return {"format": config.identity_format, "dataset": digest, "settings": config.identity() | begun}
 
 
 def begin(folder: Path, config: RunConfig, dataset: Dataset) -> None:
@@ -100,7 +104,7 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content))
 
 
-def _digest(config: RunConfig, dataset: Dataset) -> str:
+def content_digest(config: RunConfig, dataset: Dataset) -> str:
     """Digest of all content that changes a run's numbers: data, pattern file, the encoder that it starts from."""
     start = ""
     if config.stage == "task" and config.task.encoder not in ("", "none"):

@@ -29,14 +29,11 @@ from kmtr.train import checkpoint, choice, guard, heads, validation, watch
 from kmtr.train.agreed import SAVE, STOP, together, together_wishing
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
-from kmtr.train.folder import by_setting
+from kmtr.train.folder import MASKED_ENCODER, by_setting
 from kmtr.train.handed import taken
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
 from kmtr.types import KmtrError, with_kind
-
-MASKED_ENCODER = "encoder-masked"
-"""Folder in the run's: the encoder as masked reconstruction left it."""
 
 
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +220,8 @@ class Worker:
         if self.spool:
             self.spool.close(30.0)
         paused = not progress.stopped and progress.step < config.total_steps
-        return {"metrics": self._left(), "step": progress.step, "stopped": progress.stopped, "paused": paused}
+        metrics = self.metrics if paused else self._left()
+        return {"metrics": metrics, "step": progress.step, "stopped": progress.stopped, "paused": paused}
 
     def _save_early(self) -> None:
         """A node is about to be taken away."""
@@ -345,7 +343,7 @@ class Worker:
         self.written.clear()
         modes = ray.train.CheckpointUploadMode
         ray.train.report(
-            {"step": progress.step, **self.metrics},
+            {"step": progress.step, "ended": float(progress.stopped), **self.metrics},
             checkpoint=ray.train.Checkpoint.from_directory(self.nothing.name),  # Ray wants one; `_write` makes it
             checkpoint_upload_mode=modes.SYNC if wait else modes.ASYNC,
             checkpoint_upload_fn=partial(self._write, part),

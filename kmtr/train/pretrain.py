@@ -39,6 +39,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     start_ray()
     began = time.perf_counter()
     outcome = driver.fit(config)
+    if not outcome.encoder:
+        print(f"pretrain: {name} pauses at step {outcome.metrics['step']:.0f} (train.until)")
+        return asdict(outcome)
     print(f"pretrain: {name} finished in {time.perf_counter() - began:.0f} s")
     print(f"  encoder   {outcome.encoder}\n  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
     return asdict(outcome)

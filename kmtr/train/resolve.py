@@ -5,7 +5,6 @@ need of it found, so that none searches or reads it again.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override
@@ -13,7 +12,6 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import planning
 from kmtr.train import start
-from kmtr.train.checkpoint import HEAD
 from kmtr.types import InputError
 
 log = logging.getLogger(__name__)
@@ -32,24 +30,11 @@ def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
             "data.more": tuple(map(storage.absolute, config.data.more)),
             "sampling.file": config.sampling.file and storage.absolute(config.sampling.file),
             "storage.root": storage.absolute(config.storage.root),
+            "run.begin": config.run.begin and storage.absolute(config.run.begin),
             "tracking.uri": tracking.tracking_uri(config),
         },
     )
     return config, Dataset.open(config.data)
-
-
-def branching(config: RunConfig) -> RunConfig:
-    """The configuration with `run.begin` as an absolute path.
-
-    Raises:
-        InputError: it is no checkpoint.
-    """
-    if not config.run.begin:
-        return config
-    folder = Path(storage.absolute(config.run.begin))
-    if not (folder / HEAD).is_file():
-        raise InputError(f"run.begin: expected a run's checkpoint, RUN/train/checkpoint_..., got {folder}")
-    return override(config, {"run.begin": str(folder)})
 
 
 def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
@@ -59,7 +44,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, Dataset]:
         InputError: one line that names the key or the file.
     """
     config, dataset = open_data(config)
-    config = start.resolve(branching(config), dataset)
+    config = start.resolve(config, dataset)
     planning.plan_of(config, dataset, rows=start.budget(config, dataset))
     subjects = dataset.rows("train")
     if config.align_steps and subjects < MIN_ALIGNED_SUBJECTS:

@@ -72,7 +72,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     folder = Path(storage.absolute(config.task.encoder)) if config.task.encoder else _pretrained(config, dataset)
     if not all((folder / name).is_file() for name in (WEIGHTS, HEAD)):
         raise InputError(f"task.encoder: expected a folder with {WEIGHTS} and {HEAD}, or none, got {folder}")
-    _check_fits(config, folder)
+    check_fits(config, folder)
     return override(config, {"task.encoder": str(folder)})
 
 
@@ -88,7 +88,12 @@ def _pretrained(config: RunConfig, dataset: Dataset) -> Path:
     return Path(done.encoder)
 
 
-def _check_fits(config: RunConfig, folder: Path) -> None:
+def check_fits(config: RunConfig, folder: Path) -> None:
+    """Check that an encoder's weights and tables fit the settings of a run that starts from it.
+
+    Raises:
+        InputError: names the key that differs.
+    """
     known, wanted = plain(read_head(folder / HEAD)), plain(config)
     for key, value in wanted.items():
         # Acceleration, family and seed may differ: the weights fit all the same.

@@ -232,12 +232,16 @@ def abandon(device: torch.device) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """True for an error that only says that another worker has left: raised by a collective operation."""
+    """True for an error that only says that another worker has left, or that Ray has ended this one's process group:
+    raised by a collective operation.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = any(any(part in frame.filename for part in _INNER) for frame in frames)
+    if isinstance(error, AssertionError | ValueError):
+        return inside and not dist.is_initialized()
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
-    if isinstance(error, dist.DistError) or _LEFT.search(str(error)):
-        return True
-    return any(any(part in frame.filename for part in _INNER) for frame in traceback.extract_tb(error.__traceback__))
+    return isinstance(error, dist.DistError) or bool(_LEFT.search(str(error))) or inside
 
 
 _LEFT = re.compile(r"\bgloo\b|\bNCCL\b|connection (closed|reset) by peer|broken pipe", re.IGNORECASE)

@@ -164,6 +164,16 @@ def test_an_error_that_only_says_that_another_worker_left(error: Exception, expe
     assert lost_peer(error) is expected
 
 
+def test_a_collective_operation_without_its_group_says_nothing_of_its_own() -> None:
+    """Ray ends the groups of workers whose controller has failed, which then has the reason."""
+    from deepspeed import comm
+
+    for operation in (torch.distributed.barrier, comm.barrier):
+        with pytest.raises((AssertionError, ValueError)) as caught:
+            operation()
+        assert lost_peer(caught.value)
+
+
 def test_workers_of_a_group_that_was_given_up_are_not_listened_to() -> None:
     """They live on for a moment when their controller has died, and fail then since it is gone."""
     mailbox = Mailbox(30.0, 100.0)
