@@ -237,7 +237,7 @@ def lost_peer(error: BaseException) -> bool:
     """
     frames = traceback.extract_tb(error.__traceback__)
     inside = any(any(part in frame.filename for part in _INNER) for frame in frames)
-    if isinstance(error, AssertionError | ValueError):
+    if isinstance(error, AssertionError | AttributeError | ValueError):
         return inside and not dist.is_initialized()
     if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
         return False
