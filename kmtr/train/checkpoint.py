@@ -27,6 +27,8 @@ from kmtr.train.state import CheckpointError
 FORMAT = 1
 """Format number of a checkpoint; another is refused."""
 HEAD = "checkpoint.json"
+LIST, ASIDE = "checkpoint_manager_snapshot.json", "checkpoint_manager_snapshot.aside"
+"""Ray Train's list of a run's checkpoints, beside them, and its name where Ray Train could not read it."""
 
 
 @dataclass
@@ -123,6 +125,15 @@ def verify(folder: Path, model: dict[str, list[int]], config: RunConfig, rank: i
     """Check that a checkpoint is whole and of this model (`check_whole`, `fitting`)."""
     check_whole(folder, rank, world)
     return fitting(folder, model, config)
+
+
+def complete(folder: Path) -> bool:
+    """True if no file of a checkpoint is missing; what is in them is not looked at."""
+    try:
+        workers = read_head(folder)["workers"]
+    except CheckpointError:
+        return False
+    return len(list(folder.glob("sha256-rank*.json"))) == len(states(folder)) == workers
 
 
 def check_whole(folder: Path, rank: int, world: int) -> None:

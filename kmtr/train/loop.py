@@ -102,7 +102,7 @@ class Worker:
         if config.stage == "task" and config.task.encoder != "none":
             model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
         self.sender, self.tell, self.pulse = tell, tell if self.rank == 0 else None, pulse
-        if ray.train.get_checkpoint() is None and not config.run.begin:
+        if newest(self.folder) is None and not config.run.begin:
             say = self.tell.say if self.tell else lambda _: None
             heads.begin(model, prepare, config, self.reader, job["resolved"]["rows"], device, say)
         self.engine = ShardedEngine(model, config, self.world, device)
@@ -123,19 +123,16 @@ class Worker:
 
     def _restored(self) -> Progress:
         """The progress of the last checkpoint, which the engine goes on from; a new one where there is none."""
-        import ray.train
-
-        progress, last = Progress(), ray.train.get_checkpoint()
+        progress, last = Progress(), newest(self.folder)
         self.branched = last is None and bool(self.config.run.begin)
         if self.branched:
             progress = self._branched(Path(self.config.run.begin))
         elif last is not None:
-            with last.as_directory() as place:
-                folder = self._whole(Path(place))
-                progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
-                together(lambda: checkpoint.restore(folder, self.engine), self.device)
-                if progress.step == self.config.masked_steps and self.config.align_steps:
-                    self._export(folder)  # it may have ended between the checkpoint and this
+            folder = self._whole(last)
+            progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
+            together(lambda: checkpoint.restore(folder, self.engine), self.device)
+            if progress.step == self.config.masked_steps and self.config.align_steps:
+                self._export(folder)  # it may have ended between the checkpoint and this
         layout = layout_of(self.config, self.world)
         before = progress.layouts[-1][1] if progress.layouts else None
         if layout != before:
@@ -378,6 +375,21 @@ class Worker:
     def _export(self, folder: Path) -> None:
         if self.rank == 0:
             checkpoint.export_encoder_from(folder, self.folder / MASKED_ENCODER, self.config, self.tables)
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint of a run that Ray Train knows; where its list was set aside (`trainer.set_aside`), the last
+    to which no file is missing.
+    """
+    import ray.train
+
+    last = ray.train.get_checkpoint()
+    if last is not None:
+        return Path(last.path)
+    if not (folder / "train" / checkpoint.ASIDE).is_file():
+        return None
+    there = sorted((folder / "train").glob("checkpoint_*"), reverse=True)
+    return next((one for one in there if checkpoint.complete(one)), None)
 
 
 def _told(error: Exception, folder: Path) -> str:

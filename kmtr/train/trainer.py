@@ -7,6 +7,7 @@ a worker more would have nothing to do.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from kmtr.config import RunConfig
 from kmtr.ray_start import described
-from kmtr.train import room
+from kmtr.train import checkpoint, room
 from kmtr.train.loop import train_worker
 from kmtr.train.progress import Sender
 from kmtr.types import KmtrError, first_line, last_line
@@ -250,6 +251,8 @@ def fit(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[An
     """
     most = config.train.max_failures
     for number in range(most + 1):
+        if why := set_aside(folder):
+            say(f"               repaired      Ray Train's list of checkpoints {why}; the checkpoints are looked at")
         trainer = trainer_of(config, job, folder, callbacks)
         try:
             return trainer.fit()
@@ -270,6 +273,28 @@ def fit(config: RunConfig, job: dict[str, Any], folder: Path, callbacks: list[An
     raise KmtrError(
         f"the controller of its workers was lost {most + 1} times, expected at most train.max_failures={most}"
     )
+
+
+def set_aside(folder: Path) -> str:
+    """Rename Ray Train's own list of a run's checkpoints if its controller can't read it, and would end each time.
+
+    It is written in place, so that a full disk or a kill leaves a part of it, and each version of Ray refuses another
+    one's. Workers find the checkpoints without it (`kmtr.train.loop.newest`).
+
+    Returns:
+        Why; empty: it can be read, or there is none.
+    """
+    path = folder / "train" / checkpoint.LIST
+    if not path.is_file():
+        return ""
+    try:
+        known = json.loads(path.read_bytes())["ray_version"]
+        why = "" if known == ray.__version__ else f"is of Ray {known}"
+    except (ValueError, KeyError, TypeError):
+        why = "is half written"
+    if why:
+        path.replace(path.with_name(checkpoint.ASIDE))
+    return why
 
 
 def torch_config(config: RunConfig, use_gpu: bool) -> TorchConfig:

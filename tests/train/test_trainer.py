@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 
 import pytest
 import ray
@@ -20,7 +22,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from kmtr.train import trainer
+from kmtr.train import checkpoint, loop, trainer
 
 
 @pytest.mark.parametrize(("room", "taken"), [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8)])
@@ -145,3 +147,36 @@ def test_ray_train_still_has_what_the_trainer_replaces() -> None:
         assert "self._count_possible_workers(reserved_resources)" in inspect.getsource(
             getattr(ElasticScalingPolicy, name)
         )
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is half written"),
+        (b'{"ray_version": "2.60', "is half written"),
+        (b"[1]", "is half written"),
+        (b'{"ray_version": "1.0"}', "is of Ray 1.0"),
+        (json.dumps({"ray_version": ray.__version__}).encode(), ""),
+    ],
+)
+def test_a_list_that_ray_train_can_not_read_is_set_aside_and_not_the_checkpoints(
+    content: bytes, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.train
+
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+    place = tmp_path / "train"
+    for name, step, files in (("checkpoint_1", 3, 2), ("checkpoint_2", 6, 2), ("checkpoint_3", 9, 1)):
+        (place / name).mkdir(parents=True)
+        head = {"format": checkpoint.FORMAT, "workers": 2, "ema": False, "model": {}, "progress": {"step": step}}
+        (place / name / checkpoint.HEAD).write_text(json.dumps(head))
+        for rank in range(files):  # the last one was being written
+            (place / name / f"sha256-rank{rank:02d}.json").write_text("{}")
+            (place / name / f"state-rank{rank:02d}.safetensors").touch()
+    assert trainer.set_aside(tmp_path) == ""
+    assert loop.newest(tmp_path) is None  # Ray Train knows of none, and nothing says that it has forgotten one
+    (place / checkpoint.LIST).write_bytes(content)
+    assert trainer.set_aside(tmp_path) == why
+    assert loop.newest(tmp_path) == (place / "checkpoint_2" if why else None)
+    assert (place / checkpoint.LIST).is_file() is not bool(why)
+    assert trainer.set_aside(tmp_path) == ""
