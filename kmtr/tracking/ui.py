@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ def main() -> None:
     address = f"http://127.0.0.1:{port}"
     words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     words += ["--backend-store-uri", store, "--artifacts-destination", str(folder / "artifacts")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server ends with this process
     server = subprocess.Popen(words)
     try:
         while server.poll() is None and not _answers(address):
@@ -49,6 +51,9 @@ def main() -> None:
                 webbrowser.open(page(address, found))
         sys.exit(server.wait())
     except KeyboardInterrupt:
+        pass
+    finally:
+        server.terminate()
         server.wait()
 
 

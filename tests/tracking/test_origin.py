@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,25 @@ def test_an_uploaded_job_knows_the_commit_that_it_was_submitted_from(
 def test_the_page_is_that_of_runs_and_not_of_traces(experiments: dict[str, str], place: str) -> None:
     expected = f"http://127.0.0.1:5000/#/{place}?workflowType=machine_learning"
     assert ui.page("http://127.0.0.1:5000", experiments) == expected
+
+
+@pytest.mark.slow
+def test_the_server_answers_where_it_says_and_ends_with_its_command(tmp_path: Path) -> None:
+    port = free_port()
+    words = [sys.executable, "-m", "kmtr.tracking.ui", str(tmp_path), str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT) as command:
+        assert command.stdout is not None
+        line = next(line for line in command.stdout if "workflowType=machine_learning" in line)
+        assert f"http://127.0.0.1:{port}/#/experiments/0/runs?" in line  # of a new store, the default experiment
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+            assert answer.status == 200
+        command.terminate()
+        assert command.wait(60) == 143
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
