@@ -155,7 +155,7 @@ def test_a_child_is_its_donor_right_after_the_exploit(
     instead_of_ray_train(monkeypatch)
     changes = {"storage.root": str(tmp_path), "train.workers": 2, "train.zero_stage": stage, "train.log_every": 1}
     changes |= {"masked.steps": 8, "masked.warmup_steps": 2, "train.eval_every": 4, "train.checkpoint_every": 4}
-    asked = {"search.trials": 2, "search.grace_steps": 4, f"search.space.{RATE}": "choice(0.0001,0.003)"}
+    asked = {"search.trials": 2, "search.grace_steps": 4, f"search.space.{RATE}": "loguniform(0.0001,0.003)"}
     config, _ = driver.resolve(override(small, {"stage": "masked", "search.scheduler": "pbt", **changes, **asked}))
     plan = planned(config, Ledger(tmp_path / "s", "s"))
     while (segment := pbt.next_segment(plan)) is not None:

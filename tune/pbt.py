@@ -124,8 +124,9 @@ def explored(space: Space, values: Mapping[str, Any], rng: np.random.Generator) 
 def _changed(domain: Domain, value: Any, rng: np.random.Generator) -> Any:
     anew, u, up = rng.random() < RESAMPLED, float(rng.random()), rng.random() < 0.5
     if isinstance(domain, Choice):
-        place = int(u * len(domain)) if anew else domain.values.index(value) + (1 if up else -1)
-        return domain.values[min(max(place, 0), len(domain) - 1)]
+        place = domain.values.index(value)
+        beside = [n for n in (place - 1, place + 1) if 0 <= n < len(domain)] or [place]
+        return domain.values[int(u * len(domain)) if anew else beside[up % len(beside)]]
     if anew:
         return domain.at(u)
     other = domain.rounded(value * FACTOR if up else value / FACTOR)

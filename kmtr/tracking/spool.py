@@ -56,12 +56,20 @@ class Spool:
         uri: the MLflow store, `tracking_uri(config)`.
         run_id: of `open_run`.
         say: where a person reads of a server that went or is back, in a line; by default the log.
+        ships: False: it only keeps, for another one to send; two that send at once would look for each other's files.
 
     Raises:
         InputError: the folder belongs to another run.
     """
 
-    def __init__(self, folder: str | Path, uri: str, run_id: str, say: Callable[[str], None] = log.warning) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        uri: str,
+        run_id: str,
+        say: Callable[[str], None] = log.warning,
+        ships: bool = True,
+    ) -> None:
         self.folder = Path(folder)
         self._say = say
         self._recorded: defaultdict[str, set[int]] = defaultdict(set)
@@ -75,7 +83,8 @@ class Spool:
         self._deadline: float | None = None  # monotonic; set by close
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kmtr-spool", daemon=True)
-        self._thread.start()
+        if ships:
+            self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Records named values of a step. A (name, step) that this spool has already is left out: after a restart some
@@ -125,7 +134,8 @@ class Spool:
         """
         self._deadline = time.monotonic() + timeout_s
         self._wake.set()
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)

@@ -220,7 +220,7 @@ def _export(
 
 def _stage(config: RunConfig, run_id: str, folder: Path, files: Sequence[Path]) -> None:
     """Put files into the spool, before the run counts as finished: what is in it is sent, whatever happens next."""
-    spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
+    spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id, ships=False)
     for file in files:
         spool.artifact(file, "" if file.parent == folder else file.parent.name)
     spool.close(0.0)

@@ -56,6 +56,19 @@ def test_metrics_and_files_arrive(config: RunConfig, tmp_path: Path) -> None:
     assert not list((tmp_path / "spool" / "staged").iterdir())
 
 
+def test_one_that_only_keeps_leaves_all_to_the_next(config: RunConfig, tmp_path: Path) -> None:
+    uri, run_id = tracking_uri(config), open_run(config, name="kept")
+    (tmp_path / "note.txt").write_text("first")
+    spool = Spool(tmp_path / "spool", uri, run_id, ships=False)
+    spool.metrics(0, {"loss": 1.0})
+    spool.artifact(tmp_path / "note.txt")
+    assert spool.close(30.0) == 2
+    assert points(uri, run_id, "loss") == []
+    assert Spool(tmp_path / "spool", uri, run_id).close(30.0) == 0
+    assert points(uri, run_id, "loss") == [(0, 1.0)]
+    assert Path(client(uri).download_artifacts(run_id, "note.txt")).read_text() == "first"
+
+
 def test_shipped_twice_is_kept_once(config: RunConfig, tmp_path: Path) -> None:
     """What a process sent that died before it moved the cursor: the same points again, not finite ones too."""
     uri, run_id = tracking_uri(config), open_run(config, name="twice")
