@@ -76,6 +76,13 @@ def test_integers_are_drawn_whole_and_from_end_to_end() -> None:
     assert [values.count(n) for n in (1, 2, 3, 4)] == [16, 16, 16, 16]
 
 
+def test_a_narrow_range_has_as_many_digits_as_it_needs() -> None:
+    searched = space_of(**{"search.space.optimizer.ema": "uniform(0.9995,0.9999)"})
+    values = [v["optimizer.ema"] for v in searched.drawn(24)]
+    assert len(set(values)) == 24
+    assert all(0.9995 <= value <= 0.9999 for value in values)  # type: ignore[operator]
+
+
 def test_grids_are_crossed_and_others_drawn_beside_them() -> None:
     grids = {f"search.space.{R}": "grid(4|8|4,8)", "search.space.model.drop_path": "grid(0,0.1)"}
     searched = space_of(**grids)
@@ -120,6 +127,7 @@ def test_the_default_is_what_the_stages_use() -> None:
         ({"stage": "masked", f"search.space.{TEMPERATURE}": "choice(0.1,0.2)"}, "stage=masked learns"),
         ({"stage": "task", "task.tasks": "phenotypes"}, "expected domains for training on labels"),
         ({"search.space.model.coils": "grid(1,2)"}, "at most data.coils=1"),
+        ({"search.space.sampling.family": "grid(gaussian,equispaced)"}, "it decides what the score is"),
     ],
 )
 def test_impossible_spaces_are_refused_in_one_line(changes: dict[str, str], says: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,14 +117,23 @@ class Ledger:
         return self.runs[name]
 
     def branch(self, loser: Trial, donor: Trial, values: Mapping[str, Any], generation: int, step: int) -> Trial:
-        """A new run in place of a loser's, from the donor's state at a step; kept when the ledger is next written."""
+        """A new run for a loser, from the donor's state at a step; `put` makes it take the loser's place."""
         name = f"{self._label(loser.number)}-g{generation}"
-        score = dict(donor.reports)[step]
-        child = Trial(loser.number, name, dict(values), generation=generation, donor=donor.name, begun=step)
-        self.runs[name] = replace(child, reports=((step, score),))
-        if loser.status != FAILED:
-            self.runs[loser.name] = replace(loser, status=STOPPED)
-        return self.runs[name]
+        reports = ((step, dict(donor.reports)[step]),)
+        child = Trial(loser.number, name, dict(values), reports=reports, generation=generation)
+        return replace(child, donor=donor.name, begun=step)
+
+    def put(self, children: Iterable[tuple[Trial, Trial]]) -> None:
+        """Let branches take the places of losers, all in one write.
+
+        Args:
+            children: pairs of branch and loser.
+        """
+        for child, loser in children:
+            self.runs[child.name] = child
+            if loser.status != FAILED:
+                self.runs[loser.name] = replace(loser, status=STOPPED, run_id="")  # which MLflow is to be told
+        self.write()
 
     def _label(self, number: int) -> str:
         return f"{self.name}-" + ("recipe" if number == RECIPE else f"{number:03d}")

@@ -10,6 +10,7 @@ as an undisturbed one.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,11 @@ def check(space: Space) -> None:
     if config.search.grace_steps % config.train.eval_every:
         raise InputError(
             f"search.grace_steps: expected a multiple of train.eval_every={config.train.eval_every} {what}, got "
+            f"{config.search.grace_steps}"
+        )
+    if config.search.grace_steps >= config.total_steps:
+        raise InputError(
+            f"search.grace_steps: expected less than the run's {config.total_steps} steps {what}, got "
             f"{config.search.grace_steps}"
         )
     if config.search.sampler != "random":
@@ -159,10 +165,20 @@ def next_segment(plan: Plan) -> tuple[int, list[Trial]] | None:
 def _replace(plan: Plan, number: int, step: int) -> None:
     """Let the members that lost at a look branch off those that lead; all in one write of the ledger."""
     root = Path(plan.space.config.storage.root)
+    children = []
     for one in exploits(plan, number):
         child = plan.ledger.branch(one.loser, one.donor, one.values, number, step)
+        children.append((child, one.loser))
         if not pin(root / one.donor.name, step, begin_of(root, child)):
             raise KmtrError(
                 f"search: expected a checkpoint of {one.donor.name} at step {step}, got none; take run.fresh=true"
             )
-    plan.ledger.write()
+    if children:
+        plan.ledger.put(children)
+
+
+def tidy(plan: Plan) -> None:
+    """Remove the donors' checkpoints of branches that ended: they have had their own since their first step."""
+    for run in plan.trials:
+        if run.donor and run.ended:
+            shutil.rmtree(begin_of(Path(plan.space.config.storage.root), run), ignore_errors=True)

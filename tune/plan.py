@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from kmtr.config import RunConfig, override
+from kmtr.types import InputError
 from tune import tpe
 from tune.ledger import FAILED, RECIPE, WAITING, Ledger, Trial
 from tune.space import Space
@@ -14,6 +16,8 @@ from tune.verdict import Verdict, judge
 
 ATTEMPTS = 20
 """Suggestions of TPE for one trial, if they can't run or were tried before; then the next draw at random is taken."""
+LOOKED_AT = 1000
+"""Draws at random among which one that can run is looked for."""
 HOPELESS = 3
 """Trials that fail, with none that reported anything, after which a search ends early."""
 
@@ -48,7 +52,8 @@ class Plan:
 
     def again(self) -> None:
         """Let what failed in an earlier command be tried once more."""
-        for run in [run for run in self.ledger.runs.values() if run.status == FAILED]:
+        present = [*self.members, *(run for run in self.ledger.runs.values() if run.repeats)]
+        for run in [run for run in present if run.status == FAILED]:
             self.ledger.runs[run.name] = replace(run, status=WAITING, reason="")
 
     def drawn(self) -> None:
@@ -88,7 +93,10 @@ class Plan:
             if values not in tried and self.space.able(values):
                 break
         else:
-            values = next(found for found in self.space.all_drawn() if found not in tried and self.space.able(found))
+            others = islice(self.space.all_drawn(), len(tried) + LOOKED_AT)
+            values = next((found for found in others if found not in tried and self.space.able(found)), {})
+            if not values:
+                raise InputError(f"search.space: no point for trial {number} can run; narrow the domains")
         trial = self.ledger.add(number, values)
         return self.ledger.update(trial.name)  # whatever comes, this trial has these values
 
@@ -155,8 +163,8 @@ def settings(config: RunConfig, run: Trial) -> RunConfig:
 
 
 def begin_of(root: Path, child: Trial) -> Path:
-    """Where the state is kept at which a run branches off."""
-    return root / child.name / "begin"
+    """Where the state is kept at which a run branches off, under its donor's name."""
+    return root / child.name / f"begin-{child.donor}"
 
 
 def rungs(config: RunConfig) -> list[int]:

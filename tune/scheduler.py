@@ -92,7 +92,8 @@ class Halving(ASHAScheduler):
         self.last_step, self.score = last, score
         self.stopped: set[str] = set()
         for trial in before:
-            for step, value in trial.reports:
+            whole = trial.status == FINISHED  # whose last report was looked at by no rung
+            for step, value in trial.reports[:-1] if whole else trial.reports:
                 self._brackets[0].on_result(_Named(trial.name), step, value)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -143,7 +144,7 @@ class Desk(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         name, result = name_of(trial), trial.last_result
         if name in self.stopped:
-            self._ends(name, status=STOPPED)
+            self._ends(name, status=STOPPED, run_id="")  # MLflow is to be told
         elif "failure" in result:
             self._ends(name, status=FAILED, reason=result["failure"])
         elif "paused" in result:
@@ -227,6 +228,7 @@ def run_population(plan: Plan, folder: Path, parent: str, screen: Screen) -> Non
         asking = Asking(partial(_not_begun, runs), plan, parent, until)
         _run(plan, asking, len(runs), FIFOScheduler(), Desk(plan, set(), screen), folder)
         now = plan.ledger.runs
+        pbt.tidy(plan)
         if why := plan.hopeless:
             raise KmtrError(f"search {plan.ledger.name}: {why}")
         if all(now[run.name].step == run.step and now[run.name].status == run.status for run in runs):

@@ -69,6 +69,8 @@ def run(words: list[str]) -> dict[str, Any]:
     config = recipe_config(words, __doc__ or "")
     config = override(config, {"train.checkpoint_every": config.train.eval_every})
     space.of(config)  # before a dataset is looked for
+    if config.run.begin:
+        raise InputError("run.begin: expected none in a search, whose trials begin anew, got one")
     config, dataset = driver.resolve(config)
     check_scores(config, dataset)
     searched = space.of(config)
@@ -265,7 +267,11 @@ def check_same(folder: Path, name: str, what: dict[str, Any]) -> None:
     Raises:
         InputError: says what differs.
     """
+    from kmtr.train.folder import IDENTITY as RUN_IDENTITY
+
     path = folder / IDENTITY
+    if not path.is_file() and (folder / RUN_IDENTITY).is_file():
+        raise InputError(f"run.name: expected the name of a search or a new one, got {name}, which is a run")
     known = json.loads(path.read_text()) if path.is_file() else what
     for part in what:
         if known.get(part) != what[part]:
@@ -345,7 +351,7 @@ def identity(config: RunConfig, digest: str) -> dict[str, Any]:
     score = [config.stage, list(config.task.tasks), list(config.evaluate.accelerations)]
     return {
         "data": digest,
-        "run": override(config, {"run.name": ""}).identity(),
+        "run": config.identity(),
         "space": search.space,
         "stops": [*stops, search.trials] if search.scheduler == "pbt" else stops,
         "score": [*score, train.eval_every, train.eval_subjects, train.eval_seed],

@@ -20,6 +20,8 @@ from kmtr.types import InputError
 
 DIGITS = 4
 """Significant digits of a drawn value: what is printed, logged and hashed is exactly what was trained."""
+LISTED = 4096
+"""Points of a space up to which all are checked before anything starts."""
 BLOCK = 8
 """Successive trials that cover the range of every key evenly, each in an eighth of its own."""
 DEFAULT = {
@@ -60,10 +62,18 @@ class Range:
         return self.rounded(value)
 
     def rounded(self, value: float) -> float:
-        """A number as it is trained: an integer, or `DIGITS` digits; inside the range."""
+        """A number as it is trained: an integer, or one of `DIGITS` digits, of more where the range is narrow; inside
+        the range.
+        """
         if self.whole:
             return int(min(max(round(value), self.low), self.high))
-        return min(max(float(f"{value:.{DIGITS}g}"), self.low), self.high)
+        width, size = self.high - self.low, max(abs(self.low), abs(self.high))
+        digits = DIGITS + (max(0, math.ceil(math.log10(size / width))) if width else 0)
+        return min(max(float(f"{value:.{digits}g}"), self.low), self.high)
+
+    def every(self) -> tuple[float, ...]:
+        """All integers, or the one value, that there are."""
+        return tuple(range(int(self.low), int(self.high) + 1)) if self.whole else (self.low,)
 
     def __len__(self) -> int:
         """Values that there are; of a continuum 2."""
@@ -122,6 +132,11 @@ class Space:
         if any(isinstance(one, Range) and not one.whole and one.low < one.high for one in self.domains.values()):
             return math.inf
         return math.prod(len(domain) for domain in self.domains.values())
+
+    def listed(self) -> Iterator[dict[str, Any]]:
+        """All points of a space without a continuum."""
+        every = [domain.every() if isinstance(domain, Range) else domain.values for domain in self.domains.values()]
+        return (dict(zip(self.domains, values, strict=True)) for values in itertools.product(*every))
 
     def all_drawn(self) -> Iterator[dict[str, Any]]:
         """Different points in the order in which they are drawn at random; without end in a continuum."""
@@ -191,7 +206,7 @@ def of(config: RunConfig) -> Space:
     space = Space(config, {key: _domain(config, key, text) for key, text in given.items()})
     if max(map(len, space.domains.values())) < 2:
         raise InputError(f"search.space: expected a key with more than one value, got {_told(given)}")
-    for point in space.grid if not space.free else ():
+    for point in space.listed() if space.points <= LISTED else ():
         space.check(point)
     return space
 
@@ -258,8 +273,9 @@ def _check_key(config: RunConfig, key: str, name: str) -> None:
     """Refuse a key that changes nothing of what a trial learns, or that decides how it is scored."""
     if key not in dict(keys(config)):
         override(config, {key: ""})  # which says what is nearest
-    if key in NOT_SEARCHED:
-        raise InputError(f"{name}: is not searched: {NOT_SEARCHED[key]}")
+    patterns = key.startswith("sampling.") and key != "sampling.accelerations"  # those of validation too
+    if key in NOT_SEARCHED or patterns:
+        raise InputError(f"{name}: is not searched: {NOT_SEARCHED.get(key, _SCORE)}")
     section = key.partition(".")[0]
     read = {"masked": config.masked_steps + config.align_steps, "align": config.align_steps, "task": config.task_steps}
     if not is_identity(key) or key.startswith("data.") or not read.get(section, 1):

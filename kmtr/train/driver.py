@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -86,8 +87,8 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
 
     from kmtr.train import trainer
 
+    branch.begin(config, folder)  # first: what it refuses leaves the name free
     begin(folder, config, dataset)
-    branch.begin(config, folder)
     write_atomic(folder / "config.json", redact(to_json(config)))
     rows = start.budget(config, dataset)
     tables = fitted_tables(config, dataset, folder, rows)
@@ -127,6 +128,8 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         status = "KILLED"
         raise
     except OSError as error:  # what the driver itself writes: the exported model, the result
+        if error.errno != errno.ENOSPC:
+            raise
         raise KmtrError(f"run {name}: {by_setting(with_kind(error), folder)}") from error
     except KeyboardInterrupt:
         status = "KILLED"

@@ -123,7 +123,10 @@ class Worker:
 
     def _restored(self) -> Progress:
         """The progress of the last checkpoint, which the engine goes on from; a new one where there is none."""
+        import ray.train
+
         progress, last = Progress(), newest(self.folder)
+        self.unlisted = last is not None and ray.train.get_checkpoint() is None
         self.branched = last is None and bool(self.config.run.begin)
         if self.branched:
             progress = self._branched(Path(self.config.run.begin))
@@ -151,6 +154,7 @@ class Worker:
         together(partial(checkpoint.check_whole, folder, self.rank, self.world), self.device)
         progress = together(lambda: checkpoint.fitting(folder, self.engine.shapes(), self.config), self.device)
         together(lambda: checkpoint.restore(folder, self.engine), self.device)
+        progress.stopped, progress.worse = False, 0  # what ended the other run does not end this one
         if self.tell:
             self.tell.say(f"  step {progress.step:>6}  branches off  another run's checkpoint")
         return progress
@@ -186,8 +190,8 @@ class Worker:
         """
         config, progress = self.config, self.progress
         first = progress.step
-        if self.branched:
-            self._save(wait=True)  # from now on it needs the other run no more
+        if self.branched or self.unlisted:
+            self._save(wait=True)  # from now on it needs the other run no more, and Ray Train has a list again
         last = min(config.train.until or config.total_steps, config.total_steps)
         steps = range(first, first if progress.stopped else max(first, last))
         wanted = self.step.prepare.wanted
