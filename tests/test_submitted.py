@@ -81,10 +81,13 @@ def test_what_is_submitted_is_not_refused_there(key: str, monkeypatch: pytest.Mo
     typed = {key: "here/it/is"}
     monkeypatch.setenv(UNDER_SUBMIT, "{}")
     with pytest.raises(InputError, match=rf"^{key}: expected an absolute path under ray job submit.*'here/it/is'"):
-        refuse_relative_under_submit(override(RunConfig(), {"data.root": "/d", "storage.root": "/r"} | typed))
+        refuse_relative_under_submit(
+            override(RunConfig(), {"data.root": "/d", "storage.root": "/r", "run.name": "r"} | typed)
+        )
     for name in USED:
         words = submitted([name, f"{key}=here/it/is"])[2:]
-        refuse_relative_under_submit(override(RunConfig(), dict(word.split("=", 1) for word in words)))
+        given = dict(word.split("=", 1) for word in words)
+        refuse_relative_under_submit(override(RunConfig(), {"run.name": "r"} | given))
 
 
 def test_a_relative_model_or_source_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:

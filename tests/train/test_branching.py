@@ -34,14 +34,15 @@ def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_run_that_pauses_is_the_run(config: RunConfig, tmp_path: Path) -> None:
+    config = override(config, {"train.workers": 1})
     whole = driver.fit(override(config, {"run.name": "whole"}), quiet=True)
     parts = []
-    for until in (5, 5, 0):  # the second finds itself where it is to be
+    for until in (5, 0):
         parts.append(driver.fit(override(config, {"run.name": "parts", "train.until": until}), quiet=True))
         ended = client(tracking.tracking_uri(config)).get_run(parts[-1].run_id).info.status
         assert ended == ("FINISHED" if until == 0 else "RUNNING")
-    assert [int(part.metrics["step"]) for part in parts] == [5, 5, 8]
-    assert [bool(part.encoder) for part in parts] == [False, False, True]
+    assert [int(part.metrics["step"]) for part in parts] == [5, 8]
+    assert [bool(part.encoder) for part in parts] == [False, True]
     assert len({part.run_id for part in parts}) == 1
     assert history(tmp_path / "parts") == history(tmp_path / "whole")
     assert parts[-1].metrics == whole.metrics
@@ -68,14 +69,13 @@ def test_a_branch_begins_as_its_donor_and_goes_its_own_way(
     changes = {"run.begin": str(begin), "train.zero_stage": child, "train.until": 0, "masked.learning_rate": 3e-4}
     branch = override(asked, changes | {"run.name": "child"})
 
-    driver.fit(override(branch, {"train.until": 4}), quiet=True)
-    of_child, of_donor = content(written(tmp_path / "child")[-1]), content(begin)
+    outcome = driver.fit(branch, quiet=True)
+    of_child, of_donor = content(written(tmp_path / "child")[0]), content(begin)
     assert of_child.keys() == of_donor.keys()
     assert sum(bool(np.any(value)) for value in of_donor.values()) > 100
     for name, value in of_donor.items():
         np.testing.assert_array_equal(of_child[name], value)
 
-    outcome = driver.fit(branch, quiet=True)
     assert int(outcome.metrics["step"]) == 8
     assert sorted(history(tmp_path / "child")) == [5, 6, 7, 8]
 
