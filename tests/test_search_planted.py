@@ -85,6 +85,7 @@ def test_an_effect_of_three_noise_sds_is_found() -> None:
     assert right >= 90
 
 
+@pytest.mark.full
 def test_intervals_hold_the_true_gain() -> None:
     """Both bounds of all comparisons of a search hold in 90 of 100 searches (95 % each)."""
     held = 0

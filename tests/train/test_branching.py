@@ -33,6 +33,7 @@ def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return override(small, {**STEPS, **changes})
 
 
+@pytest.mark.full
 def test_a_run_that_pauses_is_the_run(config: RunConfig, tmp_path: Path) -> None:
     config = override(config, {"train.workers": 1})
     whole = driver.fit(override(config, {"run.name": "whole"}), quiet=True)
