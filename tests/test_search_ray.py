@@ -87,7 +87,8 @@ def test_the_best_trial_and_the_recipe_run_again_with_fresh_seeds(
     """Asked for later, they go on from the trials that there are."""
     first = search.run(words)
     trials = read_ledger(tmp_path)
-    result = search.run([*words, "search.confirm=1x2", "search.noise_seeds=3"])
+    later = [word for word in words if not word.startswith("search.confirm=")]
+    result = search.run([*later, "search.confirm=1x2", "search.noise_seeds=3"])
     config = search.recipe_config(words, "")
     parent, children = of_mlflow(config, result["run_id"])
     ledger = read_ledger(tmp_path)
