@@ -1,4 +1,4 @@
-"""How long a search takes, by the speed of runs that there were."""
+"""Expected duration of a search, by the speed of earlier runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tune.plan import Plan, rungs
 from tune.screen import duration
 
 START_UP_S = 25.0
-"""Of a run's workers, about: Ray Train on two cores."""
+"""Start of a run's workers by Ray Train, about, on two cores."""
 LOOKED_AT = 20
 """Newest runs in storage.root whose speed is asked for."""
 

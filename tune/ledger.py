@@ -61,7 +61,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """Of the weights that it left; of one that did not finish the last reported; NaN: none."""
+        """Score of the weights that it left; of a run that did not finish, the last reported; NaN: none."""
         if self.result is not None:
             return self.result
         return self.reports[-1][1] if self.reports and self.status != FINISHED else math.nan

@@ -101,7 +101,7 @@ def sentence(verdict: Verdict | None, best: str) -> str:
         return "no trial finished with a score"
     if verdict is None:
         return f"not confirmed: {best} scored best; too few runs with fresh seeds say how much of that is noise"
-    first = verdict.comparisons[0]
+    first = verdict.best or verdict.comparisons[0]
     sure = (
         f"gain {first.gain:+.4f}, above {first.low:+.4f} and below {first.high:+.4f} with 95 % each ({first.seeds} "
         f"fresh seeds against {verdict.recipe_seeds} of the recipe, noise SD {verdict.noise_sd:.4f})"

@@ -45,12 +45,12 @@ def started_by() -> dict[str, str]:
 
 
 def command() -> str:
-    """What was typed, without passwords."""
+    """The command as it was typed, without passwords."""
     return redact(shlex.join(["python", "/".join(Path(sys.argv[0]).parts[-2:]), *sys.argv[1:]]))[:5000]
 
 
 def environment() -> dict[str, str]:
-    """What a job that is uploaded has to be told of its origin."""
+    """Environment variables by which an uploaded job knows its origin."""
     commit, changed = _commit()
     return {USER: _user()} | ({COMMIT: commit, CHANGED: changed} if commit else {})
 
