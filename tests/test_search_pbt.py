@@ -15,7 +15,7 @@ from kmtr.train import driver
 from kmtr.types import InputError
 from tune import pbt, space
 from tune.ledger import FAILED, FINISHED, STOPPED, Ledger, Trial
-from tune.plan import Plan, settings
+from tune.plan import Plan, begin_of, settings
 
 RATE = "masked.learning_rate"
 PBT = {
@@ -168,7 +168,7 @@ def test_a_child_is_its_donor_right_after_the_exploit(
             trained(plan, run, until, tmp_path)
     (child,) = (run for run in plan.ledger.runs.values() if run.donor)
     donor = plan.ledger.runs[child.donor]
-    before, after = (content(tmp_path / child.name / "begin"), content(written(tmp_path / child.name)[0]))
+    before, after = (content(begin_of(tmp_path, child)), content(written(tmp_path / child.name)[0]))
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     own, donors = (history(tmp_path / run.name, "masked/loss") for run in (child, donor))
