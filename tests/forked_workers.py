@@ -122,7 +122,11 @@ def work(rank: int, world: int, job: dict[str, Any], meeting: str) -> None:
     folder = Path(job["folder"])
     reports = len(list((folder / "train").glob("checkpoint_*")))
     here = SimpleNamespace(
-        get_world_rank=lambda: rank, get_world_size=lambda: world, get_local_world_size=lambda: world
+        get_world_rank=lambda: rank,
+        get_world_size=lambda: world,
+        get_local_world_size=lambda: world,
+        get_local_rank=lambda: rank,
+        get_node_rank=lambda: 0,
     )
 
     def report(metrics: dict[str, float], checkpoint: Any, checkpoint_upload_fn: Any, **_: Any) -> None:

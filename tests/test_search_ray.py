@@ -231,3 +231,29 @@ def test_what_a_killed_trial_reserved_is_given_back(cluster: None) -> None:
     assert placement_group_table()[mine.id.hex()]["state"] == "CREATED"
     remove_placement_group(mine)
     ray.kill(living)
+
+
+@pytest.mark.full
+def test_a_population_on_ray_tune(cluster: None, words: list[str], tmp_path: Path) -> None:
+    """Four members of six steps that are compared twice: each time the last goes on from the state of the first."""
+    members = [word for word in words if not word.startswith("search.")]
+    asked = ["stage=masked", "masked.steps=6", "search.scheduler=pbt", "search.trials=4", "search.grace_steps=2"]
+    result = search.run([*members, *asked, "search.space.masked.learning_rate=loguniform(0.0001,0.01)"])
+    config = search.recipe_config([*members, *asked], "")
+    ledger = {run["name"]: run for run in read_ledger(tmp_path)}
+    children = [run for run in ledger.values() if run["donor"]]
+    assert [(child["generation"], child["begun"]) for child in children] == [(1, 2), (2, 4)]
+    assert sorted(run["status"] for run in ledger.values()) == ["finished"] * 4 + ["stopped"] * 2
+    assert not result["confirmed"]
+    store = client(tracking.tracking_uri(config))
+    for child in children:
+        donor = ledger[child["donor"]]
+        assert child["reports"][0] == donor["reports"][[step for step, _ in donor["reports"]].index(child["begun"])]
+        run = store.get_run(child["run_id"])
+        assert (run.info.status, run.data.tags["search.donor"]) == (
+            "FINISHED" if child["status"] == "finished" else "KILLED",
+            donor["name"],
+        )
+        steps = sorted(point.step for point in store.get_metric_history(child["run_id"], "masked/loss"))
+        assert steps == list(range(child["begun"] + 1, child["reports"][-1][0] + 1))
+    assert of_mlflow(config, result["run_id"])[0].info.status == "FINISHED"

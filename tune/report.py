@@ -14,8 +14,8 @@ from kmtr.files import write_atomic
 from kmtr.metrics.resampling import Difference, difference, resample
 from kmtr.report.html import Table, markdown_table, png, write_report
 from kmtr.tracking.store import reaching
+from kmtr.train import driver, held, registered
 from kmtr.train import folder as runs
-from kmtr.train import held
 from kmtr.types import KmtrError, redact
 from tune import figures
 from tune.importance import ENOUGH, importance
@@ -26,7 +26,8 @@ from tune.verdict import Verdict, sentence
 
 RESAMPLES = 1000
 PUBLISHED = "published"
-"""File in a search's folder, written last: digest of the ledger that MLflow and the page show."""
+"""File in a search's folder, written last: digest of the ledger that MLflow and the page show, and under which name its
+best trial was registered."""
 
 
 def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
@@ -48,15 +49,20 @@ def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
 
 
 def close_children(config: RunConfig, ledger: Ledger) -> None:
-    """End the MLflow runs whose process Tune killed, after what their spools still hold is sent."""
+    """End the MLflow runs whose process Tune killed, after what their spools still hold is sent; what a finished run
+    could not send is sent too.
+    """
     uri = config.tracking.uri
     for run in list(ledger.runs.values()):
+        if run.status == FINISHED and (done := runs.finished(Path(config.storage.root) / run.name)) is not None:
+            driver.settled(done, config)
         if run.status == FINISHED or (run.status == STOPPED and run.run_id):
             continue
         run_id = tracking.find_run(uri, config.tracking.experiment, run.name)
         if run_id is None:
             continue
         ledger.update(run.name, run_id=run_id)
+        tracking.send_rest(Path(config.storage.root) / run.name, uri, driver.NODES_S)
         tracking.replay(Path(config.storage.root) / run.name / "spool", uri)
         stopped = "replaced" if config.search.scheduler == "pbt" else "asha"
         why = {STOPPED: stopped, WAITING: "interrupted"}.get(run.status)
@@ -127,14 +133,34 @@ def publish(plan: Plan, folder: Path, parent: str) -> Path:
             mlflow.set_tag(parent, key, str(value))
         for file in files:
             mlflow.log_artifact(parent, str(file))
-    write_atomic(folder / PUBLISHED, plan.ledger.digest)
+    if best is not None:
+        register(plan, best, said, verdict)
+    write_atomic(folder / PUBLISHED, _mark(plan))
     return page
+
+
+def register(plan: Plan, best: Trial, said: str, verdict: Verdict | None) -> None:
+    """The trial that is left in MLflow's registry, under `tracking.model`, as ``@best``; as ``@confirmed`` only where
+    it is better than the recipe beyond noise. What another search has confirmed stays so.
+    """
+    config = plan.space.config
+    found = registered.register(config, best.run_id, best.encoder)
+    if found:
+        version = found["registered"].rpartition("/")[2]
+        sure = verdict is not None and verdict.best is not None
+        ours = {run.run_id for run in plan.ledger.runs.values()}
+        aliases = {"best": True, "confirmed": sure}
+        tracking.point(config.tracking.uri, config.tracking.model, version, aliases, said, ours)
 
 
 def published(plan: Plan, folder: Path) -> bool:
     """True if what the ledger says now was published."""
     path = folder / PUBLISHED
-    return path.is_file() and path.read_text() == plan.ledger.digest
+    return path.is_file() and path.read_text() == _mark(plan)
+
+
+def _mark(plan: Plan) -> str:
+    return f"{plan.ledger.digest} {plan.space.config.tracking.model}".rstrip()
 
 
 def about(plan: Plan, verdict: Verdict | None, important: bool) -> list[str]:

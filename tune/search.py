@@ -59,7 +59,7 @@ def run(words: list[str]) -> dict[str, Any]:
         InputError: this search can't run, on this dataset or cluster.
         KmtrError: no trial finished with a score, or another command is at work on the search.
     """
-    from kmtr.train import driver
+    from kmtr.train import driver, registered
     from kmtr.train.folder import content_digest
     from tune import report, space
     from tune.ledger import Ledger
@@ -75,6 +75,7 @@ def run(words: list[str]) -> dict[str, Any]:
     check_scores(config, dataset)
     searched = space.of(config)
     check_searched(searched)
+    registered.check(config)
     what = identity(config, content_digest(config, dataset))
     named = config.run.name or f"search-{config.recipe}-{hashed(what)}"
     name, folder = driver.run_folder(override(config, {"run.name": named}), dataset)
@@ -95,6 +96,7 @@ def run(words: list[str]) -> dict[str, Any]:
         from kmtr import tracking
 
         print(f"search: {name} is finished, reused (run.fresh=true starts anew)")
+        report.close_children(config, plan.ledger)
         return told(plan, name, tracking.find_run(config.tracking.uri, config.tracking.experiment, name) or "")
     folder.mkdir(parents=True, exist_ok=True)
     with owning(folder, f"search {name}"):
@@ -214,6 +216,7 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
     from kmtr.report.html import text_table
     from tune import report
 
+    config = plan.space.config
     best, verdict, said = report.conclusion(plan)
     print(text_table(report.table(plan)))
     if verdict is not None:
@@ -231,6 +234,7 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
         "best_trial": best.number,
         "best_run_id": best.run_id,
         "encoder": best.encoder,
+        **({"registered": f"models:/{config.tracking.model}@best"} if config.tracking.model else {}),
         "metrics": {"score": best.score}
         | ({} if verdict is None else {"noise_sd": verdict.noise_sd, "gain": verdict.comparisons[0].gain}),
         "trials": plan.wanted,

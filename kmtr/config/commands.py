@@ -62,7 +62,9 @@ class Simulate(Section):
 
 class Evaluate(Section):
     encoder: str = Field(
-        "", description="exported encoder; empty: the one of the run with this configuration; none: baselines only"
+        "",
+        description="exported encoder, a folder or models:/NAME@ALIAS of MLflow's registry; empty: the one of the run "
+        "with this configuration; none: baselines only",
     )
     targets: Phenotypes = Field(PROBED, description="phenotypes that are probed, where the dataset has them")
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")

@@ -244,8 +244,8 @@ class Task(Section):
     system: str = Field("kspace", description="system that they are trained on (kmtr/systems)")
     encoder: str = Field(
         "",
-        description="encoder (folder) that kspace starts from; empty: of the finished pretraining with these settings; "
-        "none: from scratch",
+        description="encoder that kspace starts from: a folder, or models:/NAME@ALIAS of MLflow's registry; empty: of "
+        "the finished pretraining with these settings; none: from scratch",
     )
     targets: Phenotypes = Field(STUDIED, description="phenotypes that the task phenotypes regresses")
     diseases: Diseases = Field(("dcm", "hcm"), description="diseases that the task diseases tells apart")
@@ -421,7 +421,11 @@ class Tracking(Section):
     uri: str = Field("", description="MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in storage.root")
     experiment: str = Field("kmtr", description="MLflow experiment")
     model: str = Field(
-        "", description="finetune.py: name in MLflow's registry, of which the model is a new version; empty: none"
+        "", description="name in MLflow's registry, of which the encoder or model is a new version; empty: none"
+    )
+
+    system_s: float = Field(
+        10.0, ge=0, description="seconds between readings of CPU, memory, network and GPUs of each node; 0: none"
     )
 
     @pydantic.field_validator("model")

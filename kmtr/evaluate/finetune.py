@@ -34,10 +34,10 @@ from kmtr.metrics.dense import DICE, IMAGES
 from kmtr.metrics.diseases import detection
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Cell, Table, text_table
-from kmtr.train import choice, driver, start
+from kmtr.train import choice, driver, registered, start
 from kmtr.train.folder import Outcome, write_json
 from kmtr.train.resolve import resolve
-from kmtr.types import DISEASES, PHENOTYPES, InputError, KmtrError
+from kmtr.types import DISEASES, PHENOTYPES, KmtrError
 
 RESULT = "test.json"
 
@@ -45,11 +45,7 @@ RESULT = "test.json"
 def run(config: RunConfig) -> dict[str, Any]:
     """Train on labels, or find that it is done; what the last line on stdout says."""
     config, dataset = resolve(config)
-    if config.tracking.model and not start.labels_of(config):
-        raise InputError(
-            "tracking.model: expected a task that predicts numbers (phenotypes, diseases), which a registered model "
-            f"answers with, got task.tasks={','.join(config.task.tasks)}; jobs/predict.py writes masks and images"
-        )
+    registered.check(config)
     name, folder = driver.run_folder(config, dataset)
     if driver.finished(folder) is None:
         there, labels = dataset.rows("train"), config.task.labels
@@ -77,18 +73,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     chosen, said = choice.shown(outcome.metrics, config)
     print(f"  model     {outcome.encoder}\n            {chosen}")
     print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
-    return asdict(outcome) | {"model": outcome.encoder} | said | tested | registered(config, outcome)
-
-
-def registered(config: RunConfig, outcome: Outcome) -> dict[str, str]:
-    """Put the model into MLflow's registry under `tracking.model`, or find it there; empty: it is not asked for."""
-    name = config.tracking.model
-    if not name:
-        return {}
-    version, new = tracking.register(config.tracking.uri, outcome.run_id, name, Path(outcome.encoder))
-    uri = f"models:/{name}/{version}"
-    print(f"  registry  {uri}{f', also models:/{name}/latest' if new else ', registered before'}")
-    return {"registered": uri}
+    return (
+        asdict(outcome)
+        | {"model": outcome.encoder}
+        | said
+        | tested
+        | registered.register(config, outcome.run_id, outcome.encoder)
+    )
 
 
 def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dict[str, Any]:

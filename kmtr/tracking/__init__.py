@@ -3,8 +3,9 @@
 ``import mlflow`` costs seconds, so it happens inside functions, never when this package is imported.
 """
 
+from kmtr.tracking.nodes import readings, send_rest
 from kmtr.tracking.origin import command, started_by, versions
-from kmtr.tracking.registry import fetch, register
+from kmtr.tracking.registry import fetch, kept, point, register
 from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded
 from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
 from kmtr.tracking.store import tracking_uri, where
@@ -18,13 +19,17 @@ __all__ = [
     "fetch",
     "find_run",
     "history",
+    "kept",
     "log_dataset",
     "open_run",
     "owner",
+    "point",
+    "readings",
     "recorded",
     "register",
     "replay",
     "send",
+    "send_rest",
     "started_by",
     "tracking_uri",
     "unsent",

@@ -121,6 +121,11 @@ class Spool:
         with self._lock:
             self._append({"artifact": str(staged), "to": folder})
 
+    @property
+    def reached(self) -> int:
+        """Greatest step that it has recorded; -1: none."""
+        return max((step for steps in self._recorded.values() for step in steps), default=-1)
+
     def end(self, status: Status) -> None:
         """Records how the run ended; told when all that was recorded before has arrived."""
         with self._lock:

@@ -35,6 +35,9 @@ SPOOL = "spool"
 SEND_S = 60.0
 """Time that the end of a command waits for MLflow."""
 
+NODES_S = 5.0
+"""Time before that for the readings of the nodes, on which no number depends."""
+
 log = logging.getLogger(__name__)
 
 
@@ -169,6 +172,7 @@ def _opened(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked:
 def settled(done: Outcome, config: RunConfig) -> Outcome:
     """The outcome of a finished run; what MLflow does not have of it yet is sent, which is said."""
     spool = Path(done.folder) / SPOOL
+    tracking.send_rest(Path(done.folder), config.tracking.uri, NODES_S)
     if tracking.owner(spool) and (tracking.unsent(spool) or not tracking.ended(spool)):
         left = tracking.send(spool, config.tracking.uri, "FINISHED", SEND_S)
         _say_unsent(left, spool) if left else log.warning("tracking: %s: MLflow has all of it now", done.name)
@@ -231,6 +235,7 @@ def _stage(config: RunConfig, run_id: str, folder: Path, files: Sequence[Path]) 
 
 def _end(config: RunConfig, run_id: str, status: tracking.Status | None, folder: Path) -> None:
     """Send what the spool holds, and then end the MLflow run; None: it only pauses."""
+    tracking.send_rest(folder, config.tracking.uri, NODES_S)
     try:
         spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
     except (KmtrError, OSError) as error:

@@ -16,6 +16,8 @@ from kmtr.files import write_atomic
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"
+SPEED = "speed/subjects_per_s"
+"""Metric of a run: subjects/s over all workers."""
 MASKED_ENCODER = "encoder-masked"
 """Encoder of the end of masked pretraining, in a run's folder."""
 STATISTICS = "statistics.safetensors"

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
-from kmtr import machine
+from kmtr import machine, tracking
 from kmtr.config import RunConfig, from_json
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.device import HostBatch
 from kmtr.exported import WEIGHTS, read_weights
-from kmtr.tasks import Model, Preparer
-from kmtr.tracking import Spool
+from kmtr.tasks import Model, Preparer, stage_of
 from kmtr.train import checkpoint, choice, guard, heads, validation, watch
 from kmtr.train.agreed import SAVE, STOP, together, together_wishing
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
-from kmtr.train.folder import MASKED_ENCODER, by_setting
+from kmtr.train.folder import MASKED_ENCODER, SPEED, by_setting
 from kmtr.train.handed import taken
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
@@ -52,7 +52,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     tell, device = Sender(job["progress"]), ray.train.torch.get_device()
     if settled := tell.settled():
         return {"error": settled}
-    with watch.beating(tell, ray.train.get_context().get_world_rank(), device) as pulse:
+    context = ray.train.get_context()
+    with _node_read(job, context), watch.beating(tell, context.get_world_rank(), device) as pulse:
         try:
             return Worker(job, tell, pulse).run()
         except KmtrError as error:
@@ -108,11 +109,11 @@ class Worker:
         self.engine = ShardedEngine(model, config, self.world, device)
         self.step = TrainingStep(config, self.engine, prepare, device, self.world)
         self.validate = validation.of(config, dataset, prepare, self.rank, self.world, device)
-        tracking = job["tracking"]
+        known = job["tracking"]
         self.spool = None
         if self.rank == 0:
             say = partial(_indented, tell)
-            self.spool = Spool(tracking["spool"], tracking["uri"], tracking["run_id"], say)
+            self.spool = tracking.Spool(known["spool"], known["uri"], known["run_id"], say)
         self.progress = self._restored()
         self.metrics = self.progress.metrics
         self.saved = self.progress.step
@@ -120,6 +121,7 @@ class Worker:
         self.written.set()
         self.nothing = tempfile.TemporaryDirectory()
         self.watch = _Watch()
+        self.told: dict[str, float] = {}
 
     def _restored(self) -> Progress:
         """The progress of the last checkpoint, which the engine goes on from; a new one where there is none."""
@@ -141,7 +143,7 @@ class Worker:
         if layout != before:
             progress.layouts.append((progress.step, layout))
         if self.spool and self.tell:
-            self.spool.metrics(progress.step, {f"run/{k}": v for k, v in layout.items() if not isinstance(v, str)})
+            self.spool.metrics(progress.step, {"run/workers": self.world})
             if last is None and self.spool.continued:
                 self.tell.say("  step      0  starts again, since no checkpoint was written before it was interrupted")
             if last is not None:
@@ -269,22 +271,26 @@ class Worker:
             )
 
     def _log(self, report: Report) -> None:
-        stage, done = report.stage, self.progress.step
-        logged = {f"{stage}/{name}": value for name, value in report.means.items()}
-        logged |= {
-            f"{stage}/learning_rate": report.rates[next(iter(self.validate.prepare.readers))],
-            **{
-                f"{stage}/learning_rate_{domain.replace('.', '_')}": rate
-                for domain, rate in report.rates.items()
-                if domain.startswith("heads.")
-            },
-            f"{stage}/gradient_norm": self.engine.gradient_norm(),
-            "epoch": float(self.plan.epoch(done - 1)),
-        }
+        stage, done, means = report.stage, self.progress.step, report.means
+        whole = means.get("loss")  # of a single task the same curve as that task's
+        logged = {f"{stage}/{name}": value for name, value in means.items() if name == "loss" or value != whole}
+        logged[f"{stage}/learning_rate"] = report.rates[next(iter(self.validate.prepare.readers))]
+        for head in stage_of(self.config, done - 1)[0].fresh:
+            logged[f"{stage}/learning_rate_heads_{head}"] = report.rates[f"heads.{head}"]
+        logged[f"{stage}/gradient_norm"] = self.engine.gradient_norm()
+        logged["data/epoch"] = float(self.plan.epoch(done - 1))
         logged |= self.watch.rates(self.config, self.world, self.device)
         if self.spool and self.tell:
-            self.spool.metrics(done, {k: v for k, v in logged.items() if math.isfinite(v)})
+            told = {name: value for name, value in logged.items() if math.isfinite(value) and self._news(name, value)}
+            self.spool.metrics(done, told)
             self.tell.put(done, stage, logged)
+
+    def _news(self, name: str, value: float) -> bool:
+        """False for a value that seldom changes and is what it was: its chart would be a line."""
+        if not name.startswith("data/") and not name.endswith("/top1_chance"):
+            return True
+        before, self.told[name] = self.told.get(name), value
+        return before != value
 
     def _evaluate(self, stage: str) -> None:
         """Validation, the guard of alignment, and of training on labels the choice of its weights."""
@@ -381,6 +387,15 @@ class Worker:
             checkpoint.export_encoder_from(folder, self.folder / MASKED_ENCODER, self.config, self.tables)
 
 
+def _node_read(job: dict[str, Any], context: Any) -> AbstractContextManager[None]:
+    """One worker of each node tells MLflow what that does."""
+    every_s = from_json(job["config"]).tracking.system_s
+    if not every_s or context.get_local_rank():
+        return nullcontext()
+    known = job["tracking"]
+    return tracking.readings(Path(job["folder"]), known["uri"], known["run_id"], context.get_node_rank(), every_s)
+
+
 def newest(folder: Path) -> Path | None:
     """The last checkpoint of a run that Ray Train knows; where its list was set aside (`trainer.set_aside`), the last
     to which no file is missing.
@@ -448,12 +463,12 @@ class _Watch:
         seconds, lines = time.perf_counter() - self.began, int(self.lines)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak()
         rates = {
-            "subjects_per_s": self.steps * config.data.global_batch / seconds,
-            "tokens_per_s": lines * world / seconds,
-            "data_wait_fraction": self.wait_s / seconds,
-            "true_acceleration": int(self.existing) / max(lines, 1),
-            "padding_fraction": 1 - self.data / max(self.bytes, 1),
-            "memory_gib": peak / 2**30,
+            SPEED: self.steps * config.data.global_batch / seconds,
+            "speed/tokens_per_s": lines * world / seconds,
+            "speed/data_wait_fraction": self.wait_s / seconds,
+            "data/true_acceleration": int(self.existing) / max(lines, 1),
+            "data/padding_fraction": 1 - self.data / max(self.bytes, 1),
+            "speed/memory_gib": peak / 2**30,
         }
         self.reset()
         return rates

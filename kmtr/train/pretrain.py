@@ -11,7 +11,7 @@ from kmtr.config import RunConfig
 from kmtr.data.loader import planning
 from kmtr.data.loader.planning import unreached
 from kmtr.ray_start import start_ray
-from kmtr.train import driver
+from kmtr.train import driver, registered
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -21,7 +21,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     done = driver.finished(folder)
     if done is not None:
         print(f"pretrain: {name} is finished, reused (run.fresh=true starts anew)")
-        return asdict(done)
+        driver.settled(done, config)
+        return asdict(done) | registered.register(config, done.run_id, done.encoder)
     print(
         f"pretrain: {name}: {dataset.rows('train')} subjects, {config.masked_steps} steps of masked pretraining and "
         f"{config.align_steps} of alignment, batch {config.data.global_batch} on {config.train.workers} worker(s), "
@@ -44,4 +45,4 @@ def run(config: RunConfig) -> dict[str, Any]:
         return asdict(outcome)
     print(f"pretrain: {name} finished in {time.perf_counter() - began:.0f} s")
     print(f"  encoder   {outcome.encoder}\n  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
-    return asdict(outcome)
+    return asdict(outcome) | registered.register(config, outcome.run_id, outcome.encoder)

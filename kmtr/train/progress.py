@@ -15,6 +15,7 @@ from typing import Any
 
 from kmtr.progress import Screen
 from kmtr.ray_start import NAMESPACE
+from kmtr.train.folder import SPEED
 from kmtr.train.watch import Watch
 
 SHOWN = {
@@ -293,7 +294,7 @@ class Display:
             self.screen.line(f"  step {step:>6}  guard        {stage} costs what was learnt ({lost}): stopped, undone")
             return
         parts = [f"{shown} {metrics[f'{stage}/{n}']:.4f}" for n, shown in SHOWN.items() if f"{stage}/{n}" in metrics]
-        speed = f"{metrics['subjects_per_s']:.1f} subjects/s  wait {100 * metrics['data_wait_fraction']:.0f} %"
+        speed = f"{metrics[SPEED]:.1f} subjects/s  wait {100 * metrics['speed/data_wait_fraction']:.0f} %"
         told = f"{stage}   {'  '.join(parts)}   {speed}"
         if self.screen.terminal:
             self.screen.move(step, told)

@@ -5,12 +5,14 @@ need of it found, so that none searches or reads it again.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from kmtr import tracking
 from kmtr.config import MIN_ALIGNED_SUBJECTS, RunConfig, override
 from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import planning
+from kmtr.tracking.registry import SCHEME
 from kmtr.train import start
 from kmtr.types import InputError
 
@@ -18,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
-    """The configuration with absolute paths, and its dataset: all that a command needs that does not train.
+    """The configuration with absolute paths, and its dataset: all that a command needs that does not train. An encoder
+    of MLflow's registry is downloaded.
 
     Raises:
-        InputError: the dataset is missing or damaged.
+        InputError: the dataset is missing or damaged, or there is no such encoder.
     """
     config = override(
         config,
@@ -34,6 +37,10 @@ def open_data(config: RunConfig) -> tuple[RunConfig, Dataset]:
             "tracking.uri": tracking.tracking_uri(config),
         },
     )
+    for key, named in (("task.encoder", config.task.encoder), ("evaluate.encoder", config.evaluate.encoder)):
+        if named.startswith(SCHEME):
+            folder = tracking.kept(config.tracking.uri, named, Path(config.storage.root))
+            config = override(config, {key: str(folder)})
     return config, Dataset.open(config.data)
 
 

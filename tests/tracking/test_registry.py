@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from exported import TARGETS, model_folder
 
 import kmtr
@@ -17,9 +18,11 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import statistics
 from kmtr.data.sources import read
-from kmtr.exported import MODEL_HEAD
-from kmtr.tracking import fetch, open_run, register, tracking_uri
+from kmtr.exported import MODEL_HEAD, WEIGHTS, export_encoder
+from kmtr.model.encoder import line_encoder
+from kmtr.tracking import fetch, open_run, point, register, tracking_uri
 from kmtr.tracking.store import client
+from kmtr.train.resolve import open_data
 from kmtr.types import InputError
 
 pytestmark = pytest.mark.slow
@@ -86,3 +89,49 @@ def test_it_is_registered_once_and_any_process_loads_it(
         with pytest.raises(InputError, match=says) as error:
             fetch(uri, asked, tmp_path / "none")
         assert "\n" not in str(error.value)
+
+
+def aliases(uri: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in client(uri).get_registered_model("reader").aliases.items()}
+
+
+def test_an_encoder_is_registered_beside_models_and_found_by_its_alias(
+    small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own it gives the embedding that its folder gives; a command downloads it once."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = override(small, {"storage.root": str(tmp_path / "runs"), "data.views": ("sax",)})
+    tables = statistics.fit(config, Dataset.open(config.data).reader("train", config.data)).tensors()
+    torch.manual_seed(5)
+    weights = line_encoder(config.data, config.model).state_dict()
+    folder = tmp_path / "runs" / "encoder"
+    export_encoder(folder, config, weights, tables)
+    uri = tracking_uri(config)
+    runs = [open_run(config, name=name) for name in ("first", "second")]
+    assert [register(uri, run_id, "reader", folder)[0] for run_id in runs] == ["1", "2"]
+    point(uri, "reader", "1", {"best": True, "confirmed": True}, "confirmed: trial 3")
+    point(uri, "reader", "2", {"best": True, "confirmed": False}, "no difference", ours=[runs[1]])
+    assert aliases(uri) == {"best": "2", "confirmed": "1"}
+    assert client(uri).get_model_version("reader", "2").description == "no difference"
+    point(uri, "reader", "2", {"best": True, "confirmed": False}, "no difference", ours=runs)
+    assert aliases(uri) == {"best": "2"}
+
+    path = tmp_path / "study" / "sub-1" / "sax.nii.gz"
+    path.parent.mkdir(parents=True)
+    values = np.random.default_rng(0).random((32, 32, 2, 4), np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([1.5, 1.5, 8.0, 1.0])), path)
+    command = [sys.executable, "-W", "ignore", "-c", ASK, uri, "models:/reader@best", str(path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["outputs"], said["ray"]) == (["embedding"], False)
+    encoder, study = kmtr.load_encoder(folder), read(str(path))
+    np.testing.assert_allclose(said["given"]["embedding"][1], encoder(study, acceleration=4), atol=1e-5)
+    np.testing.assert_allclose(said["all"]["embedding"][0], encoder(study), atol=1e-5)
+
+    asked = override(config, {"evaluate.encoder": "models:/reader@best", "tracking.uri": uri})
+    for _ in range(2):
+        place = Path(open_data(asked)[0].evaluate.encoder)
+        assert (place / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert [one.name for one in (tmp_path / "runs" / "registered").iterdir()] == [f"reader-2-{runs[1][:8]}"]
+    with pytest.raises(InputError, match=r"expected a model that jobs/finetune\.py registered"):
+        fetch(uri, "models:/reader/1", tmp_path / "model")
