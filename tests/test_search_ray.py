@@ -72,7 +72,7 @@ def test_a_search_from_its_command_to_its_best_trial(
     assert parent.data.tags["search.verdict"] == result["verdict"]
     assert result["verdict"] in parent.data.tags["mlflow.note.content"]
     assert Path(result["encoder"]).is_dir()
-    files = {file.path for file in client(tracking.tracking_uri(config)).list_artifacts(parent.info.run_id)}
+    files = {file.path for file in store_of(config).list_artifacts(parent.info.run_id)}
     assert {"search.html", "interactive.html", "keys.png", "curves.png", "parallel.png"} <= files
 
     assert search.run(words) == result
@@ -88,8 +88,13 @@ def test_the_best_trial_and_the_recipe_run_again_with_fresh_seeds(
     first = search.run(words)
     trials = read_ledger(tmp_path)
     later = [word for word in words if not word.startswith("search.confirm=")]
-    result = search.run([*later, "search.confirm=1x2", "search.noise_seeds=3"])
+    result = search.run([*later, "search.confirm=1x2", "search.noise_seeds=3", "tracking.encoder=reader"])
     config = search.recipe_config(words, "")
+    known = {str(k): str(v) for k, v in store_of(config).get_registered_model("reader").aliases.items()}
+    assert known == {"best": "1"} | ({"confirmed": "1"} if result["confirmed"] else {})
+    assert result["registered"] == "models:/reader@best"
+    version = store_of(config).get_model_version("reader", "1")
+    assert (version.run_id, version.description) == (result["best_run_id"], result["verdict"])
     parent, children = of_mlflow(config, result["run_id"])
     ledger = read_ledger(tmp_path)
     assert result["run_id"] == first["run_id"]
@@ -111,9 +116,13 @@ def test_the_best_trial_and_the_recipe_run_again_with_fresh_seeds(
         assert one.statistic(np.ones((1, one.subjects)))[0] == pytest.approx(run["result"], rel=1e-4, abs=1e-5)
 
 
+def store_of(config: RunConfig) -> Any:
+    return client(tracking.tracking_uri(config))
+
+
 def of_mlflow(config: RunConfig, run_id: str) -> tuple[Any, dict[str, Any]]:
     """The parent of a search, and its children by id."""
-    store = client(tracking.tracking_uri(config))
+    store = store_of(config)
     parent = store.get_run(run_id)
     found = store.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{run_id}'")
     return parent, {child.info.run_id: child for child in found}
@@ -130,7 +139,7 @@ def check_child(run: dict[str, Any], child: Any, config: RunConfig) -> None:
         text = ",".join(map(str, value))
         assert child.data.params[key] == tags[f"search.{key}"] == text
         assert child.info.run_name.startswith(f"{run['number']:02d} {key}={text}")
-    history = client(tracking.tracking_uri(config)).get_metric_history(child.info.run_id, guard.MEAN)
+    history = store_of(config).get_metric_history(child.info.run_id, guard.MEAN)
     reported = {point.step: point.value for point in history}
     assert [step for step, _ in run["reports"]] == sorted(reported)
     for step, score in run["reports"]:
@@ -245,7 +254,7 @@ def test_a_population_on_ray_tune(cluster: None, words: list[str], tmp_path: Pat
     assert [(child["generation"], child["begun"]) for child in children] == [(1, 2), (2, 4)]
     assert sorted(run["status"] for run in ledger.values()) == ["finished"] * 4 + ["stopped"] * 2
     assert not result["confirmed"]
-    store = client(tracking.tracking_uri(config))
+    store = store_of(config)
     for child in children:
         donor = ledger[child["donor"]]
         assert child["reports"][0] == donor["reports"][[step for step, _ in donor["reports"]].index(child["begun"])]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from kmtr import tracking
 from kmtr.config import RunConfig, from_json
-from kmtr.train.folder import RESULT, SPEED
+from kmtr.train.folder import RESULT
+from kmtr.train.folder import speeds as speeds_of
 from kmtr.types import KmtrError
 from tune.pbt import looks
 from tune.plan import Plan, rungs
@@ -67,7 +67,7 @@ def seconds_of_run(plan: Plan) -> float | None:
             config.stage,
         ):
             continue
-        speeds = sorted(speed for _, speed in tracking.history(path.parent / "spool").get(SPEED, []))
+        speeds = sorted(speed for _, speed in speeds_of(path.parent))
         if speeds:
             return config.total_steps * config.data.global_batch / speeds[len(speeds) // 2]
     return None

@@ -49,13 +49,9 @@ def open_parent(config: RunConfig, name: str, trials: int, digest: str) -> str:
 
 
 def close_children(config: RunConfig, ledger: Ledger) -> None:
-    """End the MLflow runs whose process Tune killed, after what their spools still hold is sent; what a finished run
-    could not send is sent too.
-    """
+    """End the MLflow runs whose process Tune killed, after what their spools still hold is sent."""
     uri = config.tracking.uri
     for run in list(ledger.runs.values()):
-        if run.status == FINISHED and (done := runs.finished(Path(config.storage.root) / run.name)) is not None:
-            driver.settled(done, config)
         if run.status == FINISHED or (run.status == STOPPED and run.run_id):
             continue
         run_id = tracking.find_run(uri, config.tracking.experiment, run.name)
@@ -70,6 +66,14 @@ def close_children(config: RunConfig, ledger: Ledger) -> None:
             with reaching(uri) as mlflow:
                 mlflow.set_tag(run_id, "search.stopped", why)
         tracking.end_run(uri, run_id, "FAILED" if run.status == FAILED else "KILLED")
+
+
+def send_rest(config: RunConfig, ledger: Ledger) -> None:
+    """Send what finished runs could not send; up to the first of which something is left, since MLflow is away then."""
+    for run in ledger.runs.values():
+        done = runs.finished(Path(config.storage.root) / run.name) if run.status == FINISHED else None
+        if done is not None and tracking.unsent(Path(driver.settled(done, config).folder) / driver.SPOOL):
+            return
 
 
 def steps_fraction(plan: Plan) -> float:
@@ -140,7 +144,7 @@ def publish(plan: Plan, folder: Path, parent: str) -> Path:
 
 
 def register(plan: Plan, best: Trial, said: str, verdict: Verdict | None) -> None:
-    """The trial that is left in MLflow's registry, under `tracking.model`, as ``@best``; as ``@confirmed`` only where
+    """The trial that is left in MLflow's registry (`registered.asked`) as ``@best``; as ``@confirmed`` only where
     it is better than the recipe beyond noise. What another search has confirmed stays so.
     """
     config = plan.space.config
@@ -148,9 +152,9 @@ def register(plan: Plan, best: Trial, said: str, verdict: Verdict | None) -> Non
     if found:
         version = found["registered"].rpartition("/")[2]
         sure = verdict is not None and verdict.best is not None
-        ours = {run.run_id for run in plan.ledger.runs.values()}
+        ours = {run.run_id for run in plan.ledger.runs.values()} - {""}
         aliases = {"best": True, "confirmed": sure}
-        tracking.point(config.tracking.uri, config.tracking.model, version, aliases, said, ours)
+        tracking.point(config.tracking.uri, registered.asked(config), version, aliases, said, ours)
 
 
 def published(plan: Plan, folder: Path) -> bool:
@@ -160,7 +164,7 @@ def published(plan: Plan, folder: Path) -> bool:
 
 
 def _mark(plan: Plan) -> str:
-    return f"{plan.ledger.digest} {plan.space.config.tracking.model}".rstrip()
+    return f"{plan.ledger.digest} {registered.asked(plan.space.config)}".rstrip()
 
 
 def about(plan: Plan, verdict: Verdict | None, important: bool) -> list[str]:

@@ -96,7 +96,7 @@ def run(words: list[str]) -> dict[str, Any]:
         from kmtr import tracking
 
         print(f"search: {name} is finished, reused (run.fresh=true starts anew)")
-        report.close_children(config, plan.ledger)
+        report.send_rest(config, plan.ledger)
         return told(plan, name, tracking.find_run(config.tracking.uri, config.tracking.experiment, name) or "")
     folder.mkdir(parents=True, exist_ok=True)
     with owning(folder, f"search {name}"):
@@ -189,13 +189,14 @@ def announce(plan: Plan, name: str) -> None:
 def closing(plan: Plan, parent: str) -> Iterator[None]:
     """End the MLflow runs of trials that Tune stopped after the block that runs them, and then the parent's."""
     from kmtr import tracking
-    from tune.report import close_children
+    from tune.report import close_children, send_rest
 
     config = plan.space.config
     status: Literal["FINISHED", "FAILED", "KILLED"] = "KILLED"
     try:
         yield
         close_children(config, plan.ledger)
+        send_rest(config, plan.ledger)
         status = "FINISHED" if plan.ranked() else "FAILED"
     except (KeyboardInterrupt, StoppedError):
         close_children(config, plan.ledger)
@@ -214,6 +215,7 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
         KmtrError: no trial finished with a score.
     """
     from kmtr.report.html import text_table
+    from kmtr.train import registered
     from tune import report
 
     config = plan.space.config
@@ -226,6 +228,7 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
         raise KmtrError(f"search {name}: {said}; {(reasons or ['no score on this dataset'])[0]}")
     print(f"  verdict   {said}\n  encoder   {best.encoder}")
     confirmed = verdict is not None and verdict.best is not None
+    asked = registered.asked(config)
     return {
         "run_id": parent,
         "verdict": said,
@@ -234,7 +237,7 @@ def told(plan: Plan, name: str, parent: str) -> dict[str, Any]:
         "best_trial": best.number,
         "best_run_id": best.run_id,
         "encoder": best.encoder,
-        **({"registered": f"models:/{config.tracking.model}@best"} if config.tracking.model else {}),
+        **({"registered": f"models:/{asked}@best"} if asked else {}),
         "metrics": {"score": best.score}
         | ({} if verdict is None else {"noise_sd": verdict.noise_sd, "gain": verdict.comparisons[0].gain}),
         "trials": plan.wanted,

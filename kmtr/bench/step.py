@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from kmtr import machine
+from kmtr.bench.blocks import RESAMPLES
 from kmtr.bench.data import load_of_machine, written
 from kmtr.bench.parts import PARTS
 from kmtr.bench.reference import BATCH, HEAD, Reference, count, our_parameters, widening_of
@@ -34,7 +35,6 @@ from kmtr.report.html import Table, text_table
 from kmtr.types import InputError, KmtrError, first_line
 
 LINES_ON_CPU = 2000
-RESAMPLES = 10_000
 
 
 def run(config: RunConfig) -> dict[str, Any]:

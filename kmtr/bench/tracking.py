@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from kmtr import machine
+from kmtr.bench.blocks import over
 from kmtr.bench.data import load_of_machine
-from kmtr.bench.step import LINES_ON_CPU, RESAMPLES, check_folder, device_of, fitting, on_random_data, processes
+from kmtr.bench.step import LINES_ON_CPU, check_folder, device_of, fitting, on_random_data, processes
 from kmtr.bench.tracked import BLOCK, METRICS
 from kmtr.config import RunConfig, override
 from kmtr.report.html import Table, text_table
@@ -50,20 +51,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     print(text_table(Table(title, ("MLflow server", "ms a step", "over untracked", "95 %"), rows)))
     print(f"down over up: {json.dumps(said['down_over_up'])}; a call takes {100 * said['call_share']:.3f} % of a step")
     return said
-
-
-def over(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:
-    """Ratio of median step times, with a 95 % bootstrap interval over blocks, which are drawn whole and in pairs.
-
-    Args:
-        ours, theirs: seconds, ``block step``.
-    """
-    count = len(ours)
-    drawn = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    a, b = (np.median(np.median(x, axis=1)[drawn], axis=1) for x in (ours, theirs))
-    low, high = np.percentile(a / b, [2.5, 97.5])
-    value = np.median(np.median(ours, axis=1)) / np.median(np.median(theirs, axis=1))
-    return {"ratio": round(float(value), 3), "interval": [round(float(low), 3), round(float(high), 3)]}
 
 
 def _interval(found: dict[str, Any] | None) -> tuple[str, str]:

@@ -180,7 +180,8 @@ class Bench(Section):
     pairs: int = Field(
         20,
         ge=2,
-        description="bench.py step: steps of ours and of what it is compared with, in turns; bench.py tracking: blocks",
+        description="bench.py step: steps of ours and of what it is compared with, in turns; bench.py tracking and "
+        "search: blocks",
     )
     lines: int = Field(
         0, ge=0, description="bench.py step: lines of a subject at most; 0: 2,000 on a CPU, as the recipe on a GPU"

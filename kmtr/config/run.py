@@ -421,14 +421,17 @@ class Tracking(Section):
     uri: str = Field("", description="MLflow store; empty: MLFLOW_TRACKING_URI, else SQLite in storage.root")
     experiment: str = Field("kmtr", description="MLflow experiment")
     model: str = Field(
-        "", description="name in MLflow's registry, of which the encoder or model is a new version; empty: none"
+        "", description="name in MLflow's registry, of which a model of tasks is a new version; empty: none"
     )
 
+    encoder: str = Field(
+        "", description="name in MLflow's registry, of which a pretrained encoder is a new version; empty: none"
+    )
     system_s: float = Field(
         10.0, ge=0, description="seconds between readings of CPU, memory, network and GPUs of each node; 0: none"
     )
 
-    @pydantic.field_validator("model")
+    @pydantic.field_validator("model", "encoder")
     @classmethod
     def _name(cls, value: str) -> str:
         if value and not re.fullmatch(r"\w[\w. -]{0,99}", value):

@@ -117,8 +117,7 @@ def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Out
 
 def rate(outcome: runs.Outcome, first: int, last: int) -> float:
     """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
-    logged = tracking.history(Path(outcome.folder) / "spool").get(runs.SPEED, [])
-    values = sorted(value for step, value in logged if first < step <= last)
+    values = sorted(value for step, value in runs.speeds(Path(outcome.folder)) if first < step <= last)
     return values[len(values) // 2] if values else float("nan")
 
 

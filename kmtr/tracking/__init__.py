@@ -7,7 +7,7 @@ from kmtr.tracking.nodes import readings, send_rest
 from kmtr.tracking.origin import command, started_by, versions
 from kmtr.tracking.registry import fetch, kept, point, register
 from kmtr.tracking.run import Status, end_run, find_run, log_dataset, open_run, recorded
-from kmtr.tracking.spool import Spool, ended, history, owner, replay, send, unsent
+from kmtr.tracking.spool import Spool, ended, history, moments, owner, replay, send, unsent
 from kmtr.tracking.store import tracking_uri, where
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "history",
     "kept",
     "log_dataset",
+    "moments",
     "open_run",
     "owner",
     "point",

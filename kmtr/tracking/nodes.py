@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ def readings(run: Path, uri: str, run_id: str, node: int, every_s: float) -> Ite
     wake = threading.Event()
 
     def read() -> None:
+        spool: Spool | None = None
         try:
             spool = Spool(run / f"{SPOOL}{node}", uri, run_id, log.debug)  # the run's own spool tells of an outage
             collectors = _collectors()
@@ -55,9 +56,11 @@ def readings(run: Path, uri: str, run_id: str, node: int, every_s: float) -> Ite
             while not wake.wait(every_s):
                 spool.metrics(step, {f"system/node{node}/{name}": value for name, value in _read(collectors).items()})
                 step += 1
-            spool.close(LEAVE_S)
-        except Exception as error:  # a driver of a GPU, a container without /proc: whatever it is, training goes on
-            log.warning("tracking: no readings of node %d: %s", node, brief(error))
+        except Exception as error:  # whatever it is, training goes on
+            log.warning("tracking: no readings of node %d any more: %s", node, brief(error))
+        finally:
+            if spool is not None:
+                spool.close(LEAVE_S)
 
     thread = threading.Thread(target=read, name="kmtr-node", daemon=True)
     thread.start()
@@ -69,39 +72,41 @@ def readings(run: Path, uri: str, run_id: str, node: int, every_s: float) -> Ite
 
 
 def send_rest(run: Path, uri: str, timeout_s: float) -> int:
-    """Send what the nodes of a run have read and not sent, in `timeout_s` at most; harmless where nothing is left.
+    """Send what the nodes of a run have read and not sent; after `timeout_s` nothing more is begun.
 
     Returns:
         Number of records that are left.
     """
     left, deadline = 0, time.monotonic() + timeout_s
     for spool in sorted(run.glob(f"{SPOOL}*")):
-        if unsent(spool):
-            try:
-                left += replay(spool, uri, max(0.0, deadline - time.monotonic()))
-            except KmtrError as error:
-                log.warning("tracking: %s", error)
-                left += unsent(spool)
+        remaining = deadline - time.monotonic()
+        try:
+            left += replay(spool, uri, remaining) if unsent(spool) and remaining > 0 else unsent(spool)
+        except KmtrError as error:
+            log.warning("tracking: %s", error)
+            left += unsent(spool)
     return left
 
 
 def _collectors() -> list[BaseMetricsMonitor]:
-    """MLflow's collectors of what this node has."""
+    """MLflow's collectors of what this node has; one that fails is left out, which the log says."""
     prepare()
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
     from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-    kinds: tuple[Callable[[], BaseMetricsMonitor], ...] = (CPUMonitor, NetworkMonitor, GPUMonitor)
+    kinds: tuple[type[BaseMetricsMonitor], ...] = (CPUMonitor, NetworkMonitor, GPUMonitor)
     found = []
     for kind in kinds:
         try:
-            found.append(kind())
+            one = kind()
+            one.collect_metrics()  # the use of the CPUs is that since the last look
+            one.clear_metrics()
+            found.append(one)
         except (ImportError, RuntimeError):  # by which MLflow says that there is no such device
             continue
-    for one in found:
-        one.collect_metrics()  # the use of the CPUs is that since the last look
-        one.clear_metrics()
+        except Exception as error:  # a GPU's driver, a container without a network: the others are read
+            log.warning("tracking: %s does not work here: %s", kind.__name__, brief(error))
     return found
 
 

@@ -7,10 +7,10 @@ A version is saved through a loader module (`kmtr.served`), never as a Python ob
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from kmtr.types import InputError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 LOADER = "kmtr.served"
 SCHEME = "models:/"
@@ -142,13 +144,17 @@ def kept(uri: str, model: str, root: Path, head: str = HEAD) -> Path:
     """
     with reaching(uri) as mlflow:
         one = _version(mlflow, model)
-        place = root / REGISTERED / f"{one.name}-{one.version}-{one.run_id[:8]}"
+        place = root / REGISTERED / f"{one.name}-{one.version}-{(one.run_id or '')[:8]}"
         if not place.is_dir():
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=place.parent) as half:
                 _download(mlflow, uri, one, Path(half) / "whole")
-                with suppress(OSError):  # another command was as fast
+                try:
                     (Path(half) / "whole").rename(place)
+                except OSError:
+                    if not place.is_dir():  # else another command was as fast
+                        raise
+        log.warning("%s is version %s", model, one.version)
     return _inside(place, model, head)
 
 

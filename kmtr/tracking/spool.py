@@ -267,6 +267,13 @@ def history(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
+def moments(folder: str | Path, name: str) -> list[float]:
+    """Times at which a metric was recorded, seconds since 1970, in order; empty where there is no spool."""
+    path = Path(folder) / SPOOL
+    records = _records(path, 0) if path.exists() else ()
+    return [record["t"] / 1000 for _, record in records if name in record.get("metrics", {})]
+
+
 def _behind(folder: Path, cursor: Mapping[str, int], kinds: Sequence[str] = KINDS) -> int:
     """Records on disk behind the cursors of these kinds."""
     return sum(kind in record for kind in kinds for _, record in _records(folder / SPOOL, cursor[kind]))

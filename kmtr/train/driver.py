@@ -36,7 +36,7 @@ SEND_S = 60.0
 """Time that the end of a command waits for MLflow."""
 
 NODES_S = 5.0
-"""Time before that for the readings of the nodes, on which no number depends."""
+"""Time in which the readings of the nodes are sent, on which no number depends."""
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,6 @@ def _stage(config: RunConfig, run_id: str, folder: Path, files: Sequence[Path]) 
 
 def _end(config: RunConfig, run_id: str, status: tracking.Status | None, folder: Path) -> None:
     """Send what the spool holds, and then end the MLflow run; None: it only pauses."""
-    tracking.send_rest(folder, config.tracking.uri, NODES_S)
     try:
         spool = tracking.Spool(folder / SPOOL, config.tracking.uri, run_id)
     except (KmtrError, OSError) as error:
@@ -243,6 +242,7 @@ def _end(config: RunConfig, run_id: str, status: tracking.Status | None, folder:
         return
     if status is not None:
         spool.end(status)
+    tracking.send_rest(folder, config.tracking.uri, NODES_S)
     if left := spool.close(SEND_S):
         _say_unsent(left, folder / SPOOL)
 

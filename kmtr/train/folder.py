@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kmtr import tracking
 from kmtr.config import RunConfig, plain
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns
@@ -16,8 +17,8 @@ from kmtr.files import write_atomic
 from kmtr.types import InputError
 
 RESULT, IDENTITY = "result.json", "identity.json"
-SPEED = "speed/subjects_per_s"
-"""Metric of a run: subjects/s over all workers."""
+SPEED, SPEED_BEFORE = "speed/subjects_per_s", "subjects_per_s"
+"""Metric of a run, subjects/s over all workers, and its name until 2026-11."""
 MASKED_ENCODER = "encoder-masked"
 """Encoder of the end of masked pretraining, in a run's folder."""
 STATISTICS = "statistics.safetensors"
@@ -92,6 +93,12 @@ def finished(folder: Path) -> Outcome | None:
 def finish(outcome: Outcome) -> None:
     """Keep the outcome: from now on the run is finished."""
     write_json(Path(outcome.folder) / RESULT, asdict(outcome))
+
+
+def speeds(folder: Path) -> list[tuple[int, float]]:
+    """(step, subjects/s over all workers) that a run logged, in order."""
+    logged = tracking.history(folder / "spool")
+    return logged.get(SPEED) or logged.get(SPEED_BEFORE, [])
 
 
 def by_setting(text: str, folder: Path) -> str:

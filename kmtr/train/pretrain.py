@@ -16,6 +16,7 @@ from kmtr.train import driver, registered
 
 def run(config: RunConfig) -> dict[str, Any]:
     """Pretrain, or find that it is done; what the last line on stdout says."""
+    registered.check(config)
     config, dataset = driver.resolve(config)
     name, folder = driver.run_folder(config, dataset)
     done = driver.finished(folder)

@@ -1,4 +1,4 @@
-"""What a command has trained, in MLflow's registry under `tracking.model`."""
+"""What a command has trained, in MLflow's registry: an encoder as `tracking.encoder`, a model as `tracking.model`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from kmtr.train import start
 from kmtr.types import InputError
 
 
+def asked(config: RunConfig) -> str:
+    """Name that what a run leaves is to have in the registry; empty: none."""
+    return config.tracking.model if config.stage == "task" else config.tracking.encoder
+
+
 def check(config: RunConfig) -> None:
     """Refuse a model that could not be registered, before it is trained.
 
     Raises:
         InputError: it predicts no numbers.
     """
-    if config.tracking.model and config.stage == "task" and not start.labels_of(config):
+    if asked(config) and config.stage == "task" and not start.labels_of(config):
         raise InputError(
             "tracking.model: expected a task that predicts numbers (phenotypes, diseases), which a registered model "
             f"answers with, got task.tasks={','.join(config.task.tasks)}; jobs/predict.py writes masks and images"
@@ -31,7 +36,7 @@ def register(config: RunConfig, run_id: str, exported: str) -> dict[str, str]:
         run_id: of the run that trained it.
         exported: its folder.
     """
-    name = config.tracking.model
+    name = asked(config)
     if not name:
         return {}
     version, new = tracking.register(config.tracking.uri, run_id, name, Path(exported))

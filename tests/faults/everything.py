@@ -14,24 +14,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
+from survived import process_of, wait_for
 
 WORKER, CONTROLLER, NODE, BACK, COMMAND = HOLDS = (7, 13, 19, 25, 31)
 """Steps at which something happens; a checkpoint is written every third step."""
 TIMEOUT_S = 300
-
-
-def wait_for(what: str, found: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        if result := found():
-            return result
-        time.sleep(0.05)
-    raise TimeoutError(what)
 
 
 def worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -76,17 +67,6 @@ def drive(config: Path, folder: Path) -> None:
         return {"run_id": driver.fit(from_json(config.read_text())).run_id}
 
     cli.main("usage", run)
-
-
-def process_of(title: str) -> psutil.Process | None:
-    """A process of this cluster, by its title."""
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if title in " ".join(process.cmdline()):
-                return process
-        except psutil.NoSuchProcess:
-            continue
-    return None
 
 
 def conduct(config: Path, folder: Path) -> None:

@@ -37,9 +37,9 @@ def conduct(words: list[str], folder: Path) -> None:
     cluster = Cluster(
         initialize_head=True,
         connect=False,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "_system_config": noticed_soon},
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": noticed_soon},
     )
-    node = cluster.add_node(num_cpus=1)
+    node = cluster.add_node(num_cpus=2)  # all workers are there
     environment = os.environ | {
         "RAY_ADDRESS": cluster.address,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "45",  # of workers on a node whose loss is not known yet
@@ -75,7 +75,7 @@ def conduct(words: list[str], folder: Path) -> None:
 
     killed["node"] = during(NODE, driver)
     cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=2)
     driver.wait()
     last = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     cluster.shutdown()

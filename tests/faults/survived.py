@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,11 +56,10 @@ def wait_for(what: str, found: Callable[[], T]) -> T:
 
 
 def process_of(title: str) -> psutil.Process | None:
-    """A process of this test's Ray, by its title."""
+    """The newest process of this one's Ray with such a title: one of an earlier run may be about to end."""
+    found = []
     for process in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.NoSuchProcess):
             if title in " ".join(process.cmdline()):
-                return process
-        except psutil.NoSuchProcess:
-            continue
-    return None
+                found.append((process.create_time(), process))
+    return max(found, key=lambda one: one[0])[1] if found else None

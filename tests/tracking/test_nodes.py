@@ -68,4 +68,4 @@ def test_a_collector_that_fails_costs_training_nothing(
     monkeypatch.setattr(nodes, "_collectors", broken)
     with readings(tmp_path / "broken", f"sqlite:///{tmp_path / 'm.db'}", "0" * 32, 0, 0.05):
         pass
-    assert "no readings of node 0: ValueError: a driver of another version" in caplog.text
+    assert "no readings of node 0 any more: ValueError: a driver of another version" in caplog.text
