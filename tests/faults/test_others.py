@@ -63,7 +63,7 @@ def command(fault: Fault, config: RunConfig, folder: Path) -> subprocess.Popen[s
     files[1].write_text(to_json(config))
     here = Path(__file__).parent
     return subprocess.Popen(
-        [sys.executable, str(here / "command.py"), *map(str, files)],
+        [sys.executable, str(here / "planted_command.py"), *map(str, files)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
