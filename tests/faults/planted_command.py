@@ -1,4 +1,4 @@
-"""A training command of its own, with a fault planted in its workers: python tests/faults/planted_command.py FAULT CONFIG
+"""A training command with a fault planted in its workers: python tests/faults/planted_command.py FAULT CONFIG
 
 Both are JSON files. It connects to the Ray that RAY_ADDRESS names, and ends as every command does.
 """
