@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from survived import wait_for
+from survived import PATIENCE_S, wait_for
 
 SEARCH = Path(__file__).parents[2] / "tune" / "search.py"
 DRIVER, SHELL, NODE = 1, 3, 5
@@ -58,7 +58,7 @@ def conduct(words: list[str], folder: Path) -> None:
             assert running.is_running() if isinstance(running, psutil.Process) else running.poll() is None
             return running_trial(root, number)
 
-        return wait_for(f"trial {number}", look)
+        return wait_for(f"trial {number}", look, 4 * PATIENCE_S)
 
     running = begin(command)
     killed["driver"] = during(DRIVER, running)

@@ -45,9 +45,9 @@ def check_survived(config: RunConfig, outcome: Outcome, calm: Outcome) -> None:
     assert {file.path for file in artifacts} == {"encoder/encoder.safetensors", "encoder/encoder.json"}
 
 
-def wait_for(what: str, found: Callable[[], T]) -> T:
+def wait_for(what: str, found: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
     """What `found` returns as soon as that is something."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         if result := found():
             return result

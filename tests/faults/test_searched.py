@@ -17,15 +17,15 @@ from kmtr.config import RunConfig, override
 from kmtr.tracking.store import client
 from kmtr.train import driver
 
-pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.ray, pytest.mark.full, pytest.mark.xdist_group("faults"), pytest.mark.timeout(1800)]
 
-STEPS = 24
+STEPS = 12
 SEARCH = {
     "train.workers": 1,
     "train.cpus_per_worker": 1.0,
     "masked.steps": STEPS,
-    "train.checkpoint_every": 2,
-    "train.eval_every": 2,
+    "train.checkpoint_every": 4,
+    "train.eval_every": 4,
     "search.trials": 8,
     "search.scheduler": "none",
     "search.confirm": "0x0",
@@ -47,7 +47,7 @@ def test_a_search_survives_its_command_its_shell_and_a_node(config: RunConfig, t
     script = [sys.executable, str(Path(__file__).with_name("searched.py")), str(place / "search.json"), str(place)]
     top = Path(__file__).parents[2]
     ended = subprocess.run(
-        script, capture_output=True, text=True, timeout=850, check=False, env=os.environ | {"PYTHONPATH": str(top)}
+        script, capture_output=True, text=True, timeout=1750, check=False, env=os.environ | {"PYTHONPATH": str(top)}
     )
     text = (place / "said.txt").read_text() if (place / "said.txt").is_file() else ""
     assert ended.returncode == 0, ended.stderr[-3000:] + text[-3000:]
