@@ -120,5 +120,5 @@ def conduct(config: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_raylet_start_wait_time_s": "300"}
     (drive if sys.argv[3:] else conduct)(*map(Path, sys.argv[1:3]))

@@ -86,5 +86,5 @@ def conduct(words: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_raylet_start_wait_time_s": "300"}
     conduct(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
