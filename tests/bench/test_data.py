@@ -49,7 +49,7 @@ def config(tmp_path: Path, *words: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "expected what to measure, one of data, step, tracking, got ''"),
+        ([], "expected what to measure, one of data, step, tracking, search, got ''"),
         (["speed"], "got 'speed', which is none of them"),
         (["scale", "base"], "got 'scale', which is not built yet"),
         (["data", "huge"], "recipe: expected one of tiny, base, large, got 'huge'"),

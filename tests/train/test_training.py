@@ -56,7 +56,7 @@ def curve(config: RunConfig, run_id: str, name: str) -> dict[int, list[float]]:
 
 
 @pytest.mark.ray
-@pytest.mark.xdist_group("kills")  # both are held against `undisturbed`
+@pytest.mark.xdist_group("faults")  # both are held against `undisturbed`
 def test_a_killed_worker_changes_no_number(
     cluster: None, longer: RunConfig, undisturbed: tuple[RunConfig, Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
