@@ -17,7 +17,7 @@ import psutil
 from survived import PATIENCE_S, wait_for
 
 SEARCH = Path(__file__).parents[2] / "tune" / "search.py"
-DRIVER, SHELL, NODE = 1, 3, 5
+DRIVER, SHELL, NODE = 1, 3, 6
 """Trials during which something is killed."""
 
 
@@ -70,12 +70,13 @@ def conduct(words: list[str], folder: Path) -> None:
     killed["shell"] = during(SHELL, driver)
     shell.kill()
     shell.wait()
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    killed["second"] = {"status": second.returncode, "said": second.stderr.strip().splitlines()[-1]}
+    second = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     killed["node"] = during(NODE, driver)
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=2)
+    _, error = second.communicate()
+    killed["second"] = {"status": second.returncode, "said": error.strip().splitlines()[-1]}
     driver.wait()
     last = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     cluster.shutdown()
