@@ -15,6 +15,7 @@ from typing import Any
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that failed reports no score
 os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # 20 lines where a node is lost, of which `Desk` tells in one
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # whose table is printed even at verbose=0
 
 from ray import tune
@@ -153,6 +154,9 @@ class Desk(tune.Callback):
         else:
             left = {key: result[key] for key in ("run_id", "encoder")}
             self._ends(name, status=FINISHED, result=result.get("result"), **left)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        self.screen.lost(self.ledger.runs[name_of(trial)])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         self._ends(name_of(trial), status=FAILED, reason=last_line(trial.get_error() or "its process was lost"))

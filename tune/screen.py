@@ -64,6 +64,15 @@ class Screen:
         if not self.live:
             print(f"  {self.status()}", file=self.out, flush=True)
 
+    def lost(self, run: Trial) -> None:
+        """Its process was lost, and comes again."""
+        print(
+            f"  {label(run)}  lost     its process, with its node; it goes on from its last checkpoint",
+            file=self.out,
+            flush=True,
+        )
+        self.height = 0  # the line stays above what is drawn next
+
     def close(self) -> None:
         """The last picture stays."""
         if self.live:

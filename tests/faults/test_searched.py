@@ -53,6 +53,9 @@ def test_a_search_survives_its_command_its_shell_and_a_node(config: RunConfig, t
     assert ended.returncode == 0, ended.stderr[-3000:] + text[-3000:]
     killed: dict[str, Any] = json.loads((place / "killed.json").read_text())
 
+    assert text.count("its process, with its node; it goes on") <= 1  # it may have been on the other node
+    assert "Traceback" not in text
+
     (path,) = root.glob("search-*/search.json")
     runs = json.loads(path.read_text())
     assert [(run["number"], run["status"]) for run in runs] == [(number, "finished") for number in range(8)]
