@@ -60,7 +60,7 @@ def test_a_search_survives_its_command_its_shell_and_a_node(config: RunConfig, t
     runs = json.loads(path.read_text())
     assert [(run["number"], run["status"]) for run in runs] == [(number, "finished") for number in range(8)]
     assert killed["second"]["status"] == 1
-    assert "is at work on search" in killed["second"]["said"]
+    assert "is at work on it since" in killed["second"]["said"]
     assert "is finished, reused" in killed["last"]
 
     store = client(tracking.tracking_uri(config))
