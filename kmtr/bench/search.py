@@ -37,7 +37,7 @@ FIRST = 5
 """Steps before the first block: workers, readers and compilers are warm by then."""
 WAIT_S = 300.0
 ELSEWHERE = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
-"""Of the environment: another Ray or store than those that the commands start."""
+"""Environment variables that name another Ray or store than those that the commands start."""
 TRIAL = "ImplicitFunc"
 """In the title of a trial's process, by Ray Tune."""
 ONE = (

@@ -1,5 +1,5 @@
-"""What the machines of a run do beside training, in MLflow: CPU, memory, network and GPUs of each node, by MLflow's own
-collectors and under its names (``system/node0/cpu_utilization_percentage``), through a spool of each node's own.
+"""Readings of the nodes of a run in MLflow: CPU, memory, network, GPUs, by MLflow's collectors under its names
+(``system/node0/cpu_utilization_percentage``), through a spool of each node's own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHOWN = re.compile(
     r"cpu_utilization_percentage|system_memory_usage_megabytes|network_\w+_megabytes|"
     r"gpu_\d+_(utilization_percentage|memory_usage_megabytes|power_usage_watts)"
 )
-"""Of each quantity one chart: MLflow's collectors tell many of them twice, in megabytes and as a percentage."""
+"""Metrics that are kept, one for each quantity: MLflow tells many twice, in megabytes and as a percentage."""
 LEAVE_S = 2.0
 """Time in which a worker that ends sends its last readings; what is left its driver sends (`send_rest`)."""
 

@@ -1,4 +1,4 @@
-"""What a command has trained, in MLflow's registry: an encoder as `tracking.encoder`, a model as `tracking.model`."""
+"""Registration of what was trained in MLflow's registry: encoders as `tracking.encoder`, models as `tracking.model`."""
 
 from __future__ import annotations
 
