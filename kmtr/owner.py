@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -64,11 +63,14 @@ def owning(folder: Path, what: str, lost: Callable[[], None] | None = None) -> I
 
 def owned(folder: Path) -> bool:
     """True if a living process owns the folder; one on another machine is waited for, for a sign of life."""
-    claims = _claims(folder / FOLDER)
-    if not claims or claims[-1].with_suffix(".released").exists():
-        return False
-    lives = _owner_of(claims[-1]).lives_here()
-    return _beats(claims[-1]) if lives is None else lives
+    while claims := _claims(folder / FOLDER):
+        with contextlib.suppress(FileNotFoundError):  # taken over meanwhile: look at the next owner
+            lives = _owner_of(claims[-1]).lives_here()
+            if claims[-1].with_suffix(".released").exists():
+                return False
+            claims[-1].stat()  # as in _refuse_living
+            return _beats(claims[-1]) if lives is None else lives
+    return False
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ def _claimed(place: Path, what: str) -> Path:
     while True:
         earlier = _claims(place)
         if earlier:
-            _refuse_living(earlier[-1], what)
+            try:
+                _refuse_living(earlier[-1], what)
+            except FileNotFoundError:
+                continue
         claim = place / f"{int(earlier[-1].stem) + 1 if earlier else 0}.json"
         whole = place / f"{claim.stem}.{os.getpid()}.{time.time_ns()}.tmp"
         whole.write_text(content)
@@ -159,13 +164,12 @@ def _refuse_living(claim: Path, what: str) -> None:
 
     Raises:
         KmtrError: it lives.
+        FileNotFoundError: it was taken over meanwhile.
     """
-    try:
-        owner = _owner_of(claim)
-    except FileNotFoundError:  # look again
-        return
+    owner = _owner_of(claim)
     if claim.with_suffix(".released").exists():
         return
+    claim.stat()  # raises if it was taken over: a claim is removed before its sign of release
     lives = owner.lives_here()
     if lives is None:
         log.warning(
@@ -180,18 +184,15 @@ def _refuse_living(claim: Path, what: str) -> None:
 
 
 def _beats(claim: Path) -> bool:
-    """True if the claim is touched within `LEASE_S`. Only changes count, since clocks of machines differ."""
+    """True if the claim is touched within `LEASE_S`. Only changes count, since clocks of machines differ.
 
-    def touched() -> Any:
-        try:
-            return claim.stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
-
-    first, until = touched(), time.monotonic() + LEASE_S
+    Raises:
+        FileNotFoundError: it was taken over meanwhile.
+    """
+    first, until = claim.stat().st_mtime_ns, time.monotonic() + LEASE_S
     while time.monotonic() < until:
         time.sleep(0.2)
-        if touched() != first:
+        if claim.stat().st_mtime_ns != first:
             return True
     return False
 

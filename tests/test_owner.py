@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +119,12 @@ def test_an_owner_whose_folder_was_taken_over_is_told(tmp_path: Path, monkeypatc
         assert lost.wait(30)
 
 
-def take(folder: Path, began: Any, wins: Any) -> None:
+def take(folder: Path, began: Any, wins: Any, all_told: Any) -> None:
     began.wait()
     try:
         with owning(folder, "run x"):
             wins.put(os.getpid())
-            time.sleep(2)
+            assert all_told.wait(60)  # so that none comes so late that it may have it too
     except KmtrError:
         wins.put(None)
 
@@ -134,12 +133,13 @@ def test_of_many_that_come_at_once_one_wins(tmp_path: Path) -> None:
     dead = elsewhere(tmp_path)
     dead.with_suffix(".released").touch()
     context = multiprocessing.get_context("fork")
-    began, wins = context.Event(), context.Queue()
-    racers = [context.Process(target=take, args=(tmp_path, began, wins)) for _ in range(8)]
+    began, wins, all_told = context.Event(), context.Queue(), context.Event()
+    racers = [context.Process(target=take, args=(tmp_path, began, wins, all_told)) for _ in range(8)]
     for racer in racers:
         racer.start()
     began.set()
     found = [wins.get(timeout=60) for _ in racers]
+    all_told.set()
     for racer in racers:
         racer.join()
     assert sum(pid is not None for pid in found) == 1
