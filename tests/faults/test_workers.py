@@ -19,8 +19,8 @@ from kmtr.types import KmtrError
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("faults")]
 
-SHORT = {("killed", inject.SAVING), ("stopped", inject.MIDDLE), ("raises", inject.MIDDLE)}
-"""Cases that run by default."""
+SHORT = {("stopped", inject.MIDDLE), ("raises", inject.MIDDLE)}
+"""Cases that run by default; a worker is killed in tests/train/test_training.py."""
 
 
 WATCHED = {"stopped": {"train.silent_s": 10.0}, "hangs": {"train.hang_s": 20.0}}

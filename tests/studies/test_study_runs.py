@@ -1,8 +1,8 @@
-"""Both studies from their command to their report: tables, MLflow, and the same command again.
+"""Two studies from their command to their report: tables, MLflow, and the same command again.
 
 By default their tasks are run here, one after the other, and their trainings by forked processes. That Ray runs both is
 proved by single tasks below, and by the search, whose trainings start from within its trials; the marker `full` adds
-whole studies on Ray.
+the ablation, and both studies on Ray.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def test_labels_from_its_command_to_its_report_and_on_with_more_seeds(
     assert client(tracking.tracking_uri(config)).get_run(said["run_id"]).info.status == "FAILED"
 
 
+@pytest.mark.full
 def test_ablation_from_its_command_to_its_report(
     place: None, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 Every restart is a new engine with other initial weights, so what a checkpoint lacks shows. Masked reconstruction and
 alignment, EMA on; three legs, the second of which crosses from the one stage into the other. By default each ZeRO
-stage, precision, offload and accumulation comes at least once; the marker `full` adds all the others.
+stage (1 in the chain of four legs), precision, offload and accumulation comes at least once; `full` adds the others.
 
     KMTR_TABLE=table.json python -m pytest tests/train/test_resized.py      writes the table of the results page
 """
@@ -47,8 +47,8 @@ CASES |= {
 }
 CASES |= {f"zero{stage}-fp32-accumulation": {"train.zero_stage": stage, "train.accumulation": 2} for stage in (0, 2)}
 CASES |= {"zero2-bf16-accumulation": {"train.zero_stage": 2, "train.bf16": True, "train.accumulation": 2}}
-FEW = ("zero0-fp32", "zero1-fp32-offload", "zero2-bf16-accumulation", "zero3-fp32-offload")
-"""Cases that run by default: each stage, both precisions, offload and accumulation."""
+FEW = ("zero0-fp32", "zero2-bf16-accumulation", "zero3-fp32-offload")
+"""Cases that run by default: both precisions, offload and accumulation."""
 POISONED = ("zero0-fp32", "zero1-fp32-offload", "zero3-fp32-offload", "zero1-fp32", "zero2-fp32", "zero3-fp32")
 """Cases of a gradient that is not finite."""
 CHAIN = ((0, 2), (3, 1), (1, 2), (2, 4))
@@ -262,7 +262,7 @@ def copy(found: Found, tmp_path: Path) -> Path:
     """A checkpoint that may be damaged."""
     target = tmp_path / "checkpoint"
     target.mkdir()
-    for file in (found.folder / "checkpoints" / "zero1-fp32-offload-a").iterdir():
+    for file in (found.folder / "checkpoints" / "zero3-fp32-offload-a").iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     return target
 
