@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-all test-fast faults lint bench ui submit help
+.PHONY: setup demo test test-all test-fast compare faults lint bench ui submit help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -56,6 +56,14 @@ test-all: setup
 ##  test-fast    setup; then the tests without Ray and without the slow ones
 test-fast: setup
 	@$(TESTS) -m "not ray and not slow and not full"
+
+##  compare      setup; then k-MTR beside its opponents, from a simulated cohort to the report, one seed, small: it shows that
+##               each row runs, not who wins; COMPARE="key=value ..." are its settings
+COMPARE ?= masked.steps=200 align.steps=40 task.steps=60 task.frames=1 train.eval_every=20 study.bound_steps=120 \
+	study.bound_patience=2 study.seeds=0
+compare: setup
+	@$(PY) jobs/simulate.py tiny data.root=runs/compare simulate.subjects=400 simulate.difficulty=medium
+	@$(PY) jobs/study.py systems tiny data.root=runs/compare $(COMPARE)
 
 ##  faults       setup; then every fault that a run is to survive, at every moment of it; the last line counts them
 faults: setup

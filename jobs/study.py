@@ -1,6 +1,7 @@
 """python jobs/study.py labels [RECIPE] [key=value ...]
 python jobs/study.py ablation [RECIPE] [key=value ...]
 python jobs/study.py tasks [RECIPE] [key=value ...]
+python jobs/study.py systems [RECIPE] [key=value ...]
 
 labels    what pretraining is worth for 100, 200, 1,000 labels. For every seed: pretrains (masked,
           aligned, masked for longer), then R2 on held-out subjects of ridges, an untrained
@@ -13,17 +14,22 @@ tasks     phenotypes, diseases, segmentation and reconstruction in one model (or
           study.task_labels; each task alone at study.single_labels; and floors that need no
           trained network. For every seed: pretrains, trains task.steps on labels, scores on
           held-out subjects at every evaluate.accelerations, and compares on the same subjects
+systems   k-MTR beside its opponents (kmtr/studies/contenders.py): itself from scratch, the same
+          transformer on zero-filled patches, U-Nets and ResNets on zero-filled, temporally shared
+          and full images; each trains as many seconds on all labels, those on full images until
+          validation stops improving. The last two need kmtr[baselines]
 
 Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never
 done again. Tables, a figure and an HTML report lie in storage.root/study/, metrics in an MLflow
-run whose children are the trainings. tasks also keeps its finished rows in study.rows=FOLDER,
-a few MB without names of subjects: with them it goes on, or reports, on another machine;
-study.train=false reports the rows that are there.
+run whose children are the trainings. tasks and systems keep their finished rows in
+study.rows=FOLDER, a few MB without names of subjects: with them they go on, or report, on
+another machine; study.train=false reports the rows that are there.
 
 examples:
   python jobs/study.py labels tiny
   python jobs/study.py ablation study.seeds=0 study.concurrent=1
   python jobs/study.py tasks tiny study.rows=rows study.task_labels=50,200 study.single_labels=200
+  python jobs/study.py systems tiny study.systems=pretrained,unet-shared,unet-full study.seeds=0
 """
 
 from __future__ import annotations
@@ -39,10 +45,15 @@ from jobs import main, recipe_config
 
 def run(words: list[str]) -> dict[str, Any]:
     from kmtr.config.recipes import named
-    from kmtr.studies import ablation, labels, tasks
+    from kmtr.studies import ablation, labels, systems, tasks
     from kmtr.types import InputError
 
-    kinds = {"labels": labels.run, "ablation": ablation.run, "tasks": tasks.run}
+    kinds = {
+        "labels": labels.run,
+        "ablation": ablation.run,
+        "tasks": tasks.run,
+        "systems": lambda config: tasks.run(config, systems.KIND),
+    }
     what, *rest = words or [""]
     if what not in kinds:
         raise InputError(f"study: expected what to study, one of {', '.join(kinds)}, got {what!r}")

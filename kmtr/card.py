@@ -11,6 +11,7 @@ from kmtr.config import RunConfig
 from kmtr.exported import MODEL_HEAD, Trained, rebuilt
 from kmtr.files import write_atomic
 from kmtr.report.html import Table, markdown_table
+from kmtr.systems import input_of, system
 
 FILE = "README.md"
 DENSE = {"segmentation": "`masks` (a class for every pixel)", "reconstruction": "`image` (magnitude of every pixel)"}
@@ -76,10 +77,11 @@ def facts(config: RunConfig, head: dict[str, Any]) -> list[tuple[str, str]]:
     outputs += [DENSE[task] for task in config.task.tasks if task in DENSE]
     labels = ", ".join(f"`{name}` of {count}" for name, count in trained.labels.items())
     slices = f" ({data.sax_slices} short-axis slices)" if "sax" in data.views else ""
+    size = f", width {config.model.width}, depth {config.model.depth}" if system(config.task.system).tokens else ""
     begun = "initial weights" if trained.from_scratch else "a pretrained encoder"
     return [
         ("predicts", ", ".join(outputs) or "see its task"),
-        ("system", f"`{config.task.system}`, width {config.model.width}, depth {config.model.depth}"),
+        ("system", f"`{config.task.system}`{size} on input `{input_of(config)}`"),
         ("views", f"{', '.join(data.views)}{slices}"),
         ("frames, matrix, coils", f"{data.frames}, {data.matrix[0]} x {data.matrix[1]}, up to {data.coils}"),
         ("R in training", f"{', '.join(map(str, how.accelerations))}, family {how.family}, {how.acs_lines} ACS lines"),

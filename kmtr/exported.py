@@ -27,8 +27,12 @@ MODEL_FORMAT = 2
 """Format of a model's folder; one of another format is refused."""
 _TASK = {"stage"} | {
     f"task.{name}"
-    for name in ("tasks", "system", "targets", "diseases", "patch", "queries", "channels", "data_consistency")
+    for name in (
+        *("tasks", "system", "input", "unet_width", "targets", "diseases"),
+        *("patch", "queries", "channels", "data_consistency"),
+    )
 }
+"""Settings that rebuild a model, beside those that rebuild an encoder."""
 _SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 

@@ -42,11 +42,6 @@ def zerofilled(batch: Batch) -> Image:
     return _image(acquired(batch), batch)
 
 
-def shared(batch: Batch) -> Image:
-    """Magnitude image of `view_shared`, of unit RMS per subject."""
-    return _image(view_shared(batch), batch)
-
-
 @dataclass(frozen=True)
 class Shared:
     """`view_shared` and its magnitude image, of unit RMS per subject, and what leads back to the source's numbers.
@@ -93,10 +88,32 @@ def known_peak(image: Image, batch: Batch) -> Float[Tensor, " batch"]:
     return image.masked_fill(~batch.complete[..., None, None], 0.0).amax((1, 2, 3, 4))
 
 
-INPUTS: dict[str, Callable[[Batch], Tensor]] = {
+def source(batch: Batch) -> KSpace:
+    """All that the source has."""
+    return batch.kspace
+
+
+INPUTS: dict[str, Callable[[Batch], KSpace]] = {
     "acquired": acquired,
-    "zerofilled": zerofilled,
-    "shared": shared,
-    "full": full,
+    "zerofilled": acquired,
+    "shared": view_shared,
+    "full": source,
 }
-"""Name (as in `task.input`) -> input. Adding one is a function and its line here."""
+"""Name (as in `task.input`) -> k-space that a system sees, itself or as an image. Adding one is a function and a line.
+"""
+
+
+def standardised(name: str, batch: Batch, matrix: tuple[int, int]) -> Image:
+    """Magnitude image of an input on a matrix, of mean 0 and variance 1 over each subject's pixels, 0 where padded: as
+    nnU-Net takes images (Isensee et al., Nature Methods 2021).
+
+    Args:
+        matrix: that k-space is cropped or filled up with zeros to.
+    """
+    image = magnitude_image(crop_or_pad(INPUTS[name](batch), matrix, (-2, -1)))
+    present = (~batch.padded)[..., None, None].expand(image.shape)
+    count, axes = present.sum((1, 2, 3, 4), keepdim=True).clamp(min=1), (1, 2, 3, 4)
+    mean = (image * present).sum(axes, keepdim=True) / count
+    away = (image - mean) * present
+    sd = (away.square().sum(axes, keepdim=True) / count).sqrt().clamp(min=torch.finfo(image.dtype).tiny)
+    return away / sd

@@ -101,9 +101,10 @@ def test_a_relative_model_or_source_is_refused_there(monkeypatch: pytest.MonkeyP
 
 
 NO_PATHS = {
-    "recipe", "task.tasks", "task.system", "task.targets", "task.diseases", "run.name", "tracking.experiment",
+    "recipe", "run.name", "task.tasks", "task.system", "task.input", "task.targets", "task.diseases",
+    "tracking.experiment",
     "tracking.model", "tracking.encoder", "ingest.axes", "ingest.classes", "ingest.columns", "evaluate.targets",
-    "study.targets", "study.groups", "search.earlier",
+    "study.targets", "study.groups", "study.systems", "search.earlier",
 }  # fmt: skip
 """Settings that are text and name no file; a new one belongs here or into `PATHS`."""
 

@@ -230,9 +230,19 @@ class Study(Section):
         description="study.py tasks: those of task_labels at which each task is trained alone too; empty: none",
     )
     rows: str = Field(
-        "", description="study.py tasks: folder that keeps its rows, small enough to commit; empty: in the study's own"
+        "",
+        description="study.py tasks, systems: folder of finished rows, small enough to commit; empty: in storage.root",
     )
-    train: bool = Field(True, description="study.py tasks: false only reports the rows that are there")
+    systems: tuple[str, ...] = Field(
+        (), description="study.py systems: those that are compared (kmtr/studies/contenders.py); empty: all"
+    )
+    bound_steps: int = Field(
+        4000, gt=0, description="study.py systems: optimizer steps at most of those that see the full image"
+    )
+    bound_patience: int = Field(
+        5, gt=0, description="study.py systems: validations in a row without a better val/score that end those"
+    )
+    train: bool = Field(True, description="study.py tasks, systems: false only reports the rows that are there")
 
     @pydantic.model_validator(mode="after")
     def _different(self) -> Study:

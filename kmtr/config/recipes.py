@@ -69,7 +69,7 @@ def large() -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "large": large}
 
 KINDS = {
-    "study": {"labels": "tiny", "ablation": "tiny", "tasks": "tiny"},
+    "study": {"labels": "tiny", "ablation": "tiny", "tasks": "tiny", "systems": "tiny"},
     "bench": {"data": "base", "step": "tiny", "tracking": "tiny", "search": "tiny"},
 }
 """Commands whose first word is what to do -> what it may be -> recipe where none is given."""

@@ -242,6 +242,13 @@ class Align(Section):
 class Task(Section):
     tasks: tuple[str, ...] = Field((), description="tasks that stage=task trains, one or several in one model")
     system: str = Field("kspace", description="system that they are trained on (kmtr/systems)")
+    input: str = Field(
+        "",
+        description="image that unet and resnet50 see: full, zerofilled, or shared (temporally); empty: zerofilled",
+    )
+    unet_width: int = Field(
+        32, gt=0, le=512, description="channels of unet at full resolution, twice as many at each lower one up to 512"
+    )
     encoder: str = Field(
         "",
         description="encoder that kspace starts from: a folder, or models:/NAME@ALIAS of MLflow's registry; empty: of "

@@ -19,12 +19,11 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import probes, tables, task_report, thresholds
 from kmtr.evaluate.predictions import (
     FILE,
-    FINETUNED,
-    FROM_SCRATCH,
     MASK_RIDGE,
     MEAN,
     MEAN_MASK,
     RIDGE,
+    Name,
     write,
 )
 from kmtr.evaluate.scores import panel, scores_of
@@ -133,7 +132,7 @@ def summary(
             metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}
     if names & set(DISEASES):
         areas = table.filter(pc.is_in(table.column("target"), pa.array(DISEASES)))
-        found = disease_table(areas, validation)
+        found = disease_table(areas, trained(config), validation)
         shown.append(found[0])
         metrics |= found[1]
     if names & set(DICE):
@@ -147,10 +146,11 @@ def summary(
     return shown, metrics
 
 
-def disease_table(table: pa.Table, validation: pa.Table | None = None) -> tuple[Table, dict[str, float]]:
+def disease_table(table: pa.Table, ours: Name, validation: pa.Table | None = None) -> tuple[Table, dict[str, float]]:
     """AUROC, average precision beside the prevalence, and F1 of each disease; the model's metrics at the highest R.
 
     Args:
+        ours: name of the model.
         validation: rows of validation subjects, who choose the thresholds of F1; None: no F1.
     """
     seen = panel(table)
@@ -166,7 +166,7 @@ def disease_table(table: pa.Table, validation: pa.Table | None = None) -> tuple[
                 scored = detection(seen.truth[:, i], values[number, :, i], limits.values[fit][number, i])
                 f1 = f", F1 {scored.f1:.2f}" if np.isfinite(scored.f1) else ""
                 cells.append(f"{scored.auroc:.3f} (AP {scored.average_precision:.2f} of {scored.prevalence:.2f}{f1})")
-                if fit.name in (FINETUNED, FROM_SCRATCH):
+                if fit.name == ours:
                     metrics |= {f"{target}_auroc": scored.auroc}
                     metrics |= {f"{target}_f1": scored.f1} if f1 else {}
             rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))

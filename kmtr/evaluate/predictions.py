@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from kmtr.config import RunConfig
 from kmtr.data.dataset import storage
+from kmtr.systems import input_of
 from kmtr.types import InputError
 
 FORMAT = 1
@@ -73,6 +75,20 @@ class Name(NamedTuple):
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
 FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scratch", LINES)
+SYSTEMS = {"image": "image encoder", "unet": "U-Net", "resnet50": "ResNet-50"}
+INPUTS = {"full": "full image", "zerofilled": "zero-filled image", "shared": "temporally shared image"}
+"""Names in tables of `task.system` and of `task.input`."""
+
+
+def model_name(config: RunConfig, from_scratch: bool) -> Name:
+    """Name in tables of the model that a run on labels trains."""
+    sees = input_of(config)
+    if config.task.system != "kspace":
+        return Name(SYSTEMS.get(config.task.system, config.task.system), INPUTS.get(sees, sees))
+    patches = {"kspace": LINES, "zerofilled": "zero-filled patches", "both": "lines and zero-filled patches"}
+    return Name((FROM_SCRATCH if from_scratch else FINETUNED).system, patches[config.model.encoder_inputs])
+
+
 MEAN = Name("mean", NOTHING)
 MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "temporally shared image")
 ZEROFILLED, SHARED = Name("zero-filled image", LINES), Name("temporally shared image", LINES)

@@ -21,8 +21,6 @@ from kmtr.evaluate import baselines, from_phenotypes, masks, probes
 from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
 from kmtr.evaluate.predictions import (
     CEILING,
-    FINETUNED,
-    FROM_SCRATCH,
     READ_OFF,
     RIDGE,
     SHARED,
@@ -31,6 +29,7 @@ from kmtr.evaluate.predictions import (
     HeldOut,
     Name,
     joined,
+    model_name,
 )
 from kmtr.evaluate.predictions import rows as predictions_of
 from kmtr.evaluate.predictors import Features, Predictor, predict
@@ -38,6 +37,7 @@ from kmtr.inference import TaskModel
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
 from kmtr.physics.sampling import VALIDATION
 from kmtr.progress import Bar
+from kmtr.systems import at_once
 from kmtr.train import start
 from kmtr.types import DISEASES, PHENOTYPES
 
@@ -93,7 +93,8 @@ def by_split(
             own |= fitted
             if floors and dense:
                 own |= floors.dense(fixed, tell)
-            batches = tell(pipeline.read_in_order(one.reader, one.rows, probes.CHUNK, fixed, one.wanted, VALIDATION))
+            chunk = at_once(fixed, probes.CHUNK)
+            batches = tell(pipeline.read_in_order(one.reader, one.rows, chunk, fixed, one.wanted, VALIDATION))
             parts[split].append(predict(own, batches, one.held_out, config.data, device=device, **about))
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
@@ -220,4 +221,4 @@ def scored(held_out: HeldOut, model: TaskModel) -> HeldOut:
 
 def trained(config: RunConfig) -> Name:
     """Name of the model in tables."""
-    return FROM_SCRATCH if config.task.encoder == start.NONE else FINETUNED
+    return model_name(config, config.task.encoder == start.NONE)

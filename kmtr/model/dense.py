@@ -1,6 +1,8 @@
-"""Decoder of dense outputs: a number or several for every pixel of chosen frames, from an encoder's tokens."""
+"""Heads of dense outputs: a number or several for every pixel of chosen frames, from an encoder's tokens or maps."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -98,6 +100,26 @@ class DenseDecoder(nn.Module):
         split = x.unflatten(2, (*(n // HALF for n in self.patch), self.channels)).unflatten(1, self.shape)
         pixels = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return pixels.movedim(-1, 1)  # channels last in memory, as convolutions are fastest
+
+
+class PixelHead(nn.Module):
+    """1 x 1 convolutions from maps to outputs, one at every resolution, which begin at zero.
+
+    Args:
+        channels: of each map.
+        outputs: numbers of each pixel.
+    """
+
+    def __init__(self, channels: Sequence[int], outputs: int):
+        super().__init__()
+        self.out = nn.ModuleList(nn.Conv2d(width, outputs, 1) for width in channels)
+        for layer in self.out:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+    def forward(self, levels: Sequence[Float[Tensor, "cell _ _ _"]]) -> tuple[Float[Tensor, "cell output _ _"], ...]:
+        """The outputs at each resolution, fp32."""
+        return tuple(layer(level).float() for layer, level in zip(self.out, levels, strict=True))
 
 
 def _halved(x: Float[Tensor, "cell channel y x"]) -> Float[Tensor, "cell more half_y half_x"]:

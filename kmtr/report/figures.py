@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -164,8 +165,9 @@ def label_curves(
     panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]],
     styles: Mapping[str, tuple[str, str]],
     ylabel: str = "mean $R^2$",
+    xlabel: str = "labelled subjects",
 ) -> Figure:
-    """A score against the number of labels, one panel per condition and one line per method.
+    """A score against the number of labels, or another number, one panel per condition and one line per method.
 
     Args:
         panels: panel -> method -> (number of labels, score, its SD); a NaN score leaves its place empty.
@@ -194,13 +196,18 @@ def label_curves(
         axes.set_xticks(budgets, list(map(str, budgets)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
-        axes.set_xlabel("labelled subjects", fontsize=SMALL)
+        axes.set_xlabel(xlabel, fontsize=SMALL)
         axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
         if np.isfinite(lowest):
             axes.set_ylim(max(lowest - 0.05, CUT), max(min(highest + 0.05, 1.0), CUT + 0.1))
     grid[0].set_ylabel(ylabel, fontsize=NORMAL)
-    handles, names = grid[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)), frameon=False, fontsize=SMALL)
+    shown: dict[str, Any] = {}
+    for axes in grid:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(name, handle)
+    handles, titles = list(shown.values()), list(shown)
+    columns = min(3, len(shown))
+    figure.legend(handles, titles, loc="outside lower center", ncols=columns, frameon=False, fontsize=SMALL)
     return figure
 
 

@@ -140,7 +140,7 @@ def publish(
     Args:
         folder: the study's.
         results: content of ``results.json``, null where a number is unknown.
-        curves: step (number of labels) -> metrics of the MLflow run.
+        curves: step (number of labels, or R) -> metrics of the MLflow run.
 
     Returns:
         MLflow run, report and results, for the last line.

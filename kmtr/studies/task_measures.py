@@ -51,6 +51,11 @@ MEASURES = {
 """Measures of tables, figure and comparisons, in their order."""
 
 
+def measures(config: RunConfig) -> list[str]:
+    """Measures of the tasks of a study."""
+    return [name for name, measure in MEASURES.items() if measure.task in config.task.tasks]
+
+
 @dataclass(frozen=True)
 class Truth:
     """Truth of the held-out subjects.

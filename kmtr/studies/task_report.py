@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from kmtr.evaluate.task_tables import DRAWS_PER_COMPARISON
-from kmtr.metrics import difference, holm
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.studies.paired import ALL, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import MEASURES, replicates
+from kmtr.studies.task_measures import MEASURES, measures
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked
 
 if TYPE_CHECKING:
@@ -40,9 +36,6 @@ STYLES = {
 }
 PAIRS = (("pretrained", "scratch"), ("pretrained", "alone"), ("pretrained", "floor"))
 """Kinds that are compared: the first less the second."""
-ALL = "mean"
-"""Stands for the mean over R."""
-
 Rows = Mapping[Asked, Mapping[str, Any]]
 Scores = Mapping[tuple[str, str, int], Mapping[str, Mapping[int, float]]]
 """(measure, kind, labels) -> R, or `ALL` -> seed -> score."""
@@ -58,7 +51,7 @@ def key_of(study: Study, kind: str, measure: str, seed: int, labels: int) -> Ask
 
 def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], seconds: float) -> dict[str, Any]:
     """Publish tables, figure and numbers of the rows that are there; what the last line on stdout says."""
-    rows = study.rows.read()
+    rows = {one: row for one, row in study.rows.read().items() if one.start == FLOORS or one in asked}
     missing = [one.title for one in asked if one not in rows]
     scores = scores_of(study, rows)
     compared = differences(study, rows)
@@ -116,7 +109,7 @@ def scores_of(study: Study, rows: Rows) -> Scores:
     """Scores of the rows that are there, kind by kind."""
     rs = [str(r) for r in study.config.evaluate.accelerations]
     found: dict[tuple[str, str, int], dict[str, dict[int, float]]] = {}
-    for measure in measures(study):
+    for measure in measures(study.config):
         for kind in kinds(study):
             for labels in study.config.study.task_labels:
                 for seed in study.config.study.seeds:
@@ -137,11 +130,6 @@ def _score(row: Mapping[str, Any], r: str, measure: str) -> float:
     return float("nan") if not known or known[0] is None else float(known[0])
 
 
-def measures(study: Study) -> list[str]:
-    """Measures of the study's tasks."""
-    return [name for name, measure in MEASURES.items() if measure.task in study.config.task.tasks]
-
-
 def kinds(study: Study) -> list[str]:
     """Kinds of rows that the study has."""
     alone = len(study.config.task.tasks) > 1 and bool(study.config.study.single_labels)
@@ -157,7 +145,7 @@ def score_table(study: Study, scores: Scores) -> Table:
     """Mean and SD over seeds: a row per measure, R and kind."""
     columns = budgets(study)
     cells: list[tuple[Cell, ...]] = []
-    for measure in measures(study):
+    for measure in measures(study.config):
         for r in (*map(str, study.config.evaluate.accelerations), ALL):
             for kind in kinds(study):
                 some = [scores.get((measure, kind, labels), {}).get(r, {}) for labels in columns]
@@ -186,7 +174,7 @@ def _labels(labels: int) -> str:
 
 def floor_table(study: Study, rows: Rows) -> Table:
     """All floors, mean over seeds: a row per number of labels, floor and R."""
-    shown = measures(study)
+    shown = measures(study.config)
     cells: list[tuple[Cell, ...]] = []
     for labels in budgets(study):
         some = [row for one, row in rows.items() if one.start == FLOORS and one.labels == labels]
@@ -227,57 +215,19 @@ def _mean_of(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 
 def differences(study: Study, rows: Rows) -> list[dict[str, Any]]:
-    """Paired differences of `PAIRS`, of the seeds that both have: of every measure and number of labels, at each R and
-    in their mean, whose p-values are one family (Holm).
-
-    Seeds are averaged within each bootstrap draw of the held-out subjects; R2 compares with the mean of each seed's own
-    labelled subjects.
-    """
-    config = study.config
-    wanted: list[tuple[str, str, str, int, list[int]]] = []
+    """`paired.gains` of `PAIRS`, of the seeds that both have: of every measure and number of labels."""
+    pairs = []
     for first, second in PAIRS:
-        for measure in measures(study):
+        for measure in measures(study.config):
             for labels in budgets(study):
-                keys = {s: [key_of(study, k, measure, s, labels) for k in (first, second)] for s in config.study.seeds}
-                seeds = [seed for seed, both in keys.items() if both[0] != both[1] and all(one in rows for one in both)]
-                if seeds:
-                    wanted.append((first, second, measure, labels, seeds))
-    draws = max(config.evaluate.bootstrap, DRAWS_PER_COMPARISON * len(wanted))
-    values, means = cache(study.rows.values), cache(study.means)
-
-    @cache
-    def drawn(asked: Asked, measure: str) -> np.ndarray | None:
-        """``acceleration draw``"""
-        which = range(len(config.evaluate.accelerations))
-        known = values(asked), study.truth, means(asked.seed, asked.labels)
-        each = [replicates(measure, config, known[0], r, *known[1:], draws) for r in which]
-        return None if any(one is None for one in each) else np.stack([one for one in each if one is not None])
-
-    found = []
-    for first, second, measure, labels, seeds in wanted:
-        both = [[drawn(key_of(study, kind, measure, s, labels), measure) for s in seeds] for kind in (first, second)]
-        if any(one is None for one in (*both[0], *both[1])):
-            continue  # a floor that too few contoured subjects leave out, say
-        a, b = (np.stack([one for one in some if one is not None], axis=-1) for some in both)
-        same = {"a": first, "b": second, "measure": measure, "labels": labels, "seeds": seeds}
-        found.append(same | {"R": ALL} | _gain(a.mean(0), b.mean(0)))
-        found += [same | {"R": r} | _gain(a[i], b[i]) for i, r in enumerate(config.evaluate.accelerations)]
-    family = [one for one in found if one["R"] == ALL]
-    for one, p in zip(family, holm(np.array([one["p"] for one in family])), strict=True):
-        one["p_holm"] = float(p)
-    return found
-
-
-def _gain(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """Difference of two replicates ``draw seed``."""
-    gain = difference(a, b)
-    return {
-        "difference": gain.value,
-        "interval": (gain.low, gain.high),
-        "p": gain.p,
-        "draws": gain.draws,
-        "of_seeds": (a[0] - b[0]).tolist(),
-    }
+                both = {
+                    seed: tuple(key_of(study, kind, measure, seed, labels) for kind in (first, second))
+                    for seed in study.config.study.seeds
+                }
+                there = {s: (a, b) for s, (a, b) in both.items() if a != b and a in rows and b in rows}
+                if there:
+                    pairs.append(Pair({"a": first, "b": second, "labels": labels}, measure, there))
+    return gains(study, pairs)
 
 
 def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:

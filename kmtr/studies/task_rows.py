@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +56,14 @@ class Rows:
         digest: of the study's settings.
         accelerations: nominal R of all values.
         places: of the held-out subjects in the test split, ascending.
+        bound: settings that decide rows of bounds beside `digest`; such a row of others is left out.
     """
 
     folder: Path
     digest: str
     accelerations: tuple[int, ...]
     places: tuple[int, ...]
+    bound: Mapping[str, Any] = field(default_factory=dict)
 
     def read(self, tell: bool = False) -> dict[Asked, dict[str, Any]]:
         """The finished rows. Those of other settings are left out, and those whose values are missing.
@@ -80,7 +82,7 @@ class Rows:
             try:
                 row = json.loads(line)
                 asked = Asked(row["seed"], row["start"], tuple(row["tasks"]), row["labels"])
-                mine = row["digest"] == self.digest
+                mine = row["digest"] == self.digest and row.get("bound", self.bound) == self.bound
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise InputError(
                     f"study.rows: expected a row as JSON, got {line[:40]!r} in line {number} of {self.folder / FILE}; "
@@ -97,11 +99,15 @@ class Rows:
         return {asked: row for asked, row in found.items() if asked not in lost}
 
     def add(self, asked: Asked, said: Mapping[str, Any], values: Values) -> None:
-        """Keep a finished row: its values first, so that a row that is there has them."""
+        """Keep a finished row, in place of one of its key: its values first, so that a row that is there has them."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        key = {"digest": self.digest, **json.loads(json.dumps(asked._asdict()))}
+        others = [line for line in self._lines() if not key.items() <= json.loads(line).items()]
+        if len(others) < len(self._lines()):
+            write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in others))
         write_atomic(self._path(asked), self._encoded(values))
-        line = json.dumps({"digest": self.digest, **asked._asdict(), **said}, allow_nan=False, separators=(",", ":"))
-        write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in [*self._lines(), line]))
+        line = json.dumps(key | dict(said), allow_nan=False, separators=(",", ":"))
+        write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in [*others, line]))
 
     def values(self, asked: Asked) -> Values:
         """Values of a finished row, float64.

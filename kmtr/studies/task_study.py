@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns, subjects
 from kmtr.evaluate import baselines
 from kmtr.evaluate.probes import readers_of
+from kmtr.studies.contenders import CONTENDERS
 from kmtr.studies.running import named
 from kmtr.studies.task_measures import Truth
 from kmtr.studies.task_rows import PRETRAINED, SCRATCH, Asked, Rows
@@ -42,13 +45,15 @@ class Study:
     rows: Rows
     run_id: str
 
-    def settings(self, asked: Asked, encoder: str) -> RunConfig:
+    def settings(self, asked: Asked, encoder: str, steps: int = 0, **more: Any) -> RunConfig:
         """The run of a row.
 
         Args:
             encoder: folder that it starts from, or `start.NONE`.
+            steps: of its training; 0: as the study's settings say.
+            more: changes of other settings.
         """
-        return settings(self.config, asked, encoder)
+        return settings(self.config, asked, encoder, steps, **more)
 
     def labelled(self, asked: Asked) -> list[int]:
         """Training subjects whose labels the row has."""
@@ -64,6 +69,22 @@ class Study:
             for name, v in zip(names, known.T, strict=True)
             if np.isfinite(v).any()
         }
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of study of tasks. Studies of two kinds with the same settings share rows.
+
+    Attributes:
+        name: that the study's begins with.
+        order: its rows.
+        report: study, its name, its folder, its rows and seconds since the command began -> what the last line on
+            stdout says.
+    """
+
+    name: str
+    order: Callable[[RunConfig], list[Asked]]
+    report: Callable[[Study, str, Path, Sequence[Asked], float], dict[str, Any]]
 
 
 def order(config: RunConfig) -> list[Asked]:
@@ -85,10 +106,28 @@ def order(config: RunConfig) -> list[Asked]:
     ]
 
 
-def settings(config: RunConfig, asked: Asked, encoder: str) -> RunConfig:
-    """Settings of the run of a row."""
+def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **more: Any) -> RunConfig:
+    """Settings of the run of a row.
+
+    Args:
+        steps: of its training; 0: as the study's settings say.
+        more: changes of other settings.
+    """
     changes = {"seed": asked.seed, "stage": "task", "task.tasks": asked.tasks, "task.labels": asked.labels}
-    return named(config, changes | {"task.encoder": encoder})
+    changes |= CONTENDERS[asked.start].changes
+    if CONTENDERS[asked.start].bound:
+        changes |= {"task.steps": config.study.bound_steps, "task.patience": config.study.bound_patience}
+        changes |= {"task.keep": "best"}
+    elif steps:
+        changes |= {"task.steps": steps}
+    return named(config, changes | {"task.encoder": encoder} | dict(more))
+
+
+def bound_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides when a bound stops, beside what `digest` holds."""
+    names = ("eval_every", "eval_subjects", "eval_seed")
+    found = {f"train.{name}": getattr(config.train, name) for name in names}
+    return found | {"steps": config.study.bound_steps, "patience": config.study.bound_patience}
 
 
 def check_settings(config: RunConfig) -> None:
@@ -110,22 +149,24 @@ def check_settings(config: RunConfig) -> None:
         raise InputError(f"task.tasks: expected some of {', '.join(TASKS)} in a study of tasks, got {other[0]}")
 
 
-def check_budgets(config: RunConfig, dataset: Dataset) -> None:
-    """Refuse before anything is trained what a row would refuse.
+def check_budgets(config: RunConfig, dataset: Dataset, rows: Sequence[Asked]) -> None:
+    """Refuse before anything is trained what one of the rows would refuse.
 
     Raises:
         InputError: a budget above the training subjects, or that a run refuses (`start.budget`).
     """
     there = dataset.rows("train")
-    if (most := max(config.study.task_labels)) > there:
+    if (most := max(asked.labels for asked in rows)) > there:
         raise InputError(f"study.task_labels: expected at most the {there} training subjects, or 0 for all, got {most}")
-    for asked in order(config):
+    for asked in rows:
         try:
             own = settings(config, asked, start.NONE)
             if asked.seed == config.study.seeds[0]:
                 resolve(own)
             start.budget(own, dataset)
         except InputError as error:
+            if CONTENDERS[asked.start].changes:
+                raise InputError(f"study.systems: {asked.start} cannot be trained: {error}") from None
             raise InputError(str(error).replace("task.labels", "study.task_labels", 1)) from None
 
 

@@ -25,44 +25,61 @@ from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_predictions import predictions
 from kmtr.inference import load_model
+from kmtr.owner import owning
 from kmtr.studies import task_report
+from kmtr.studies.contenders import contender
 from kmtr.studies.running import fit, named, open_run, rate
 from kmtr.studies.task_measures import MEASURES, headline, kept, scores_of, targets_of, values_of
-from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows, Values
-from kmtr.studies.task_study import TASKS, Study, check_budgets, check_settings, digest, held_out, order
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Values
+from kmtr.studies.task_study import (
+    TASKS,
+    Kind,
+    Study,
+    bound_settings,
+    check_budgets,
+    check_settings,
+    digest,
+    held_out,
+    order,
+)
 from kmtr.train import start
 from kmtr.train.folder import Outcome
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError
 
+TRIAL, TRIAL_EVERY = 20, 5
+"""Steps of a run that measures a speed, and between its measurements."""
+KIND = Kind("tasks", order, task_report.report)
 
-def run(config: RunConfig) -> dict[str, Any]:
+
+def run(config: RunConfig, kind: Kind = KIND) -> dict[str, Any]:
     """Train and score all rows that are not done, or report those that are; what the last line on stdout says."""
     began = time.perf_counter()
     check_settings(config)
     config, dataset = resolve(override(config, {"stage": "both", "task.tasks": config.task.tasks or TASKS}))
-    check_budgets(config, dataset)
+    asked = kind.order(config)
+    check_budgets(config, dataset, asked)
     truth, places = held_out(config, dataset)
     known = digest(config, dataset, truth)
-    name = f"tasks-{config.recipe}-{known}"
+    name = f"{kind.name}-{config.recipe}-{known}"
     folder = Path(config.storage.root) / "study" / name
     folder.mkdir(parents=True, exist_ok=True)
-    rows = Rows(Path(config.study.rows or folder / "rows"), known, config.evaluate.accelerations, places)
-    asked = order(config)
+    kept = folder.with_name(f"rows-{known}")
+    rows = Rows(Path(config.study.rows or kept), known, config.evaluate.accelerations, places, bound_settings(config))
     done = rows.read(tell=True)
     print(
         f"study: {name}: {sum(one in done for one in asked)} of {len(asked)} rows are done, {len(places)} held-out "
         f"subjects, rows in {rows.folder}",
         flush=True,
     )
-    if not config.study.train and not done:
+    if not config.study.train and not any(one in done for one in asked):
         raise InputError(f"study.train: expected rows to report in {rows.folder}, got none; train them first")
-    with open_run(config, dataset, name) as run_id:
+    with owning(kept, f"rows of study {known}"), open_run(config, dataset, name) as run_id:
         study = Study(config, dataset, truth, rows, run_id)
         for seed in config.study.seeds if config.study.train else ():
             if add_missing(study, asked, seed) and seed != config.study.seeds[-1]:
-                task_report.report(study, name, folder, asked, time.perf_counter() - began)
-        return task_report.report(study, name, folder, asked, time.perf_counter() - began)
+                kind.report(study, name, folder, asked, time.perf_counter() - began)
+        return kind.report(study, name, folder, asked, time.perf_counter() - began)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -94,10 +111,9 @@ def expected(done: Mapping[Asked, Mapping[str, Any]], left: Sequence[Asked]) -> 
             alike.setdefault(asked.tasks, []).append(row["row_s"])
     every = [seconds for some in alike.values() for seconds in some]
     before = [row["pretraining_s"] for row in done.values() if row.get("pretraining_s")]
-    had = {asked.seed for asked in done if asked.start == PRETRAINED}
-    more = {asked.seed for asked in left if asked.start == PRETRAINED} - had
+    had, more = ({(one.seed, one.start) for one in some if contender(one.start).pretrained} for some in (done, left))
     rows = sum(statistics.median(alike.get(asked.tasks, every)) for asked in left)
-    return rows + (statistics.median(before) * len(more) if before else 0.0)
+    return rows + (statistics.median(before) * len(more - had) if before else 0.0)
 
 
 def _duration(seconds: float) -> str:
@@ -109,13 +125,14 @@ def add(study: Study, asked: Asked) -> None:
     """Train the model of a row, or find it trained, and keep what it says of the held-out subjects; with the first row
     of a seed and number of labels also the floors.
     """
-    encoder, before = start.NONE, None
-    if asked.start == PRETRAINED:
-        pretraining = named(study.config, {"seed": asked.seed})
-        before = fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, pretraining")
+    encoder, before, row = start.NONE, None, contender(asked.start)
+    if row.pretrained:
+        pretraining = named(study.config, {"seed": asked.seed, **row.changes})
+        what = "pretraining" if asked.start == PRETRAINED else f"pretraining of {asked.start}"
+        before = fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, {what}")
         encoder = before.encoder
     began = time.perf_counter()
-    own = study.settings(asked, encoder)
+    own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
     outcome = fit(own, study.dataset, study.run_id, asked.title)
     model = load_model(outcome.encoder, machine.device(own.train.device))
     reading = override(own, {"seed": study.config.seed})
@@ -131,10 +148,30 @@ def add(study: Study, asked: Asked) -> None:
 
     table = predictions(reading, study.dataset, model, labelled, "model", "study")
     found = values_of(table, study.truth)
-    trained = times(study.config, own, outcome, before) | {"parameters": parameters(model.module), "run": outcome.name}
+    steps = min(own.total_steps, int(outcome.metrics["step"]))
+    trained = times(study.config, own, outcome, before) | {"steps": steps, "run": outcome.name}
+    trained |= {"parameters": parameters(model.module)}
+    if row.bound:
+        trained |= {"converged": steps < own.total_steps, "bound": bound_settings(study.config)}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)
     (values,) = found.values()
     study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values})
+
+
+def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
+    """Steps for which a contender trains as many seconds as k-MTR takes for its own, by the speed of a short run of
+    each on this machine; 0, the study's own, for k-MTR itself and for bounds.
+    """
+    if asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound:
+        return 0
+
+    def speed(one: Asked, begun: str) -> float:
+        own = study.settings(one, begun, TRIAL, **{"train.log_every": TRIAL_EVERY, "train.eval_every": TRIAL})
+        return rate(fit(own, study.dataset, study.run_id, f"speed of {one.start}"), TRIAL_EVERY, TRIAL)
+
+    first = study.config.study.seeds[0]
+    ours = speed(Asked(first, SCRATCH, study.config.task.tasks, asked.labels), start.NONE)
+    return max(1, round(study.config.task.steps * speed(asked._replace(seed=first), encoder) / ours))
 
 
 def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:

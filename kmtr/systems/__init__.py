@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from kmtr.systems.base import Features, Reader, Reading, System
+from kmtr.config import RunConfig
+from kmtr.systems.base import Features, Mapped, Reader, Reading, System
 from kmtr.systems.components import CleanComponents
 from kmtr.systems.image import ImageEncoder
 from kmtr.systems.kspace import KSpaceEncoder
+from kmtr.systems.resnet import ResNet50
+from kmtr.systems.unet import UNet
 from kmtr.types import InputError
 
-SYSTEMS: dict[str, System] = {"kspace": KSpaceEncoder(), "image": ImageEncoder(), "components": CleanComponents()}
+SYSTEMS: dict[str, System] = {
+    "kspace": KSpaceEncoder(),
+    "image": ImageEncoder(),
+    "unet": UNet(),
+    "resnet50": ResNet50(),
+    "components": CleanComponents(),
+}
 """Name (as in `task.system`) -> system."""
 
 
@@ -23,4 +32,31 @@ def system(name: str) -> System:
     return SYSTEMS[name]
 
 
-__all__ = ["SYSTEMS", "Features", "Reader", "Reading", "System", "system"]
+MOST_IMAGES = 1024
+
+
+def at_once(config: RunConfig, subjects: int) -> int:
+    """Subjects that are scored at once, at most as many as given: a system with maps keeps, where nothing is left out,
+    those of all their slices and frames in memory.
+    """
+    if not isinstance(system(config.task.system), Mapped):
+        return subjects
+    return max(1, min(subjects, MOST_IMAGES // (config.data.slices * config.data.frames)))
+
+
+def input_of(config: RunConfig) -> str:
+    """Name of what the run's system sees of a subject.
+
+    Raises:
+        InputError: it does not take what `task.input` says.
+    """
+    able = system(config.task.system).inputs
+    if config.task.input and config.task.input not in able:
+        raise InputError(
+            f"task.input: expected {' or '.join(able)}, which task.system={config.task.system} takes, got "
+            f"{config.task.input!r}"
+        )
+    return config.task.input or able[0]
+
+
+__all__ = ["SYSTEMS", "Features", "Mapped", "Reader", "Reading", "System", "at_once", "input_of", "system"]

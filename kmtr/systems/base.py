@@ -77,12 +77,13 @@ class System(Protocol):
     """A system as a run knows it.
 
     Attributes:
-        input: name of what it sees of a subject (`kmtr.inputs`).
+        inputs: names of what it can see of a subject (`kmtr.inputs.INPUTS`), first the one that it sees unless
+            `task.input` says another.
         tokens: its features are `model.encoder.Encoded`: tokens and a vector per slice and frame beside the vector.
     """
 
     @property
-    def input(self) -> str: ...
+    def inputs(self) -> tuple[str, ...]: ...
 
     @property
     def tokens(self) -> bool: ...
@@ -97,6 +98,17 @@ class System(Protocol):
 
     def reader(self, config: RunConfig, tables: Mapping[str, Tensor], device: torch.device) -> Reader:
         """The half outside of the engine; `tables` of `data.loader.statistics`."""
+        ...
+
+
+@runtime_checkable
+class Mapped(System, Protocol):
+    """A system whose features hold maps, `levels` ``cell channel y x``, of the slices and frames that its reader is
+    told by `shown` ``batch slice t``; finest first, the first of the full matrix.
+    """
+
+    def maps(self, config: RunConfig) -> tuple[int, ...]:
+        """Channels of each."""
         ...
 
 

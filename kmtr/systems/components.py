@@ -79,7 +79,7 @@ class ComponentReader:
 class CleanComponents:
     """`components` of `align.teacher`: fixed, of as many numbers per part as the space of alignment has."""
 
-    input, tokens = "full", False
+    inputs, tokens = ("full",), False
 
     def module(self, config: RunConfig) -> nn.Module:
         return AsTheyAre()

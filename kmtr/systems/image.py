@@ -63,7 +63,7 @@ class PatchReader:
 class ImageEncoder:
     """`image` of `task.system`: the encoder of fully sampled images. Its features are `model.encoder.Encoded`."""
 
-    input, tokens = "full", True
+    inputs, tokens = ("full",), True
 
     def module(self, config: RunConfig) -> nn.Module:
         return patch_encoder(config.data, config.model)

@@ -74,7 +74,7 @@ class LineReader:
 class KSpaceEncoder:
     """`kspace` of `task.system`: k-MTR's own encoder. Its features are `model.encoder.Encoded`."""
 
-    input, tokens = "acquired", True
+    inputs, tokens = ("acquired",), True
 
     def module(self, config: RunConfig) -> nn.Module:
         return line_encoder(config.data, config.model)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import Shared
-from kmtr.model.dense import HALF, DenseDecoder
+from kmtr.model.dense import HALF, DenseDecoder, PixelHead
 from kmtr.model.packing import Pending, Places, gather, indices
 from kmtr.physics import random
-from kmtr.systems import SYSTEMS, Reader, Reading, system
+from kmtr.systems import SYSTEMS, Mapped, Reader, Reading, system
 from kmtr.tasks.base import Encode, Given, Task
 from kmtr.types import InputError
 
@@ -66,7 +66,8 @@ class Asked:
 
 
 class Dense(Task):
-    """Base of tasks that answer every pixel of slices and frames, by a decoder that reads a transformer's tokens.
+    """Base of tasks that answer every pixel of slices and frames, by a decoder that reads a transformer's tokens, or
+    from a convolutional system's maps.
 
     In training only frames that can teach are decoded, with `task.frames` so many of each subject, drawn anew in every
     epoch; elsewhere all that are there.
@@ -79,9 +80,14 @@ class Dense(Task):
         return (self.config.task.system,)
 
     @property
+    def mapped(self) -> bool:
+        """Whether the system offers maps; else it offers tokens."""
+        return isinstance(system(self.config.task.system), Mapped)
+
+    @property
     def shows(self) -> bool:
         """Whether queries see images."""
-        return self.config.task.queries == "shared"
+        return self.config.task.queries == "shared" and not self.mapped
 
     @property
     def looks(self) -> bool:
@@ -93,17 +99,21 @@ class Dense(Task):
 
     def check(self) -> None:
         task, matrix = self.config.task, self.config.data.matrix
+        if self.mapped:
+            return
         if any(p < HALF or p % HALF or n % p for n, p in zip(matrix, task.patch, strict=True)):
             raise InputError(f"task.patch: expected even divisors of data.matrix={matrix}, got {task.patch}")
         if not system(task.system).tokens:
-            able = ", ".join(name for name, one in SYSTEMS.items() if one.tokens)
+            able = ", ".join(name for name, one in SYSTEMS.items() if one.tokens or isinstance(one, Mapped))
             raise InputError(
-                f"task.system: expected one that offers tokens for {self.name}, {able}, got {task.system}, which has a "
-                "vector alone"
+                f"task.system: expected one that offers tokens or maps for {self.name}, {able}, got {task.system}, "
+                "which has a vector alone"
             )
 
     def head(self) -> nn.Module:
-        config = self.config
+        config, chosen = self.config, system(self.config.task.system)
+        if isinstance(chosen, Mapped):
+            return PixelHead(chosen.maps(config), self.outputs)
         shown, channels = SHOWN * self.shows, config.task.channels
         return DenseDecoder(config.data, config.model, config.task.patch, self.outputs, shown, channels)
 
@@ -131,8 +141,9 @@ class Dense(Task):
         return cells & (rank < self.config.task.frames)[:, None]
 
     def ask(self, batch: Batch, given: Given) -> Pending[Asked]:
-        reading = given.read(self.systems[0], batch, number=2)
         chosen = self.chosen(batch)
+        told = {"shown": chosen} if self.mapped else {}
+        reading = given.read(self.systems[0], batch, number=2, **told)
         seen = given.shared(batch, self.config.data.matrix) if self.looks else None
         images = self.images(batch, given, seen) if self.shows and seen is not None else None
 
@@ -156,7 +167,14 @@ class Dense(Task):
         both = torch.stack([seen.image, still.expand_as(seen.image)], dim=3)
         return (both - mean[slots, None, None]) / sd
 
+    def levels(self, encode: Encode, head: Any, asked: Asked) -> tuple[Float[Tensor, "cell output _ _"], ...]:
+        """Output of the head, fp32, zero at step 0: of maps at every resolution, finest first."""
+        features = encode(asked.seen)
+        if self.mapped:
+            found: tuple[Tensor, ...] = head(features.levels)
+            return found
+        return (head(features, asked.cells, asked.shown),)
+
     def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "cell output y x"]:
-        """Output of the head, fp32: zero at step 0."""
-        found: Tensor = head(encode(asked.seen), asked.cells, asked.shown)
-        return found
+        """Output of the head for every pixel."""
+        return self.levels(encode, head, asked)[0]

@@ -19,6 +19,7 @@ from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
 from kmtr.tasks.losses import absolute_and_structural
 from kmtr.tasks.views import of_subjects, views_of
+from kmtr.types import InputError
 
 
 class Reconstruction(Dense):
@@ -36,6 +37,14 @@ class Reconstruction(Dense):
     @property
     def looks(self) -> bool:
         return True
+
+    def check(self) -> None:
+        super().check()
+        if self.mapped:
+            raise InputError(
+                f"task.system: expected one that offers tokens for {self.name}, got {self.config.task.system}, which "
+                "offers maps"
+            )
 
     def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``image_constant``, the loss of the mean image."""

@@ -1,4 +1,4 @@
-"""Segmentation: the class of every pixel, from a system's tokens."""
+"""Segmentation: the class of every pixel, from a system's tokens or maps."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ class Segmentation(Dense):
     training subjects' mean mask has of it.
 
     Logits begin at the log of each class's frequency at the pixel (of the slice slot), so that step 0 answers the mean
-    mask. Nothing is asked where the truth is UNLABELLED; where a source does not draw a class, its background may be
-    that class.
+    mask. A system with maps answers at several resolutions, each of half the weight of the finer one before it, against
+    every second pixel of that one's truth (nnU-Net's deep supervision). Nothing is asked where the truth is UNLABELLED;
+    where a source does not draw a class, its background may be that class.
     """
 
     name = label = "segmentation"
@@ -52,9 +53,14 @@ class Segmentation(Dense):
 
     def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         extra = asked.extra
-        logits = self.raw(encode, head, asked) + extra["prior"]
-        loss = cross_entropy_and_dice(logits, extra["truth"], extra["drawn"], asked.cells.lengths.counts)
-        return {LOSS: loss / extra["constant"]}
+        losses, weights = [], []
+        for level, found in enumerate(self.levels(encode, head, asked)):
+            every = [whole // coarse for whole, coarse in zip(self.config.data.matrix, found.shape[-2:], strict=True)]
+            truth, prior = (extra[name][..., :: every[0], :: every[1]] for name in ("truth", "prior"))
+            weights.append(0.5**level)
+            loss = cross_entropy_and_dice(found + prior, truth, extra["drawn"], asked.cells.lengths.counts)
+            losses.append(weights[-1] * loss)
+        return {LOSS: torch.stack(losses).sum(0) / sum(weights) / extra["constant"]}
 
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         """``masks`` uint8 ``batch slice t y x``, UNLABELLED where nothing is there."""

@@ -103,7 +103,9 @@ def save(folder: Path, target: Path, model_id: str | None = None, run_id: str | 
     from mlflow.types.schema import Array
 
     encodes = (folder / HEAD).is_file()
-    units = {} if encodes else json.loads((folder / MODEL_HEAD).read_text())["units"]
+    head = {} if encodes else json.loads((folder / MODEL_HEAD).read_text())
+    units = head.get("units", {})
+    extra = "[baselines]" if head.get("settings", {}).get("task.system") in ("unet", "resnet50") else ""
     inputs: list[Any] = [ColSpec(DataType.string, "path"), ColSpec(DataType.long, "acceleration", required=False)]
     outputs: list[Any] = [ColSpec(DataType.double, name) for name in units]
     outputs += [ColSpec(Array(DataType.double), "embedding")] if encodes else []
@@ -113,7 +115,7 @@ def save(folder: Path, target: Path, model_id: str | None = None, run_id: str | 
         data_path=str(folder),
         mlflow_model=Model(model_id=model_id, run_id=run_id),
         signature=ModelSignature(Schema(inputs), Schema(outputs)),
-        pip_requirements=[f"kmtr=={version('kmtr')}"],
+        pip_requirements=[f"kmtr{extra}=={version('kmtr')}"],
         metadata={"units": units},
     )
 

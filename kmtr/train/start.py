@@ -20,7 +20,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.order import permutation
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
-from kmtr.systems import system
+from kmtr.systems import Mapped, input_of, system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
@@ -57,11 +57,24 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
                     f"{key}: expected labels that at least {MIN_KNOWN} subjects have, got {label}; the dataset has "
                     f"{', '.join(able) or 'none'}"
                 )
-    system(config.task.system)  # one that there is
+    sees = input_of(config)
     chosen = budget(config, dataset)
     reader = dataset.reader("train", config.data)
     rows = range(len(reader)) if chosen is None else chosen.tolist()
-    for name, task in tasks_of(config).items():
+    if sees == "full" and next(usable(config, reader, rows, "images"), None) is None:
+        raise InputError(
+            f"task.system: expected {LACKING['images']} for {config.task.system} on input full, got none among "
+            f"{len(rows)} training subjects"
+        )
+    with torch.device("meta"):
+        system(config.task.system).module(config)  # raises where it does not suit the matrix, or a library is missing
+    learnt = tasks_of(config)
+    if isinstance(system(config.task.system), Mapped) and not any(isinstance(task, Dense) for task in learnt.values()):
+        raise InputError(
+            f"task.tasks: expected segmentation among them, for which task.system={config.task.system} is, got "
+            f"{','.join(learnt)}"
+        )
+    for name, task in learnt.items():
         task.check()
         if next(usable(config, reader, rows, task.needs), None) is None:
             raise InputError(

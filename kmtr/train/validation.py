@@ -18,6 +18,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.metrics import effective_rank, embedding_deviation, probe
 from kmtr.physics.fourier import magnitude_image
 from kmtr.physics.sampling import true_acceleration
+from kmtr.systems import at_once
 from kmtr.tasks import STAGES, Engine, Preparer, Stage
 from kmtr.tasks.base import EMBEDDING, LOSS, SCORE
 from kmtr.train import choice, guard
@@ -135,7 +136,8 @@ class Validation(ABC):
 
     def _batches(self, split: str) -> Iterator[Batch]:
         mine = self._dealt(split)[:, self.rank]
-        read = pipeline.read_in_order(self.readers[split], mine.tolist(), CHUNK, self.config, self.wanted)
+        chunk = at_once(self.config, CHUNK)
+        read = pipeline.read_in_order(self.readers[split], mine.tolist(), chunk, self.config, self.wanted)
         return (host.to(self.device) for host in read)
 
 

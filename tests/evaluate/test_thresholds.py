@@ -94,10 +94,10 @@ def test_the_report_has_f1_with_an_interval_and_says_who_chose(tested: pa.Table,
 
 
 def test_the_command_s_table_has_the_same(tested: pa.Table, validated: pa.Table) -> None:
-    shown, metrics = finetune.disease_table(tested, validated)
+    shown, metrics = finetune.disease_table(tested, FINETUNED, validated)
     assert metrics["dcm_f1"] == pytest.approx(0.8)
     assert "hcm_f1" not in metrics
     (cell,) = (row[3] for row in shown.rows if row[:3:2] == (4, FINETUNED.title))
     assert str(cell).endswith("of 0.40, F1 0.67)")
     assert "dcm 3 of 8" in shown.note
-    assert "dcm_f1" not in finetune.disease_table(tested)[1]
+    assert "dcm_f1" not in finetune.disease_table(tested, FINETUNED)[1]

@@ -94,9 +94,12 @@ def plain(small: RunConfig) -> list[Study]:
         ({"task__patch": (1, 1)}, r"task\.patch: expected even divisors .* got \(1, 1\)"),
         (
             {"task__system": "components"},
-            r"task\.system: expected one that offers tokens for segmentation, kspace, image, got components",
+            r"task\.system: expected one that offers tokens or maps for segmentation, kspace, image, unet, got components",
         ),
-        ({"task__system": "kspce"}, r"task\.system: expected one of kspace, image, components, got 'kspce'"),
+        (
+            {"task__system": "kspce"},
+            r"task\.system: expected one of kspace, image, unet, resnet50, components, got 'kspce'",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_a_run_starts(

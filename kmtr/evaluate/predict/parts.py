@@ -29,7 +29,7 @@ from kmtr.data.loader.threads import in_order
 from kmtr.encoder import undersampled
 from kmtr.evaluate import predictions
 from kmtr.evaluate.predict import dense
-from kmtr.evaluate.predictions import FINETUNED, FROM_SCRATCH, HeldOut
+from kmtr.evaluate.predictions import HeldOut
 from kmtr.evaluate.predictors import true_accelerations
 from kmtr.inference import TaskModel
 from kmtr.physics.sampling import VALIDATION
@@ -291,7 +291,7 @@ class PartWriter:
     def _rows(self, held_out: HeldOut, values: np.ndarray, r: int | None, true: np.ndarray) -> pa.Table:
         trained = self.model.trained
         return predictions.rows(
-            FROM_SCRATCH if trained.from_scratch else FINETUNED,
+            predictions.model_name(self.model.config, trained.from_scratch),
             held_out,
             values,
             acceleration=r or 1,

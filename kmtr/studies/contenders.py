@@ -1,0 +1,73 @@
+"""What a row of a study is trained as: k-MTR, and the systems that it is compared with. Adding one is a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kmtr.config import RunConfig
+from kmtr.studies.task_rows import PRETRAINED, SCRATCH
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of them.
+
+    Attributes:
+        title: in tables and figures.
+        changes: of the study's settings.
+        tasks: that it can learn; empty: all of the study's.
+        pretrained: begins from an encoder that a pretraining with the same changes leaves.
+        bound: sees what nobody has at R: trained until validation stops improving, and no opponent.
+        style: place in the figures' colours, and line style.
+    """
+
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    pretrained: bool = False
+    bound: bool = False
+    style: tuple[int, str] = (5, ":")
+
+    def learns(self, config: RunConfig) -> tuple[str, ...]:
+        """Its tasks among those of a study."""
+        return tuple(task for task in config.task.tasks if task in self.tasks or not self.tasks)
+
+
+IMAGES = {
+    "zerofilled": ("zero-filled image", (1, "-")),
+    "shared": ("temporally shared image", (2, "-")),
+    "full": ("full image (bound)", (4, "--")),
+}
+"""`task.input` -> its name, and the style of who sees it."""
+
+
+def _on_images(system: str, title: str, *tasks: str, **changes: Any) -> dict[str, Contender]:
+    """A system on each image."""
+    found = {}
+    for image, (name, style) in IMAGES.items():
+        own = {"task.system": system, "task.input": image, **changes}
+        found[f"{system}-{image}"] = Contender(f"{title}, {name}", own, tasks, bound=image == "full", style=style)
+    return found
+
+
+CONTENDERS: dict[str, Contender] = {
+    PRETRAINED: Contender("k-MTR", pretrained=True, style=(0, "-")),
+    SCRATCH: Contender("k-MTR from scratch", style=(0, "--")),
+    "tokens-zerofilled": Contender(
+        "k-MTR on zero-filled patches in place of lines",
+        {"model.encoder_inputs": "zerofilled"},
+        pretrained=True,
+        style=(3, "-"),
+    ),
+    **_on_images("unet", "nnU-Net topology", "segmentation"),
+    # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
+    **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
+}
+"""Name (`Asked.start`) -> contender, in the order in which a seed's are trained."""
+
+
+def contender(name: str) -> Contender:
+    """The contender of this name; one without properties for floors, which nothing is trained for."""
+    return CONTENDERS.get(name, Contender(name))

@@ -1,0 +1,257 @@
+"""Report of the study of systems, made of the rows that are there: scores, differences to k-MTR, bounds, cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kmtr.metrics import estimate
+from kmtr.report import figures
+from kmtr.report.html import Cell, Table
+from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.studies.contenders import CONTENDERS, contender
+from kmtr.studies.paired import ALL, Drawn, Pair, gains
+from kmtr.studies.running import publish
+from kmtr.studies.task_measures import MEASURES, measures
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from kmtr.studies.task_study import Study
+
+FLOOR = "strongest floor"
+
+Rows = Mapping[Asked, Mapping[str, Any]]
+Scores = Mapping[tuple[str, str], Mapping[Any, Interval]]
+"""(measure, name of the contender) -> R, or `ALL` -> score."""
+
+
+def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], seconds: float) -> dict[str, Any]:
+    """Publish tables, figure and numbers of the rows that are there; what the last line on stdout says."""
+    rows = {one: row for one, row in study.rows.read().items() if one.labels == 0 and one in _wanted(study, asked)}
+    missing = [one.title for one in asked if one not in rows]
+    drawn = Drawn(study, study.config.evaluate.bootstrap)
+    scores, compared = scores_of(study, rows, drawn), differences(study, rows)
+    tables = [
+        *(score_table(study, rows, scores, measure).table() for measure in measures(study.config)),
+        difference_table(compared).table(),
+        bound_table(study, rows, drawn),
+        cost_table(rows),
+    ]
+    numbers = {f"{m}/{name}": {str(r): v._asdict() for r, v in by_r.items()} for (m, name), by_r in scores.items()}
+    said = {
+        "digest": study.rows.digest,
+        "rows": len(asked) - len(missing),
+        "missing": missing,
+        "scores": numbers,
+        "differences": compared,
+    }
+    caption = "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects."
+    about = summary_of(study, rows, len(asked), missing)
+    figure, curves = figure_of(study, scores), curves_of(scores)
+    last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves)
+    print(f"study: {said['rows']} of {len(asked)} rows are reported; {len(missing)} are missing; {seconds:.0f} s")
+    return last | {"rows": said["rows"], "missing": len(missing), "kept": str(study.rows.folder)}
+
+
+def _wanted(study: Study, asked: Sequence[Asked]) -> set[Asked]:
+    """The rows that are asked for, and the floors of their seeds."""
+    return {*asked, *(Asked(seed, FLOORS, study.config.task.tasks, 0) for seed in study.config.study.seeds)}
+
+
+def title_of(name: str) -> str:
+    return FLOOR if name == FLOORS else contender(name).title
+
+
+def names_of(rows: Rows) -> list[str]:
+    """Contenders that have rows, in their order, then the floor."""
+    there = {one.start for one in rows}
+    return [name for name in (*CONTENDERS, FLOORS) if name in there]
+
+
+def _of(rows: Rows, name: str, measure: str) -> dict[int, Asked]:
+    """Seed -> row of a contender that learns the measure's task."""
+    return {one.seed: one for one in sorted(rows) if one.start == name and MEASURES[measure].task in one.tasks}
+
+
+def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) -> str:
+    """Subjects, settings, how budgets are shared, and what is missing, in words."""
+    config = study.config
+    there = sum(one.start != FLOORS for one in rows)
+    few = len(config.study.seeds) < 3
+    banner = "**Fewer than three seeds: this shows that each row runs, not who wins.** " if few else ""
+    absent = f" {len(missing)} of {wanted} rows are missing: {'; '.join(missing)}." if missing else ""
+    return (
+        f"{banner}Systems: {there} rows. Data: {study.dataset.source}. Scored on {len(study.truth.subjects)} held-out "
+        f"subjects, the same for all rows and with the same patterns, at R = "
+        f"{', '.join(map(str, config.evaluate.accelerations))} (nominal, family {config.sampling.family}). Seeds "
+        f"{', '.join(map(str, config.study.seeds))}. All have the same labels, augmentation, validation subjects and "
+        f"start at the training split's mean mask. k-MTR trains {config.task.steps} steps of all tasks at once; each "
+        f"opponent as many seconds, by the speed of both on this machine, for its own tasks alone. Patches in place of "
+        f"lines change nothing else: the low-resolution image and the decoder's temporally shared one stay. A bound "
+        f"sees what was not acquired; it trains until validation has not improved {config.study.bound_patience} times, "
+        f"at most {config.study.bound_steps} steps. Pretraining is not counted in those seconds and told apart.{absent}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def scores_of(study: Study, rows: Rows, drawn: Drawn) -> Scores:
+    """Scores with 95 % bootstrap intervals over held-out subjects, seeds averaged within each draw."""
+    found: dict[tuple[str, str], dict[Any, Interval]] = {}
+    for measure in measures(study.config):
+        for name in names_of(rows):
+            each = [drawn(asked, measure) for asked in _of(rows, name, measure).values()]
+            there = [one for one in each if one is not None]
+            if not there:
+                continue
+            mean = np.mean(there, axis=0)
+            of = zip((*study.config.evaluate.accelerations, ALL), (*mean, mean.mean(0)), strict=True)
+            found[measure, name] = {r: _interval(values) for r, values in of}
+    return found
+
+
+def _interval(values: np.ndarray) -> Interval:
+    one = estimate(values[:, None])
+    return Interval(one.value, one.low, one.high)
+
+
+def score_table(study: Study, rows: Rows, scores: Scores, measure: str) -> IntervalTable:
+    """A row per system: its score at each R."""
+    rs = (*study.config.evaluate.accelerations, ALL)
+    cells: list[tuple[Value, ...]] = []
+    for name in names_of(rows):
+        if (measure, name) in scores:
+            by_r = scores[measure, name]
+            cells.append((title_of(name), str(len(_of(rows, name, measure))), *(by_r[r] for r in rs)))
+    columns = (Column("system"), Column("seeds"), *(Column(f"R = {r}" if r != ALL else "mean over R") for r in rs))
+    caption = f"{MEASURES[measure].title[0].upper()}{MEASURES[measure].title[1:]}, 95 % bootstrap intervals"
+    return IntervalTable(f"scores-{measure}", caption, columns, tuple(cells), note=_true_r(study, rows))
+
+
+def _true_r(study: Study, rows: Rows) -> str:
+    """True R of each nominal one, as measured."""
+    row = next(iter(rows.values()), None)
+    if row is None:
+        return ""
+    said = (f"{r}: {row['R'][str(r)]['true_R']:.2f}" for r in study.config.evaluate.accelerations)
+    return f"True R (all lines over acquired ones) of nominal R: {', '.join(said)}."
+
+
+def bound_table(study: Study, rows: Rows, drawn: Drawn) -> Table:
+    """What k-MTR reaches of each bound, at each R, over the seeds that both have; of one that did not converge no share
+    is taken, nor of a bound that is not above 0.
+    """
+    rs = study.config.evaluate.accelerations
+    cells: list[tuple[Cell, ...]] = []
+    for measure in measures(study.config):
+        ours = _of(rows, PRETRAINED, measure)
+        for name in names_of(rows):
+            theirs = _of(rows, name, measure) if contender(name).bound else {}
+            seeds = [seed for seed in theirs if seed in ours]
+            both = [[drawn(of[seed], measure) for seed in seeds] for of in (ours, theirs)]
+            there = [[one[:, 0] for one in some if one is not None] for some in both]
+            if not seeds or min(map(len, there)) < len(seeds):
+                continue
+            mean, bound = (np.mean(some, axis=0) for some in there)
+            converged = all(rows[theirs[seed]].get("converged") for seed in seeds)
+            shares = [f"{100 * m / b:.1f} %" if b > 0 else None for m, b in zip(mean, bound, strict=True)]
+            told = shares if converged else ["not converged"] * len(rs)
+            cells.append((MEASURES[measure].title, title_of(name), *told))
+    columns = ("measure", "bound", *(f"R = {r}" for r in rs))
+    return Table("k-MTR as a share of the bound that sees the full image", columns, tuple(cells))
+
+
+def cost_table(rows: Rows) -> Table:
+    """Weights, steps and seconds, mean over seeds; devices."""
+    cells: list[tuple[Cell, ...]] = []
+    for name in names_of(rows):
+        some = [row for one, row in rows.items() if one.start == name]
+        if name == FLOORS:
+            continue
+        means = [_mean([row.get(key) for row in some]) for key in ("steps", "training_s", "pretraining_s", "best_step")]
+        converged = "" if not contender(name).bound else "yes" if all(row.get("converged") for row in some) else "no"
+        where = ", ".join(sorted({row["device"] for row in some}))
+        cells.append((title_of(name), len(some), some[0]["parameters"], *means, converged, where))
+    names = ("system", "seeds", "weights", "steps", "training (s)", "pretraining (s)", "best step", "converged")
+    return Table("Cost of a row: seconds of its steps, mean over seeds", (*names, "device"), tuple(cells), digits=0)
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+# --------------------------------------------------------------------------------------------------------- differences
+
+
+def differences(study: Study, rows: Rows) -> list[dict[str, Any]]:
+    """`paired.gains` of k-MTR over each other one, of the seeds that both have."""
+    pairs = []
+    for measure in measures(study.config):
+        ours = _of(rows, PRETRAINED, measure)
+        for name in names_of(rows):
+            if name != PRETRAINED:
+                both = {seed: (ours[seed], other) for seed, other in _of(rows, name, measure).items() if seed in ours}
+                pairs.append(Pair({"a": PRETRAINED, "b": name}, measure, both))
+    return gains(study, pairs)
+
+
+def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:
+    """A row per opponent, measure and R, and who wins beyond the interval."""
+    rows: list[tuple[Value, ...]] = []
+    for one in compared:
+        low, high = one["interval"]
+        wins = "k-MTR" if low > 0 else title_of(one["b"]) if high < 0 else "tie" if low <= 0 <= high else None
+        head = (MEASURES[one["measure"]].title, title_of(one["b"]), str(one["R"]))
+        rows.append((*head, Interval(one["difference"], low, high), one.get("p_holm"), wins))
+    columns = (
+        Column("measure"),
+        Column("k-MTR less"),
+        Column("R"),
+        Column("difference", 3, True),
+        Column("p, Holm", 4),
+        Column("wins"),
+    )
+    draws = max((one["draws"] for one in compared), default=0)
+    return IntervalTable(
+        "differences",
+        f"Paired differences on the same held-out subjects, 95 % bootstrap intervals ({draws:,} draws of subjects)",
+        columns,
+        tuple(rows),
+        note="Seeds are averaged, then subjects drawn. Who wins does so beyond the interval. p by the bootstrap, "
+        "corrected by Holm over all means over R; single R have their intervals alone.",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def figure_of(study: Study, scores: Scores) -> Figure:
+    """Measures against R: a panel per measure, a line per system."""
+    rs = study.config.evaluate.accelerations
+    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for (measure, name), by_r in scores.items():
+        points = [(r, by_r[r].value, (by_r[r].high - by_r[r].low) / 2) for r in rs]
+        panels.setdefault(MEASURES[measure].title, {})[title_of(name)] = points
+    styles = {}
+    for _, name in scores:
+        colour, line = contender(name).style
+        styles[title_of(name)] = (figures.COLOURS[colour], line)
+    return figures.label_curves(panels, styles, "", xlabel="nominal R")
+
+
+def curves_of(scores: Scores) -> dict[int, dict[str, float]]:
+    """Metrics of the MLflow run: R -> name -> score."""
+    curves: dict[int, dict[str, float]] = {}
+    for (measure, name), by_r in scores.items():
+        for r, one in by_r.items():
+            if r != ALL:
+                curves.setdefault(int(r), {})[f"{measure}/{name}"] = one.value
+    return curves

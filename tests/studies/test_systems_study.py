@@ -1,0 +1,186 @@
+"""The study of systems: every contender is trained and scored, for equal seconds, and rows alone make the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import command
+import numpy as np
+import pytest
+from forked_workers import instead_of_ray_train
+
+from jobs import study
+from kmtr.config import RunConfig, from_json, override
+from kmtr.data.dataset.reader import Dataset
+from kmtr.evaluate.task_tables import MEAN_DICE
+from kmtr.studies import running, system_report, task_rows, tasks
+from kmtr.studies.contenders import CONTENDERS
+from kmtr.studies.paired import Drawn
+from kmtr.studies.systems import order
+from kmtr.studies.task_measures import headline
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows
+from kmtr.studies.task_study import Study, held_out
+from kmtr.train import driver
+from kmtr.train.folder import Outcome
+from kmtr.types import InputError
+
+SMALL = {
+    "train.workers": 1,
+    "train.eval_every": 2,
+    "train.log_every": 1,
+    "masked.steps": 2,
+    "align.steps": 0,
+    "study.seeds": (0,),
+    "study.systems": (PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared"),
+    "study.bound_steps": 12,
+    "study.bound_patience": 1,
+    "task.tasks": ("phenotypes", "segmentation"),
+    "task.targets": ("lvedv_ml", "lvm_g"),
+    "task.steps": 4,
+    "task.frames": 1,
+    "task.unet_width": 4,
+    "evaluate.accelerations": (2, 4),
+    "evaluate.bootstrap": 50,
+}
+BOTH = ("phenotypes", "segmentation")
+SPEED = 16.0
+"""Subjects/s of k-MTR; its opponents are twice as fast."""
+
+
+@pytest.fixture
+def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(running, "start_ray", lambda: None)
+    monkeypatch.setattr(tasks, "TRIAL", 4)
+    monkeypatch.setattr(tasks, "TRIAL_EVERY", 2)
+    instead_of_ray_train(monkeypatch)
+    return override(small, SMALL | {"storage.root": str(tmp_path / "runs"), "study.rows": str(tmp_path / "rows")})
+
+
+def speed(outcome: Outcome, first: int, last: int) -> float:
+    """Subjects/s: the opponents' twice those of k-MTR."""
+    own = from_json((Path(outcome.folder) / "config.json").read_text())
+    ours = (own.task.system, own.model.encoder_inputs) == ("kspace", "kspace")
+    return SPEED if ours or own.stage != "task" else 2 * SPEED
+
+
+def asked_for(config: RunConfig) -> dict[str, Any]:
+    """What the command answers."""
+    return study.run(["systems", *command.words(config)])
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / task_rows.FILE).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_every_contender_is_trained_for_equal_seconds_and_rows_alone_make_the_report(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("monai", reason="needs MONAI (the extra baselines)")
+    monkeypatch.setattr(tasks, "rate", speed)
+    said = asked_for(config)
+    assert (said["rows"], said["missing"]) == (5, 0)
+    rows = {row["start"]: row for row in lines(tmp_path / "rows")}
+    assert list(rows) == [FLOORS, *config.study.systems]
+    assert {name: tuple(rows[name]["tasks"]) for name in config.study.systems} == {
+        PRETRAINED: BOTH,
+        "tokens-zerofilled": BOTH,
+        "unet-shared": ("segmentation",),
+        "unet-full": ("segmentation",),
+        "resnet50-shared": ("phenotypes",),
+    }
+    titles = {name: list(rows[name]["R"]["4"]["measures"]) for name in config.study.systems}
+    assert titles["unet-shared"] == ["U-Net on temporally shared image"]
+    assert titles["tokens-zerofilled"] == ["k-MTR fine-tuned on zero-filled patches"]
+    assert rows["tokens-zerofilled"]["pretraining_s"] > 0
+    assert "pretraining_s" not in rows["unet-shared"]
+    assert isinstance(rows["unet-full"]["converged"], bool)
+    assert rows[PRETRAINED]["training_s"] == 4 * 8 / SPEED
+    for name in ("tokens-zerofilled", "unet-shared", "resnet50-shared"):
+        assert rows[name]["steps"] == 8, "twice as fast, so twice as many"
+        assert rows[name]["training_s"] == rows[PRETRAINED]["training_s"]
+
+    found = json.loads(Path(said["results"]).read_text())
+    scores = found["scores"]
+    assert {"dice/unet-shared", "dice/floors", "r2/resnet50-shared", "r2/pretrained", "r2/floors"} <= set(scores)
+    for r in ("2", "4"):  # a bound sees the same whatever R is
+        assert scores["dice/unet-full"][r] == scores["dice/unet-full"]["2"]
+    pairs = {(one["measure"], one["b"]) for one in found["differences"]}
+    assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
+        *(("r2", name) for name in ("tokens-zerofilled", "resnet50-shared", FLOORS)),
+        *(("dice", name) for name in ("tokens-zerofilled", "unet-shared", "unet-full", FLOORS)),
+    }
+
+    known = [(row["start"], row["digest"]) for row in lines(tmp_path / "rows")]
+    other = order(override(config, {"study.bound_steps": 14}))
+    wanted = Rows(tmp_path / "rows", known[0][1], config.evaluate.accelerations, (), {"steps": 14}).read()
+    assert [one.start for one in other if one not in wanted] == ["unet-full"], "a bound of other settings is not done"
+
+    monkeypatch.setattr(driver, "fit", lambda *_, **__: pytest.fail("all rows are there"))
+    again = asked_for(override(config, {"storage.root": str(tmp_path / "elsewhere")}))
+    assert json.loads(Path(again["results"]).read_text()) == found
+    (tmp_path / "rows" / task_rows.FILE).write_text("")
+    with pytest.raises(InputError, match=r"study\.train: expected rows to report"):
+        asked_for(override(config, {"study.train": False}))
+
+
+def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> None:
+    numbers = order(override(config, {"study.systems": (), "task.tasks": ("phenotypes",), "study.seeds": (0, 1)}))
+    assert [(one.seed, one.start) for one in numbers] == [
+        (seed, name) for seed in (0, 1) for name in CONTENDERS if not name.startswith("unet")
+    ]
+    for asked, line in (
+        ("unet-shared", f"study.systems: expected {PRETRAINED} among them"),
+        ("pretrained,nnunet", "study.systems: expected some of .*, got nnunet"),
+    ):
+        with pytest.raises(InputError, match="^" + line):
+            asked_for(override(config, {"study.systems": tuple(asked.split(","))}))
+
+
+@pytest.fixture
+def made(config: RunConfig, tmp_path: Path) -> Study:
+    """A study of rows that a test makes up: two seeds, masks of k-MTR, an opponent and a bound."""
+    own = override(config, {"study.seeds": (0, 1), "task.tasks": ("segmentation",)})
+    dataset = Dataset.open(own.data)
+    truth, places = held_out(own, dataset)
+    one = Study(own, dataset, truth, Rows(tmp_path / "made", "0" * 8, own.evaluate.accelerations, places), "")
+    rng, shape = np.random.default_rng(0), (len(own.evaluate.accelerations), len(places))
+    base = rng.uniform(0.4, 0.6, shape)
+    for seed in (0, 1):
+        for name, more, extra in (
+            (PRETRAINED, 0.1, {}),
+            ("unet-shared", 0.0, {}),
+            ("unet-full", 0.2, {"converged": seed == 0}),
+        ):
+            values = {name: base + more + rng.normal(0, 0.01, shape) for name in MEAN_DICE}
+            means = one.means(seed, 0)
+            by_r = {
+                str(r): {"true_R": r, "measures": {name: headline(own, values, truth, means, i)}, "metrics": {}}
+                for i, r in enumerate(own.evaluate.accelerations)
+            }
+            about = {"R": by_r, "subjects": 12, "data": "", "parameters": 1, "training_s": 1.0, "device": "cpu"}
+            one.rows.add(Asked(seed, name, ("segmentation",), 0), about | extra, values)
+    return one
+
+
+def test_who_wins_does_so_beyond_the_interval_and_no_share_is_taken_of_an_unfinished_bound(made: Study) -> None:
+    rows = made.rows.read()
+    compared = {(one["b"], one["R"]): one for one in system_report.differences(made, rows)}
+    over = compared["unet-shared", "mean"]
+    assert over["difference"] == pytest.approx(0.1, abs=0.02)
+    assert over["interval"][0] > 0
+    assert over["seeds"] == [0, 1]
+    table = system_report.difference_table([*compared.values()])
+    wins = {(str(row[1]), str(row[2])): row[-1] for row in table.rows}
+    assert wins[CONTENDERS["unet-shared"].title, "mean"] == "k-MTR"
+    assert wins[CONTENDERS["unet-full"].title, "mean"] == CONTENDERS["unet-full"].title
+    drawn = Drawn(made, 100)
+    (unfinished,) = system_report.bound_table(made, rows, drawn).rows
+    assert unfinished[2:] == ("not converged", "not converged")
+    told = {one: row | ({"converged": True} if "converged" in row else {}) for one, row in rows.items()}
+    (share,) = system_report.bound_table(made, told, drawn).rows
+    assert [float(str(value).split()[0]) for value in share[2:]] == pytest.approx([100 * 0.6 / 0.7] * 2, abs=3)
+    assert "not who wins" in system_report.summary_of(made, rows, 6, [])

@@ -1,0 +1,357 @@
+"""U-Net and ResNet-50: what they see, their layers against the library's, their losses in closed form, whole runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cohort import simulated, write
+from forked_workers import instead_of_ray_train
+from torch import Tensor, nn
+
+import kmtr
+from kmtr.config import RunConfig, override
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.evaluate import finetune
+from kmtr.evaluate.predictions import read
+from kmtr.inputs import INPUTS, standardised
+from kmtr.model.packing import Lengths
+from kmtr.physics.sampling import VALIDATION
+from kmtr.systems import resnet, system, unet
+from kmtr.tasks import Model, Preparer, accumulate, stages_of
+from kmtr.tasks.base import LOSS
+from kmtr.tasks.losses import cross_entropy_and_dice
+from kmtr.train import start
+from kmtr.train.resolve import resolve
+from kmtr.types import UNLABELLED, InputError
+
+nets = pytest.importorskip("monai.networks.nets", reason="needs MONAI (the extra baselines)")
+
+CPU = torch.device("cpu")
+SEEN = ("zerofilled", "shared", "full")
+
+
+@pytest.fixture(scope="module")
+def config(small: RunConfig) -> RunConfig:
+    asked = {"stage": "task", "task.encoder": "none", "task.steps": 4, "task.unet_width": 4, "task.system": "unet"}
+    return override(small, asked | {"task.tasks": "segmentation"})
+
+
+def ready(config: RunConfig, tables: dict[str, Tensor]) -> tuple[Model, Preparer, Any, Reader]:
+    reader = Dataset.open(config.data).reader("train", config.data)
+    torch.manual_seed(0)
+    model, (stage,) = Model(config), stages_of(config)
+    return model, Preparer(config, tables | start.task_tables(config, reader, tables), CPU), stage, reader
+
+
+def batch_of(config: RunConfig, reader: Reader, prepare: Preparer, rows: range = range(4)) -> Batch:
+    return collate(reader.samples(rows), config, None, 0, prepare.wanted, VALIDATION).to(CPU)
+
+
+def elsewhere(batch: Batch) -> Batch:
+    """The same subjects with other values wherever nothing was acquired."""
+    noise = torch.randn_like(batch.kspace)
+    return replace(batch, kspace=torch.where(batch.sampled[:, :, None, :, :, None], batch.kspace, noise))
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_every_input_but_the_full_one_is_blind_to_what_was_not_acquired(name: str, batch: Batch) -> None:
+    """Bit for bit."""
+    assert not bool(batch.sampled.all())
+    matrix = (batch.kspace.shape[-2], batch.kspace.shape[-1])
+    seen, other = (standardised(name, one, matrix) for one in (batch, elsewhere(batch)))
+    assert torch.equal(seen, other) == (name != "full")
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_an_input_has_mean_0_and_variance_1_whatever_the_scanner_s_scale(name: str, batch: Batch) -> None:
+    batch = replace(batch, padded=batch.padded.clone())
+    batch.padded[0, :, -1] = True
+    batch.kspace[0, :, :, -1] = 0
+    seen = standardised(name, batch, (16, 16))
+    assert seen.shape[-2:] == (16, 16)
+    for image, padded in zip(seen, batch.padded, strict=True):
+        torch.testing.assert_close(image[~padded].mean(), torch.tensor(0.0), atol=1e-4, rtol=0)
+        torch.testing.assert_close(image[~padded].square().mean(), torch.tensor(1.0), atol=1e-4, rtol=0)
+        assert not image[padded].any()
+    louder = replace(batch, kspace=250 * batch.kspace)
+    torch.testing.assert_close(standardised(name, louder, (16, 16)), seen, rtol=1e-3, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- U-Net
+
+
+def test_stages_are_nnu_net_s() -> None:
+    widths, strides = unet.plan((128, 128), 32)
+    assert widths == [32, 64, 128, 256, 512, 512]
+    assert strides == [(1, 1), *[(2, 2)] * 5]
+    assert unet.plan((64, 16), 32)[1] == [(1, 1), (2, 2), (2, 2), (2, 1), (2, 1)]
+    with pytest.raises(
+        InputError, match=r"^data.matrix: expected at least 16 pixels for task.system=unet, got \(8, 8\)"
+    ):
+        unet.plan((8, 8), 32)
+    with pytest.raises(
+        InputError, match=r"^data.matrix: expected sizes that task.system=unet can halve down to 4 to 7"
+    ):
+        unet.plan((36, 36), 32)
+
+
+def test_its_maps_are_those_of_dyn_unet() -> None:
+    torch.manual_seed(0)
+    ours = unet.PlainUNet((128, 128), 32)
+    widths, strides = unet.plan((128, 128), 32)
+    whole = nets.DynUNet(2, 1, 6, [3] * 6, strides, strides[1:], filters=widths, deep_supervision=False)
+    heads = sum(p.numel() for p in whole.output_block.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in whole.parameters()) - heads
+    for theirs, mine in (
+        ("input_block", "first"),
+        ("downsamples", "down"),
+        ("bottleneck", "bottom"),
+        ("upsamples", "up"),
+    ):
+        getattr(whole, theirs).load_state_dict(getattr(ours, mine).state_dict())
+    images = torch.randn(2, 128, 128)
+    found = ours(images, Lengths((2,), torch.tensor([2])))
+    torch.testing.assert_close(found.levels[0], whole.skip_layers(images[:, None]), rtol=1e-4, atol=1e-5)
+    assert [(m.shape[1], m.shape[2]) for m in found.levels] == [(32, 128), (64, 64), (128, 32), (256, 16)]
+    assert found.deepest.shape == (2, 512, 4, 4)
+
+
+def test_its_layers_are_those_of_nnu_net() -> None:
+    """Kernels, strides, channels, norms and slopes in the order of the data's way, against PlainConvUNet."""
+    architectures = pytest.importorskip(
+        "dynamic_network_architectures.architectures.unet", reason="needs nnU-Net's dynamic-network-architectures"
+    )
+    widths, strides = unet.plan((128, 128), 32)
+    theirs = architectures.PlainConvUNet(
+        *(1, 6, widths, nn.Conv2d, 3, strides, 2, 6, 2, True, nn.InstanceNorm2d, {"eps": 1e-5, "affine": True}),
+        *(None, None, nn.LeakyReLU, {"inplace": True}),
+    )
+
+    def layers(module: nn.Module) -> list[tuple[Any, ...]]:
+        found = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        return sorted((type(m).__name__, m.in_channels, m.out_channels, *m.kernel_size, *m.stride) for m in found)
+
+    heads = [one for one in layers(theirs) if one[2] == 6]
+    assert layers(unet.PlainUNet((128, 128), 32)) == [one for one in layers(theirs) if one not in heads]
+
+
+def test_it_begins_at_the_mean_mask_and_its_loss_is_that_of_deep_supervision(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    model, prepare, stage, reader = ready(config, tables)
+    batch = batch_of(config, reader, prepare)
+    asked = prepare(batch, stage)
+    with torch.no_grad():
+        said = model(asked, predict=True)["segmentation"]["masks"]
+        begun = model(asked)["segmentation"][LOSS]
+    prior = prepare.tables["mask_log_prior"]
+    expected = prior[list(batch.slots)].argmax(1).to(torch.uint8)[None, :, None].expand(said.shape)
+    assert torch.equal(
+        said, torch.where(batch.padded[..., None, None], torch.tensor(UNLABELLED, dtype=torch.uint8), expected)
+    )
+
+    known = asked.tasks["segmentation"]
+    counts, extra = known.cells.lengths.counts, known.extra
+    levels = len(model.heads["segmentation"].out)  # type: ignore[arg-type]
+    parts = [
+        cross_entropy_and_dice(
+            extra["prior"][..., :: 2**i, :: 2**i], extra["truth"][..., :: 2**i, :: 2**i], extra["drawn"], counts
+        )
+        for i in range(levels)
+    ]
+    weights = [2**-i / sum(2**-j for j in range(levels)) for i in range(levels)]
+    wanted = sum(w * part for w, part in zip(weights, parts, strict=True)) / extra["constant"]
+    torch.testing.assert_close(begun, wanted)
+
+
+def test_a_worker_without_anything_to_learn_from_has_all_gradients(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    model, prepare, stage, reader = ready(config, tables)
+    batch = batch_of(config, reader, prepare)
+    assert batch.masks is not None
+    empty = replace(batch, masks=torch.full_like(batch.masks, UNLABELLED), epoch=torch.zeros_like(batch.key))
+    out = model(prepare(empty, stage))["segmentation"][LOSS]
+    assert not out.any()
+    out.sum().backward()
+    for name, weights in model.named_parameters():
+        assert weights.grad is not None, name
+        assert not weights.grad.any(), name
+
+
+def test_its_vector_is_the_mean_over_a_subject_s_own_maps() -> None:
+    deepest = torch.arange(12.0).reshape(3, 2, 2, 1)
+    maps = unet.Maps((), deepest, Lengths((1, 2, 0), torch.tensor([1, 2, 0])))
+    mean = deepest.mean((2, 3))
+    torch.testing.assert_close(maps.vector, torch.stack([mean[0], mean[1:].mean(0), torch.zeros(2)]))
+
+
+# ----------------------------------------------------------------------------------------------------------- ResNet-50
+
+
+def test_resnet_50_has_the_weights_of_the_library_s_and_knows_each_subject_alone() -> None:
+    torch.manual_seed(0)
+    ours = resnet.Stacked(6).eval()
+    theirs = nets.resnet50(spatial_dims=2, n_input_channels=6, feed_forward=False)
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
+    images = torch.randn(3, 2, 3, 32, 32)
+    together = ours.train()(images).vector
+    assert together.shape == (3, resnet.CHANNELS)
+    for row in range(3):
+        torch.testing.assert_close(ours(images[row : row + 1]).vector[0], together[row], rtol=1e-3, atol=1e-4)
+    assert not list(ours.buffers()), "running statistics would differ between workers"
+
+
+def test_its_reader_fills_the_grid_with_zeros(config: RunConfig, batch: Batch) -> None:
+    changed = override(config, {"task.system": "resnet50", "task.input": "shared"})
+    reading = system("resnet50").reader(changed, {}, CPU)(batch).settle()
+    (images,) = reading.arguments
+    assert images.shape == (len(batch), config.data.slices, config.data.frames, *config.data.matrix)
+    seen = standardised("shared", batch, config.data.matrix)
+    torch.testing.assert_close(images[:, list(batch.slots), : seen.shape[2]], seen)
+    one = replace(
+        batch,
+        slots=batch.slots[:1],
+        **{name: getattr(batch, name)[:, :1] for name in ("kspace", "acquired", "sampled", "padded", "extent")},
+    )
+    (images,) = system("resnet50").reader(changed, {}, CPU)(one).settle().arguments
+    others = [slot for slot in range(config.data.slices) if slot != batch.slots[0]]
+    assert not images[:, others].any()
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_settings_that_do_not_go_together_are_refused_in_one_line(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for changes, line in (
+        ({"task.input": "acquired"}, "task.input: expected zerofilled or shared or full, which task.system=unet takes"),
+        (
+            {"task.system": "kspace", "task.input": "full"},
+            "task.input: expected acquired, which task.system=kspace takes",
+        ),
+        ({"task.tasks": "reconstruction"}, "task.system: expected one that offers tokens for reconstruction, got unet"),
+        ({"task.system": "resnet50"}, "task.system: expected one that offers tokens or maps for segmentation, kspace"),
+        ({"task.tasks": "phenotypes"}, "task.tasks: expected segmentation among them, for which task.system=unet is"),
+    ):
+        with pytest.raises(InputError, match="^" + line):
+            resolve(override(config, changes))
+    monkeypatch.setitem(sys.modules, "monai.networks", None)
+    with pytest.raises(InputError, match=r"^task.system: unet needs MONAI, .* pip install 'kmtr\[baselines\]'"):
+        resolve(config)
+
+
+class Alone:
+    """An engine of one process that averages over micro-batches, as DeepSpeed's does."""
+
+    def __init__(self, model: Model, parts: int):
+        self.model, self.parts = model, parts
+
+    def __call__(self, inputs: Any, predict: bool = False) -> Any:
+        return self.model(inputs, predict)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.parts).backward()
+
+
+@pytest.mark.parametrize(("name", "tasks"), [("unet", "segmentation"), ("resnet50", "phenotypes")])
+def test_gradients_do_not_depend_on_micro_batches(
+    name: str, tasks: str, config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    asked = {"task.system": name, "task.tasks": tasks, "task.targets": "lvedv_ml,lvef_pct"}
+    model, prepare, stage, reader = ready(override(config, asked), tables)
+    for head in model.heads.values():
+        for layer in head.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.normal_(layer.weight, std=0.1)  # at zero nothing behind it would have a gradient
+    found = []
+    for parts in ([range(4)], [range(2), range(2, 4)]):
+        model.zero_grad()
+        micro = [replace(batch_of(config, reader, prepare, rows), real=4) for rows in parts]
+        accumulate(Alone(model, len(parts)), micro, prepare, stage)
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == len(list(model.parameters()))
+    assert any(bool(gradient.any()) for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hearts(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run of a few steps on 24 hearts with labels and contours."""
+    folder = tmp_path_factory.mktemp("baselines")
+    asked = {
+        "data.root": str(folder / "data"),
+        "storage.root": str(folder / "runs"),
+        "tracking.uri": f"sqlite:///{folder}/mlflow.db",
+        "stage": "task",
+        "task.tasks": "segmentation",
+        "task.steps": 3,
+        "task.unet_width": 4,
+        "task.targets": "lvedv_ml,lvef_pct",
+        "train.eval_every": 10,
+        "train.log_every": 10,
+        "evaluate.bootstrap": 20,
+    }
+    made = override(small, asked)
+    split = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
+    write(folder / "data", {name: [simulated(i, made) for i in rows] for name, rows in split.items()}, "float32")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tasks", "title"), [("unet", "segmentation", "U-Net"), ("resnet50", "phenotypes", "ResNet-50")]
+)
+def test_a_run_ends_with_a_model_that_predicts_on_its_own(
+    name: str, tasks: str, title: str, hearts: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead_of_ray_train(monkeypatch)
+    monkeypatch.setattr(finetune, "start_ray", lambda: None)
+    asked = override(hearts, {"task.system": name, "task.tasks": tasks, "task.input": "shared"})
+    kinds: dict[str, dict[str, Any]] = {
+        "one": {"train.workers": 1},
+        "same": {"train.workers": 1},
+        "other": {"train.workers": 1, "seed": 1},
+        "many": {"train.workers": 2, "train.zero_stage": 3},
+        "half": {"train.workers": 2, "train.zero_stage": 2, "train.bf16": True, "task.begin": "mean"},
+    }
+    said = {
+        what: finetune.run(override(asked, changes | {"run.name": f"{name}-{what}"})) for what, changes in kinds.items()
+    }
+    tables = {what: read(Path(str(one["predictions"]))) for what, one in said.items()}
+    ours = {
+        what: [row["value"] for row in table.to_pylist() if row["system"] == title] for what, table in tables.items()
+    }
+    assert ours["one"]
+    assert ours["one"] == ours["same"]
+    assert ours["one"] != ours["other"]
+    scale = np.nanstd(ours["one"])
+    for what, tolerance in (("many", 0.02), ("half", 1.0)):
+        assert np.nanmean(np.abs(np.subtract(ours[what], ours["one"]))) < tolerance * scale, what
+    assert {row["input"] for row in tables["one"].to_pylist() if row["system"] == title} == {"temporally shared image"}
+    folder = Path(str(said["one"]["model"]))
+    assert f"`{name}` on input `shared`" in (folder / "README.md").read_text()
+    study = simulated(20, hearts)
+    found = kmtr.load_model(folder).predict(study, acceleration=4)
+    if name == "unet":
+        assert {view: masks.shape for view, masks in found["masks"].items()} == {
+            view: (shown.kspace.shape[0], shown.kspace.shape[2], *hearts.data.matrix)
+            for view, shown in study.views.items()
+        }
+        assert all(np.isin(masks, range(6)).all() for masks in found["masks"].values())
+    else:
+        assert set(found) == {"lvedv_ml", "lvef_pct"}
+        assert all(np.isfinite(value) for value in found.values())
