@@ -239,7 +239,7 @@ def test_a_misspelt_key_fails_loudly_and_an_impossible_variant_is_a_row(config: 
 
 
 def test_commands_refuse_with_one_line() -> None:
-    with pytest.raises(InputError, match="one of labels, ablation, tasks, got 'label'"):
+    with pytest.raises(InputError, match="one of labels, ablation, tasks, systems, got 'label'"):
         study.run(["label"])
     with pytest.raises(InputError, match=r"run\.fresh"):
         study.run(["labels", "run.fresh=true"])
