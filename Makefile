@@ -45,7 +45,7 @@ demo: setup
 # Three processes on two cores: two of them begin with what needs Ray (each on one of its own), which often waits.
 TESTS := $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder --durations=20 --durations-min=5
 
-##  test         setup; then a test of every promise: 20 to 25 minutes on two cores
+##  test         setup; then a test of every promise: 20 to 40 minutes on two cores
 test: setup
 	@$(TESTS) -m "not full"
 
