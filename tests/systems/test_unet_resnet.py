@@ -347,7 +347,8 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
     scale = np.nanstd(ours["one"])
     for what in kinds[1:]:
         away = np.nanmean(np.abs(np.subtract(ours[what], ours["one"]))) / scale
-        assert away < {"many": 0.02, "half": 1.0}.get(what, np.inf), what
+        assert away < {"many": 0.02}.get(what, np.inf), what
+        assert np.isfinite(ours[what]).any(), what
     assert {row["input"] for row in tables["one"].to_pylist() if row["system"] == title} == {"temporally shared image"}
     folder = Path(str(said["one"]["model"]))
     assert f"`{name}` on input `shared`" in (folder / "README.md").read_text()
