@@ -1,4 +1,4 @@
-"""What a row of a study is trained as: k-MTR, and the systems that it is compared with. Adding one is a line."""
+"""Contenders of a study, as which its rows are trained: k-MTR and its opponents. Adding one is a line."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
 
 
 def bound_settings(config: RunConfig) -> dict[str, Any]:
-    """What decides when a bound stops, beside what `digest` holds."""
+    """Settings that decide when a bound stops, beside those in `digest`."""
     names = ("eval_every", "eval_subjects", "eval_seed")
     found = {f"train.{name}": getattr(config.train, name) for name in names}
     return found | {"steps": config.study.bound_steps, "patience": config.study.bound_patience}
