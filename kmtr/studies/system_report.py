@@ -145,8 +145,8 @@ def _true_r(study: Study, rows: Rows) -> str:
 
 
 def bound_table(study: Study, rows: Rows, drawn: Drawn) -> Table:
-    """Share of each bound that k-MTR reaches at each R, over the seeds that both have; of one that did not converge no share
-    is taken, nor of a bound that is not above 0.
+    """Share of each bound that k-MTR reaches at each R, over the seeds that both have; of one that did not converge no
+    share is taken, nor of a bound that is not above 0.
     """
     rs = study.config.evaluate.accelerations
     cells: list[tuple[Cell, ...]] = []
