@@ -14,6 +14,7 @@ from kmtr.physics import lines
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.images import rms, scale_image
 from kmtr.physics.lines import phase_gain
+from kmtr.physics.lowrank import low_rank_sparse
 
 KSpace = Complex[Tensor, "batch slice coil t ky kx"]
 Image = Float[Tensor, "batch slice t y x"]
@@ -29,8 +30,17 @@ def view_shared(batch: Batch) -> KSpace:
 
     Phase and gain are removed first.
     """
-    kspace = batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
-    return lines.view_shared(kspace, batch.sampled)
+    return lines.view_shared(_canonical(batch), batch.sampled)
+
+
+def lowrank(batch: Batch) -> KSpace:
+    """k-space of the low-rank + sparse reconstruction that begins at `view_shared`, which removes phase and gain."""
+    kspace = _canonical(batch)
+    return low_rank_sparse(kspace, batch.sampled, lines.view_shared(kspace, batch.sampled))
+
+
+def _canonical(batch: Batch) -> KSpace:
+    return batch.kspace / phase_gain(batch.kspace, batch.sampled)[..., None, None, None]
 
 
 def _image(kspace: KSpace, batch: Batch) -> Image:
@@ -97,6 +107,7 @@ INPUTS: dict[str, Callable[[Batch], KSpace]] = {
     "acquired": acquired,
     "zerofilled": acquired,
     "shared": view_shared,
+    "lowrank": lowrank,
     "full": source,
 }
 """Name (as in `task.input`) -> k-space that a system sees, itself or as an image. Adding one is a function and a line.

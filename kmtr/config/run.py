@@ -244,10 +244,17 @@ class Task(Section):
     system: str = Field("kspace", description="system that they are trained on (kmtr/systems)")
     input: str = Field(
         "",
-        description="image that unet and resnet50 see: full, zerofilled, or shared (temporally); empty: zerofilled",
+        description="image that unet and resnet50 see: full, zerofilled, shared (temporally), or lowrank (and sparse); "
+        "empty: zerofilled",
     )
     unet_width: int = Field(
-        32, gt=0, le=512, description="channels of unet at full resolution, twice as many at each lower one up to 512"
+        32,
+        gt=0,
+        le=512,
+        description="channels of unet and xf at full resolution, twice as many at each lower one up to 512",
+    )
+    cascades: int = Field(
+        3, gt=0, le=12, description="times that xf lets a network change the image and puts the acquired lines back"
     )
     encoder: str = Field(
         "",

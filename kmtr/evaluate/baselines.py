@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import Shared, acquired, view_shared
+from kmtr.inputs import Shared, acquired, lowrank, view_shared
 from kmtr.physics.fourier import crop_or_pad, magnitude_image
 from kmtr.physics.lines import phase_gain
 
@@ -60,6 +60,18 @@ def still_and_moving(values: Float[Tensor, "batch slice t *rest"], padded: Bool[
 def zerofilled_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
     """Predictor of the magnitude image of the acquired lines, each frame by itself, in the source's numbers."""
     return lambda batch: {"image": magnitude_image(crop_or_pad(acquired(batch), matrix, (-2, -1)))}
+
+
+def lowrank_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:
+    """Predictor of the magnitude image of the low-rank + sparse reconstruction, in the source's numbers."""
+
+    def image(batch: Batch) -> dict[str, Tensor]:
+        gain = phase_gain(batch.kspace, batch.sampled)[:, 0, 0].abs()
+        return {
+            "image": magnitude_image(crop_or_pad(lowrank(batch), matrix, (-2, -1))) * gain[:, None, None, None, None]
+        }
+
+    return image
 
 
 def shared_image(matrix: tuple[int, int]) -> Callable[[Batch], dict[str, Tensor]]:

@@ -15,7 +15,7 @@ from kmtr.config import Data, RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
-from kmtr.evaluate.baselines import shared_image, zerofilled_image
+from kmtr.evaluate.baselines import lowrank_image, shared_image, zerofilled_image
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_tables import subject_means
@@ -27,6 +27,8 @@ from kmtr.tasks.views import views_of
 
 PERCENTILES = (10, 50, 90)
 PREDICTED = "predicted"
+OTHERS = {"zero-filled": zerofilled_image, "temporally shared": shared_image, "low-rank + sparse": lowrank_image}
+"""Images without a network, shown beside the predicted one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Look:
         true_acceleration: R that was really acquired.
         full: view -> fully sampled magnitude image, ``slice t y x``.
         masks: view -> true and predicted classes; empty: the model draws none, or no mask is known.
-        images: name (zero-filled, temporally shared, predicted) -> view -> image; empty: the model makes none.
+        images: name (`OTHERS`, `PREDICTED`) -> view -> image; empty: the model makes none.
     """
 
     number: int
@@ -108,10 +110,8 @@ def looks(
             said, full = model(batch), full_image(batch, data.matrix)
             shown = {}
             if "image" in said:
-                others = zerofilled_image(data.matrix)(batch)["image"], shared_image(data.matrix)(batch)["image"]
-                shown = dict(zip(("zero-filled", "temporally shared"), others, strict=True)) | {
-                    PREDICTED: said["image"]
-                }
+                shown = {name: make(data.matrix)(batch)["image"] for name, make in OTHERS.items()}
+                shown[PREDICTED] = said["image"]
             masks: Mapping[str, Pair] = {}
             if "masks" in said and batch.masks is not None:
                 (masks,) = views_of(batch, data, batch.masks, said["masks"])

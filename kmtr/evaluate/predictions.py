@@ -75,8 +75,14 @@ class Name(NamedTuple):
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
 FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scratch", LINES)
-SYSTEMS = {"image": "image encoder", "unet": "U-Net", "resnet50": "ResNet-50"}
-INPUTS = {"full": "full image", "zerofilled": "zero-filled image", "shared": "temporally shared image"}
+SYSTEMS = {"image": "image encoder", "unet": "U-Net", "resnet50": "ResNet-50", "xf": "x-f U-Net"}
+INPUTS = {
+    "acquired": LINES,
+    "full": "full image",
+    "zerofilled": "zero-filled image",
+    "shared": "temporally shared image",
+    "lowrank": "low-rank + sparse image",
+}
 """Names in tables of `task.system` and of `task.input`."""
 
 
@@ -92,6 +98,7 @@ def model_name(config: RunConfig, from_scratch: bool) -> Name:
 MEAN = Name("mean", NOTHING)
 MEAN_MASK, MASK_RIDGE = Name("mean mask", NOTHING), Name("ridge", "temporally shared image")
 ZEROFILLED, SHARED = Name("zero-filled image", LINES), Name("temporally shared image", LINES)
+LOWRANK = Name("low-rank + sparse", LINES)
 
 READ_OFF, CEILING = Name("phenotypes then disease", RIDGE.input), Name("ceiling, disease", TRUE_PHENOTYPES)
 CEILINGS = frozenset({CEILING})

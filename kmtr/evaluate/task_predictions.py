@@ -21,6 +21,7 @@ from kmtr.evaluate import baselines, from_phenotypes, masks, probes
 from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
 from kmtr.evaluate.predictions import (
     CEILING,
+    LOWRANK,
     READ_OFF,
     RIDGE,
     SHARED,
@@ -156,7 +157,11 @@ class Floors:
             read = tell(pipeline.read_in_order(self.reader, self.rows, probes.CHUNK, fixed, masks.MASKS, VALIDATION))
             found |= masks.fit(fixed, self.reader, self.rows, read)
         if "reconstruction" in tasks:
-            found |= {ZEROFILLED: baselines.zerofilled_image(matrix), SHARED: baselines.shared_image(matrix)}
+            found |= {
+                ZEROFILLED: baselines.zerofilled_image(matrix),
+                SHARED: baselines.shared_image(matrix),
+                LOWRANK: baselines.lowrank_image(matrix),
+            }
         return found
 
 

@@ -20,7 +20,7 @@ from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
-from kmtr.evaluate.looks import PREDICTED, Chosen, Look
+from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
 from kmtr.evaluate.predictions import Name, from_masks, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.files import write_atomic
@@ -284,7 +284,7 @@ def images(seen: Sequence[Look], who: str) -> list[Picture]:
         title = f"Held-out subject {number}"
         caption = (
             f"{title}, {view.replace('lax_', '')} slice {z + 1} of {len(full)}, frame {frame + 1} of {full.shape[1]} "
-            f"(the one that differs most from the mean over the cycle): fully sampled, zero-filled, temporally shared "
+            f"(the one that differs most from the mean over the cycle): fully sampled, {', '.join(OTHERS)} "
             f"and {PREDICTED} image under one grey scale, and the predicted one's absolute error × "
             f"{figures_tasks.GAIN}. {who}"
         )

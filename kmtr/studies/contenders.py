@@ -64,6 +64,7 @@ CONTENDERS: dict[str, Contender] = {
     **_on_images("unet", "nnU-Net topology", "segmentation"),
     # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
     **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
+    "xf": Contender("x-f U-Net with data consistency", {"task.system": "xf"}, ("reconstruction",), style=(2, "-.")),
 }
 """Name (`Asked.start`) -> contender, in the order in which a seed's are trained."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from kmtr.config import RunConfig
-from kmtr.systems.base import Features, Mapped, Reader, Reading, System
+from kmtr.systems.base import Features, Imaging, Mapped, Reader, Reading, System
 from kmtr.systems.components import CleanComponents
 from kmtr.systems.image import ImageEncoder
 from kmtr.systems.kspace import KSpaceEncoder
 from kmtr.systems.resnet import ResNet50
 from kmtr.systems.unet import UNet
+from kmtr.systems.xf import XFUNet
 from kmtr.types import InputError
 
 SYSTEMS: dict[str, System] = {
@@ -16,6 +17,7 @@ SYSTEMS: dict[str, System] = {
     "image": ImageEncoder(),
     "unet": UNet(),
     "resnet50": ResNet50(),
+    "xf": XFUNet(),
     "components": CleanComponents(),
 }
 """Name (as in `task.system`) -> system."""
@@ -59,4 +61,4 @@ def input_of(config: RunConfig) -> str:
     return config.task.input or able[0]
 
 
-__all__ = ["SYSTEMS", "Features", "Mapped", "Reader", "Reading", "System", "at_once", "input_of", "system"]
+__all__ = ["SYSTEMS", "Features", "Imaging", "Mapped", "Reader", "Reading", "System", "at_once", "input_of", "system"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -110,6 +110,19 @@ class Mapped(System, Protocol):
     def maps(self, config: RunConfig) -> tuple[int, ...]:
         """Channels of each."""
         ...
+
+
+@runtime_checkable
+class Imaging(System, Protocol):
+    """A system whose features hold its own reconstruction, `kspace` ``batch slice coil t ky kx`` on the matrix of the
+    configuration: a head of images takes it as it is, and adds nothing.
+
+    Attributes:
+        unit: what 1 in that k-space's image is.
+    """
+
+    @property
+    def unit(self) -> Literal["rms of the temporally shared image"]: ...
 
 
 def depth_draws(config: RunConfig, batch: Batch, number: int) -> Float[Tensor, "batch block 2"] | None:

@@ -73,7 +73,7 @@ class StackReader:
 class ResNet50:
     """`resnet50` of `task.system`. Its features are a vector."""
 
-    inputs, tokens = ("zerofilled", "shared", "full"), False
+    inputs, tokens = ("zerofilled", "shared", "lowrank", "full"), False
 
     def module(self, config: RunConfig) -> nn.Module:
         return Stacked(config.data.slices * config.data.frames)

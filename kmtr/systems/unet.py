@@ -46,7 +46,7 @@ class Maps:
         return summed / self.cells.counts.clamp(min=1)[:, None]
 
 
-def plan(matrix: tuple[int, int], width: int) -> tuple[list[int], list[tuple[int, int]]]:
+def plan(matrix: tuple[int, int], width: int, system: str = "unet") -> tuple[list[int], list[tuple[int, int]]]:
     """Channels and strides of each stage: an axis is halved while `LEAST` pixels remain (nnU-Net's rule).
 
     Raises:
@@ -57,26 +57,31 @@ def plan(matrix: tuple[int, int], width: int) -> tuple[list[int], list[tuple[int
         step = (2 if sizes[0] >= 2 * LEAST else 1, 2 if sizes[1] >= 2 * LEAST else 1)
         if any(n % s for n, s in zip(sizes, step, strict=True)):
             raise InputError(
-                f"data.matrix: expected sizes that task.system=unet can halve down to {LEAST} to {2 * LEAST - 1} "
+                f"data.matrix: expected sizes that task.system={system} can halve down to {LEAST} to {2 * LEAST - 1} "
                 f"pixels, got {matrix}"
             )
         sizes = (sizes[0] // step[0], sizes[1] // step[1])
         strides.append(step)
     if len(strides) < 3:
-        raise InputError(f"data.matrix: expected at least {4 * LEAST} pixels for task.system=unet, got {matrix}")
+        raise InputError(f"data.matrix: expected at least {4 * LEAST} pixels for task.system={system}, got {matrix}")
     return [min(width * 2**stage, WIDEST) for stage in range(len(strides))], strides
 
 
 class PlainUNet(nn.Module):
     """nnU-Net's PlainConvUNet without heads: two convolutions a stage, instance norm, leaky ReLU, strided convolutions
     down, transposed ones up. The layers are MONAI's `DynUNet`'s, which has no biases before norms.
+
+    Args:
+        width: channels of the finest maps.
+        system: that it is built for.
+        channels: of an image.
     """
 
-    def __init__(self, matrix: tuple[int, int], width: int):
+    def __init__(self, matrix: tuple[int, int], width: int, system: str = "unet", channels: int = 1):
         super().__init__()
         self.matrix = matrix
-        widths, strides = plan(matrix, width)
-        net = networks("unet").DynUNet(2, 1, 1, [3] * len(strides), strides, strides[1:], filters=widths)
+        widths, strides = plan(matrix, width, system)
+        net = networks(system).DynUNet(2, channels, 1, [3] * len(strides), strides, strides[1:], filters=widths)
         self.first, self.down, self.bottom, self.up = net.input_block, net.downsamples, net.bottleneck, net.upsamples
 
     def forward(self, images: Float[Tensor, "cell y x"], cells: Lengths) -> Maps:
@@ -84,15 +89,20 @@ class PlainUNet(nn.Module):
         count = len(images)
         if not count:  # all weights get a gradient, as on the other workers
             images = images.new_zeros(1, *self.matrix)
-        skips = [self.first(images[:, None].to(self.first.conv1.conv.weight.dtype))]
+        levels, deepest = self.maps(images[:, None])
+        return Maps(tuple(level[:count] for level in levels[:-1]), deepest[:count], cells)
+
+    def maps(self, images: Float[Tensor, "image channel y x"]) -> tuple[list[Tensor], Tensor]:
+        """Maps of the decoder, finest first, and the deepest one."""
+        skips = [self.first(images.to(self.first.conv1.conv.weight.dtype))]
         for stage in self.down:
             skips.append(stage(skips[-1]))
         deepest = x = self.bottom(skips[-1])
         levels: list[Tensor] = []
         for stage, skip in zip(self.up, reversed(skips), strict=True):
             x = stage(x, skip)
-            levels.insert(0, x[:count])
-        return Maps(tuple(levels[:-1]), deepest[:count], cells)
+            levels.insert(0, x)
+        return levels, deepest
 
 
 class SliceReader:
@@ -129,7 +139,7 @@ class SliceReader:
 class UNet:
     """`unet` of `task.system`. Its features are `Maps`."""
 
-    inputs, tokens = ("zerofilled", "shared", "full"), False
+    inputs, tokens = ("zerofilled", "shared", "lowrank", "full"), False
 
     def module(self, config: RunConfig) -> nn.Module:
         return PlainUNet(config.data.matrix, config.task.unet_width)

@@ -107,7 +107,7 @@ class Dense(Task):
             able = ", ".join(name for name, one in SYSTEMS.items() if one.tokens or isinstance(one, Mapped))
             raise InputError(
                 f"task.system: expected one that offers tokens or maps for {self.name}, {able}, got {task.system}, "
-                "which has a vector alone"
+                "which offers neither"
             )
 
     def head(self) -> nn.Module:

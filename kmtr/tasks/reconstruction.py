@@ -1,4 +1,4 @@
-"""Image reconstruction: the fully sampled magnitude image, from a system's tokens."""
+"""Image reconstruction: the fully sampled magnitude image, from a system's tokens, or as a system makes it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Complex, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import full_image, known_image, known_peak
 from kmtr.metrics.dense import reconstruction_scores
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, magnitude_image
+from kmtr.systems import Imaging, system
 from kmtr.tasks import priors
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
@@ -27,7 +28,8 @@ class Reconstruction(Dense):
     mean image has of it.
 
     Begins at the temporally shared image where queries see it, else at the mean image. Inside, 1 is the RMS of the
-    subject's temporally shared image, which acquired lines tell; predictions are in the source's numbers.
+    subject's temporally shared image, which acquired lines tell; predictions are in the source's numbers. A system that
+    reconstructs by itself (`systems.Imaging`) is taken as it is, without a head.
     """
 
     name = label = "reconstruction"
@@ -38,13 +40,27 @@ class Reconstruction(Dense):
     def looks(self) -> bool:
         return True
 
+    @property
+    def imaging(self) -> bool:
+        """Whether the system reconstructs by itself."""
+        return isinstance(system(self.config.task.system), Imaging)
+
+    @property
+    def shows(self) -> bool:
+        return super().shows and not self.imaging
+
     def check(self) -> None:
+        if self.imaging:
+            return
         super().check()
         if self.mapped:
             raise InputError(
-                f"task.system: expected one that offers tokens for {self.name}, got {self.config.task.system}, which "
-                "offers maps"
+                f"task.system: expected one that offers tokens or an image for {self.name}, got "
+                f"{self.config.task.system}, which offers maps"
             )
+
+    def head(self) -> nn.Module:
+        return nn.Identity() if self.imaging else super().head()
 
     def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``image_constant``, the loss of the mean image."""
@@ -61,7 +77,7 @@ class Reconstruction(Dense):
         truth = full_image(batch, matrix) / seen.unit[:, None, None, None, None]
         extra = {"start": start, "scale": given.tables["image_sd"], "unit": seen.unit[place[0]]}
         extra |= {"truth": truth[place], "peak": known_peak(truth, batch), "constant": given.tables["image_constant"]}
-        if self.config.task.data_consistency:
+        if self.config.task.data_consistency and not self.imaging:
             row, z, t = place
             sampled = crop_or_pad(batch.sampled, matrix[:1], (-1,))
             extra |= {"kspace": seen.kspace[row, z, :, t], "sampled": sampled[place]}
@@ -70,6 +86,9 @@ class Reconstruction(Dense):
     def image(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "cell y x"]:
         """In units of the temporally shared image's RMS."""
         extra = asked.extra
+        if self.imaging:
+            row, z, t = asked.place
+            return magnitude_image(encode(asked.seen).kspace[row, z, :, t][:, :, None])[:, 0]
         found = extra["start"] + extra["scale"] * self.raw(encode, head, asked)[:, 0]
         return consistent(found, extra["kspace"], extra["sampled"]) if "kspace" in extra else found
 

@@ -105,7 +105,7 @@ def save(folder: Path, target: Path, model_id: str | None = None, run_id: str | 
     encodes = (folder / HEAD).is_file()
     head = {} if encodes else json.loads((folder / MODEL_HEAD).read_text())
     units = head.get("units", {})
-    extra = "[baselines]" if head.get("settings", {}).get("task.system") in ("unet", "resnet50") else ""
+    extra = "[baselines]" if head.get("settings", {}).get("task.system") in ("unet", "resnet50", "xf") else ""
     inputs: list[Any] = [ColSpec(DataType.string, "path"), ColSpec(DataType.long, "acceleration", required=False)]
     outputs: list[Any] = [ColSpec(DataType.double, name) for name in units]
     outputs += [ColSpec(Array(DataType.double), "embedding")] if encodes else []

@@ -20,7 +20,7 @@ from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.order import permutation
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
-from kmtr.systems import Mapped, input_of, system
+from kmtr.systems import Imaging, Mapped, input_of, system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
 from kmtr.train.folder import finished, run_folder
@@ -69,11 +69,14 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
     with torch.device("meta"):
         system(config.task.system).module(config)  # raises where it does not suit the matrix, or a library is missing
     learnt = tasks_of(config)
-    if isinstance(system(config.task.system), Mapped) and not any(isinstance(task, Dense) for task in learnt.values()):
-        raise InputError(
-            f"task.tasks: expected segmentation among them, for which task.system={config.task.system} is, got "
-            f"{','.join(learnt)}"
-        )
+    dense = any(isinstance(task, Dense) for task in learnt.values())
+    both = (Mapped, "segmentation", dense), (Imaging, "reconstruction", "reconstruction" in learnt)
+    for protocol, suits, there in both:  # else weights would get no gradient
+        if isinstance(system(config.task.system), protocol) and not there:
+            raise InputError(
+                f"task.tasks: expected {suits} among them, for which task.system={config.task.system} is, got "
+                f"{','.join(learnt)}"
+            )
     for name, task in learnt.items():
         task.check()
         if next(usable(config, reader, rows, task.needs), None) is None:

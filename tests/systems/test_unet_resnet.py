@@ -20,7 +20,7 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.evaluate import finetune
-from kmtr.evaluate.predictions import read
+from kmtr.evaluate.predictions import LINES, read
 from kmtr.inputs import INPUTS, standardised
 from kmtr.model.packing import Lengths
 from kmtr.physics.sampling import VALIDATION
@@ -35,7 +35,7 @@ from kmtr.types import UNLABELLED, InputError
 nets = pytest.importorskip("monai.networks.nets", reason="needs MONAI (the extra baselines)")
 
 CPU = torch.device("cpu")
-SEEN = ("zerofilled", "shared", "full")
+SEEN = ("zerofilled", "shared", "lowrank", "full")
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +237,24 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for changes, line in (
-        ({"task.input": "acquired"}, "task.input: expected zerofilled or shared or full, which task.system=unet takes"),
+        (
+            {"task.input": "acquired"},
+            "task.input: expected zerofilled or shared or lowrank or full, which task.system=unet takes",
+        ),
         (
             {"task.system": "kspace", "task.input": "full"},
             "task.input: expected acquired, which task.system=kspace takes",
         ),
-        ({"task.tasks": "reconstruction"}, "task.system: expected one that offers tokens for reconstruction, got unet"),
+        (
+            {"task.tasks": "reconstruction"},
+            "task.system: expected one that offers tokens or an image for reconstruction",
+        ),
         ({"task.system": "resnet50"}, "task.system: expected one that offers tokens or maps for segmentation, kspace"),
         ({"task.tasks": "phenotypes"}, "task.tasks: expected segmentation among them, for which task.system=unet is"),
+        (
+            {"task.system": "xf", "task.tasks": "phenotypes"},
+            "task.tasks: expected reconstruction among them, for which task.system=xf is",
+        ),
     ):
         with pytest.raises(InputError, match="^" + line):
             resolve(override(config, changes))
@@ -328,6 +338,8 @@ KINDS: dict[str, dict[str, Any]] = {
         pytest.param("unet", "segmentation", "U-Net", tuple(KINDS), marks=pytest.mark.full),
         ("resnet50", "phenotypes", "ResNet-50", ("one",)),
         pytest.param("resnet50", "phenotypes", "ResNet-50", tuple(KINDS), marks=pytest.mark.full),
+        ("xf", "reconstruction", "x-f U-Net", ("one",)),
+        pytest.param("xf", "reconstruction", "x-f U-Net", tuple(KINDS), marks=pytest.mark.full),
     ],
 )
 def test_a_run_ends_with_a_model_that_predicts_on_its_own(
@@ -335,7 +347,8 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
 ) -> None:
     instead_of_ray_train(monkeypatch)
     monkeypatch.setattr(finetune, "start_ray", lambda: None)
-    asked = override(hearts, {"task.system": name, "task.tasks": tasks, "task.input": "shared"})
+    sees = "" if name == "xf" else "shared"
+    asked = override(hearts, {"task.system": name, "task.tasks": tasks, "task.input": sees})
     said = {what: finetune.run(override(asked, KINDS[what] | {"run.name": f"{name}-{what}"})) for what in kinds}
     tables = {what: read(Path(str(one["predictions"]))) for what, one in said.items()}
     ours = {
@@ -349,9 +362,10 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
         away = np.nanmean(np.abs(np.subtract(ours[what], ours["one"]))) / scale
         assert away < {"many": 0.02}.get(what, np.inf), what
         assert np.isfinite(ours[what]).any(), what
-    assert {row["input"] for row in tables["one"].to_pylist() if row["system"] == title} == {"temporally shared image"}
+    named = {row["input"] for row in tables["one"].to_pylist() if row["system"] == title}
+    assert named == {"temporally shared image" if sees else LINES}
     folder = Path(str(said["one"]["model"]))
-    assert f"`{name}` on input `shared`" in (folder / "README.md").read_text()
+    assert f"`{name}` on input `{sees or 'acquired'}`" in (folder / "README.md").read_text()
     study = simulated(20, hearts)
     found = kmtr.load_model(folder).predict(study, acceleration=4)
     if name == "unet":
@@ -360,6 +374,12 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
             for view, shown in study.views.items()
         }
         assert all(np.isin(masks, range(6)).all() for masks in found["masks"].values())
+    elif name == "xf":
+        assert {view: image.shape for view, image in found["image"].items()} == {
+            view: (shown.kspace.shape[0], shown.kspace.shape[2], *hearts.data.matrix)
+            for view, shown in study.views.items()
+        }
+        assert all(np.isfinite(image).all() for image in found["image"].values())
     else:
         assert set(found) == {"lvedv_ml", "lvef_pct"}
         assert all(np.isfinite(value) for value in found.values())

@@ -171,7 +171,12 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     assert {path.stem for path in (folder / "tables").iterdir()} == set(tables)
     assert all(html.escape(one["caption"]) in page for one in tables.values())
     assert page.count("<figure>") == len(data["figures"])
-    for shown in ("Bland-Altman", "receiver operating", "contours", "zero-filled, temporally shared and predicted"):
+    for shown in (
+        "Bland-Altman",
+        "receiver operating",
+        "contours",
+        "zero-filled, temporally shared, low-rank + sparse and predicted",
+    ):
         assert any(shown in caption for caption in data["figures"]), shown
     files = [page, json.dumps(data), *(path.read_text() for path in (folder / "tables").iterdir())]
     names = set(read(Path(said["predictions"])).column("subject").to_pylist())

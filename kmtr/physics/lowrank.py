@@ -1,0 +1,108 @@
+"""Low-rank + sparse reconstruction of a cine from undersampled k-space (Otazo, Candes and Sodickson, MRM 2015)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Complex
+from torch import Tensor
+
+Hybrid = Complex[Tensor, "batch slice coil t ky x"]
+Series = Complex[Tensor, "batch slice t y x"]
+
+ITERATIONS = 20
+RANK_THRESHOLD = 0.1
+"""Singular values are shrunk by this part of the largest one of the start, of each slice."""
+SPARSE_THRESHOLD = 0.15
+"""Temporal frequencies are shrunk by this part of the largest one of the start that is not the mean over time."""
+
+
+def low_rank_sparse(
+    kspace: Complex[Tensor, "batch slice coil t ky kx"],
+    sampled: Bool[Tensor, "batch slice t ky"],
+    guess: Complex[Tensor, "batch slice coil t ky kx"],
+    iterations: int = ITERATIONS,
+    rank_threshold: float = RANK_THRESHOLD,
+    sparse_threshold: float = SPARSE_THRESHOLD,
+) -> Complex[Tensor, "batch slice coil t ky kx"]:
+    """k-space of all coils whose image is a background of low rank over time plus a part of few temporal frequencies.
+
+    Each slice by itself: L = shrunk singular values of M - S, S = shrunk temporal frequencies of M - L, and M = L + S
+    with a gradient step of length 1 towards the acquired lines (the paper's algorithm). The sensitivities have a sum of
+    squares of 1, so that the step converges. Acquired lines are put back at the end.
+
+    Args:
+        kspace: as acquired; what is not `sampled` is not looked at.
+        guess: k-space of every line that is begun from, and whose mean over time gives the sensitivities; made of
+            acquired lines too (`inputs.view_shared`).
+    """
+    # Of a centred transform only the shift of ky matters: the steps below do not know where in an image a pixel lies.
+    mask = torch.fft.ifftshift(sampled, -1)[:, :, None, :, :, None]
+    acquired = torch.where(mask, torch.fft.ifftshift(_hybrid(kspace), -2), 0)
+    begun = _image(torch.fft.ifftshift(_hybrid(guess), -2))
+    maps = _sensitivities(begun)
+    m = _combined(begun, maps)
+    shrink_rank = rank_threshold * _singular(m)[0].amax(-1)
+    shrink_sparse = sparse_threshold * _frequencies(m)[:, :, 1:].abs().amax((2, 3, 4))
+    sparse = torch.zeros_like(m)
+    for _ in range(iterations):
+        low = _shrink_rank(m - sparse, shrink_rank)
+        sparse = _shrink_frequencies(m - low, shrink_sparse)
+        both = low + sparse
+        wrong = torch.where(mask, _kspace(both[:, :, None] * maps) - acquired, 0)
+        m = both - _combined(_image(wrong), maps)
+    found = torch.where(mask, acquired, _kspace(m[:, :, None] * maps))
+    return _back(torch.fft.fftshift(found, -2))
+
+
+def _hybrid(kspace: Tensor) -> Hybrid:
+    """``ky kx`` -> ``ky x``: no line is acquired in part, so that kx plays no role."""
+    return torch.fft.ifft(torch.fft.ifftshift(kspace, -1), norm="ortho")
+
+
+def _back(hybrid: Hybrid) -> Tensor:
+    return torch.fft.fftshift(torch.fft.fft(hybrid, norm="ortho"), -1)
+
+
+def _image(hybrid: Hybrid) -> Tensor:
+    return torch.fft.ifft(hybrid, dim=-2, norm="ortho")
+
+
+def _kspace(images: Tensor) -> Hybrid:
+    return torch.fft.fft(images, dim=-2, norm="ortho")
+
+
+def _sensitivities(images: Tensor) -> Tensor:
+    """Of each coil, from the mean over time: ``batch slice coil 1 y x``; the sum of squares is 1, or 0 of nothing."""
+    mean = images.mean(3, keepdim=True)
+    total = mean.abs().square().sum(2, keepdim=True).sqrt()
+    return mean / total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+def _combined(images: Tensor, maps: Tensor) -> Series:
+    """Adjoint of what the coils see."""
+    return (images * maps.conj()).sum(2)
+
+
+def _singular(m: Series) -> tuple[Tensor, Tensor]:
+    """Singular values ``batch slice t`` of each slice's pixels x frames, and right vectors in columns."""
+    columns = m.flatten(3)
+    squares, vectors = torch.linalg.eigh(columns.conj() @ columns.mT)
+    return squares.clamp(min=0).sqrt(), vectors
+
+
+def _shrink_rank(m: Series, by: Tensor) -> Series:
+    values, vectors = _singular(m)
+    kept = (1 - by[..., None] / values.clamp(min=torch.finfo(values.dtype).tiny)).clamp(min=0)
+    mix = vectors * kept[..., None, :] @ vectors.mH
+    return (mix.mT @ m.flatten(3)).unflatten(3, m.shape[3:])
+
+
+def _frequencies(m: Series) -> Tensor:
+    return torch.fft.fft(m, dim=2, norm="ortho")
+
+
+def _shrink_frequencies(m: Series, by: Tensor) -> Series:
+    found = _frequencies(m)
+    size = found.abs()
+    kept = (1 - by[..., None, None, None] / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=0)
+    return torch.fft.ifft(found * kept, dim=2, norm="ortho")

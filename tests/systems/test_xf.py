@@ -1,0 +1,121 @@
+"""The x-f U-Net: where it begins, what it leaves alone, what it cannot see, and that it learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kmtr.config import RunConfig, override
+from kmtr.data.dataset.reader import Dataset, Reader
+from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.collate import collate
+from kmtr.inputs import Shared
+from kmtr.physics.sampling import VALIDATION
+from kmtr.systems.xf import Cascade
+from kmtr.tasks import Model, Preparer, stages_of
+from kmtr.tasks.base import LOSS
+from kmtr.tasks.segmentation import Segmentation
+from kmtr.train import start
+from kmtr.types import InputError
+
+pytest.importorskip("monai", reason="needs MONAI (the extra baselines)")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(small: RunConfig) -> RunConfig:
+    asked = {"stage": "task", "task.encoder": "none", "task.steps": 4, "task.unet_width": 4, "task.system": "xf"}
+    return override(small, asked | {"task.tasks": "reconstruction"})
+
+
+@pytest.fixture
+def ready(config: RunConfig, tables: dict[str, Tensor]) -> tuple[Model, Preparer, Any, Reader]:
+    reader = Dataset.open(config.data).reader("train", config.data)
+    torch.manual_seed(0)
+    model, (stage,) = Model(config), stages_of(config)
+    return model, Preparer(config, tables | start.task_tables(config, reader, tables), CPU), stage, reader
+
+
+def batch_of(config: RunConfig, reader: Reader, prepare: Preparer) -> Batch:
+    return collate(reader.samples(range(4)), config, None, 0, prepare.wanted, VALIDATION).to(CPU)
+
+
+def stirred(model: nn.Module) -> nn.Module:
+    """Other weights where a network begins at zero."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.1)
+    return model
+
+
+def elsewhere(batch: Batch) -> Batch:
+    noise = torch.randn_like(batch.kspace)
+    return replace(batch, kspace=torch.where(batch.sampled[:, :, None, :, :, None], batch.kspace, noise))
+
+
+def test_it_begins_at_the_temporally_shared_image(
+    config: RunConfig, ready: tuple[Model, Preparer, Any, Reader]
+) -> None:
+    model, prepare, stage, reader = ready
+    batch = batch_of(config, reader, prepare)
+    with torch.no_grad():
+        said = model(prepare(batch, stage), predict=True)["reconstruction"]["image"]
+    seen = Shared.of(batch, config.data.matrix)
+    wanted = seen.image * seen.unit[:, None, None, None, None]
+    there = ~batch.padded
+    torch.testing.assert_close(said[there], wanted[there], rtol=1e-3, atol=1e-4 * float(wanted.max()))
+    assert not list(model.heads["reconstruction"].parameters())
+
+
+def test_acquired_lines_stay_whatever_its_weights_with_several_coils_too() -> None:
+    torch.manual_seed(0)
+    kspace = torch.randn(2, 3, 2, 4, 16, 16, dtype=torch.complex64)
+    sampled = torch.rand(2, 3, 4, 16) < 0.5
+    module = stirred(Cascade((16, 16), 4, 4, 2))
+    found = module(kspace, sampled, torch.ones(2, 3, dtype=torch.bool)).kspace
+    mask = sampled[:, :, None, :, :, None].expand(kspace.shape)
+    assert torch.equal(found[mask], kspace[mask])
+    assert bool((found[~mask] != kspace[~mask]).all())
+
+
+def test_it_is_blind_to_what_was_not_acquired_and_to_the_scanner_s_scale(
+    config: RunConfig, ready: tuple[Model, Preparer, Any, Reader]
+) -> None:
+    model, prepare, stage, reader = ready
+    stirred(model)
+    batch = batch_of(config, reader, prepare)
+    assert not bool(batch.sampled.all())
+    asked = [batch, elsewhere(batch), replace(batch, kspace=250 * batch.kspace)]
+    with torch.no_grad():
+        said, other, louder = (model(prepare(b, stage), predict=True)["reconstruction"]["image"] for b in asked)
+    there = ~batch.padded
+    assert torch.equal(said[there], other[there])
+    torch.testing.assert_close(louder[there], 250 * said[there], rtol=1e-3, atol=250 * 1e-4 * float(said[there].max()))
+
+
+def test_it_learns_better_images_than_it_begins_with(
+    config: RunConfig, ready: tuple[Model, Preparer, Any, Reader]
+) -> None:
+    """Of four subjects, by heart."""
+    model, prepare, stage, reader = ready
+    asked = prepare(batch_of(config, reader, prepare), stage)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(40):
+        loss = model(asked)["reconstruction"][LOSS].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_it_offers_nothing_for_masks(config: RunConfig) -> None:
+    with pytest.raises(InputError, match=r"^task.system: expected one that offers tokens or maps for segmentation, "):
+        Segmentation(override(config, {"task.tasks": "segmentation"})).check()
