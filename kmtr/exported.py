@@ -28,7 +28,7 @@ MODEL_FORMAT = 2
 _TASK = {"stage"} | {
     f"task.{name}"
     for name in (
-        *("tasks", "system", "input", "unet_width", "cascades", "targets", "diseases"),
+        *("tasks", "system", "input", "unet_width", "cascades", "targets", "diseases", "begin"),
         *("patch", "queries", "channels", "data_consistency"),
     )
 }

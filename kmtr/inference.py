@@ -9,9 +9,10 @@ labels) and ``model.json`` (format, the settings that rebuild it, and the unit o
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch
 from kmtr.encoder import batch_of, misfit, undersampled
 from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, UNFIT, Trained, check_weights, read_weights, rebuilt
+from kmtr.inputs import of_images
 from kmtr.tasks import Model, Preparer, Stage, stages_of
 from kmtr.tasks.base import EMBEDDING
 from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
 
+Images = Callable[[Batch], Float[Tensor, "batch slice t y x"]]
 R_TOLERANCE = 1.1
 """Ratio of a measured R to those of training, within which it counts as one of them: views differ in their lines."""
 
@@ -49,11 +52,24 @@ class TaskModel:
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)
         (self.stage,) = stages_of(config)
+        self.images: Images | None = None
+        self.reads = ""
+
+    def after(self, images: Images, reads: str) -> TaskModel:
+        """This model of full images, on reconstructions: reconstruct, then analyse.
+
+        Args:
+            images: magnitude images of a batch on the matrix of the configuration, NaN where nothing is there.
+            reads: their name in tables.
+        """
+        other = copy.copy(self)
+        other.images, other.reads = images, reads
+        return other
 
     @property
     def readout(self) -> int | None:
         """Central kx samples of a batch that are looked at; None: all."""
-        return self.prepare.readout(self.stage)
+        return None if self.images is not None else self.prepare.readout(self.stage)
 
     @property
     def units(self) -> dict[str, str]:
@@ -72,6 +88,8 @@ class TaskModel:
         return self._predict(batch, replace(self.stage, tasks=tasks))
 
     def _predict(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
+        if self.images is not None:
+            batch = of_images(batch, self.images(batch))
         said = self.module(self.prepare(batch, stage), predict=True)
         return {name: values for outputs in said.values() for name, values in outputs.items()}
 

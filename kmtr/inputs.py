@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Complex, Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
 from kmtr.physics import lines
-from kmtr.physics.fourier import crop_or_pad, magnitude_image
+from kmtr.physics.fourier import crop_or_pad, fft2c, magnitude_image
 from kmtr.physics.images import rms, scale_image
 from kmtr.physics.lines import phase_gain
 from kmtr.physics.lowrank import low_rank_sparse
@@ -101,6 +101,17 @@ def known_peak(image: Image, batch: Batch) -> Float[Tensor, " batch"]:
 def source(batch: Batch) -> KSpace:
     """All that the source has."""
     return batch.kspace
+
+
+def of_images(batch: Batch, image: Image) -> Batch:
+    """The batch as if a single coil had acquired every line of these magnitude images, so that `full` is they.
+
+    Args:
+        image: NaN where nothing is there.
+    """
+    kspace = fft2c(image.nan_to_num().to(torch.complex64))[:, :, None]
+    there = (~batch.padded)[..., None].expand(-1, -1, -1, kspace.shape[-2])
+    return replace(batch, kspace=kspace, acquired=there, sampled=there)
 
 
 INPUTS: dict[str, Callable[[Batch], KSpace]] = {

@@ -90,7 +90,8 @@ def by_split(
         for split, one in asked.items():
             dense, own = split == "test", dict[Name, Predictor]()
             if systems != "floors":
-                own[trained(config)] = model if dense else model.numbers
+                ours = trained(config)
+                own[Name(ours.system, model.reads or ours.input)] = model if dense else model.numbers
             own |= fitted
             if floors and dense:
                 own |= floors.dense(fixed, tell)

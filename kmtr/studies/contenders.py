@@ -20,6 +20,8 @@ class Contender:
         tasks: that it can learn; empty: all of the study's.
         pretrained: begins from an encoder that a pretraining with the same changes leaves.
         bound: sees what nobody has at R: trained until validation stops improving, and no opponent.
+        first, then: reconstruct, then analyse: the contender (or `LOWRANK`) whose images the trained model of another
+            one, of full images, is given. Nothing is trained for it.
         style: place in the figures' colours, and line style.
     """
 
@@ -28,13 +30,18 @@ class Contender:
     tasks: tuple[str, ...] = ()
     pretrained: bool = False
     bound: bool = False
+    first: str = ""
+    then: str = ""
     style: tuple[int, str] = (5, ":")
 
     def learns(self, config: RunConfig) -> tuple[str, ...]:
         """Its tasks among those of a study."""
+        if self.first in CONTENDERS and not CONTENDERS[self.first].learns(config):
+            return ()
         return tuple(task for task in config.task.tasks if task in self.tasks or not self.tasks)
 
 
+LOWRANK = "lowrank"
 IMAGES = {
     "zerofilled": ("zero-filled image", (1, "-")),
     "shared": ("temporally shared image", (2, "-")),
@@ -52,6 +59,17 @@ def _on_images(system: str, title: str, *tasks: str, **changes: Any) -> dict[str
     return found
 
 
+def _on_reconstructions(system: str, title: str, *tasks: str) -> dict[str, Contender]:
+    """A system trained on full images, on each reconstruction."""
+    firsts = {LOWRANK: ("low-rank + sparse", (4, "-.")), "xf": ("x-f U-Net", (4, ":"))}
+    return {
+        f"{first}-{system}": Contender(
+            f"{name}, then {title}", tasks=tasks, first=first, then=f"{system}-full", style=style
+        )
+        for first, (name, style) in firsts.items()
+    }
+
+
 CONTENDERS: dict[str, Contender] = {
     PRETRAINED: Contender("k-MTR", pretrained=True, style=(0, "-")),
     SCRATCH: Contender("k-MTR from scratch", style=(0, "--")),
@@ -65,6 +83,9 @@ CONTENDERS: dict[str, Contender] = {
     # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
     **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
     "xf": Contender("x-f U-Net with data consistency", {"task.system": "xf"}, ("reconstruction",), style=(2, "-.")),
+    "kgin": Contender("k-GIN", {"task.system": "kgin"}, ("reconstruction",), style=(1, "-.")),
+    **_on_reconstructions("unet", "nnU-Net topology", "segmentation"),
+    **_on_reconstructions("resnet50", "ResNet-50", "phenotypes", "diseases"),
 }
 """Name (`Asked.start`) -> contender, in the order in which a seed's are trained."""
 

@@ -95,7 +95,8 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
         f"opponent as many seconds, by the speed of both on this machine, for its own tasks alone. Patches in place of "
         f"lines change nothing else: the low-resolution image and the decoder's temporally shared one stay. A bound "
         f"sees what was not acquired; it trains until validation has not improved {config.study.bound_patience} times, "
-        f"at most {config.study.bound_steps} steps. Pretraining is not counted in those seconds and told apart.{absent}"
+        f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: that bound's model on reconstructions, "
+        f"with nothing more trained. Pretraining is not counted in those seconds and told apart.{absent}"
     )
 
 

@@ -114,8 +114,9 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
         more: changes of other settings.
     """
     changes = {"seed": asked.seed, "stage": "task", "task.tasks": asked.tasks, "task.labels": asked.labels}
-    changes |= CONTENDERS[asked.start].changes
-    if CONTENDERS[asked.start].bound:
+    row = CONTENDERS[CONTENDERS[asked.start].then or asked.start]
+    changes |= row.changes
+    if row.bound:
         changes |= {"task.steps": config.study.bound_steps, "task.patience": config.study.bound_patience}
         changes |= {"task.keep": "best"}
     elif steps:
@@ -165,7 +166,7 @@ def check_budgets(config: RunConfig, dataset: Dataset, rows: Sequence[Asked]) ->
                 resolve(own)
             start.budget(own, dataset)
         except InputError as error:
-            if CONTENDERS[asked.start].changes:
+            if CONTENDERS[asked.start].changes or CONTENDERS[asked.start].then:
                 raise InputError(f"study.systems: {asked.start} cannot be trained: {error}") from None
             raise InputError(str(error).replace("task.labels", "study.task_labels", 1)) from None
 

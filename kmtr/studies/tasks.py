@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ import torch
 
 from kmtr import machine, tracking
 from kmtr.config import RunConfig, override
+from kmtr.data.loader.batch import Batch
+from kmtr.evaluate.baselines import lowrank_image
 from kmtr.evaluate.predictions import Name
+from kmtr.evaluate.predictors import Predictor
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_predictions import predictions
-from kmtr.inference import load_model
+from kmtr.inference import TaskModel, load_model
 from kmtr.owner import owning
 from kmtr.studies import task_report
-from kmtr.studies.contenders import contender
+from kmtr.studies.contenders import LOWRANK, contender
 from kmtr.studies.running import fit, named, open_run, rate
 from kmtr.studies.task_measures import MEASURES, headline, kept, scores_of, targets_of, values_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Values
@@ -125,16 +128,9 @@ def add(study: Study, asked: Asked) -> None:
     """Train the model of a row, or find it trained, and keep what it says of the held-out subjects; with the first row
     of a seed and number of labels also the floors.
     """
-    encoder, before, row = start.NONE, None, contender(asked.start)
-    if row.pretrained:
-        pretraining = named(study.config, {"seed": asked.seed, **row.changes})
-        what = "pretraining" if asked.start == PRETRAINED else f"pretraining of {asked.start}"
-        before = fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, {what}")
-        encoder = before.encoder
+    before, row = pretrained(study, asked), contender(asked.start)
     began = time.perf_counter()
-    own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
-    outcome = fit(own, study.dataset, study.run_id, asked.title)
-    model = load_model(outcome.encoder, machine.device(own.train.device))
+    own, outcome, model = model_of(study, asked, before)
     reading = override(own, {"seed": study.config.seed})
     means = study.means(asked.seed, asked.labels)
     labelled = study.labelled(asked)
@@ -151,11 +147,45 @@ def add(study: Study, asked: Asked) -> None:
     steps = min(own.total_steps, int(outcome.metrics["step"]))
     trained = times(study.config, own, outcome, before) | {"steps": steps, "run": outcome.name}
     trained |= {"parameters": parameters(model.module)}
-    if row.bound:
+    if contender(row.then or asked.start).bound:
         trained |= {"converged": steps < own.total_steps, "bound": bound_settings(study.config)}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)
     (values,) = found.values()
     study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values})
+
+
+def pretrained(study: Study, asked: Asked) -> Outcome | None:
+    """The pretraining that a row begins from, done where it is not; None: it begins from none."""
+    row = contender(asked.start)
+    if not row.pretrained:
+        return None
+    pretraining = named(study.config, {"seed": asked.seed, **row.changes})
+    what = "pretraining" if asked.start == PRETRAINED else f"pretraining of {asked.start}"
+    return fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, {what}")
+
+
+def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunConfig, Outcome, TaskModel]:
+    """Settings, outcome and model of a row, which is trained where it is not.
+
+    Args:
+        before: pretraining that it begins from.
+    """
+    row, device = contender(asked.start), machine.device(study.config.train.device)
+    if row.then:
+        own, outcome, model = model_of(study, asked._replace(start=row.then), None)
+        if row.first == LOWRANK:
+            return own, outcome, model.after(image_of(lowrank_image(own.data.matrix)), "low-rank + sparse image")
+        _, _, images = model_of(study, Asked(asked.seed, row.first, ("reconstruction",), asked.labels), None)
+        return own, outcome, model.after(image_of(images), f"image of {contender(row.first).title}")
+    encoder = before.encoder if before else start.NONE
+    own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
+    outcome = fit(own, study.dataset, study.run_id, asked.title)
+    return own, outcome, load_model(outcome.encoder, device)
+
+
+def image_of(predictor: Predictor) -> Callable[[Batch], torch.Tensor]:
+    """The image that a predictor says."""
+    return lambda batch: predictor(batch)["image"]
 
 
 def equal_steps(study: Study, asked: Asked, encoder: str) -> int:

@@ -6,6 +6,7 @@ from kmtr.config import RunConfig
 from kmtr.systems.base import Features, Imaging, Mapped, Reader, Reading, System
 from kmtr.systems.components import CleanComponents
 from kmtr.systems.image import ImageEncoder
+from kmtr.systems.kgin import KGIN
 from kmtr.systems.kspace import KSpaceEncoder
 from kmtr.systems.resnet import ResNet50
 from kmtr.systems.unet import UNet
@@ -18,6 +19,7 @@ SYSTEMS: dict[str, System] = {
     "unet": UNet(),
     "resnet50": ResNet50(),
     "xf": XFUNet(),
+    "kgin": KGIN(),
     "components": CleanComponents(),
 }
 """Name (as in `task.system`) -> system."""

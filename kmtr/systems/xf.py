@@ -27,7 +27,7 @@ class Reconstructed:
 
     Attributes:
         kspace: of all lines, the acquired ones as they were.
-        deepest: coarsest map of the last network, of each slice.
+        deepest: coarsest map of each slice.
         present: slices that hold data.
     """
 

@@ -43,12 +43,6 @@ class Diseases(OnVector):
         nn.init.zeros_(seen.weight)
         return nn.ModuleList([*direct, seen])  # type: ignore[misc]
 
-    def scaled(self, vector: Float[Tensor, "batch channel"]) -> Float[Tensor, "batch channel"]:
-        """Over the root of its width: few subjects are ill, and at AdamW's pace thousands of channels would learn them
-        by heart in a few steps (of readouts and width see Yang et al., arXiv 2203.03466).
-        """
-        return vector / vector.shape[1] ** 0.5
-
     @property
     def begins(self) -> bool:
         return "phenotypes" in self.config.task.tasks

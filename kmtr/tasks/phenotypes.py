@@ -76,8 +76,16 @@ class OnVector(Task):
         return found
 
     def scaled(self, vector: Float[Tensor, "batch channel"]) -> Float[Tensor, "batch channel"]:
-        """The normalised vector as the linear layer sees it."""
-        return vector
+        """The normalised vector as the linear layer sees it: over the root of its width where the head begins at zero.
+        AdamW moves every weight alike, and thousands of channels would take the answer SDs away in a few steps (of
+        readouts and width see Yang et al., arXiv 2203.03466).
+        """
+        return vector if self.regressed else vector / vector.shape[1] ** 0.5
+
+    @property
+    def regressed(self) -> bool:
+        """Whether the weights on the vector begin as a regression, made for the vector as it is."""
+        return False
 
 
 class Phenotypes(OnVector):
@@ -92,6 +100,10 @@ class Phenotypes(OnVector):
     @property
     def begins(self) -> bool:
         return True
+
+    @property
+    def regressed(self) -> bool:
+        return self.config.task.begin == "probe"
 
     def begin(
         self, head: Any, vectors: Float[Tensor, "subject channel"], labels: Float[Tensor, "subject label"], given: Given

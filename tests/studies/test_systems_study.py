@@ -33,7 +33,7 @@ SMALL = {
     "masked.steps": 2,
     "align.steps": 0,
     "study.seeds": (0,),
-    "study.systems": (PRETRAINED, "unet-shared", "unet-full"),
+    "study.systems": (PRETRAINED, "unet-shared", "unet-full", "lowrank-unet"),
     "study.bound_steps": 12,
     "study.bound_patience": 1,
     "task.tasks": ("phenotypes", "segmentation"),
@@ -75,7 +75,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / task_rows.FILE).read_text().splitlines()]
 
 
-EVERY = (PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared")
+EVERY = (PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared", "lowrank-unet")
 
 
 @pytest.mark.slow
@@ -100,7 +100,9 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert "pretraining_s" not in rows["unet-shared"]
     assert isinstance(rows["unet-full"]["converged"], bool)
     assert rows[PRETRAINED]["training_s"] == 4 * 8 / SPEED
-    for name in {*names} - {PRETRAINED, "unet-full"}:
+    assert titles["lowrank-unet"] == ["U-Net on low-rank + sparse image"]
+    assert rows["lowrank-unet"]["run"] == rows["unet-full"]["run"], "nothing is trained for it"
+    for name in {*names} - {PRETRAINED, "unet-full", "lowrank-unet"}:
         assert rows[name]["steps"] == 8, "twice as fast, so twice as many"
         assert rows[name]["training_s"] == rows[PRETRAINED]["training_s"]
 
@@ -109,17 +111,20 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert {"dice/unet-shared", "dice/floors", "r2/pretrained", "r2/floors"} <= set(scores)
     for r in ("2", "4"):  # a bound sees the same whatever R is
         assert scores["dice/unet-full"][r] == scores["dice/unet-full"]["2"]
+    assert scores["dice/lowrank-unet"]["2"] != scores["dice/lowrank-unet"]["4"]
     pairs = {(one["measure"], one["b"]) for one in found["differences"]}
     assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
         *((measure, FLOORS) for measure in ("r2", "dice")),
-        *(("r2", name) for name in names[1:] if not name.startswith("unet")),
+        *(("r2", name) for name in names[1:] if "unet" not in name),
         *(("dice", name) for name in names[1:] if not name.startswith("resnet50")),
     }
 
     known = [(row["start"], row["digest"]) for row in lines(tmp_path / "rows")]
     other = order(override(config, {"study.bound_steps": 14}))
     wanted = Rows(tmp_path / "rows", known[0][1], config.evaluate.accelerations, (), {"steps": 14}).read()
-    assert [one.start for one in other if one not in wanted] == ["unet-full"], "a bound of other settings is not done"
+    assert [one.start for one in other if one not in wanted] == ["unet-full", "lowrank-unet"], (
+        "a bound of other settings is not done"
+    )
 
     monkeypatch.setattr(driver, "fit", lambda *_, **__: pytest.fail("all rows are there"))
     again = asked_for(override(config, {"storage.root": str(tmp_path / "elsewhere")}))
@@ -132,7 +137,7 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
 def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> None:
     numbers = order(override(config, {"study.systems": (), "task.tasks": ("phenotypes",), "study.seeds": (0, 1)}))
     assert [(one.seed, one.start) for one in numbers] == [
-        (seed, name) for seed in (0, 1) for name in CONTENDERS if not name.startswith("unet")
+        (seed, name) for seed in (0, 1) for name in CONTENDERS if "unet" not in name and not name.startswith("xf")
     ]
     for asked, line in (
         ("unet-shared", f"study.systems: expected {PRETRAINED} among them"),

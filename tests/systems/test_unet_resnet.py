@@ -276,16 +276,18 @@ class Alone:
         (loss / self.parts).backward()
 
 
-@pytest.mark.parametrize(("name", "tasks"), [("unet", "segmentation"), ("resnet50", "phenotypes")])
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("unet", "segmentation"), ("resnet50", "phenotypes"), ("xf", "reconstruction"), ("kgin", "reconstruction")],
+)
 def test_gradients_do_not_depend_on_micro_batches(
     name: str, tasks: str, config: RunConfig, tables: dict[str, Tensor]
 ) -> None:
     asked = {"task.system": name, "task.tasks": tasks, "task.targets": "lvedv_ml,lvef_pct"}
     model, prepare, stage, reader = ready(override(config, asked), tables)
-    for head in model.heads.values():
-        for layer in head.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.normal_(layer.weight, std=0.1)  # at zero nothing behind it would have a gradient
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.1)  # at zero nothing behind it would have a gradient
     found = []
     for parts in ([range(4)], [range(2), range(2, 4)]):
         model.zero_grad()
@@ -340,6 +342,7 @@ KINDS: dict[str, dict[str, Any]] = {
         pytest.param("resnet50", "phenotypes", "ResNet-50", tuple(KINDS), marks=pytest.mark.full),
         ("xf", "reconstruction", "x-f U-Net", ("one",)),
         pytest.param("xf", "reconstruction", "x-f U-Net", tuple(KINDS), marks=pytest.mark.full),
+        pytest.param("kgin", "reconstruction", "k-GIN", tuple(KINDS), marks=pytest.mark.full),
     ],
 )
 def test_a_run_ends_with_a_model_that_predicts_on_its_own(
@@ -347,7 +350,7 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
 ) -> None:
     instead_of_ray_train(monkeypatch)
     monkeypatch.setattr(finetune, "start_ray", lambda: None)
-    sees = "" if name == "xf" else "shared"
+    sees = "" if tasks == "reconstruction" else "shared"
     asked = override(hearts, {"task.system": name, "task.tasks": tasks, "task.input": sees})
     said = {what: finetune.run(override(asked, KINDS[what] | {"run.name": f"{name}-{what}"})) for what in kinds}
     tables = {what: read(Path(str(one["predictions"]))) for what, one in said.items()}
@@ -374,7 +377,7 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
             for view, shown in study.views.items()
         }
         assert all(np.isin(masks, range(6)).all() for masks in found["masks"].values())
-    elif name == "xf":
+    elif tasks == "reconstruction":
         assert {view: image.shape for view, image in found["image"].items()} == {
             view: (shown.kspace.shape[0], shown.kspace.shape[2], *hearts.data.matrix)
             for view, shown in study.views.items()

@@ -1,4 +1,4 @@
-"""The x-f U-Net: where it begins, what it leaves alone, what it cannot see, and that it learns."""
+"""The x-f U-Net and k-GIN: where they begin, what they leave alone, what they cannot see, and that they learn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.inputs import Shared
+from kmtr.inference import TaskModel
+from kmtr.inputs import Shared, known_image
+from kmtr.model.packing import Lengths
 from kmtr.physics.sampling import VALIDATION
+from kmtr.systems.kgin import PLANES, Interpolation, envelope
 from kmtr.systems.xf import Cascade
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.base import LOSS
@@ -27,9 +30,15 @@ pytest.importorskip("monai", reason="needs MONAI (the extra baselines)")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def config(small: RunConfig) -> RunConfig:
-    asked = {"stage": "task", "task.encoder": "none", "task.steps": 4, "task.unet_width": 4, "task.system": "xf"}
+@pytest.fixture(scope="module", params=["xf", "kgin"])
+def config(small: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    asked = {
+        "stage": "task",
+        "task.encoder": "none",
+        "task.steps": 4,
+        "task.unet_width": 4,
+        "task.system": request.param,
+    }
     return override(small, asked | {"task.tasks": "reconstruction"})
 
 
@@ -48,7 +57,7 @@ def batch_of(config: RunConfig, reader: Reader, prepare: Preparer) -> Batch:
 def stirred(model: nn.Module) -> nn.Module:
     """Other weights where a network begins at zero."""
     for layer in model.modules():
-        if isinstance(layer, nn.Conv2d) and not layer.weight.any():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=0.1)
     return model
 
@@ -72,15 +81,32 @@ def test_it_begins_at_the_temporally_shared_image(
     assert not list(model.heads["reconstruction"].parameters())
 
 
-def test_acquired_lines_stay_whatever_its_weights_with_several_coils_too() -> None:
+def test_acquired_lines_stay_whatever_its_weights_with_several_coils_too(small: RunConfig) -> None:
     torch.manual_seed(0)
-    kspace = torch.randn(2, 3, 2, 4, 16, 16, dtype=torch.complex64)
-    sampled = torch.rand(2, 3, 4, 16) < 0.5
-    module = stirred(Cascade((16, 16), 4, 4, 2))
-    found = module(kspace, sampled, torch.ones(2, 3, dtype=torch.bool)).kspace
+    kspace = torch.randn(2, 3, 2, 4, 32, 32, dtype=torch.complex64)
+    sampled = torch.rand(2, 3, 4, 32) < 0.5
+    sampled[1, 2] = False  # a slice that is not there
+    present = torch.ones(2, 3, dtype=torch.bool)
+    rows = sampled.transpose(0, 1).flatten(0, 1)
+    more = envelope((32, 32)), Lengths.of([rows])[0]
+    own = override(small, {"data.matrix": (32, 32), "data.coils": 3, "data.frames": 4, "model.patch": (2, 8, 8)})
     mask = sampled[:, :, None, :, :, None].expand(kspace.shape)
-    assert torch.equal(found[mask], kspace[mask])
-    assert bool((found[~mask] != kspace[~mask]).all())
+    for module, arguments in ((Cascade((32, 32), 4, 4, 2), ()), (Interpolation(own), more)):
+        found = stirred(module)(kspace, sampled, present, *arguments).kspace
+        assert torch.equal(found[mask], kspace[mask])
+        assert bool((found[~mask] != kspace[~mask]).all())
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_tokens_of_a_plane_lead_back_to_k_space(plane: Any) -> None:
+    k = torch.randn(2, 3, 4, 8, 12, dtype=torch.complex64)
+    apart, together = plane
+    pieces = apart(k)
+    assert torch.equal(together(pieces, k.shape), k)
+    one = pieces.clone()
+    one[:, 0] += 1
+    changed = (together(one, k.shape) != k).any(0).any(0)  # t ky kx
+    assert changed.sum() == pieces.shape[2] / 2 / 3, "a token is a line, a column, or a patch of all frames"
 
 
 def test_it_is_blind_to_what_was_not_acquired_and_to_the_scanner_s_scale(
@@ -119,3 +145,21 @@ def test_it_learns_better_images_than_it_begins_with(
 def test_it_offers_nothing_for_masks(config: RunConfig) -> None:
     with pytest.raises(InputError, match=r"^task.system: expected one that offers tokens or maps for segmentation, "):
         Segmentation(override(config, {"task.tasks": "segmentation"})).check()
+
+
+def test_a_model_of_full_images_after_a_perfect_reconstruction_says_what_it_says_of_them(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    """And not what it says of others."""
+    own = override(config, {"task.system": "unet", "task.input": "full", "task.tasks": "segmentation"})
+    reader = Dataset.open(own.data).reader("train", own.data)
+    known = tables | start.task_tables(own, reader, tables)
+    torch.manual_seed(0)
+    alone = TaskModel(own, stirred(Model(own)).state_dict(), known, CPU)
+    batch = batch_of(own, reader, alone.prepare)
+    after = alone.after(lambda one: known_image(one, own.data.matrix), "the truth")
+    for name, said in alone(batch).items():
+        assert torch.equal(after(batch)[name], said)
+    blurred = alone.after(lambda one: Shared.of(one, own.data.matrix).image, "the temporally shared image")
+    assert not torch.equal(blurred(batch)["masks"], alone(batch)["masks"])
+    assert alone.readout == after.readout is None
