@@ -121,7 +121,8 @@ def memory(config: RunConfig, said: dict[str, dict[str, Any]]) -> Check:
     text = (
         f"{sum(sizes) / 1e6:.1f} M parameters; per worker {state.device / GIB:.2f} GiB of weights, gradients, optimizer"
     )
-    text += f" (ZeRO-{train.zero_stage}, {'bf16' if train.bf16 else 'fp32'}), about {active / GIB:.2f} of activations"
+    kept = "activations not counted" if config.stage == "task" else f"about {active / GIB:.2f} of activations"
+    text += f" (ZeRO-{train.zero_stage}, {'bf16' if train.bf16 else 'fp32'}), {kept}"
     if state.host:
         text += f", {state.host / GIB:.2f} offloaded to the host"
     answers = [answer for answer in said.values() if "lost" not in answer]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,7 @@ def label_curves(
     styles: Mapping[str, tuple[str, str]],
     ylabel: str = "mean $R^2$",
     xlabel: str = "labelled subjects",
+    failed: Mapping[str, Mapping[str, Collection[int]]] = MappingProxyType({}),
 ) -> Figure:
     """A score against the number of labels, or another number, one panel per condition and one line per method.
 
@@ -173,6 +175,7 @@ def label_curves(
         panels: panel -> method -> (number of labels, score, its SD); a NaN score leaves its place empty.
         styles: method -> colour and line style.
         ylabel: the score of all panels; empty: each has its own, which its name says, and an axis of its own.
+        failed: panel -> method -> numbers at which it failed: circled in red.
     """
     if not panels:
         raise InputError("label_curves: expected at least one panel, got none")
@@ -190,6 +193,8 @@ def label_curves(
             aside = labels * (1 + 0.012 * (number - (len(curves) - 1) / 2))  # so that bars do not hide each other
             axes.plot(aside, score, color=colour, linestyle=line, linewidth=1.4, marker="o", markersize=3, label=method)
             axes.errorbar(aside, score, sd, fmt="none", ecolor=colour, elinewidth=0.8, capsize=1.5)
+            wrong = np.isin(labels, [*failed.get(name, {}).get(method, ())])
+            axes.plot(aside[wrong], score[wrong], "o", markersize=8, markerfacecolor="none", markeredgecolor="red")
             if np.isfinite(score).any():
                 lowest, highest = min(lowest, np.nanmin(score - sd)), max(highest, np.nanmax(score + sd))
         axes.set_xscale("log")

@@ -50,17 +50,21 @@ class Drawn:
 
     def __call__(self, asked: Asked, measure: str) -> Float[np.ndarray, "acceleration draw"] | None:
         """The measure at each R, on the held-out subjects (first) and on draws of them; None: the row has none."""
+        each = self._of(asked, measure)
+        return np.mean([*each.values()], axis=0) if each else None
+
+    def targets(self, asked: Asked, measure: str) -> Mapping[str, Float[np.ndarray, "acceleration draw"]]:
+        """Each target of the measure by itself; empty: the row has none."""
         return self._of(asked, measure)
 
-    def _replicates(self, asked: Asked, measure: str) -> Float[np.ndarray, "acceleration draw"] | None:
+    def _replicates(self, asked: Asked, measure: str) -> dict[str, Float[np.ndarray, "acceleration draw"]]:
         config, truth = self.study.config, self.study.truth
         values, means = self._values(asked), self._means(asked.seed, asked.labels)
         found = [
             replicates(measure, config, values, r, truth, means, self.draws)
             for r in range(len(config.evaluate.accelerations))
         ]
-        there = [one for one in found if one is not None]
-        return np.stack(there) if len(there) == len(found) else None
+        return {target: np.stack([one[target] for one in found]) for target in found[0]} if all(found) else {}
 
 
 def gains(study: Study, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies.contenders import CONTENDERS, contender
 from kmtr.studies.paired import ALL, Drawn, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import MEASURES, measures
+from kmtr.studies.task_measures import MEASURES, measures, targets_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     scores, compared = scores_of(study, rows, drawn), differences(study, rows)
     tables = [
         *(score_table(study, rows, scores, measure).table() for measure in measures(study.config)),
+        *(target_table(study, rows, drawn, measure).table() for measure in _of_several(study)),
         difference_table(compared).table(),
         bound_table(study, rows, drawn),
         cost_table(rows),
@@ -51,7 +52,10 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
         "scores": numbers,
         "differences": compared,
     }
-    caption = "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects."
+    caption = (
+        "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects. Circled in red: "
+        "no better than an answer that does not look at the subject (R2 of 0, AUROC of .5)."
+    )
     about = summary_of(study, rows, len(asked), missing)
     figure, curves = figure_of(study, scores), curves_of(scores)
     last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves)
@@ -134,6 +138,30 @@ def score_table(study: Study, rows: Rows, scores: Scores, measure: str) -> Inter
     columns = (Column("system"), Column("seeds"), *(Column(f"R = {r}" if r != ALL else "mean over R") for r in rs))
     caption = f"{MEASURES[measure].title[0].upper()}{MEASURES[measure].title[1:]}, 95 % bootstrap intervals"
     return IntervalTable(f"scores-{measure}", caption, columns, tuple(cells), note=_true_r(study, rows))
+
+
+def _of_several(study: Study) -> list[str]:
+    """Measures of more than one target."""
+    return [measure for measure in measures(study.config) if len(targets_of(measure, study.config)) > 1]
+
+
+def target_table(study: Study, rows: Rows, drawn: Drawn, measure: str) -> IntervalTable:
+    """A row per system and R: each target by itself, seeds averaged within each draw."""
+    targets = targets_of(measure, study.config)
+    cells: list[tuple[Value, ...]] = []
+    for name in names_of(rows):
+        each = [drawn.targets(asked, measure) for asked in _of(rows, name, measure).values()]
+        there = [one for one in each if one]
+        for i, r in enumerate(study.config.evaluate.accelerations if there else ()):
+            known = [[one[target][i] for one in there if target in one] for target in targets]
+            cells.append(
+                (title_of(name), str(r), *(_interval(np.mean(some, axis=0)) if some else None for some in known))
+            )
+    nothing = MEASURES[measure].nothing
+    caption = f"{MEASURES[measure].title[0].upper()}{MEASURES[measure].title[1:]}, each target by itself"
+    note = f"An answer that does not look at the subject has {nothing:g}." if np.isfinite(nothing) else ""
+    columns = (Column("system"), Column("R"), *map(Column, targets))
+    return IntervalTable(f"targets-{measure}", caption, columns, tuple(cells), note=note)
 
 
 def _true_r(study: Study, rows: Rows) -> str:
@@ -238,14 +266,17 @@ def figure_of(study: Study, scores: Scores) -> Figure:
     """Measures against R: a panel per measure, a line per system."""
     rs = study.config.evaluate.accelerations
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    failed: dict[str, dict[str, list[int]]] = {}
     for (measure, name), by_r in scores.items():
         points = [(r, by_r[r].value, (by_r[r].high - by_r[r].low) / 2) for r in rs]
         panels.setdefault(MEASURES[measure].title, {})[title_of(name)] = points
+        wrong = [r for r in rs if by_r[r].low <= MEASURES[measure].nothing]
+        failed.setdefault(MEASURES[measure].title, {})[title_of(name)] = wrong
     styles = {}
     for _, name in scores:
         colour, line = contender(name).style
         styles[title_of(name)] = (figures.COLOURS[colour], line)
-    return figures.label_curves(panels, styles, "", xlabel="nominal R")
+    return figures.label_curves(panels, styles, "", xlabel="nominal R", failed=failed)
 
 
 def curves_of(scores: Scores) -> dict[int, dict[str, float]]:

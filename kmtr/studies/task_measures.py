@@ -33,18 +33,20 @@ class Measure(NamedTuple):
     Attributes:
         gain: what a difference of it is called.
         floor: systems that are its strongest floor, the first that there is.
+        nothing: what it is of an answer that does not look at the subject; NaN: nothing fixed.
     """
 
     title: str
     task: str
     gain: str
     floor: tuple[Name, ...]
+    nothing: float = float("nan")
 
 
 MEASURES = {
-    "r2": Measure("mean R2 of phenotypes", "phenotypes", "R2", (RIDGE,)),
-    "masks_lvef_r2": Measure("R2 of LVEF from masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK)),
-    "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE)),
+    "r2": Measure("mean R2 of phenotypes", "phenotypes", "R2", (RIDGE,), 0.0),
+    "masks_lvef_r2": Measure("R2 of LVEF from masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
+    "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE), 0.5),
     "dice": Measure("mean Dice", "segmentation", "Dice", (MASK_RIDGE, MEAN_MASK)),
     "ssim": Measure("SSIM", "reconstruction", "SSIM", (SHARED,)),
 }
@@ -118,24 +120,24 @@ _KINDS = (tuple(PHENOTYPES), DISEASES, DICE, DISTANCES, (*IMAGES, *IN_BOX))
 
 def statistics(
     measure: str, config: RunConfig, values: Values, r: int, truth: Truth, means: Mapping[str, float]
-) -> list[Statistic]:
+) -> dict[str, Statistic]:
     """Statistic of each target that a system says something of, at the R of this number; empty: none.
 
     Args:
         means: of the labelled training subjects, against which R2 compares.
     """
-    found: list[Statistic] = []
+    found: dict[str, Statistic] = {}
     for target in targets_of(measure, config):
         if target not in values or not np.isfinite(values[target][r]).any():
             continue
         label, said = target.removeprefix(MASKS), values[target][r]
         if measure in ("dice", "ssim"):
-            found.append(partial(weighted_mean, said))
+            found[target] = partial(weighted_mean, said)
         elif np.isfinite(true := truth.values[label]).sum() >= MIN_KNOWN:
             if measure == "auroc":
-                found.append(partial(weighted_auroc, true, said))
+                found[target] = partial(weighted_auroc, true, said)
             else:
-                found.append(partial(weighted_r2, true, said, means[label]))
+                found[target] = partial(weighted_r2, true, said, means[label])
     return found
 
 
@@ -147,13 +149,14 @@ def replicates(
     truth: Truth,
     means: Mapping[str, float],
     resamples: int,
-) -> Float[np.ndarray, " draw"] | None:
-    """A measure on the held-out subjects (first) and on bootstrap draws of them; None: the system has nothing of it.
+) -> dict[str, Float[np.ndarray, " draw"]]:
+    """Each target of a measure, whose value is their mean, on the held-out subjects (first) and on bootstrap draws of
+    them; empty: the system has nothing of it.
 
     All systems, seeds and R share the draws: their differences are paired.
     """
     each = statistics(measure, config, values, r, truth, means)
-    return resample(each, len(truth.subjects), resamples).mean(1) if each else None
+    return dict(zip(each, resample([*each.values()], len(truth.subjects), resamples).T, strict=True)) if each else {}
 
 
 def headline(
@@ -163,8 +166,8 @@ def headline(
     found = {}
     for measure in MEASURES:
         drawn = replicates(measure, config, values, r, truth, means, config.evaluate.bootstrap)
-        if drawn is not None:
-            found[measure] = _told(estimate(drawn[:, None]))
+        if drawn:
+            found[measure] = _told(estimate(np.mean([*drawn.values()], axis=0)[:, None]))
     return found
 
 
