@@ -63,8 +63,8 @@ test-fast: setup
 
 ##  compare      setup; then k-MTR beside its opponents, from a simulated cohort to the report, one seed, small: it shows that
 ##               each row runs, not who wins; COMPARE="key=value ..." are its settings
-COMPARE ?= masked.steps=200 align.steps=40 task.steps=60 task.frames=1 train.eval_every=20 study.bound_steps=120 \
-	study.bound_patience=2 study.seeds=0
+COMPARE ?= masked.steps=200 align.steps=60 align.head_steps=20 task.steps=60 task.frames=1 train.eval_every=20 \
+	study.bound_steps=120 study.bound_patience=2 study.seeds=0
 compare: setup
 	@$(PY) jobs/simulate.py tiny data.root=runs/compare simulate.subjects=400 simulate.difficulty=medium
 	@$(PY) jobs/study.py systems tiny data.root=runs/compare $(COMPARE)
