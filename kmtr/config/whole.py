@@ -193,7 +193,7 @@ class RunConfig(Section):
     @property
     def identity_format(self) -> int:
         """Format of `identity` for this stage."""
-        return TASK_FORMAT if self.stage == "task" else IDENTITY_FORMAT
+        return TASK_FORMAT + (self.task.begin == "mean") if self.stage == "task" else IDENTITY_FORMAT
 
     def run_name(self, digest: str) -> str:
         """`run.name`, or recipe and hash of the identity: the same command finds its run again.
@@ -209,7 +209,8 @@ class RunConfig(Section):
 
 IDENTITY_FORMAT, TASK_FORMAT = 1, 2
 """Formats of `RunConfig.identity`, of pretraining and of training on labels: another number renames all such runs. It
-counts up where the same settings, or defaults that no identity names, give other numbers than before.
+counts up where the same settings, or defaults that no identity names, give other numbers than before. Heads that begin
+at the mean are one further: they have been scaled since (`tasks.phenotypes.OnVector.scaled`).
 """
 
 _IDENTITY = {"stage", "seed", "data", "plan", "augment", "sampling", "model", "masked", "align", "task", "optimizer"}
