@@ -46,7 +46,7 @@ ARGS ?= masked.steps=400 align.steps=80 task.steps=150 task.frames=1
 demo: setup
 	@$(PY) jobs/demo.py tiny $(ARGS)
 
-# As many processes as cores, and huge pages (above): 27 minutes where three processes without them took 43.
+# Two processes, for two cores, and huge pages (above): 27 minutes where three processes without them took 43.
 TESTS := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations=20 --durations-min=5
 
 ##  test         setup; then a test of every promise: 20 to 30 minutes on two cores
@@ -63,10 +63,10 @@ test-fast: setup
 
 ##  compare      setup; then k-MTR beside its opponents, from a simulated cohort to the report, one seed, small: it shows that
 ##               each row runs, not who wins; COMPARE="key=value ..." are its settings
-COMPARE ?= masked.steps=200 align.steps=60 align.head_steps=20 task.steps=60 task.frames=1 train.eval_every=20 \
-	study.bound_steps=120 study.bound_patience=2 study.seeds=0
+COMPARE ?= masked.steps=60 align.steps=20 align.head_steps=8 task.steps=40 task.frames=1 train.eval_every=20 \
+	study.bound_steps=80 study.bound_patience=2 study.seeds=0 evaluate.accelerations=4,8
 compare: setup
-	@$(PY) jobs/simulate.py tiny data.root=runs/compare simulate.subjects=400 simulate.difficulty=medium
+	@$(PY) jobs/simulate.py tiny data.root=runs/compare simulate.subjects=320 simulate.difficulty=medium
 	@$(PY) jobs/study.py systems tiny data.root=runs/compare $(COMPARE)
 
 ##  faults       setup; then every fault that a run is to survive, at every moment of it; the last line counts them

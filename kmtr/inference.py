@@ -88,15 +88,16 @@ class TaskModel:
         return self._predict(batch, replace(self.stage, tasks=tasks))
 
     def _predict(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
-        if self.images is not None:
-            batch = of_images(batch, self.images(batch))
-        said = self.module(self.prepare(batch, stage), predict=True)
+        said = self.module(self.prepare(self._seen(batch), stage), predict=True)
         return {name: values for outputs in said.values() for name, values in outputs.items()}
+
+    def _seen(self, batch: Batch) -> Batch:
+        return batch if self.images is None else of_images(batch, self.images(batch))
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Float[Tensor, "batch channel"]:
         """Vectors of the system, from the lines that are `sampled`, fp32."""
-        inputs = self.prepare.embedding(batch, self.config.task.system)
+        inputs = self.prepare.embedding(self._seen(batch), self.config.task.system)
         vector: Tensor = self.module(inputs)[EMBEDDING]["vector"]
         return vector.float()
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kmtr.data.loader.batch import Batch
 from kmtr.physics import lines
-from kmtr.physics.fourier import crop_or_pad, fft2c, magnitude_image
+from kmtr.physics.fourier import centred, crop_or_pad, fft2c, magnitude_image
 from kmtr.physics.images import rms, scale_image
 from kmtr.physics.lines import phase_gain
 from kmtr.physics.lowrank import low_rank_sparse
@@ -34,9 +35,13 @@ def view_shared(batch: Batch) -> KSpace:
 
 
 def lowrank(batch: Batch) -> KSpace:
-    """k-space of the low-rank + sparse reconstruction that begins at `view_shared`, which removes phase and gain."""
+    """k-space of the low-rank + sparse reconstruction that begins at `view_shared`, which removes phase and gain. A
+    padded frame counts as one in which nothing was acquired.
+    """
     kspace = _canonical(batch)
-    return low_rank_sparse(kspace, batch.sampled, lines.view_shared(kspace, batch.sampled))
+    found = low_rank_sparse(kspace, batch.sampled, lines.view_shared(kspace, batch.sampled))
+    height, width = kspace.shape[-2:]
+    return torch.where(existing(batch, (height, width))[:, :, None, None], found, 0)
 
 
 def _canonical(batch: Batch) -> KSpace:
@@ -101,6 +106,24 @@ def known_peak(image: Image, batch: Batch) -> Float[Tensor, " batch"]:
 def source(batch: Batch) -> KSpace:
     """All that the source has."""
     return batch.kspace
+
+
+def whole_cycle(batch: Batch, frames: int) -> Batch:
+    """The batch filled up to so many frames with padding, in what is acquired; fewer are in batches of short cycles."""
+    more = frames - batch.kspace.shape[3]
+    return replace(
+        batch,
+        kspace=pad(batch.kspace, (0, 0, 0, 0, 0, more)),
+        acquired=pad(batch.acquired, (0, 0, 0, more)),
+        sampled=pad(batch.sampled, (0, 0, 0, more)),
+        padded=pad(batch.padded, (0, more), value=True),
+    )
+
+
+def existing(batch: Batch, matrix: tuple[int, int]) -> Bool[Tensor, "batch slice ky kx"]:
+    """Samples of a matrix that a slice's own scan has: one of a smaller matrix fills its middle alone."""
+    ny, nx = (centred(batch.extent[..., i], n) for i, n in zip((1, 2), matrix, strict=True))
+    return ny[..., None] & nx[..., None, :]
 
 
 def of_images(batch: Batch, image: Image) -> Batch:

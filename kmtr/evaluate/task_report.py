@@ -119,7 +119,7 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
         f"true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the training "
         f"labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from phenotypes "
         f"that this one predicts to each disease, the mean mask, a linear map from the temporally shared image to the "
-        f"mask, the zero-filled and the temporally shared image."
+        f"mask, the zero-filled, the temporally shared and the low-rank + sparse image."
     )
 
 

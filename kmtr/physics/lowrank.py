@@ -27,7 +27,8 @@ def low_rank_sparse(
     """k-space of all coils whose image is a background of low rank over time plus a part of few temporal frequencies.
 
     Each slice by itself: L = shrunk singular values of M - S, S = shrunk temporal frequencies of M - L, and M = L + S
-    with a gradient step of length 1 towards the acquired lines (the paper's algorithm). The sensitivities have a sum of
+    with a gradient step of length 1 towards the acquired lines (the paper's algorithm, but that S follows from the new
+    L). The sensitivities have a sum of
     squares of 1, so that the step converges. Acquired lines are put back at the end.
 
     Args:

@@ -90,6 +90,16 @@ CONTENDERS: dict[str, Contender] = {
 """Name (`Asked.start`) -> contender, in the order in which a seed's are trained."""
 
 
+def decided(name: str) -> dict[str, Any]:
+    """What decides a contender's rows beside the study's settings, for JSON, ``changes``; empty: nothing does."""
+    row = contender(name)
+    every = {one: dict(contender(one).changes) for one in (name, row.first, row.then) if contender(one).changes}
+    for changes in every.values():
+        if changes.get("task.begin") == "mean":
+            changes["scaled"] = True  # rows of before 2026-11-30 had heads of another scale
+    return {"changes": every} if every else {}
+
+
 def contender(name: str) -> Contender:
     """The contender of this name; one without properties for floors, which nothing is trained for."""
     return CONTENDERS.get(name, Contender(name))

@@ -64,7 +64,8 @@ class Drawn:
             replicates(measure, config, values, r, truth, means, self.draws)
             for r in range(len(config.evaluate.accelerations))
         ]
-        return {target: np.stack([one[target] for one in found]) for target in found[0]} if all(found) else {}
+        everywhere = [target for target in found[0] if all(target in one for one in found)]
+        return {target: np.stack([one[target] for one in found]) for target in everywhere}
 
 
 def gains(study: Study, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     }
     caption = (
         "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects. Circled in red: "
-        "no better than an answer that does not look at the subject (R2 of 0, AUROC of .5)."
+        "the interval reaches what an answer has that does not look at the subject (R2 of 0, AUROC of .5)."
     )
     about = summary_of(study, rows, len(asked), missing)
     figure, curves = figure_of(study, scores), curves_of(scores)
@@ -205,7 +205,7 @@ def cost_table(rows: Rows) -> Table:
         if name == FLOORS:
             continue
         means = [_mean([row.get(key) for row in some]) for key in ("steps", "training_s", "pretraining_s", "best_step")]
-        converged = "" if not contender(name).bound else "yes" if all(row.get("converged") for row in some) else "no"
+        converged = "" if "converged" not in some[0] else "yes" if all(row["converged"] for row in some) else "no"
         where = ", ".join(sorted({row["device"] for row in some}))
         cells.append((title_of(name), len(some), some[0]["parameters"], *means, converged, where))
     names = ("system", "seeds", "weights", "steps", "training (s)", "pretraining (s)", "best step", "converged")

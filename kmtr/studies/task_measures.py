@@ -32,7 +32,8 @@ class Measure(NamedTuple):
 
     Attributes:
         gain: what a difference of it is called.
-        floor: systems that are its strongest floor, the first that there is.
+        floor: systems that stand for the floors, the first that there is: the strongest of them, but that of images
+            low-rank + sparse is stronger.
         nothing: what it is of an answer that does not look at the subject; NaN: nothing fixed.
     """
 

@@ -10,7 +10,7 @@ of diseases, whose ranks count, float32: with three R and 1,000 subjects about 8
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +57,7 @@ class Rows:
         accelerations: nominal R of all values.
         places: of the held-out subjects in the test split, ascending.
         bound: settings that decide rows of bounds beside `digest`; such a row of others is left out.
+        decided: start -> what decides its rows besides, as they hold it.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Rows:
     accelerations: tuple[int, ...]
     places: tuple[int, ...]
     bound: Mapping[str, Any] = field(default_factory=dict)
+    decided: Callable[[str], Mapping[str, Any]] = lambda start: {}
 
     def read(self, tell: bool = False) -> dict[Asked, dict[str, Any]]:
         """The finished rows. Those of other settings are left out, and those whose values are missing.
@@ -83,6 +85,7 @@ class Rows:
                 row = json.loads(line)
                 asked = Asked(row["seed"], row["start"], tuple(row["tasks"]), row["labels"])
                 mine = row["digest"] == self.digest and row.get("bound", self.bound) == self.bound
+                mine = mine and self.decided(asked.start).items() <= row.items()
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise InputError(
                     f"study.rows: expected a row as JSON, got {line[:40]!r} in line {number} of {self.folder / FILE}; "

@@ -30,7 +30,7 @@ from kmtr.evaluate.task_predictions import predictions
 from kmtr.inference import TaskModel, load_model
 from kmtr.owner import owning
 from kmtr.studies import task_report
-from kmtr.studies.contenders import LOWRANK, contender
+from kmtr.studies.contenders import CONTENDERS, LOWRANK, contender, decided
 from kmtr.studies.running import fit, named, open_run, rate
 from kmtr.studies.task_measures import MEASURES, headline, kept, scores_of, targets_of, values_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Values
@@ -68,7 +68,8 @@ def run(config: RunConfig, kind: Kind = KIND) -> dict[str, Any]:
     folder = Path(config.storage.root) / "study" / name
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder.with_name(f"rows-{known}")
-    rows = Rows(Path(config.study.rows or kept), known, config.evaluate.accelerations, places, bound_settings(config))
+    where, bound = Path(config.study.rows or kept), bound_settings(config)
+    rows = Rows(where, known, config.evaluate.accelerations, places, bound, decided)
     done = rows.read(tell=True)
     print(
         f"study: {name}: {sum(one in done for one in asked)} of {len(asked)} rows are done, {len(places)} held-out "
@@ -146,9 +147,12 @@ def add(study: Study, asked: Asked) -> None:
     found = values_of(table, study.truth)
     steps = min(own.total_steps, int(outcome.metrics["step"]))
     trained = times(study.config, own, outcome, before) | {"steps": steps, "run": outcome.name}
-    trained |= {"parameters": parameters(model.module)}
+    trained |= {"parameters": parameters(model.module)} | decided(asked.start)
     if contender(row.then or asked.start).bound:
         trained |= {"converged": steps < own.total_steps, "bound": bound_settings(study.config)}
+    if row.first in CONTENDERS:
+        first = study.rows.read()[first_of(asked)]
+        trained |= {"pretraining_s": first["training_s"], "parameters": trained["parameters"] + first["parameters"]}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)
     (values,) = found.values()
     study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values})
@@ -175,12 +179,17 @@ def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunCon
         own, outcome, model = model_of(study, asked._replace(start=row.then), None)
         if row.first == LOWRANK:
             return own, outcome, model.after(image_of(lowrank_image(own.data.matrix)), "low-rank + sparse image")
-        _, _, images = model_of(study, Asked(asked.seed, row.first, ("reconstruction",), asked.labels), None)
+        _, _, images = model_of(study, first_of(asked), None)
         return own, outcome, model.after(image_of(images), f"image of {contender(row.first).title}")
     encoder = before.encoder if before else start.NONE
     own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
     outcome = fit(own, study.dataset, study.run_id, asked.title)
     return own, outcome, load_model(outcome.encoder, device)
+
+
+def first_of(asked: Asked) -> Asked:
+    """The row whose images a row analyses."""
+    return Asked(asked.seed, contender(asked.start).first, ("reconstruction",), asked.labels)
 
 
 def image_of(predictor: Predictor) -> Callable[[Batch], torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import Shared
+from kmtr.inputs import Shared, existing, whole_cycle
 from kmtr.model.packing import Lengths, Pending, gather
 from kmtr.model.transformer import Block
 from kmtr.physics.fourier import crop_or_pad
@@ -106,18 +106,21 @@ class Interpolation(nn.Module):
         kspace: KSpace,
         sampled: Bool[Tensor, "batch slice t ky"],
         present: Bool[Tensor, "batch slice"],
+        exists: Bool[Tensor, "batch slice ky kx"],
         envelope: Float[Tensor, "ky kx"],
         lengths: Lengths,
     ) -> Reconstructed:
         """
         Args:
-            kspace: all lines; those that are not `sampled` are a first guess.
+            kspace: all lines of all frames; those that are not `sampled` are a first guess.
+            present: slices that hold data.
+            exists: samples that a slice's scan has (`inputs.existing`); the others stay as they are.
             lengths: acquired lines of each slice, all subjects of the first slice first.
         """
         shape = kspace.shape
         rows, mask = kspace.transpose(0, 1).flatten(0, 1) / envelope, sampled.transpose(0, 1).flatten(0, 1)
         rows = nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, self.coils - shape[2]))
-        known = mask[:, None, :, :, None]
+        known = mask[:, None, :, :, None] | ~exists.transpose(0, 1).flatten(0, 1)[:, None, None]
 
         places = gather(mask, lengths)
         row, (t, ky) = lengths.subject, places.index.unbind(-1)
@@ -129,12 +132,13 @@ class Interpolation(nn.Module):
 
         seen = self.memory(x)
         heard = seen.new_zeros(*mask.shape, seen.shape[-1]).index_put((row, t, ky), seen).flatten(1, 2)
-        added = self.decoder(_lines(torch.where(known, rows, 0)), heard)
+        added = self.decoder(_lines(torch.where(mask[:, None, :, :, None], rows, 0)), heard)
         found = torch.where(known, rows, rows + _from_lines(added, rows.shape))
         for refine, (apart, together) in zip(self.refine, PLANES, strict=True):
             found = torch.where(known, rows, found + together(refine(apart(found)), rows.shape))
         found = (found[:, : shape[2]] * envelope).unflatten(0, (shape[1], shape[0])).transpose(0, 1)
-        found = torch.where(sampled[:, :, None, :, :, None], kspace, found)  # not divided and multiplied again
+        keep = sampled[:, :, None, :, :, None] | ~exists[:, :, None, None]
+        found = torch.where(keep, kspace, found)  # neither divided nor multiplied
         pooled = self._pooled(x.float(), lengths).unflatten(0, (shape[1], shape[0])).transpose(0, 1)
         return Reconstructed(found, pooled, present)
 
@@ -183,24 +187,28 @@ PLANES = ((_lines, _from_lines), (_columns, _from_columns), (_patches, _from_pat
 
 
 class KGINReader:
-    """Batch -> temporally shared k-space, in which acquired lines are as they were, of unit RMS."""
+    """Batch -> temporally shared k-space of all frames of the configuration, in which acquired lines are as they were,
+    of unit RMS.
+    """
 
     readout = None
 
-    def __init__(self, matrix: tuple[int, int], device: torch.device):
-        self.matrix, self.envelope = matrix, envelope(matrix).to(device)
+    def __init__(self, config: RunConfig, device: torch.device):
+        self.matrix, self.frames = config.data.matrix, config.data.frames
+        self.envelope = envelope(self.matrix).to(device)
 
     def __call__(
         self, batch: Batch, shown: Tensor | None = None, number: int = 0, learns: bool = True
     ) -> Pending[Reading]:
         """All that was acquired; nothing of it can be hidden."""
-        sampled = crop_or_pad(batch.sampled, self.matrix[:1], (-1,))
+        whole = whole_cycle(batch, self.frames)
+        sampled = crop_or_pad(whole.sampled, self.matrix[:1], (-1,))
 
         def make(lengths: Sequence[Lengths]) -> Reading:
             host = tuple(n for one in lengths for n in one.host)
             each = Lengths(host, torch.cat([one.counts for one in lengths]))
-            kspace = Shared.of(batch, self.matrix).kspace
-            return Reading("kgin", (kspace, sampled, ~batch.padded.all(-1), self.envelope, each), learns)
+            kspace, exists = Shared.of(whole, self.matrix).kspace, existing(batch, self.matrix)
+            return Reading("kgin", (kspace, sampled, ~batch.padded.all(-1), exists, self.envelope, each), learns)
 
         return Pending(tuple(sampled[:, z] for z in range(sampled.shape[1])), make)
 
@@ -218,4 +226,4 @@ class KGIN:
         return config.model.width
 
     def reader(self, config: RunConfig, tables: Mapping[str, Tensor], device: torch.device) -> KGINReader:
-        return KGINReader(config.data.matrix, device)
+        return KGINReader(config, device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
-from kmtr.inputs import Shared
+from kmtr.inputs import Shared, existing, whole_cycle
 from kmtr.model.packing import Pending
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
 from kmtr.systems.base import Reading
@@ -46,8 +46,8 @@ class Cascade(nn.Module):
     """A U-Net over the pixels of each slice whose channels are temporal frequencies (real and imaginary parts); then
     the acquired lines are put back; so several times, each with weights of its own.
 
-    Begins at the image that it is given: what a network adds is zero at step 0. Coils are combined by sensitivities
-    from their mean over time, and parted again by them.
+    Begins at the k-space that it is given: what a network adds is zero at step 0. Coils are combined for it by
+    sensitivities from their mean over time, and what it adds is parted again by them.
     """
 
     def __init__(self, matrix: tuple[int, int], frames: int, width: int, times: int):
@@ -59,13 +59,19 @@ class Cascade(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(
-        self, kspace: KSpace, sampled: Bool[Tensor, "batch slice t ky"], present: Bool[Tensor, "batch slice"]
+        self,
+        kspace: KSpace,
+        sampled: Bool[Tensor, "batch slice t ky"],
+        present: Bool[Tensor, "batch slice"],
+        exists: Bool[Tensor, "batch slice ky kx"],
     ) -> Reconstructed:
         """
         Args:
-            kspace: all lines; those that are not `sampled` are a first guess.
+            kspace: all lines of all frames; those that are not `sampled` are a first guess.
+            present: slices that hold data.
+            exists: samples that a slice's scan has (`inputs.existing`); the others stay as they are.
         """
-        mask = sampled[:, :, None, :, :, None]
+        open = exists[:, :, None, None] & ~sampled[:, :, None, :, :, None]
         images = ifft2c(kspace)
         mean = images.mean(3, keepdim=True)
         total = mean.abs().square().sum(2, keepdim=True).sqrt()
@@ -78,19 +84,21 @@ class Cascade(nn.Module):
             channels = torch.view_as_real(f).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)
             levels, deepest = net.maps(channels.flatten(0, 1))  # type: ignore[operator]
             parts = out(levels[0]).float().unflatten(1, (-1, 2)).movedim(2, -1).contiguous()
-            x = torch.fft.ifft(f + torch.view_as_complex(parts).unflatten(0, f.shape[:2]), dim=2, norm="ortho")
-            found = torch.where(mask, kspace, fft2c(maps * x[:, :, None]))
+            more = torch.fft.ifft(torch.view_as_complex(parts).unflatten(0, f.shape[:2]), dim=2, norm="ortho")
+            found = torch.where(open, fft2c(images + maps * more[:, :, None]), kspace)
             images = ifft2c(found)
         return Reconstructed(found, deepest.unflatten(0, kspace.shape[:2]), present)
 
 
 class XFReader:
-    """Batch -> temporally shared k-space, in which acquired lines are as they were, of unit RMS."""
+    """Batch -> temporally shared k-space of all frames of the configuration, in which acquired lines are as they were,
+    of unit RMS.
+    """
 
     readout = None
 
-    def __init__(self, matrix: tuple[int, int]):
-        self.matrix = matrix
+    def __init__(self, config: RunConfig):
+        self.matrix, self.frames = config.data.matrix, config.data.frames
 
     def __call__(
         self, batch: Batch, shown: Tensor | None = None, number: int = 0, learns: bool = True
@@ -98,9 +106,10 @@ class XFReader:
         """All that was acquired; nothing of it can be hidden."""
 
         def make(_: object) -> Reading:
-            sampled = crop_or_pad(batch.sampled, self.matrix[:1], (-1,))
-            kspace = Shared.of(batch, self.matrix).kspace
-            return Reading("xf", (kspace, sampled, ~batch.padded.all(-1)), learns)
+            whole = whole_cycle(batch, self.frames)
+            sampled = crop_or_pad(whole.sampled, self.matrix[:1], (-1,))
+            kspace, exists = Shared.of(whole, self.matrix).kspace, existing(batch, self.matrix)
+            return Reading("xf", (kspace, sampled, ~batch.padded.all(-1), exists), learns)
 
         return Pending((), make)
 
@@ -119,4 +128,4 @@ class XFUNet:
         return plan(config.data.matrix, config.task.unet_width, "xf")[0][-1]
 
     def reader(self, config: RunConfig, tables: Mapping[str, Tensor], device: torch.device) -> XFReader:
-        return XFReader(config.data.matrix)
+        return XFReader(config)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import full_image, known_image, known_peak
 from kmtr.metrics.dense import reconstruction_scores
-from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c, magnitude_image
+from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
 from kmtr.systems import Imaging, system
 from kmtr.tasks import priors
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given
@@ -51,6 +51,10 @@ class Reconstruction(Dense):
 
     def check(self) -> None:
         if self.imaging:
+            if self.config.task.frozen:
+                raise InputError(
+                    f"task.frozen: expected false, since {self.config.task.system} has no head that could learn"
+                )
             return
         super().check()
         if self.mapped:
@@ -88,7 +92,7 @@ class Reconstruction(Dense):
         extra = asked.extra
         if self.imaging:
             row, z, t = asked.place
-            return magnitude_image(encode(asked.seen).kspace[row, z, :, t][:, :, None])[:, 0]
+            return magnitude(encode(asked.seen).kspace[row, z, :, t])
         found = extra["start"] + extra["scale"] * self.raw(encode, head, asked)[:, 0]
         return consistent(found, extra["kspace"], extra["sampled"]) if "kspace" in extra else found
 
@@ -121,6 +125,14 @@ class Reconstruction(Dense):
         return means | {SCORE: means.get("ssim", float("nan"))}
 
 
+def magnitude(kspace: Complex[Tensor, "cell coil ky kx"]) -> Float[Tensor, "cell y x"]:
+    """Root-sum-of-squares image with a gradient where it is 0, and of no cells at all."""
+    if not len(kspace):  # no transform takes nothing; all weights get a gradient, as on the other workers
+        return kspace.real.sum(1)
+    energy = torch.view_as_real(ifft2c(kspace)).square().sum((1, -1))
+    return energy.clamp(min=torch.finfo(energy.dtype).tiny).sqrt()
+
+
 def consistent(
     image: Float[Tensor, "cell y x"],
     kspace: Complex[Tensor, "cell coil ky kx"],
@@ -134,8 +146,10 @@ def consistent(
     Args:
         kspace: acquired lines, and an estimate of the others.
     """
+    if not len(image):
+        return image
     coils = ifft2c(kspace)
     total = coils.abs().square().sum(1, keepdim=True).sqrt()
     share = coils / total.clamp(min=torch.finfo(torch.float32).tiny)
     filled = torch.where(sampled[:, None, :, None], kspace, fft2c(share * image[:, None]))
-    return magnitude_image(filled[:, :, None])[:, 0]
+    return magnitude(filled)

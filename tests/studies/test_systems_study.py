@@ -16,7 +16,7 @@ from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
 from kmtr.studies import running, system_report, task_rows, tasks
-from kmtr.studies.contenders import CONTENDERS
+from kmtr.studies.contenders import CONTENDERS, decided
 from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
 from kmtr.studies.task_measures import headline
@@ -121,7 +121,7 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
 
     known = [(row["start"], row["digest"]) for row in lines(tmp_path / "rows")]
     other = order(override(config, {"study.bound_steps": 14}))
-    wanted = Rows(tmp_path / "rows", known[0][1], config.evaluate.accelerations, (), {"steps": 14}).read()
+    wanted = Rows(tmp_path / "rows", known[0][1], config.evaluate.accelerations, (), {"steps": 14}, decided).read()
     assert [one.start for one in other if one not in wanted] == ["unet-full", "lowrank-unet"], (
         "a bound of other settings is not done"
     )

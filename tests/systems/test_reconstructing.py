@@ -21,6 +21,7 @@ from kmtr.systems.kgin import PLANES, Interpolation, envelope
 from kmtr.systems.xf import Cascade
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.base import LOSS
+from kmtr.tasks.reconstruction import Reconstruction
 from kmtr.tasks.segmentation import Segmentation
 from kmtr.train import start
 from kmtr.types import InputError
@@ -87,12 +88,16 @@ def test_acquired_lines_stay_whatever_its_weights_with_several_coils_too(small: 
     sampled = torch.rand(2, 3, 4, 32) < 0.5
     sampled[1, 2] = False  # a slice that is not there
     present = torch.ones(2, 3, dtype=torch.bool)
-    rows = sampled.transpose(0, 1).flatten(0, 1)
-    more = envelope((32, 32)), Lengths.of([rows])[0]
     own = override(small, {"data.matrix": (32, 32), "data.coils": 3, "data.frames": 4, "model.patch": (2, 8, 8)})
-    mask = sampled[:, :, None, :, :, None].expand(kspace.shape)
+    exists = torch.ones(2, 3, 32, 32, dtype=torch.bool)
+    exists[0, 0, :8] = False  # a slice of a smaller matrix
+    sampled[0, 0, :, :8] = False
+    mask = (sampled[:, :, None, :, :, None] | ~exists[:, :, None, None]).expand(kspace.shape)
+    more = envelope((32, 32)), Lengths.of([sampled.transpose(0, 1).flatten(0, 1)])[0]
     for module, arguments in ((Cascade((32, 32), 4, 4, 2), ()), (Interpolation(own), more)):
-        found = stirred(module)(kspace, sampled, present, *arguments).kspace
+        begun = module(kspace, sampled, present, exists, *arguments).kspace
+        torch.testing.assert_close(begun, kspace)
+        found = stirred(module)(kspace, sampled, present, exists, *arguments).kspace
         assert torch.equal(found[mask], kspace[mask])
         assert bool((found[~mask] != kspace[~mask]).all())
 
@@ -142,9 +147,46 @@ def test_it_learns_better_images_than_it_begins_with(
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_a_batch_of_fewer_frames_says_what_a_padded_one_says(
+    config: RunConfig, ready: tuple[Model, Preparer, Any, Reader]
+) -> None:
+    model, prepare, stage, reader = ready
+    stirred(model)
+    batch = batch_of(config, reader, prepare)
+    last = {name: getattr(batch, name).clone() for name in ("kspace", "acquired", "sampled", "padded")}
+    last["padded"][:, :, 2:], last["acquired"][:, :, 2:], last["sampled"][:, :, 2:] = True, False, False
+    last["kspace"][:, :, :, 2:] = 0
+    short = {name: last[name][:, :, :2] for name in ("acquired", "sampled", "padded")}
+    short |= {"kspace": last["kspace"][:, :, :, :2]}
+    with torch.no_grad():
+        padded, cut = (
+            model(prepare(replace(batch, **fields), stage), predict=True)["reconstruction"]["image"]
+            for fields in (last, short)
+        )
+    assert cut.shape[2] == 2
+    torch.testing.assert_close(cut, padded[:, :, :2], equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_a_worker_without_anything_to_learn_from_has_all_gradients(
+    config: RunConfig, ready: tuple[Model, Preparer, Any, Reader]
+) -> None:
+    """Nobody's image is known: the scanner undersampled all of them."""
+    model, prepare, stage, reader = ready
+    batch = batch_of(config, reader, prepare)
+    nobody = replace(batch, acquired=batch.sampled, epoch=torch.zeros_like(batch.key))
+    out = model(prepare(nobody, stage))["reconstruction"][LOSS]
+    assert not out.any()
+    out.sum().backward()
+    for name, weights in model.named_parameters():
+        assert weights.grad is not None, name
+        assert not weights.grad.any(), name
+
+
 def test_it_offers_nothing_for_masks(config: RunConfig) -> None:
     with pytest.raises(InputError, match=r"^task.system: expected one that offers tokens or maps for segmentation, "):
         Segmentation(override(config, {"task.tasks": "segmentation"})).check()
+    with pytest.raises(InputError, match=r"^task.frozen: expected false, since (xf|kgin) has no head"):
+        Reconstruction(override(config, {"task.frozen": True})).check()
 
 
 def test_a_model_of_full_images_after_a_perfect_reconstruction_says_what_it_says_of_them(
