@@ -43,12 +43,17 @@ def config(small: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
     return override(small, asked | {"task.tasks": "reconstruction"})
 
 
-@pytest.fixture
-def ready(config: RunConfig, tables: dict[str, Tensor]) -> tuple[Model, Preparer, Any, Reader]:
+@pytest.fixture(scope="module")
+def known(config: RunConfig, tables: dict[str, Tensor]) -> tuple[Preparer, Reader]:
     reader = Dataset.open(config.data).reader("train", config.data)
+    return Preparer(config, tables | start.task_tables(config, reader, tables), CPU), reader
+
+
+@pytest.fixture
+def ready(config: RunConfig, known: tuple[Preparer, Reader]) -> tuple[Model, Preparer, Any, Reader]:
     torch.manual_seed(0)
     model, (stage,) = Model(config), stages_of(config)
-    return model, Preparer(config, tables | start.task_tables(config, reader, tables), CPU), stage, reader
+    return model, known[0], stage, known[1]
 
 
 def batch_of(config: RunConfig, reader: Reader, prepare: Preparer) -> Batch:
@@ -137,14 +142,14 @@ def test_it_learns_better_images_than_it_begins_with(
     asked = prepare(batch_of(config, reader, prepare), stage)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(20):
         loss = model(asked)["reconstruction"][LOSS].sum()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_batch_of_fewer_frames_says_what_a_padded_one_says(
