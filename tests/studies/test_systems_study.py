@@ -111,7 +111,6 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert {"dice/unet-shared", "dice/floors", "r2/pretrained", "r2/floors"} <= set(scores)
     for r in ("2", "4"):  # a bound sees the same whatever R is
         assert scores["dice/unet-full"][r] == scores["dice/unet-full"]["2"]
-    assert scores["dice/lowrank-unet"]["2"] != scores["dice/lowrank-unet"]["4"]
     pairs = {(one["measure"], one["b"]) for one in found["differences"]}
     assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
         *((measure, FLOORS) for measure in ("r2", "dice")),
