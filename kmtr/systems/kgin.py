@@ -83,7 +83,9 @@ class Interpolation(nn.Module):
             raise InputError(f"data.matrix: expected multiples of {PATCH} for task.system=kgin, got {data.matrix}")
         line = 2 * self.coils * nx
         self.embed = nn.Linear(line, model.width)
-        self.position = nn.Parameter(torch.randn(frames, ny, model.width) * 0.02)
+        # A module of its own: ZeRO-3 gathers weights for the backward pass where the output is a tensor, as here it is not.
+        self.position = nn.Embedding(frames * ny, model.width)
+        nn.init.normal_(self.position.weight, std=0.02)
         heads = model.width // model.head_width
         self.blocks = nn.ModuleList(Block(model.width, heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm, self.memory = nn.LayerNorm(model.width), nn.Linear(model.width, model.decoder_width)
@@ -125,7 +127,7 @@ class Interpolation(nn.Module):
         places = gather(mask, lengths)
         row, (t, ky) = lengths.subject, places.index.unbind(-1)
         lines = torch.view_as_real(rows[row, :, t, ky]).flatten(1)
-        x = self.embed(lines.to(self.embed.weight.dtype)) + self.position[t, ky]
+        x = self.embed(lines.to(self.embed.weight.dtype)) + self.position(t * mask.shape[2] + ky)
         for block in self.blocks:
             x = block(x, lengths)
         x = self.norm(x)

@@ -102,7 +102,7 @@ def _block(name: str, depth: int) -> int:
     if not name.startswith("systems."):
         return depth
     rest = name.split(".", 2)[2]
-    if rest == "position" or rest.startswith(("embed.", "position.")):
+    if rest.startswith(("embed.", "position.")):
         return -1
     return int(rest.split(".")[1]) if rest.startswith("blocks.") else depth
 
