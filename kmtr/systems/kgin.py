@@ -83,7 +83,7 @@ class Interpolation(nn.Module):
             raise InputError(f"data.matrix: expected multiples of {PATCH} for task.system=kgin, got {data.matrix}")
         line = 2 * self.coils * nx
         self.embed = nn.Linear(line, model.width)
-        # A module of its own: ZeRO-3 gathers weights for the backward pass where the output is a tensor; here it is not.
+        # A module of its own: ZeRO-3 gathers weights for the backward pass only where the output is a tensor.
         self.position = nn.Embedding(frames * ny, model.width)
         nn.init.normal_(self.position.weight, std=0.02)
         heads = model.width // model.head_width
