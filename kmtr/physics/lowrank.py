@@ -73,7 +73,7 @@ def _kspace(images: Tensor) -> Hybrid:
 
 
 def _sensitivities(images: Tensor) -> Tensor:
-    """Of each coil, from the mean over time: ``batch slice coil 1 y x``; the sum of squares is 1, or 0 of nothing."""
+    """Coil sensitivities from the mean over time, ``batch slice coil 1 y x``: sum of squares 1, or 0 of nothing."""
     mean = images.mean(3, keepdim=True)
     total = mean.abs().square().sum(2, keepdim=True).sqrt()
     return mean / total.clamp(min=torch.finfo(total.dtype).tiny)

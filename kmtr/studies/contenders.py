@@ -91,7 +91,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def decided(name: str) -> dict[str, Any]:
-    """What decides a contender's rows beside the study's settings, for JSON, ``changes``; empty: nothing does."""
+    """Settings that decide a contender's rows beside the study's, for JSON, ``changes``; empty: none do."""
     row = contender(name)
     every = {one: dict(contender(one).changes) for one in (name, row.first, row.then) if contender(one).changes}
     for changes in every.values():

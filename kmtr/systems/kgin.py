@@ -53,7 +53,7 @@ class Tokens(nn.Module):
     def forward(
         self, values: Float[Tensor, "row piece feature"], more: Float[Tensor, "row piece channel"] | None = None
     ) -> Float[Tensor, "row piece feature"]:
-        """What is added, fp32.
+        """Numbers to be added to the pieces, fp32.
 
         Args:
             more: is added to the tokens.
@@ -185,7 +185,7 @@ def _complex(values: Float[Tensor, "row piece feature"], shape: Sequence[int]) -
 
 
 PLANES = ((_lines, _from_lines), (_columns, _from_columns), (_patches, _from_patches))
-"""Of each refinement: k-space to tokens, and back."""
+"""Pieces of each refinement: k-space to tokens, and back."""
 
 
 class KGINReader:

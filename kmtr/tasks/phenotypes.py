@@ -84,7 +84,7 @@ class OnVector(Task):
 
     @property
     def regressed(self) -> bool:
-        """Whether the weights on the vector begin as a regression, made for the vector as it is."""
+        """True where the weights begin as a regression on the vector, made for the vector as it is."""
         return False
 
 

@@ -42,7 +42,7 @@ class Reconstruction(Dense):
 
     @property
     def imaging(self) -> bool:
-        """Whether the system reconstructs by itself."""
+        """True where the system reconstructs by itself."""
         return isinstance(system(self.config.task.system), Imaging)
 
     @property
