@@ -90,24 +90,29 @@ def at_percentiles(values: Float[np.ndarray, " subject"]) -> list[int]:
 
 
 def looks(
-    config: RunConfig, dataset: Dataset, model: TaskModel, asked: Sequence[str], accelerations: Sequence[int]
+    config: RunConfig, dataset: Dataset, model: TaskModel | None, asked: Sequence[str], accelerations: Sequence[int]
 ) -> list[Look]:
     """The chosen subjects at every R, with the patterns that their scores were made with.
 
     Args:
+        model: None: nothing is predicted, and the true masks stand for the predicted ones.
         asked: their pseudonyms.
     """
     reader = dataset.reader("test", config.data)
     every = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
     place = dict(zip(subjects.pseudonyms(reader, every), every, strict=True))
-    wanted = Wanted(masks=model.prepare.wanted.masks)
+    wanted = Wanted(masks=model.prepare.wanted.masks if model else "segmentation" in config.task.tasks)
+    device = model.device if model else torch.device("cpu")
     found = []
     for r in accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
         for number, name in enumerate(asked, 1):
             (host,) = pipeline.read_in_order(reader, [place[name]], 1, fixed, wanted, VALIDATION)
-            batch, data = host.to(model.device), config.data
-            said, full = model(batch), full_image(batch, data.matrix)
+            batch, data = host.to(device), config.data
+            said = model(batch) if model else {}
+            if model is None and batch.masks is not None:
+                said = {"masks": batch.masks}
+            full = full_image(batch, data.matrix)
             shown = {}
             if "image" in said:
                 shown = {name: make(data.matrix)(batch)["image"] for name, make in OTHERS.items()}
@@ -119,6 +124,12 @@ def looks(
             true = float(batch.true_acceleration[0])
             found.append(Look(number, r, true, _views(batch, data, full), masks, images))
     return found
+
+
+def place_of(full: Float[np.ndarray, "slice t y x"]) -> tuple[int, int]:
+    """Slice and frame whose image is shown: the middle one, and what differs most from the mean over the cycle."""
+    z = len(full) // 2
+    return z, int(np.argmax(((full[z] - full[z].mean(0)) ** 2).sum((1, 2))))
 
 
 def _views(batch: Batch, data: Data, image: torch.Tensor) -> dict[str, np.ndarray]:

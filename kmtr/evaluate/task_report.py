@@ -273,8 +273,7 @@ def images(seen: Sequence[Look], who: str) -> list[Picture]:
             continue
         view = next(iter(mine[0].full))
         full = mine[0].full[view]
-        z = len(full) // 2
-        frame = int(np.argmax(((full[z] - full[z].mean(0)) ** 2).sum((1, 2))))
+        z, frame = looks.place_of(full)
         rows = {
             f"R = {look.acceleration} (true {look.true_acceleration:.2f})": {
                 name: each[view][z, frame] for name, each in look.images.items()

@@ -203,6 +203,10 @@ def label_curves(
         axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
         axes.set_xlabel(xlabel, fontsize=SMALL)
         axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
+        if highest < CUT:
+            axes.text(
+                0.5, 0.5, f"all below {CUT}: {lowest:.1f} to {highest:.1f}", transform=axes.transAxes, ha="center"
+            )
         if np.isfinite(lowest):
             axes.set_ylim(max(lowest - 0.05, CUT), max(min(highest + 0.05, 1.0), CUT + 0.1))
     grid[0].set_ylabel(ylabel, fontsize=NORMAL)

@@ -5,12 +5,13 @@ Arrays in, Figure out; no pyplot, no window system, nothing global.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -174,7 +175,7 @@ def overlays(rows: Mapping[str, Mapping[str, Tile]], title: str) -> Figure:
             if not row:
                 axes.set_title(name, fontsize=NORMAL, color=INK)
             if not column:
-                axes.set_ylabel(label, fontsize=SMALL, color=INK)
+                axes.set_ylabel(wrapped(label), fontsize=SMALL, color=INK)
             if name in tiles:
                 _show_tile(axes, tiles[name])
     shown = {value for tiles in rows.values() for tile in tiles.values() for value in np.unique(tile.truth).tolist()}
@@ -249,6 +250,70 @@ def volume_curves(panels: Mapping[str, Mapping[str, Float[np.ndarray, " t"]]], s
 
 
 # ------------------------------------------------------------------------------------------------ images
+
+
+def image_rows(
+    rows: Mapping[str, Mapping[str, Float[np.ndarray, "y x"]]], full: Float[np.ndarray, "y x"], title: str
+) -> Figure:
+    """Fully sampled image beside what several systems make of fewer lines, and below each its error: two rows per
+    condition.
+
+    All images share one window, [0, 99.7th percentile of the fully sampled one]; errors are shown `GAIN` times
+    brighter.
+
+    Args:
+        rows: text at the left -> name -> image; a name that a row lacks leaves its place empty.
+    """
+    names = list(dict.fromkeys(name for images in rows.values() for name in images))
+    if not names:
+        raise InputError("image_rows: expected at least one row with one image, got none")
+    style = {"vmin": 0, "vmax": max(float(np.percentile(full, 99.7)), 1e-30), "interpolation": "nearest"}
+    wide, high = 1.75, 1.75 * full.shape[0] / full.shape[1]
+    figure = Figure(
+        figsize=(wide * (len(names) + 1) + 0.4, 2 * high * len(rows) + 0.95),
+        layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0),
+    )
+    grid = figure.subplots(2 * len(rows), len(names) + 1, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for place, (label, images) in enumerate(rows.items()):
+        above, below = grid[2 * place], grid[2 * place + 1]
+        above[0].imshow(full, cmap="gray", **style)
+        above[0].set_ylabel(label, fontsize=SMALL, color=INK)
+        below[0].set_ylabel(f"error × {GAIN}", fontsize=SMALL, color=INK)
+        for column, name in enumerate(names, 1):
+            if name in images:
+                above[column].imshow(images[name], cmap="gray", **style)
+                below[column].imshow(GAIN * np.abs(images[name] - full), cmap="inferno", **style)
+    for axes, name in zip(grid[0], ("fully sampled", *names), strict=True):
+        axes.set_title(wrapped(name), fontsize=SMALL, color=INK)
+    figure.suptitle(title, fontsize=LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def wrapped(name: str, width: int = 20) -> str:
+    """A long name in lines that fit above or beside a tile."""
+    return textwrap.fill(name, width)
+
+
+def clouds(
+    panels: Mapping[str, Float[np.ndarray, "subject 3"]], groups: Mapping[str, Bool[np.ndarray, " subject"]], title: str
+) -> Figure:
+    """Points in three dimensions, a panel per embedding and a colour per group; points of no group are left out."""
+    if not panels:
+        raise InputError("clouds: expected at least one embedding, got none")
+    figure = Figure(figsize=(4.4 * len(panels), 4.6), layout="constrained")
+    for number, (name, points) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number, projection="3d")
+        for colour, (group, inside) in zip(COLOURS * len(groups), groups.items(), strict=False):
+            axes.scatter(*points[inside].T, s=10, color=colour, alpha=0.75, linewidths=0, label=group)
+        axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
+        axes.tick_params(labelbottom=False, labelleft=False, labelright=False, labeltop=False)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=SMALL)
+    figure.suptitle(title, fontsize=LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
+    return figure
 
 
 def image_panel(

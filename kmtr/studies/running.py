@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -132,6 +133,8 @@ def publish(
     summary: str,
     results: Mapping[str, Any],
     curves: Mapping[int, Mapping[str, float]],
+    more: Mapping[str, tuple[str, Figure]] = MappingProxyType({}),
+    files: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Print the tables, keep them with the figure, the results and a report, and tell MLflow.
 
@@ -141,14 +144,18 @@ def publish(
         folder: the study's.
         results: content of ``results.json``, null where a number is unknown.
         curves: step (number of labels, or R) -> metrics of the MLflow run.
+        more: name of the file -> caption and figure, which come after the first one.
+        files: others of the folder, for MLflow.
 
     Returns:
         MLflow run, report and results, for the last line.
     """
     text = "\n\n".join(map(text_table, tables))
     print(f"\n{text}")
-    uri, picture = config.tracking.uri, png(figure)
-    (folder / "figure.png").write_bytes(picture)
+    uri = config.tracking.uri
+    pictures = {where: (told, png(drawn)) for where, (told, drawn) in {"figure.png": (caption, figure), **more}.items()}
+    for where, (_, picture) in pictures.items():
+        (folder / where).write_bytes(picture)
     (folder / "tables.txt").write_text(text)
     write_atomic(folder / "results.json", json.dumps(known(results), indent=1, allow_nan=False))
     data = Dataset.open(config.data)
@@ -157,7 +164,7 @@ def publish(
         title=f"k-MTR: {name}",
         summary=summary,
         tables=tables,
-        figures=[(caption, picture)],
+        figures=[*pictures.values()],
         footer=f"run {run_id}, data {data.digest[:12]}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     )
@@ -165,7 +172,7 @@ def publish(
     spool = tracking.Spool(folder / f"spool-{said}", uri, run_id)  # one spool says each (name, step) once
     for step, metrics in curves.items():
         spool.metrics(step, metrics)
-    for path in (report, folder / "results.json", folder / "figure.png"):
+    for path in (report, folder / "results.json", *(folder / where for where in pictures), *files):
         spool.artifact(path, "study")
     if spool.close(30.0):
         print(f"tracking: not everything could be sent yet; kept in {spool.folder}")

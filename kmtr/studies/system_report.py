@@ -13,10 +13,11 @@ from kmtr.metrics import estimate
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.studies import system_figures
 from kmtr.studies.contenders import CONTENDERS, contender
 from kmtr.studies.paired import ALL, Drawn, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import MEASURES, measures, targets_of
+from kmtr.studies.task_measures import MEAN, MEASURES, measures, replicates, targets_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
 
 if TYPE_CHECKING:
@@ -54,11 +55,14 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     }
     caption = (
         "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects. Circled in red: "
-        "the interval reaches what an answer has that does not look at the subject (R2 of 0, AUROC of .5)."
+        "the interval reaches what an answer has that does not look at the subject (R2 of 0, AUROC of .5; of Dice that "
+        "of the mean mask, paired)."
     )
     about = summary_of(study, rows, len(asked), missing)
-    figure, curves = figure_of(study, scores), curves_of(scores)
-    last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves)
+    figure, curves = figure_of(study, scores, worthless_masks(study, rows)), curves_of(scores)
+    more, turned = system_figures.pictures_of(study, rows), system_figures.write_interactive(study, rows, folder)
+    files = [turned] if turned else []
+    last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files)
     print(f"study: {said['rows']} of {len(asked)} rows are reported; {len(missing)} are missing; {seconds:.0f} s")
     return last | {"rows": said["rows"], "missing": len(missing), "kept": str(study.rows.folder)}
 
@@ -262,15 +266,38 @@ def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
-def figure_of(study: Study, scores: Scores) -> Figure:
-    """Measures against R: a panel per measure, a line per system."""
+def worthless_masks(study: Study, rows: Rows) -> dict[str, list[int]]:
+    """Contender -> R at which the paired 95 % interval of its Dice over the mean mask's reaches 0, of the first seed;
+    empty where no floors keep that.
+    """
+    seed, found = study.config.study.seeds[0], dict[str, list[int]]()
+    floors = Asked(seed, FLOORS, study.config.task.tasks, 0)
+    mean = study.rows.values(floors) if floors in rows and "dice" in measures(study.config) else {}
+    for name in names_of(rows) if any(target.startswith(MEAN) for target in mean) else ():
+        one = _of(rows, name, "dice").get(seed)
+        said = study.rows.values(one) if one else {}
+        over = {t: said[t] - mean[MEAN + t] for t in targets_of("dice", study.config) if t in said and MEAN + t in mean}
+        for number, r in enumerate(study.config.evaluate.accelerations) if over else ():
+            drawn = replicates("dice", study.config, over, number, study.truth, {}, study.config.evaluate.bootstrap)
+            if drawn and _interval(np.mean([*drawn.values()], axis=0)).low <= 0:
+                found.setdefault(name, []).append(r)
+    return found
+
+
+def figure_of(study: Study, scores: Scores, worthless: Mapping[str, Sequence[int]]) -> Figure:
+    """Measures against R: a panel per measure, a line per system.
+
+    Args:
+        worthless: contender -> R at which its masks have failed.
+    """
     rs = study.config.evaluate.accelerations
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     failed: dict[str, dict[str, list[int]]] = {}
     for (measure, name), by_r in scores.items():
         points = [(r, by_r[r].value, (by_r[r].high - by_r[r].low) / 2) for r in rs]
         panels.setdefault(MEASURES[measure].title, {})[title_of(name)] = points
-        wrong = [r for r in rs if by_r[r].low <= MEASURES[measure].nothing]
+        nothing = MEASURES[measure].nothing
+        wrong = [*worthless.get(name, ())] if measure == "dice" else [r for r in rs if by_r[r].low <= nothing]
         failed.setdefault(MEASURES[measure].title, {})[title_of(name)] = wrong
     styles = {}
     for _, name in scores:

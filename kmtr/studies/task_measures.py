@@ -25,6 +25,8 @@ from kmtr.types import DISEASES, PHENOTYPES
 MASKS = "masks_"
 """Prefix of phenotypes that are measured on masks."""
 MASKS_LVEF = f"{MASKS}lvef_pct"
+MEAN = "mean_"
+"""Prefix of the mean mask's Dice among the values of floors."""
 
 
 class Measure(NamedTuple):

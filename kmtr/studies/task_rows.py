@@ -2,6 +2,7 @@
 
     rows.jsonl                                          a line of JSON per row: what was trained, and its scores
     <digest>-<seed>-<start>-<tasks>-<labels>.parquet    its values of the held-out subjects, for paired comparisons
+    <digest>-<seed>-<start>-<tasks>-<labels>.npz        of the first seed what figures show of a few of them (pictures)
 
 Held-out subjects are named by their place in the test split. Values are float16 (a relative error below 0.05 %), those
 of diseases, whose ranks count, float32: with three R and 1,000 subjects about 80 kB a row of four tasks.
@@ -9,7 +10,10 @@ of diseases, whose ranks count, float32: with three R and 1,000 subjects about 8
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,12 +27,16 @@ from jaxtyping import Float
 from kmtr.files import write_atomic
 from kmtr.types import DISEASES, InputError
 
-FILE = "rows.jsonl"
+FILE, SHOWN = "rows.jsonl", ".npz"
 PRETRAINED, SCRATCH, FLOORS = "pretrained", "scratch", "floors"
 """Starts of a row: from the pretrained encoder, from initial weights; floors have no network that is trained."""
 
 Values = Mapping[str, Float[np.ndarray, "acceleration subject"]]
 """Target -> what was said of the held-out subjects, ascending in their places; NaN: nothing."""
+
+
+Shown = Mapping[str, np.ndarray]
+"""Arrays that figures show, by their names; none are objects."""
 
 
 class Asked(NamedTuple):
@@ -101,13 +109,17 @@ class Rows:
             print(f"study: {asked.title}: its file of values is missing in {self.folder}, so it counts as not done")
         return {asked: row for asked, row in found.items() if asked not in lost}
 
-    def add(self, asked: Asked, said: Mapping[str, Any], values: Values) -> None:
+    def add(self, asked: Asked, said: Mapping[str, Any], values: Values, shown: Shown | None = None) -> None:
         """Keep a finished row, in place of one of its key: its values first, so that a row that is there has them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         key = {"digest": self.digest, **json.loads(json.dumps(asked._asdict()))}
         others = [line for line in self._lines() if not key.items() <= json.loads(line).items()]
         if len(others) < len(self._lines()):
             write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in others))
+        if shown:
+            content = io.BytesIO()
+            np.savez_compressed(content, allow_pickle=False, **shown)
+            write_atomic(self._path(asked, SHOWN), content.getvalue())
         write_atomic(self._path(asked), self._encoded(values))
         line = json.dumps(key | dict(said), allow_nan=False, separators=(",", ":"))
         write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in [*others, line]))
@@ -135,9 +147,27 @@ class Rows:
         shape = len(self.accelerations), len(self.places)
         return {name: table.column(name).to_numpy().astype(np.float64).reshape(shape) for name in targets}
 
-    def _path(self, asked: Asked) -> Path:
+    def shown(self, asked: Asked) -> Shown:
+        """What a finished row shows; empty: it kept nothing.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self._path(asked, SHOWN)
+        if not path.is_file():
+            return {}
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                return {name: found[name] for name in found.files}
+        except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+            raise InputError(
+                f"study.rows: expected what a row shows, got other content in {path}; remove the file, and figures go "
+                "without it"
+            ) from None
+
+    def _path(self, asked: Asked, ending: str = ".parquet") -> Path:
         labels = asked.labels or "all"
-        return self.folder / f"{self.digest}-{asked.seed}-{asked.start}-{'+'.join(asked.tasks)}-{labels}.parquet"
+        return self.folder / f"{self.digest}-{asked.seed}-{asked.start}-{'+'.join(asked.tasks)}-{labels}{ending}"
 
     def _lines(self) -> list[str]:
         path = self.folder / FILE

@@ -23,17 +23,18 @@ from kmtr import machine, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
 from kmtr.evaluate.baselines import lowrank_image
-from kmtr.evaluate.predictions import Name
+from kmtr.evaluate.predictions import MEAN_MASK, Name
 from kmtr.evaluate.predictors import Predictor
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_predictions import predictions
+from kmtr.evaluate.task_tables import MEAN_DICE
 from kmtr.inference import TaskModel, load_model
 from kmtr.owner import owning
-from kmtr.studies import task_report
+from kmtr.studies import pictures, task_report
 from kmtr.studies.contenders import CONTENDERS, LOWRANK, contender, decided
 from kmtr.studies.running import fit, named, open_run, rate
-from kmtr.studies.task_measures import MEASURES, headline, kept, scores_of, targets_of, values_of
-from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Values
+from kmtr.studies.task_measures import MEAN, MEASURES, headline, kept, scores_of, targets_of, values_of
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Shown, Values
 from kmtr.studies.task_study import (
     TASKS,
     Kind,
@@ -155,7 +156,18 @@ def add(study: Study, asked: Asked) -> None:
         trained |= {"pretraining_s": first["training_s"], "parameters": trained["parameters"] + first["parameters"]}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)
     (values,) = found.values()
-    study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values})
+    shown = pictured(study, asked, reading, model, before)
+    study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values}, shown)
+
+
+def pictured(study: Study, asked: Asked, reading: RunConfig, model: TaskModel, before: Outcome | None) -> Shown:
+    """What a row of the first seed and all labels shows, k-MTR's embeddings of all tasks among it."""
+    if asked.seed != study.config.study.seeds[0] or asked.labels:
+        return {}
+    shown = {**pictures.shown_of(pictures.seen_by(study, reading, model))}
+    if before is not None and asked.start == PRETRAINED and asked.tasks == study.config.task.tasks:
+        shown |= pictures.embedded(study, before)
+    return shown
 
 
 def pretrained(study: Study, asked: Asked) -> Outcome | None:
@@ -214,12 +226,14 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
 
 
 def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
-    """Values of the strongest floor of each measure (`Measure.floor`), and of its images."""
+    """Values of the strongest floor of each measure (`Measure.floor`), and of its images; of the mean mask too, with
+    which masks have failed that are not better.
+    """
     values: dict[str, np.ndarray] = {}
     for name, measure in MEASURES.items():
         floor = next((found[one] for one in measure.floor if one in found), {})
         values |= {t: floor[t] for t in (*targets_of(name, config), "psnr_db") if t in floor}
-    return values
+    return values | {f"{MEAN}{t}": v for t, v in found.get(MEAN_MASK, {}).items() if t in MEAN_DICE}
 
 
 def scored(study: Study, table: pa.Table, found: Mapping[Name, Values], means: Mapping[str, float]) -> dict[str, Any]:

@@ -106,3 +106,27 @@ def test_images_share_one_window_and_the_error_is_that_of_the_last() -> None:
         "error × 5",
     ]
     png(figure)
+
+
+def test_each_system_has_its_error_below_its_image() -> None:
+    full = ring().astype(float)
+    rows = {"R = 4": {"zero-filled": 0.5 * full, "k-MTR": 0.9 * full}, "R = 8": {"k-MTR": 0.8 * full}}
+    figure = figures_tasks.image_rows(rows, full, "Reconstruction")
+    grid = np.array(figure.axes).reshape(4, 3)
+    assert [axes.get_title() for axes in grid[0]] == ["fully sampled", "zero-filled", "k-MTR"]
+    assert [bool(axes.images) for axes in grid[2]] == [True, False, True], "a place without an image stays empty"
+    np.testing.assert_allclose(grid[1, 2].images[0].get_array(), 5 * 0.1 * full)
+    np.testing.assert_allclose(grid[3, 2].images[0].get_array(), 5 * 0.2 * full)
+    assert len({image.get_clim() for axes in figure.axes for image in axes.images}) == 1
+    png(figure)
+    with pytest.raises(InputError, match="at least one row"):
+        figures_tasks.image_rows({}, full, "")
+
+
+def test_clouds_have_a_colour_for_each_group() -> None:
+    points, low = np.arange(12.0).reshape(4, 3), np.array([True, False, True, False])
+    figure = figures_tasks.clouds({"before": points, "after": -points}, {"low": low, "high": ~low}, "Embeddings")
+    assert [axes.get_title() for axes in figure.axes] == ["before", "after"]
+    assert [len(cloud.get_offsets()) for cloud in figure.axes[0].collections] == [2, 2]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["low", "high"]
+    png(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jobs import study
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
-from kmtr.studies import running, system_report, task_rows, tasks
+from kmtr.studies import pictures, running, system_figures, system_report, task_measures, task_rows, tasks
 from kmtr.studies.contenders import CONTENDERS, decided
 from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
@@ -31,13 +32,14 @@ SMALL = {
     "train.eval_every": 2,
     "train.log_every": 1,
     "masked.steps": 2,
-    "align.steps": 0,
+    "align.steps": 3,
+    "align.head_steps": 1,
     "study.seeds": (0,),
     "study.systems": (PRETRAINED, "unet-shared", "unet-full", "lowrank-unet"),
     "study.bound_steps": 12,
     "study.bound_patience": 1,
     "task.tasks": ("phenotypes", "segmentation"),
-    "task.targets": ("lvedv_ml", "lvm_g"),
+    "task.targets": ("lvedv_ml", "lvef_pct"),
     "task.steps": 4,
     "task.frames": 1,
     "task.unet_width": 4,
@@ -111,6 +113,17 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert {"dice/unet-shared", "dice/floors", "r2/pretrained", "r2/floors"} <= set(scores)
     for r in ("2", "4"):  # a bound sees the same whatever R is
         assert scores["dice/unet-full"][r] == scores["dice/unet-full"]["2"]
+    folder = Path(said["report"]).parent
+    assert {path.name for path in folder.glob("*.png")} == {
+        *("figure.png", "agreement.png", "embedding.png"),
+        *(f"masks-{number}.png" for number in (1, 2, 3)),
+    }
+    report = (folder / "report.html").read_text()
+    assert report.count("<figure>") == len([*folder.glob("*.png")])
+    assert "Plotly" in (folder / system_figures.INTERACTIVE).read_text()
+    names_of_subjects = held_out(config, Dataset.open(config.data))[0].subjects
+    assert not [name for name in names_of_subjects if name in report]
+
     pairs = {(one["measure"], one["b"]) for one in found["differences"]}
     assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
         *((measure, FLOORS) for measure in ("r2", "dice")),
@@ -128,6 +141,8 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     monkeypatch.setattr(driver, "fit", lambda *_, **__: pytest.fail("all rows are there"))
     again = asked_for(override(config, {"storage.root": str(tmp_path / "elsewhere")}))
     assert json.loads(Path(again["results"]).read_text()) == found
+    for path in folder.glob("*.png"):
+        assert (Path(again["report"]).parent / path.name).read_bytes() == path.read_bytes(), "rows alone make figures"
     (tmp_path / "rows" / task_rows.FILE).write_text("")
     with pytest.raises(InputError, match=r"study\.train: expected rows to report"):
         asked_for(override(config, {"study.train": False}))
@@ -190,3 +205,59 @@ def test_who_wins_does_so_beyond_the_interval_and_no_share_is_taken_of_an_unfini
     (share,) = system_report.bound_table(made, told, drawn).rows
     assert [float(str(value).split()[0]) for value in share[2:]] == pytest.approx([100 * 0.6 / 0.7] * 2, abs=3)
     assert "not who wins" in system_report.summary_of(made, rows, 6, [])
+
+
+def test_masks_have_failed_where_their_interval_reaches_the_mean_masks(made: Study) -> None:
+    assert system_report.worthless_masks(made, made.rows.read()) == {}, "no floors keep the mean mask"
+    ours = made.rows.values(Asked(0, "unet-shared", ("segmentation",), 0))
+    shift = np.array([[-0.2], [0.0]])  # worse than this system at the first R, as good at the second
+    mean = {f"{task_measures.MEAN}{name}": ours[name] + shift for name in MEAN_DICE}
+    about = {"R": {}, "subjects": 12, "data": ""}
+    made.rows.add(Asked(0, FLOORS, made.config.task.tasks, 0), about, mean)
+    last = made.config.evaluate.accelerations[-1]
+    found = system_report.worthless_masks(made, made.rows.read())
+    assert found == {"unet-shared": [last]}
+    trained = {one: row for one, row in made.rows.read().items() if one.start != FLOORS}
+    scores = system_report.scores_of(made, trained, Drawn(made, 50))
+    figure = system_report.figure_of(made, scores, found)
+    (dice,) = [axes for axes in figure.axes if axes.get_title() == "mean Dice"]
+    rings = [line for line in dice.lines if line.get_markeredgecolor() == "red" and len(line.get_xdata())]
+    assert [round(float(x)) for ring in rings for x in ring.get_xdata()] == [last]
+
+
+def test_subjects_are_shown_by_their_truth_alone(made: Study) -> None:
+    lvef = made.truth.values[pictures.CHOSEN_BY]
+    shown = pictures.chosen(made.truth)
+    assert shown == sorted(shown, key=lambda place: lvef[place])
+    assert len(shown) == 3
+    unknown = replace(made.truth, values={})
+    assert pictures.chosen(unknown) == pictures.chosen(unknown)
+    assert len(pictures.chosen(unknown)) == 3
+
+
+def test_what_a_row_shows_comes_back_and_a_damaged_file_is_named(made: Study, tmp_path: Path) -> None:
+    asked = Asked(1, "unet-shared", ("segmentation",), 0)
+    assert made.rows.shown(asked) == {}
+    arrays = {
+        "masks/1/4/sax": np.arange(8, dtype=np.uint8).reshape(2, 2, 2),
+        "embedding/x": np.ones((3, 3), "f2"),
+    }
+    made.rows.add(asked, {"R": {}}, made.rows.values(asked), arrays)
+    back = made.rows.shown(asked)
+    assert {name: value.tobytes() for name, value in back.items()} == {n: v.tobytes() for n, v in arrays.items()}
+    (path,) = made.rows.folder.glob("*.npz")
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"study\.rows: expected what a row shows, got other content in .*\.npz"):
+        made.rows.shown(asked)
+    np.savez(path, x=np.array([object()], dtype=object))
+    with pytest.raises(InputError, match="expected what a row shows"):
+        made.rows.shown(asked)
+
+
+def test_thirds_of_lvef_hold_every_known_subject_once(made: Study) -> None:
+    lvef = np.array([30.0, 40, 50, 55, 60, 65, np.nan])
+    known = replace(made, truth=replace(made.truth, subjects=tuple("abcdefg"), values={pictures.CHOSEN_BY: lvef}))
+    groups = system_figures.groups_of(known)
+    assert np.sum([*groups.values()], axis=0).tolist() == [1, 1, 1, 1, 1, 1, 0]
+    assert [float(np.mean(lvef[inside])) for inside in groups.values()] == [35.0, 52.5, 62.5]
+    assert next(iter(groups)) == "LVEF 30 to 47 %"

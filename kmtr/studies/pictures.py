@@ -1,0 +1,118 @@
+"""What rows show of a few held-out subjects and keep beside their values, so that figures need no model again.
+
+The subjects are those at `looks.PERCENTILES` of the true LVEF, the lowest first: no system has a say in the choice.
+Only the first seed's rows keep pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from kmtr import machine
+from kmtr.config import RunConfig, override
+from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.batch import NOTHING
+from kmtr.encoder import load_encoder
+from kmtr.evaluate.looks import Look, at_percentiles, looks, place_of
+from kmtr.evaluate.probes import CHUNK
+from kmtr.inference import TaskModel
+from kmtr.metrics.segmentation import extreme_frames
+from kmtr.physics.sampling import VALIDATION
+from kmtr.studies.task_measures import Truth
+from kmtr.studies.task_rows import Shown
+from kmtr.studies.task_study import Study
+from kmtr.train.folder import MASKED_ENCODER, Outcome
+
+CHOSEN_BY = "lvef_pct"
+HEADLINE = 8
+"""R at which one is shown alone, or the one of the study's that is nearest."""
+BEFORE, AFTER = "masked pretraining", "alignment"
+"""Encoders whose embeddings are shown."""
+EMBEDDING = "embedding/"
+"""Prefix of their arrays."""
+NEIGHBOURS = 30
+"""Perplexity of t-SNE at most."""
+
+
+def headline_of(config: RunConfig) -> int:
+    """The R that is shown where one is shown."""
+    return min(config.evaluate.accelerations, key=lambda r: (abs(r - HEADLINE), r))
+
+
+def chosen(truth: Truth) -> list[int]:
+    """Numbers of the subjects that are shown, among the held-out ones; the first ones where no LVEF is known."""
+    values = truth.values.get(CHOSEN_BY, np.full(len(truth.subjects), np.nan))
+    known = values if np.isfinite(values).any() else np.arange(len(truth.subjects), dtype=float)
+    return list(dict.fromkeys(at_percentiles(known)))
+
+
+def seen_by(study: Study, reading: RunConfig, model: TaskModel | None) -> list[Look]:
+    """The shown subjects at every R; without a model their truth alone, at one R."""
+    names = [study.truth.subjects[place] for place in chosen(study.truth)]
+    rs = study.config.evaluate.accelerations if model else (headline_of(study.config),)
+    return looks(reading, study.dataset, model, names, rs)
+
+
+def shown_of(seen: Sequence[Look]) -> Shown:
+    """What a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole, and of each view one
+    slice and frame of the images (`place_of`), in parts of the maximum of the fully sampled one.
+    """
+    kept: dict[str, np.ndarray] = {}
+    for look in seen:
+        for view, pair in look.masks.items():
+            frames = extreme_frames(pair.truth)
+            if frames is not None:
+                kept[key("masks", look.number, look.acceleration, view)] = pair.predicted[:, frames]
+        for name, images in look.images.items():
+            for view, image in images.items():
+                z, t = place_of(look.full[view])
+                peak = max(float(look.full[view][z, t].max()), 1e-30)
+                kept[key(name, look.number, look.acceleration, view)] = (image[z, t] / peak).astype(np.float16)
+    return kept
+
+
+def key(what: str, number: int, r: int, view: str) -> str:
+    """Name of an array of a row."""
+    return f"{what}/{number}/{r}/{view}"
+
+
+def embedded(study: Study, before: Outcome) -> Shown:
+    """t-SNE in three dimensions (van der Maaten 2008) of the embeddings of the held-out subjects, before and after
+    alignment; empty where alignment left no encoder of its own.
+
+    Args:
+        before: the pretraining.
+    """
+    masked = Path(before.folder) / MASKED_ENCODER
+    if not masked.is_dir() or "align_stopped" in before.metrics or len(study.truth.subjects) < 5:
+        return {}
+    return {
+        f"{EMBEDDING}{name}": _tsne(_embeddings(study, str(folder)), study.config.seed).astype(np.float16)
+        for name, folder in ((BEFORE, masked), (AFTER, before.encoder))
+    }
+
+
+def _embeddings(study: Study, folder: str) -> Float[np.ndarray, "subject feature"]:
+    """Embeddings at the headline's R, in the order of the study's truth."""
+    device = machine.device(study.config.train.device)
+    encoder = load_encoder(folder, device)
+    fixed = override(study.config, {"sampling.accelerations": (headline_of(study.config),)})
+    reader = study.dataset.reader("test", study.config.data)
+    rows = sorted(subjects.held_out(study.config.seed, len(reader), study.config.evaluate.subjects))
+    read = pipeline.read_in_order(reader, rows, CHUNK, fixed, NOTHING, VALIDATION)
+    return np.concatenate([encoder.features(host.to(torch.device(device))) for host in read])
+
+
+def _tsne(features: Float[np.ndarray, "subject feature"], seed: int) -> Float[np.ndarray, "subject axis"]:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(NEIGHBOURS, (len(features) - 1) / 3)
+    spread = features.std(0)
+    standard = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
+    found: np.ndarray = TSNE(3, perplexity=perplexity, init="pca", random_state=seed).fit_transform(standard)
+    return found

@@ -1,0 +1,189 @@
+"""Figures of the study of systems: contours, images with their errors, agreement of LVEF, and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool
+
+from kmtr.evaluate.looks import OTHERS, PERCENTILES, PREDICTED, Look, place_of
+from kmtr.metrics.dense import PHASES
+from kmtr.metrics.segmentation import extreme_frames
+from kmtr.report import figures_tasks
+from kmtr.report.figures_tasks import Agreed, Tile
+from kmtr.studies.contenders import contender
+from kmtr.studies.pictures import AFTER, BEFORE, CHOSEN_BY, EMBEDDING, headline_of, key, seen_by
+from kmtr.studies.task_measures import MASKS
+from kmtr.studies.task_rows import FLOORS, Asked, Shown
+from kmtr.types import PHENOTYPES, VIEWS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from kmtr.studies.task_study import Study
+
+INTERACTIVE = "embedding.html"
+GROUPS = 3
+"""Groups of the same size that a phenotype is cut into."""
+
+Pictures = Mapping[str, tuple[str, "Figure"]]
+"""Name of the file -> caption and figure."""
+
+
+def pictures_of(study: Study, rows: Mapping[Asked, object]) -> Pictures:
+    """Figures of what the rows of the first seed show; those without material are left out."""
+    first = {one.start: one for one in rows if one.seed == study.config.study.seeds[0] and one.start != FLOORS}
+    shown = {contender(name).title: study.rows.shown(one) for name, one in first.items()}
+    there = {title: one for title, one in shown.items() if one}
+    if not there:
+        return agreement(study, first)
+    seen = seen_by(study, study.config, None)
+    found = {**agreement(study, first), **contours(study, seen, there), **images(study, seen, there)}
+    return {**found, **clouds(study, there)}
+
+
+def agreement(study: Study, first: Mapping[str, Asked]) -> Pictures:
+    """LVEF of each system, read out and from its masks: predicted against true, and Bland-Altman."""
+    r = headline_of(study.config)
+    number, panels = study.config.evaluate.accelerations.index(r), []
+    truth, unit = study.truth.values.get(CHOSEN_BY), PHENOTYPES[CHOSEN_BY]
+    if truth is None:
+        return {}
+    for name, one in first.items():
+        values = study.rows.values(one)
+        for target, how in ((CHOSEN_BY, ""), (f"{MASKS}{CHOSEN_BY}", " (masks)")):
+            if target in values and np.isfinite(values[target][number]).sum() > 2:
+                title = figures_tasks.wrapped(contender(name).title + how, 28)
+                panels.append(Agreed(title, unit, truth, values[target][number]))
+    if not panels:
+        return {}
+    caption = (
+        f"LVEF of each system at R = {r}, first seed: predicted against true with the line of identity, and "
+        "Bland-Altman: bias (solid) and 95 % limits of agreement (dashed). (masks): measured on predicted masks."
+    )
+    return {"agreement.png": (caption, figures_tasks.agreements(panels, f"LVEF, R = {r}"))}
+
+
+def _who(number: int) -> str:
+    return f"Held-out subject at the {PERCENTILES[number - 1]}th percentile of true LVEF"
+
+
+def contours(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pictures:
+    """Contours of each system at the headline's R, a figure for each subject: the paper's figure 3a."""
+    r, found = headline_of(study.config), {}
+    for look in seen:
+        rows = {title: tiles_of(look, r, arrays) for title, arrays in shown.items()}
+        rows = {title: tiles for title, tiles in rows.items() if tiles}
+        if rows:
+            caption = (
+                f"True (solid) and predicted (dashed) contours at R = {r} on the fully sampled image, at the truth's "
+                f"end-diastole (ED) and end-systole (ES), the middle slice of each view. {_who(look.number)}."
+            )
+            found[f"masks-{look.number}.png"] = (caption, figures_tasks.overlays(rows, f"Masks, R = {r}"))
+    return found
+
+
+def tiles_of(look: Look, r: int, arrays: Shown) -> dict[str, Tile]:
+    """Tiles of one system and subject: the middle slice of each view at both phases."""
+    tiles: dict[str, Tile] = {}
+    for view in (view for view in VIEWS if view in look.masks):
+        said, truth = arrays.get(key("masks", look.number, r, view)), look.masks[view].truth
+        frames = extreme_frames(truth)
+        if said is None or frames is None:
+            continue
+        z = len(truth) // 2
+        for number, phase in enumerate(PHASES):
+            at = z, frames[number]
+            name = f"{view.replace('lax_', '')}, {phase.upper()}"
+            tiles[name] = Tile(look.full[view][at], truth[at], said[z, number])
+    return tiles
+
+
+def images(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pictures:
+    """Images of each system and their errors at every R, of the subject in the middle: the paper's figure 3b."""
+    look = seen[len(seen) // 2]
+    view = next(iter(look.full))
+    z, t = place_of(look.full[view])
+    full, rows = look.full[view][z, t], {}
+    for r in study.config.evaluate.accelerations:
+        of_r: dict[str, np.ndarray] = {}
+        for title, arrays in shown.items():
+            others = {name: arrays.get(key(name, look.number, r, view)) for name in OTHERS}
+            mine = others | {title: arrays.get(key(PREDICTED, look.number, r, view))}
+            of_r |= {name: image.astype(np.float32) for name, image in mine.items() if image is not None}
+        if of_r:
+            rows[f"R = {r}"] = {name: of_r[name] for name in (*OTHERS, *of_r) if name in of_r}
+    if not rows:
+        return {}
+    caption = (
+        f"Reconstructed images under one grey scale, and below each its absolute error × {figures_tasks.GAIN}; "
+        f"{view.replace('lax_', '')}, the middle slice and the frame that differs most from the mean over the cycle. "
+        f"{_who(look.number)}."
+    )
+    scaled = full / max(float(full.max()), 1e-30)
+    return {"images.png": (caption, figures_tasks.image_rows(rows, scaled, "Reconstruction"))}
+
+
+# ---------------------------------------------------------------------------------------------------------- embeddings
+
+
+def clouds(study: Study, shown: Mapping[str, Shown]) -> Pictures:
+    """t-SNE of k-MTR's embeddings before and after alignment, coloured by LVEF: the paper's figure 2."""
+    panels, groups = embeddings_of(shown), groups_of(study)
+    if not panels or not groups:
+        return {}
+    caption = (
+        f"t-SNE in three dimensions of k-MTR's embeddings of the held-out subjects at R = {headline_of(study.config)}, "
+        f"after {' and after '.join(panels)}, each by itself; colours: thirds of true LVEF. Turn it in {INTERACTIVE}. "
+        "Distances between groups of points mean little in t-SNE."
+    )
+    return {"embedding.png": (caption, figures_tasks.clouds(panels, groups, "Embeddings"))}
+
+
+def embeddings_of(shown: Mapping[str, Shown]) -> dict[str, np.ndarray]:
+    """Encoder -> its points ``subject axis``."""
+    every = {name: values for arrays in shown.values() for name, values in arrays.items()}
+    found = {name: every[EMBEDDING + name] for name in (BEFORE, AFTER) if EMBEDDING + name in every}
+    return {name: points.astype(np.float32) for name, points in found.items()}
+
+
+def groups_of(study: Study) -> dict[str, Bool[np.ndarray, " subject"]]:
+    """Thirds of the held-out subjects by true LVEF, lowest first; empty: it is not known."""
+    truth = study.truth.values.get(CHOSEN_BY, np.full(len(study.truth.subjects), np.nan))
+    known = truth[np.isfinite(truth)]
+    if len(known) < GROUPS:
+        return {}
+    cuts = np.quantile(known, np.linspace(0, 1, GROUPS + 1))
+    place = np.where(np.isfinite(truth), np.searchsorted(cuts[1:-1], truth, side="right"), -1)
+    unit = PHENOTYPES[CHOSEN_BY]
+    return {f"LVEF {low:.0f} to {high:.0f} {unit}": place == i for i, (low, high) in enumerate(pairwise(cuts))}
+
+
+def write_interactive(study: Study, rows: Mapping[Asked, object], folder: Path) -> Path | None:
+    """The embeddings as a page that needs nothing beside it, to be turned with the mouse; None: there are none."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    first = [one for one in rows if one.seed == study.config.study.seeds[0]]
+    panels, groups = embeddings_of({one.title: study.rows.shown(one) for one in first}), groups_of(study)
+    if not panels or not groups:
+        return None
+    page = make_subplots(
+        rows=1, cols=len(panels), specs=[[{"type": "scene"}] * len(panels)], subplot_titles=list(panels)
+    )
+    for column, points in enumerate(panels.values(), 1):
+        for colour, (group, inside) in zip(figures_tasks.COLOURS, groups.items(), strict=False):
+            x, y, z = points[inside].T
+            marker = {"size": 3, "color": colour}
+            cloud = go.Scatter3d(
+                x=x, y=y, z=z, mode="markers", marker=marker, name=group, legendgroup=group, showlegend=column == 1
+            )
+            page.add_trace(cloud, row=1, col=column)
+    page.update_layout(title="Embeddings of held-out subjects (t-SNE)", legend={"orientation": "h"})
+    path = folder / INTERACTIVE
+    page.write_html(path, include_plotlyjs=True)
+    return path
