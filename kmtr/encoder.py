@@ -25,7 +25,7 @@ from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
-from kmtr.exported import HEAD, UNFIT, WEIGHTS, check_weights, read_head, read_weights
+from kmtr.exported import HEAD, KSPACE, UNFIT, WEIGHTS, check_weights, read_head, read_weights, system_of
 from kmtr.physics import sampling
 from kmtr.systems import system
 from kmtr.types import InputError, Study, first_line
@@ -155,6 +155,8 @@ def load_encoder(path: str | Path, device: str = "cpu", untrained: bool = False)
         raise InputError(f"encoder: expected a folder with {WEIGHTS} and {HEAD}, got {folder}")
     try:
         config = read_head(folder / HEAD)
+        if (other := system_of(folder / HEAD)) != KSPACE:
+            raise InputError(f"encoder: expected one of k-space, got one of {other} in {folder}")
         weights, tables = read_weights(folder / WEIGHTS, device)
         check_weights(lambda: system("kspace").module(config), weights)
         return KSpaceEncoder(config, None if untrained else weights, tables, torch.device(device))

@@ -20,6 +20,8 @@ from kmtr.files import replacing, write_atomic
 from kmtr.types import DISEASES, PHENOTYPES, InputError, first_line
 
 WEIGHTS, HEAD = "encoder.safetensors", "encoder.json"
+KSPACE = "kspace"
+"""System whose encoder `kmtr.load_encoder` reads."""
 FORMAT = 1
 """Format of an encoder's folder; one of another format is refused."""
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
@@ -117,10 +119,17 @@ def rebuilt(settings: dict[str, Any]) -> RunConfig:
     return override(RunConfig(), settings | scored)
 
 
-def export_encoder(folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor]) -> None:
-    """Write an encoder folder; `weights` of `model.encoder.line_encoder`, `tables` of the statistics."""
+def system_of(path: Path) -> str:
+    """The system that an encoder's head says it is of; those of before 2026-11-30 are of k-space."""
+    return str(json.loads(path.read_text()).get("system", KSPACE))
+
+
+def export_encoder(
+    folder: Path, config: RunConfig, weights: dict[str, Tensor], tables: dict[str, Tensor], system: str = KSPACE
+) -> None:
+    """Write an encoder folder; `weights` of the module of `system`, `tables` of the statistics."""
     settings = {key: value for key, value in plain(config).items() if rebuilds(key)}
-    write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "settings": settings})
+    write_folder(folder, (WEIGHTS, HEAD), weights, tables, {"format": FORMAT, "system": system, "settings": settings})
 
 
 def export_model(

@@ -258,8 +258,8 @@ class Task(Section):
     )
     encoder: str = Field(
         "",
-        description="encoder that kspace starts from: a folder, or models:/NAME@ALIAS of MLflow's registry; empty: of "
-        "the finished pretraining with these settings; none: from scratch",
+        description="encoder that kspace or image starts from: a folder, or models:/NAME@ALIAS of MLflow's registry; "
+        "empty: of the finished pretraining with these settings; none: from scratch",
     )
     targets: Phenotypes = Field(STUDIED, description="phenotypes that the task phenotypes regresses")
     diseases: Diseases = Field(("dcm", "hcm"), description="diseases that the task diseases tells apart")

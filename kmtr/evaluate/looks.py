@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,13 @@ from kmtr.evaluate.baselines import lowrank_image, shared_image, zerofilled_imag
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_tables import subject_means
-from kmtr.inference import TaskModel
 from kmtr.inputs import full_image
 from kmtr.metrics.dense import DICE, Pair
 from kmtr.physics.sampling import VALIDATION
 from kmtr.tasks.views import views_of
+
+if TYPE_CHECKING:
+    from kmtr.inference import TaskModel
 
 PERCENTILES = (10, 50, 90)
 PREDICTED = "predicted"

@@ -75,7 +75,14 @@ class Name(NamedTuple):
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
 RIDGE, CENTRAL = Name("ridge", "low-res image"), Name("ridge", "central lines")
 FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scratch", LINES)
-SYSTEMS = {"image": "image encoder", "unet": "U-Net", "resnet50": "ResNet-50", "xf": "x-f U-Net", "kgin": "k-GIN"}
+SYSTEMS = {
+    "image": "image encoder",
+    "unet": "U-Net",
+    "resnet50": "ResNet-50",
+    "xf": "x-f U-Net",
+    "kgin": "k-GIN",
+    "kmae": "KMAE-style",
+}
 INPUTS = {
     "acquired": LINES,
     "full": "full image",

@@ -82,6 +82,17 @@ CONTENDERS: dict[str, Contender] = {
     **_on_images("unet", "nnU-Net topology", "segmentation"),
     # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
     **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
+    "kmae": Contender(
+        "KMAE-style (k-GIN's encoder, pooled)", {"task.system": "kmae"}, ("phenotypes", "diseases"), style=(5, "-.")
+    ),
+    "image-full": Contender(
+        "image encoder, full image (bound)",
+        {"task.system": "image", "task.queries": "position", "masked.image_weight": 1.0, "align.steps": 0},
+        ("phenotypes", "diseases", "segmentation"),
+        pretrained=True,
+        bound=True,
+        style=(3, "--"),
+    ),
     "xf": Contender("x-f U-Net with data consistency", {"task.system": "xf"}, ("reconstruction",), style=(2, "-.")),
     "kgin": Contender("k-GIN", {"task.system": "kgin"}, ("reconstruction",), style=(1, "-.")),
     **_on_reconstructions("unet", "nnU-Net topology", "segmentation"),

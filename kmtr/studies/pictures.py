@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,28 +21,19 @@ from kmtr.data.loader.batch import NOTHING
 from kmtr.encoder import load_encoder
 from kmtr.evaluate.looks import Look, at_percentiles, looks, place_of
 from kmtr.evaluate.probes import CHUNK
-from kmtr.inference import TaskModel
 from kmtr.metrics.segmentation import extreme_frames
 from kmtr.physics.sampling import VALIDATION
-from kmtr.studies.task_measures import Truth
+from kmtr.studies.shown import AFTER, BEFORE, CHOSEN_BY, EMBEDDING, WHITE, headline_of, key, middle
 from kmtr.studies.task_rows import Shown
-from kmtr.studies.task_study import Study
 from kmtr.train.folder import MASKED_ENCODER, Outcome
 
-CHOSEN_BY = "lvef_pct"
-HEADLINE = 8
-"""R at which one is shown alone, or the one of the study's that is nearest."""
-BEFORE, AFTER = "masked pretraining", "alignment"
-"""Encoders whose embeddings are shown."""
-EMBEDDING = "embedding/"
-"""Prefix of their arrays."""
+if TYPE_CHECKING:
+    from kmtr.inference import TaskModel
+    from kmtr.studies.task_measures import Truth
+    from kmtr.studies.task_study import Study
+
 NEIGHBOURS = 30
 """Perplexity of t-SNE at most."""
-
-
-def headline_of(config: RunConfig) -> int:
-    """The R that is shown where one is shown."""
-    return min(config.evaluate.accelerations, key=lambda r: (abs(r - HEADLINE), r))
 
 
 def chosen(truth: Truth) -> list[int]:
@@ -59,8 +51,9 @@ def seen_by(study: Study, reading: RunConfig, model: TaskModel | None) -> list[L
 
 
 def shown_of(seen: Sequence[Look]) -> Shown:
-    """What a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole, and of each view one
-    slice and frame of the images (`place_of`), in parts of the maximum of the fully sampled one.
+    """What a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole; of the subject in
+    the middle also the images of one slice and frame (`place_of`) of the first view, in parts of the maximum of the
+    fully sampled one, as whole numbers (`WHITE` is 1).
     """
     kept: dict[str, np.ndarray] = {}
     for look in seen:
@@ -68,17 +61,12 @@ def shown_of(seen: Sequence[Look]) -> Shown:
             frames = extreme_frames(pair.truth)
             if frames is not None:
                 kept[key("masks", look.number, look.acceleration, view)] = pair.predicted[:, frames]
-        for name, images in look.images.items():
-            for view, image in images.items():
-                z, t = place_of(look.full[view])
-                peak = max(float(look.full[view][z, t].max()), 1e-30)
-                kept[key(name, look.number, look.acceleration, view)] = (image[z, t] / peak).astype(np.float16)
+        for name, images in look.images.items() if look.number == middle(seen) else ():
+            view = next(iter(look.full))
+            z, t = place_of(look.full[view])
+            parts = images[view][z, t] / max(float(look.full[view][z, t].max()), 1e-30)
+            kept[key(name, look.number, look.acceleration, view)] = np.clip(WHITE * parts, 0, 255).round().astype("u1")
     return kept
-
-
-def key(what: str, number: int, r: int, view: str) -> str:
-    """Name of an array of a row."""
-    return f"{what}/{number}/{r}/{view}"
 
 
 def embedded(study: Study, before: Outcome) -> Shown:

@@ -16,7 +16,7 @@ from kmtr.metrics.segmentation import extreme_frames
 from kmtr.report import figures_tasks
 from kmtr.report.figures_tasks import Agreed, Tile
 from kmtr.studies.contenders import contender
-from kmtr.studies.pictures import AFTER, BEFORE, CHOSEN_BY, EMBEDDING, headline_of, key, seen_by
+from kmtr.studies.shown import AFTER, BEFORE, CHOSEN_BY, EMBEDDING, WHITE, headline_of, key, middle
 from kmtr.studies.task_measures import MASKS
 from kmtr.studies.task_rows import FLOORS, Asked, Shown
 from kmtr.types import PHENOTYPES, VIEWS
@@ -34,14 +34,17 @@ Pictures = Mapping[str, tuple[str, "Figure"]]
 """Name of the file -> caption and figure."""
 
 
-def pictures_of(study: Study, rows: Mapping[Asked, object]) -> Pictures:
-    """Figures of what the rows of the first seed show; those without material are left out."""
+def pictures_of(study: Study, rows: Mapping[Asked, object], seen: Sequence[Look]) -> Pictures:
+    """Figures of what the rows of the first seed show; those without material are left out.
+
+    Args:
+        seen: truth of the subjects that are shown.
+    """
     first = {one.start: one for one in rows if one.seed == study.config.study.seeds[0] and one.start != FLOORS}
     shown = {contender(name).title: study.rows.shown(one) for name, one in first.items()}
     there = {title: one for title, one in shown.items() if one}
     if not there:
         return agreement(study, first)
-    seen = seen_by(study, study.config, None)
     found = {**agreement(study, first), **contours(study, seen, there), **images(study, seen, there)}
     return {**found, **clouds(study, there)}
 
@@ -105,7 +108,7 @@ def tiles_of(look: Look, r: int, arrays: Shown) -> dict[str, Tile]:
 
 def images(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pictures:
     """Images of each system and their errors at every R, of the subject in the middle: the paper's figure 3b."""
-    look = seen[len(seen) // 2]
+    look = next(one for one in seen if one.number == middle(seen))
     view = next(iter(look.full))
     z, t = place_of(look.full[view])
     full, rows = look.full[view][z, t], {}
@@ -114,7 +117,7 @@ def images(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pi
         for title, arrays in shown.items():
             others = {name: arrays.get(key(name, look.number, r, view)) for name in OTHERS}
             mine = others | {title: arrays.get(key(PREDICTED, look.number, r, view))}
-            of_r |= {name: image.astype(np.float32) for name, image in mine.items() if image is not None}
+            of_r |= {name: image / WHITE for name, image in mine.items() if image is not None}
         if of_r:
             rows[f"R = {r}"] = {name: of_r[name] for name in (*OTHERS, *of_r) if name in of_r}
     if not rows:

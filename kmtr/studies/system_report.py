@@ -13,7 +13,7 @@ from kmtr.metrics import estimate
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
-from kmtr.studies import system_figures
+from kmtr.studies import pictures, system_figures
 from kmtr.studies.contenders import CONTENDERS, contender
 from kmtr.studies.paired import ALL, Drawn, Pair, gains
 from kmtr.studies.running import publish
@@ -60,7 +60,8 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     )
     about = summary_of(study, rows, len(asked), missing)
     figure, curves = figure_of(study, scores, worthless_masks(study, rows)), curves_of(scores)
-    more, turned = system_figures.pictures_of(study, rows), system_figures.write_interactive(study, rows, folder)
+    more = system_figures.pictures_of(study, rows, pictures.seen_by(study, study.config, None))
+    turned = system_figures.write_interactive(study, rows, folder)
     files = [turned] if turned else []
     last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files)
     print(f"study: {said['rows']} of {len(asked)} rows are reported; {len(missing)} are missing; {seconds:.0f} s")

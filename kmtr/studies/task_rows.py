@@ -2,7 +2,7 @@
 
     rows.jsonl                                          a line of JSON per row: what was trained, and its scores
     <digest>-<seed>-<start>-<tasks>-<labels>.parquet    its values of the held-out subjects, for paired comparisons
-    <digest>-<seed>-<start>-<tasks>-<labels>.npz        of the first seed what figures show of a few of them (pictures)
+    <digest>-<seed>-<start>-<tasks>-<labels>-shown.parquet    of the first seed what figures show of a few (`pictures`)
 
 Held-out subjects are named by their place in the test split. Values are float16 (a relative error below 0.05 %), those
 of diseases, whose ranks count, float32: with three R and 1,000 subjects about 80 kB a row of four tasks.
@@ -10,10 +10,7 @@ of diseases, whose ranks count, float32: with three R and 1,000 subjects about 8
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +24,7 @@ from jaxtyping import Float
 from kmtr.files import write_atomic
 from kmtr.types import DISEASES, InputError
 
-FILE, SHOWN = "rows.jsonl", ".npz"
+FILE, SHOWN = "rows.jsonl", "-shown.parquet"
 PRETRAINED, SCRATCH, FLOORS = "pretrained", "scratch", "floors"
 """Starts of a row: from the pretrained encoder, from initial weights; floors have no network that is trained."""
 
@@ -117,9 +114,7 @@ class Rows:
         if len(others) < len(self._lines()):
             write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in others))
         if shown:
-            content = io.BytesIO()
-            np.savez_compressed(content, allow_pickle=False, **shown)
-            write_atomic(self._path(asked, SHOWN), content.getvalue())
+            write_atomic(self._path(asked, SHOWN), _as_file(_of_arrays(shown)))
         write_atomic(self._path(asked), self._encoded(values))
         line = json.dumps(key | dict(said), allow_nan=False, separators=(",", ":"))
         write_atomic(self.folder / FILE, "".join(f"{one}\n" for one in [*others, line]))
@@ -157,9 +152,8 @@ class Rows:
         if not path.is_file():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as found:
-                return {name: found[name] for name in found.files}
-        except (OSError, ValueError, zipfile.BadZipFile, zlib.error):
+            return _arrays(pq.read_table(path))
+        except (pa.ArrowException, KeyError, OSError, TypeError, ValueError):
             raise InputError(
                 f"study.rows: expected what a row shows, got other content in {path}; remove the file, and figures go "
                 "without it"
@@ -185,16 +179,35 @@ class Rows:
             columns[name] = pa.array(value.ravel().astype(np.float32 if name in DISEASES else np.float16))
         coding = {"R": "DELTA_BINARY_PACKED", "place": "DELTA_BINARY_PACKED"}
         coding |= dict.fromkeys(values, "BYTE_STREAM_SPLIT")
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            pa.table(columns),
-            sink,
-            compression="zstd",
-            compression_level=19,
-            use_dictionary=False,
-            column_encoding=coding,
-            write_statistics=False,
-            store_schema=False,
-        )
-        content: bytes = sink.getvalue().to_pybytes()
-        return content
+        return _as_file(pa.table(columns), column_encoding=coding, store_schema=False)
+
+
+def _of_arrays(shown: Shown) -> pa.Table:
+    """Arrays as rows: name, type, shape, bytes."""
+    columns = {"name": list(shown), "type": [str(one.dtype) for one in shown.values()]}
+    shapes = pa.array([list(one.shape) for one in shown.values()], pa.list_(pa.int64()))
+    content = pa.array([np.ascontiguousarray(one).tobytes() for one in shown.values()], pa.binary())
+    return pa.table({name: pa.array(values) for name, values in columns.items()} | {"shape": shapes, "bytes": content})
+
+
+def _arrays(table: pa.Table) -> dict[str, np.ndarray]:
+    """Inverse of `_of_arrays`; numbers alone.
+
+    Raises:
+        ValueError: another type, or bytes that do not fill the shape.
+    """
+    found = {}
+    for row in table.to_pylist():
+        if np.dtype(row["type"]).kind not in "uif":
+            raise ValueError(f"type: expected numbers, got {row['type']}")
+        found[row["name"]] = np.frombuffer(row["bytes"], row["type"]).reshape(row["shape"])
+    return found
+
+
+def _as_file(table: pa.Table, **more: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", compression_level=19, use_dictionary=False, write_statistics=False, **more
+    )
+    content: bytes = sink.getvalue().to_pybytes()
+    return content

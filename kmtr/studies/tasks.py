@@ -47,7 +47,7 @@ from kmtr.studies.task_study import (
     order,
 )
 from kmtr.train import start
-from kmtr.train.folder import Outcome
+from kmtr.train.folder import IMAGE_ENCODER, Outcome
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError
 
@@ -193,10 +193,18 @@ def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunCon
             return own, outcome, model.after(image_of(lowrank_image(own.data.matrix)), "low-rank + sparse image")
         _, _, images = model_of(study, first_of(asked), None)
         return own, outcome, model.after(image_of(images), f"image of {contender(row.first).title}")
-    encoder = before.encoder if before else start.NONE
+    encoder = encoder_of(asked, before)
     own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
     outcome = fit(own, study.dataset, study.run_id, asked.title)
     return own, outcome, load_model(outcome.encoder, device)
+
+
+def encoder_of(asked: Asked, before: Outcome | None) -> str:
+    """Folder of the encoder that a row begins from, or `start.NONE`."""
+    if before is None:
+        return start.NONE
+    images = contender(asked.start).changes.get("task.system") == "image"
+    return str(Path(before.folder) / IMAGE_ENCODER) if images else before.encoder
 
 
 def first_of(asked: Asked) -> Asked:

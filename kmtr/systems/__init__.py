@@ -7,6 +7,7 @@ from kmtr.systems.base import Features, Imaging, Mapped, Reader, Reading, System
 from kmtr.systems.components import CleanComponents
 from kmtr.systems.image import ImageEncoder
 from kmtr.systems.kgin import KGIN
+from kmtr.systems.kmae import KMAE
 from kmtr.systems.kspace import KSpaceEncoder
 from kmtr.systems.resnet import ResNet50
 from kmtr.systems.unet import UNet
@@ -20,6 +21,7 @@ SYSTEMS: dict[str, System] = {
     "resnet50": ResNet50(),
     "xf": XFUNet(),
     "kgin": KGIN(),
+    "kmae": KMAE(),
     "components": CleanComponents(),
 }
 """Name (as in `task.system`) -> system."""

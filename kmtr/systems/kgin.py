@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kmtr.config import RunConfig
 from kmtr.data.loader.batch import Batch
 from kmtr.inputs import Shared, existing, whole_cycle
-from kmtr.model.packing import Lengths, Pending, gather
+from kmtr.model.packing import Lengths, Pending, Places, gather
 from kmtr.model.transformer import Block
 from kmtr.physics.fourier import crop_or_pad
 from kmtr.systems.base import Reading
@@ -68,11 +68,58 @@ class Tokens(nn.Module):
         return self.out(self.norm(x)).float().unflatten(0, (rows, pieces))
 
 
+class LineEncoder(nn.Module):
+    """Transformer over the acquired lines of a slice, a token each, in the recipe's width."""
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        data, model = config.data, config.model
+        self.coils, self.lines = data.coils, data.matrix[0]
+        self.embed = nn.Linear(2 * self.coils * data.matrix[1], model.width)
+        # A module of its own: ZeRO-3 gathers weights for the backward pass only where the output is a tensor.
+        self.position = nn.Embedding(data.frames * self.lines, model.width)
+        nn.init.normal_(self.position.weight, std=0.02)
+        heads = model.width // model.head_width
+        self.blocks = nn.ModuleList(Block(model.width, heads, model.mlp_ratio) for _ in range(model.depth))
+        self.norm = nn.LayerNorm(model.width)
+
+    def forward(self, rows: Slices, places: Places) -> Float[Tensor, "token channel"]:
+        """
+        Args:
+            rows: slices with the coils of the configuration.
+            places: (t, ky) of the acquired lines of each.
+        """
+        t, ky = places.index.unbind(-1)
+        lines = torch.view_as_real(rows[places.lengths.subject, :, t, ky]).flatten(1)
+        x = self.embed(lines.to(self.embed.weight.dtype)) + self.position(t * self.lines + ky)
+        for block in self.blocks:
+            x = block(x, places.lengths)
+        found: Tensor = self.norm(x)
+        return found
+
+
+def by_slice(
+    kspace: KSpace, sampled: Bool[Tensor, "batch slice t ky"], envelope: Float[Tensor, "ky kx"], coils: int
+) -> tuple[Complex[Tensor, "row any t ky kx"], Bool[Tensor, "row t ky"]]:
+    """Slices as rows, all subjects of the first slice first, over the envelope, filled up with empty coils; and what of
+    them is sampled.
+    """
+    rows = kspace.transpose(0, 1).flatten(0, 1) / envelope
+    rows = nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, coils - kspace.shape[2]))
+    return rows, sampled.transpose(0, 1).flatten(0, 1)
+
+
+def pooled(x: Float[Tensor, "token channel"], lengths: Lengths) -> Float[Tensor, "row channel"]:
+    """Mean of each slice's tokens, 0 without any."""
+    summed = x.new_zeros(len(lengths.host), x.shape[1]).index_add(0, lengths.subject, x)
+    return summed / lengths.counts.clamp(min=1)[:, None]
+
+
 class Interpolation(nn.Module):
     """Encoder of the acquired lines of a slice, decoder of all of them, and three refinements: along (t, ky), along
     (t, kx), and of patches of (ky, kx). Acquired lines are put back before and after each.
 
-    Layers are the recipe's, in place of the paper's 512 channels. Begins at the k-space that it is given.
+    Begins at the k-space that it is given.
     """
 
     def __init__(self, config: RunConfig):
@@ -82,13 +129,7 @@ class Interpolation(nn.Module):
         if ny % PATCH or nx % PATCH:
             raise InputError(f"data.matrix: expected multiples of {PATCH} for task.system=kgin, got {data.matrix}")
         line = 2 * self.coils * nx
-        self.embed = nn.Linear(line, model.width)
-        # A module of its own: ZeRO-3 gathers weights for the backward pass only where the output is a tensor.
-        self.position = nn.Embedding(frames * ny, model.width)
-        nn.init.normal_(self.position.weight, std=0.02)
-        heads = model.width // model.head_width
-        self.blocks = nn.ModuleList(Block(model.width, heads, model.mlp_ratio) for _ in range(model.depth))
-        self.norm, self.memory = nn.LayerNorm(model.width), nn.Linear(model.width, model.decoder_width)
+        self.encoder, self.memory = LineEncoder(config), nn.Linear(model.width, model.decoder_width)
 
         def decoder(features: int, pieces: int) -> Tokens:
             width = model.decoder_width
@@ -120,18 +161,12 @@ class Interpolation(nn.Module):
             lengths: acquired lines of each slice, all subjects of the first slice first.
         """
         shape = kspace.shape
-        rows, mask = kspace.transpose(0, 1).flatten(0, 1) / envelope, sampled.transpose(0, 1).flatten(0, 1)
-        rows = nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, self.coils - shape[2]))
+        rows, mask = by_slice(kspace, sampled, envelope, self.coils)
         known = mask[:, None, :, :, None] | ~exists.transpose(0, 1).flatten(0, 1)[:, None, None]
 
         places = gather(mask, lengths)
         row, (t, ky) = lengths.subject, places.index.unbind(-1)
-        lines = torch.view_as_real(rows[row, :, t, ky]).flatten(1)
-        x = self.embed(lines.to(self.embed.weight.dtype)) + self.position(t * mask.shape[2] + ky)
-        for block in self.blocks:
-            x = block(x, lengths)
-        x = self.norm(x)
-
+        x = self.encoder(rows, places)
         seen = self.memory(x)
         heard = seen.new_zeros(*mask.shape, seen.shape[-1]).index_put((row, t, ky), seen).flatten(1, 2)
         added = self.decoder(_lines(torch.where(mask[:, None, :, :, None], rows, 0)), heard)
@@ -141,14 +176,8 @@ class Interpolation(nn.Module):
         found = (found[:, : shape[2]] * envelope).unflatten(0, (shape[1], shape[0])).transpose(0, 1)
         keep = sampled[:, :, None, :, :, None] | ~exists[:, :, None, None]
         found = torch.where(keep, kspace, found)  # neither divided nor multiplied
-        pooled = self._pooled(x.float(), lengths).unflatten(0, (shape[1], shape[0])).transpose(0, 1)
-        return Reconstructed(found, pooled, present)
-
-    @staticmethod
-    def _pooled(x: Float[Tensor, "token channel"], lengths: Lengths) -> Float[Tensor, "row channel 1 1"]:
-        """Mean of each slice's tokens."""
-        summed = x.new_zeros(len(lengths.host), x.shape[1]).index_add(0, lengths.subject, x)
-        return (summed / lengths.counts.clamp(min=1)[:, None])[..., None, None]
+        mean = pooled(x.float(), lengths).unflatten(0, (shape[1], shape[0])).transpose(0, 1)
+        return Reconstructed(found, mean[..., None, None], present)
 
 
 def _lines(k: Slices) -> Float[Tensor, "row piece feature"]:

@@ -19,7 +19,7 @@ import pydantic
 import torch
 
 from kmtr.config import RunConfig
-from kmtr.exported import Trained, export_encoder, export_model
+from kmtr.exported import KSPACE, Trained, export_encoder, export_model
 from kmtr.train import state
 from kmtr.train.engine import ShardedEngine
 from kmtr.train.state import CheckpointError
@@ -236,11 +236,15 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def export_encoder_from(folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor]) -> None:
-    """The k-space encoder of a checkpoint, of its EMA where the run keeps one, as `kmtr.load_encoder` reads it."""
+def export_encoder_from(
+    folder: Path, target: Path, config: RunConfig, tables: dict[str, torch.Tensor], system: str = KSPACE
+) -> None:
+    """The encoder of a checkpoint, of its EMA where the run keeps one: of k-space as `kmtr.load_encoder` reads it, of
+    another system for training on labels alone.
+    """
     model = read_head(folder)["model"]
     kind = state.AVERAGE if config.optimizer.ema else state.WEIGHT
-    export_encoder(target, config, state.whole(states(folder), kind, model, "systems.kspace"), tables)
+    export_encoder(target, config, state.whole(states(folder), kind, model, f"systems.{system}"), tables, system)
 
 
 def export_model_from(

@@ -24,7 +24,17 @@ from kmtr.files import replacing, write_atomic
 from kmtr.owner import owning
 from kmtr.train import branch, checkpoint, room, start
 from kmtr.train.described import note
-from kmtr.train.folder import MASKED_ENCODER, STATISTICS, Outcome, begin, by_setting, finish, finished, run_folder
+from kmtr.train.folder import (
+    IMAGE_ENCODER,
+    MASKED_ENCODER,
+    STATISTICS,
+    Outcome,
+    begin,
+    by_setting,
+    finish,
+    finished,
+    run_folder,
+)
 from kmtr.train.handed import handed
 from kmtr.train.progress import Display
 from kmtr.train.resolve import resolve
@@ -216,6 +226,9 @@ def _export(
             checkpoint.export_model_from(Path(place), encoder, config, tables, start.trained_on(config, dataset))
         write_card(encoder)
         return encoder
+    if config.masked_steps and config.masked.image_weight:
+        with last.as_directory() as place:
+            checkpoint.export_encoder_from(Path(place), folder / IMAGE_ENCODER, config, tables, "image")
     if returned["stopped"]:
         _copy_tree(folder / MASKED_ENCODER, encoder)
     else:

@@ -21,6 +21,8 @@ SPEED, SPEED_BEFORE = "speed/subjects_per_s", "subjects_per_s"
 """Metric of a run, subjects/s over all workers, and its name until 2026-11."""
 MASKED_ENCODER = "encoder-masked"
 """Encoder of the end of masked pretraining, in a run's folder."""
+IMAGE_ENCODER = "encoder-image"
+"""Image encoder of a pretraining that had one (`masked.image_weight`), in a run's folder."""
 STATISTICS = "statistics.safetensors"
 """Tables of normalisation and of tasks, fitted once for a run."""
 

@@ -101,7 +101,8 @@ class Worker:
         prepare = Preparer(config, self.tables, device)
         model = Model(config)
         if config.stage == "task" and config.task.encoder != "none":
-            model.systems["kspace"].load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
+            system = model.systems[config.task.system]
+            system.load_state_dict(read_weights(Path(config.task.encoder) / WEIGHTS)[0])
         self.sender, self.tell, self.pulse = tell, tell if self.rank == 0 else None, pulse
         if newest(self.folder) is None and not config.run.begin:
             say = self.tell.say if self.tell else lambda _: None

@@ -19,11 +19,11 @@ from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.data.loader.order import permutation
 from kmtr.data.loader.subjects import MIN_KNOWN
-from kmtr.exported import HEAD, WEIGHTS, Trained, read_head, read_weights, rebuilds
+from kmtr.exported import HEAD, KSPACE, WEIGHTS, Trained, read_head, read_weights, rebuilds, system_of
 from kmtr.systems import Imaging, Mapped, input_of, system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
-from kmtr.train.folder import finished, run_folder
+from kmtr.train.folder import IMAGE_ENCODER, finished, run_folder
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
 MAX_AVERAGED, CHUNK = 256, 16
@@ -83,13 +83,26 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
             raise InputError(
                 f"task.tasks: expected {LACKING[task.needs]} for {name}, got none among {len(rows)} training subjects"
             )
-    if config.task.encoder == NONE or config.task.system != "kspace":
+    if config.task.encoder == NONE or not _pretrainable(config):
         return override(config, {"task.encoder": NONE})
     folder = Path(storage.absolute(config.task.encoder)) if config.task.encoder else _pretrained(config, dataset)
     if not all((folder / name).is_file() for name in (WEIGHTS, HEAD)):
         raise InputError(f"task.encoder: expected a folder with {WEIGHTS} and {HEAD}, or none, got {folder}")
     check_fits(config, folder)
+    if (other := system_of(folder / HEAD)) != config.task.system:
+        raise InputError(
+            f"task.encoder: expected the encoder of task.system={config.task.system}, got that of {other} in {folder}; "
+            f"a pretraining leaves that of images in {IMAGE_ENCODER}"
+        )
     return override(config, {"task.encoder": str(folder)})
+
+
+def _pretrainable(config: RunConfig) -> bool:
+    """Whether the run's system starts from an encoder: that of images does where one is named, or where pretraining
+    with these settings has it.
+    """
+    named = bool(config.task.encoder) or bool(config.masked.steps and config.masked.image_weight)
+    return config.task.system == KSPACE or (config.task.system == "image" and named)
 
 
 def _pretrained(config: RunConfig, dataset: Dataset) -> Path:
@@ -101,7 +114,7 @@ def _pretrained(config: RunConfig, dataset: Dataset) -> Path:
         raise InputError(
             f"task.encoder: run {name} is not finished; pretrain it first, or set task.encoder to a folder or none"
         )
-    return Path(done.encoder)
+    return Path(done.encoder) if config.task.system == KSPACE else folder / IMAGE_ENCODER
 
 
 def check_fits(config: RunConfig, folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import command
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from forked_workers import instead_of_ray_train
 
@@ -77,7 +78,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / task_rows.FILE).read_text().splitlines()]
 
 
-EVERY = (PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared", "lowrank-unet")
+EVERY = (
+    *(PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared", "kmae", "image-full"),
+    "lowrank-unet",
+)
+BOUNDS = {"unet-full", "image-full"}
 
 
 @pytest.mark.slow
@@ -92,19 +97,21 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert (said["rows"], said["missing"]) == (len(names), 0)
     rows = {row["start"]: row for row in lines(tmp_path / "rows")}
     assert list(rows) == [FLOORS, *config.study.systems]
-    learns = {PRETRAINED: BOTH, "tokens-zerofilled": BOTH, "resnet50-shared": ("phenotypes",)}
+    learns = {PRETRAINED: BOTH, "tokens-zerofilled": BOTH, "image-full": BOTH}
+    learns |= dict.fromkeys(("resnet50-shared", "kmae"), ("phenotypes",))
     assert [tuple(rows[name]["tasks"]) for name in names] == [learns.get(name, ("segmentation",)) for name in names]
     titles = {name: list(rows[name]["R"]["4"]["measures"]) for name in config.study.systems}
     assert titles["unet-shared"] == ["U-Net on temporally shared image"]
     if "tokens-zerofilled" in names:
         assert titles["tokens-zerofilled"] == ["k-MTR fine-tuned on zero-filled patches"]
         assert rows["tokens-zerofilled"]["pretraining_s"] > 0
+        assert rows["image-full"]["pretraining_s"] > 0
     assert "pretraining_s" not in rows["unet-shared"]
     assert isinstance(rows["unet-full"]["converged"], bool)
     assert rows[PRETRAINED]["training_s"] == 4 * 8 / SPEED
     assert titles["lowrank-unet"] == ["U-Net on low-rank + sparse image"]
     assert rows["lowrank-unet"]["run"] == rows["unet-full"]["run"], "nothing is trained for it"
-    for name in {*names} - {PRETRAINED, "unet-full", "lowrank-unet"}:
+    for name in {*names} - {PRETRAINED, *BOUNDS, "lowrank-unet"}:
         assert rows[name]["steps"] == 8, "twice as fast, so twice as many"
         assert rows[name]["training_s"] == rows[PRETRAINED]["training_s"]
 
@@ -128,7 +135,7 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
         *((measure, FLOORS) for measure in ("r2", "dice")),
         *(("r2", name) for name in names[1:] if "unet" not in name),
-        *(("dice", name) for name in names[1:] if not name.startswith("resnet50")),
+        *(("dice", name) for name in names[1:] if name != "kmae" and not name.startswith("resnet50")),
     }
 
     known = [(row["start"], row["digest"]) for row in lines(tmp_path / "rows")]
@@ -245,13 +252,17 @@ def test_what_a_row_shows_comes_back_and_a_damaged_file_is_named(made: Study, tm
     made.rows.add(asked, {"R": {}}, made.rows.values(asked), arrays)
     back = made.rows.shown(asked)
     assert {name: value.tobytes() for name, value in back.items()} == {n: v.tobytes() for n, v in arrays.items()}
-    (path,) = made.rows.folder.glob("*.npz")
+    assert made.rows.values(asked).keys() == {*MEAN_DICE}
+    (path,) = made.rows.folder.glob("*-shown.parquet")
+    whole = pq.read_table(path)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(InputError, match=r"study\.rows: expected what a row shows, got other content in .*\.npz"):
+    line = r"study\.rows: expected what a row shows, got other content in .*-shown\.parquet; remove"
+    with pytest.raises(InputError, match=line):
         made.rows.shown(asked)
-    np.savez(path, x=np.array([object()], dtype=object))
-    with pytest.raises(InputError, match="expected what a row shows"):
-        made.rows.shown(asked)
+    for column, other in ((1, ["object", "float16"]), (2, [[9], [3, 3]])):
+        pq.write_table(whole.set_column(column, whole.column_names[column], [other]), path)
+        with pytest.raises(InputError, match=line):
+            made.rows.shown(asked)
 
 
 def test_thirds_of_lvef_hold_every_known_subject_once(made: Study) -> None:

@@ -1,4 +1,4 @@
-"""U-Net and ResNet-50: what they see, their layers against the library's, their losses in closed form, whole runs."""
+"""U-Net, ResNet-50, KMAE-style encoder: what they see, their layers, losses in closed form, whole runs."""
 
 from __future__ import annotations
 
@@ -230,6 +230,37 @@ def test_its_reader_fills_the_grid_with_zeros(config: RunConfig, batch: Batch) -
     assert not images[:, others].any()
 
 
+# ---------------------------------------------------------------------------------------------------------- KMAE-style
+
+
+def test_it_averages_each_slice_s_acquired_lines_and_is_blind_to_the_rest(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    changed = override(config, {"task.system": "kmae", "task.tasks": "phenotypes", "task.targets": "lvedv_ml,lvef_pct"})
+    _, prepare, _, reader = ready(changed, tables)
+    torch.manual_seed(0)
+    chosen = system("kmae")
+    module, read_by = chosen.module(changed).eval(), chosen.reader(changed, {}, CPU)
+
+    def said(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            vector: Tensor = module(*read_by(batch).settle().arguments).vector
+        return vector
+
+    batch = batch_of(changed, reader, prepare)
+    vectors = said(batch)
+    assert vectors.shape == (len(batch), chosen.channels(changed))
+    assert torch.equal(said(elsewhere(batch)), vectors)
+    for row in range(len(batch)):
+        (alone,) = said(batch_of(changed, reader, prepare, range(row, row + 1)))
+        torch.testing.assert_close(alone, vectors[row], rtol=1e-4, atol=1e-5)
+    last = list(batch.slots)[1:]
+    fewer = {name: getattr(batch, name)[:, 1:] for name in ("kspace", "acquired", "sampled", "padded", "extent")}
+    each = said(replace(batch, slots=tuple(last), **fewer)).unflatten(1, (changed.data.slices, -1))
+    torch.testing.assert_close(each[:, last].mean(-1), torch.zeros(len(batch), len(last)), atol=1e-5, rtol=0)
+    assert not each[:, batch.slots[0]].any(), "a slice that is not there"
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -278,7 +309,13 @@ class Alone:
 
 @pytest.mark.parametrize(
     ("name", "tasks"),
-    [("unet", "segmentation"), ("resnet50", "phenotypes"), ("xf", "reconstruction"), ("kgin", "reconstruction")],
+    [
+        ("unet", "segmentation"),
+        ("resnet50", "phenotypes"),
+        ("kmae", "phenotypes"),
+        ("xf", "reconstruction"),
+        ("kgin", "reconstruction"),
+    ],
 )
 def test_gradients_do_not_depend_on_micro_batches(
     name: str, tasks: str, config: RunConfig, tables: dict[str, Tensor]
@@ -343,6 +380,8 @@ KINDS: dict[str, dict[str, Any]] = {
         ("xf", "reconstruction", "x-f U-Net", ("one",)),
         pytest.param("xf", "reconstruction", "x-f U-Net", tuple(KINDS), marks=pytest.mark.full),
         pytest.param("kgin", "reconstruction", "k-GIN", tuple(KINDS), marks=pytest.mark.full),
+        ("kmae", "phenotypes", "KMAE-style", ("one",)),
+        pytest.param("kmae", "phenotypes", "KMAE-style", tuple(KINDS), marks=pytest.mark.full),
     ],
 )
 def test_a_run_ends_with_a_model_that_predicts_on_its_own(
@@ -350,7 +389,7 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
 ) -> None:
     instead_of_ray_train(monkeypatch)
     monkeypatch.setattr(finetune, "start_ray", lambda: None)
-    sees = "" if tasks == "reconstruction" else "shared"
+    sees = "shared" if name in ("unet", "resnet50") else ""
     asked = override(hearts, {"task.system": name, "task.tasks": tasks, "task.input": sees})
     said = {what: finetune.run(override(asked, KINDS[what] | {"run.name": f"{name}-{what}"})) for what in kinds}
     tables = {what: read(Path(str(one["predictions"]))) for what, one in said.items()}
