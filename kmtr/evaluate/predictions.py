@@ -52,7 +52,7 @@ KEY = ("subject", "acceleration", "system", "input", "seed", "labels", "target")
 """Columns that name a row: no two rows have the same."""
 
 LINES, NOTHING, TRUE_PHENOTYPES = "acquired lines", "nothing", "true phenotypes"
-_ON_MASKS = ", masks"
+_ON_MASKS, _BY_AREAS = ", masks", ", areas of masks"
 
 
 class Name(NamedTuple):
@@ -69,7 +69,7 @@ class Name(NamedTuple):
     @property
     def measured(self) -> bool:
         """True for what was measured on a system's masks, which may not be possible of every subject."""
-        return self.system.endswith(_ON_MASKS)
+        return self.system.endswith((_ON_MASKS, _BY_AREAS))
 
 
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
@@ -115,6 +115,11 @@ CEILINGS = frozenset({CEILING})
 def from_masks(name: Name) -> Name:
     """Name of the phenotypes that are measured on a system's masks."""
     return Name(f"{name.system}{_ON_MASKS}", name.input)
+
+
+def by_areas(name: Name) -> Name:
+    """Name of the phenotypes that a linear map makes of the areas of a system's masks (`areas`)."""
+    return Name(f"{name.system}{_BY_AREAS}", name.input)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,14 @@ from torch import Tensor
 from kmtr.config import Data
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.device import HostBatch
-from kmtr.evaluate.predictions import HeldOut, Name, from_masks, joined, rows
+from kmtr.evaluate.predictions import HeldOut, Name, by_areas, from_masks, joined, rows
 from kmtr.inputs import known_image
 from kmtr.metrics import Ridge
 from kmtr.metrics.dense import mask_distances, mask_scores, masks_phenotypes, reconstruction_scores
 from kmtr.tasks.views import views_of
+
+if TYPE_CHECKING:
+    from kmtr.evaluate.areas import AreaMap
 
 Outputs = Mapping[str, Tensor]
 """Target -> ``batch``, in its unit; a dense output (mask, image) by its name -> ``batch ...``."""
@@ -72,6 +75,7 @@ def predict(
     labels: int,
     device: torch.device,
     readout: int | None = None,
+    areas: AreaMap | None = None,
 ) -> pa.Table:
     """Rows of what each predictor says of the held-out subjects' targets; targets that it lacks have none. Masks and
     images become their scores, masks also phenotypes under a name of their own (`numbers`).
@@ -80,6 +84,7 @@ def predict(
         batches: the held-out subjects in their order, at this acceleration.
         labels: number of labelled subjects that the predictors learnt from.
         readout: central kx samples that the predictors look at; None: all.
+        areas: makes phenotypes of masks besides; None: none.
     """
     found: dict[Name, list[np.ndarray]] = {}
     true: list[np.ndarray] = []
@@ -88,7 +93,7 @@ def predict(
         true.append(true_accelerations(batch))
         for name, predictor in predictors.items():
             missing = torch.full((len(batch),), torch.nan)
-            for who, outputs in numbers(name, batch, predictor(batch), data).items():
+            for who, outputs in numbers(name, batch, predictor(batch), data, areas).items():
                 said = [outputs.get(target, missing).double().cpu() for target in held_out.targets]
                 found.setdefault(who, []).append(torch.stack(said, dim=1).numpy())
     return joined(
@@ -107,18 +112,24 @@ def predict(
     )
 
 
-def numbers(name: Name, batch: Batch, outputs: Outputs, data: Data) -> dict[Name, dict[str, Tensor]]:
+def numbers(
+    name: Name, batch: Batch, outputs: Outputs, data: Data, areas: AreaMap | None = None
+) -> dict[Name, dict[str, Tensor]]:
     """A predictor's outputs as numbers ``batch``: those that are, and of masks and images the scores (`metrics.dense`).
 
     Returns:
-        By name of the system; phenotypes that were measured on the masks have one of their own.
+        By name of the system; phenotypes that were measured on the masks have one of their own, and so have those that
+        `areas` makes of them.
     """
     own = {target: values for target, values in outputs.items() if values.ndim == 1}
-    measured: dict[str, Tensor] = {}
+    more: dict[Name, dict[str, Tensor]] = {}
     if "masks" in outputs and batch.masks is not None:
         views = list(views_of(batch, data, batch.masks, outputs["masks"]))
         own |= _stacked([mask_scores(each) | mask_distances(each) for each in views])
-        measured = _stacked([masks_phenotypes(each) for each in views])
+        if measured := _stacked([masks_phenotypes(each) for each in views]):
+            more[from_masks(name)] = measured
+        if areas is not None:
+            more[by_areas(name)] = _stacked([areas(each) for each in views])
     if "image" in outputs:
         views = list(views_of(batch, data, known_image(batch, data.matrix), outputs["image"]))
         boxes: list[dict[str, np.ndarray]] = [{} for _ in views]
@@ -126,8 +137,7 @@ def numbers(name: Name, batch: Batch, outputs: Outputs, data: Data) -> dict[Name
             drawn = views_of(batch, data, batch.masks, batch.masks)
             boxes = [{view: pair.truth for view, pair in each.items()} for each in drawn]
         own |= _stacked([reconstruction_scores(each, box) for each, box in zip(views, boxes, strict=True)])
-    found = {name: own}
-    return found | ({from_masks(name): measured} if measured else {})
+    return {name: own, **more}
 
 
 def _stacked(subjects: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +42,9 @@ from kmtr.systems import at_once
 from kmtr.train import start
 from kmtr.types import DISEASES, PHENOTYPES
 
+if TYPE_CHECKING:
+    from kmtr.evaluate.areas import AreaMap
+
 
 def predictions(
     config: RunConfig,
@@ -50,9 +53,10 @@ def predictions(
     labelled: Sequence[int] | None = None,
     systems: Literal["all", "model", "floors"] = "all",
     command: str = "finetune",
+    areas: AreaMap | None = None,
 ) -> pa.Table:
     """Rows of the model and of its floors for the test split; arguments as of `by_split`."""
-    return by_split(config, dataset, model, ("test",), labelled, systems, command)["test"]
+    return by_split(config, dataset, model, ("test",), labelled, systems, command, areas)["test"]
 
 
 def by_split(
@@ -63,6 +67,7 @@ def by_split(
     labelled: Sequence[int] | None = None,
     systems: Literal["all", "model", "floors"] = "all",
     command: str = "finetune",
+    areas: AreaMap | None = None,
 ) -> dict[str, pa.Table]:
     """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns: for the test split,
     and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
@@ -72,6 +77,7 @@ def by_split(
         labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
         systems: those that are asked; the ceiling goes with the floors.
         command: for the screen, and for errors.
+        areas: makes phenotypes of all masks besides; None: none.
     """
     device = torch.device(machine.device(config.train.device))
     train = probes.readers_of(dataset, config, command)["train"]
@@ -97,7 +103,7 @@ def by_split(
                 own |= floors.dense(fixed, tell)
             chunk = at_once(fixed, probes.CHUNK)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, chunk, fixed, one.wanted, VALIDATION))
-            parts[split].append(predict(own, batches, one.held_out, config.data, device=device, **about))
+            parts[split].append(predict(own, batches, one.held_out, config.data, device=device, areas=areas, **about))
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
                 parts[split].append(predictions_of(CEILING, one.held_out, values, **about))

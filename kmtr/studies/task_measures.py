@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from kmtr.config import RunConfig
-from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, READ_OFF, RIDGE, SHARED, Name, from_masks
+from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, READ_OFF, RIDGE, SHARED, Name, by_areas, from_masks
 from kmtr.evaluate.scores import MIN_KNOWN, panel
 from kmtr.evaluate.task_tables import MEAN_DICE, scored, with_mean_dice, with_truth
 from kmtr.metrics import Estimate, estimate, resample, weighted_auroc, weighted_mean, weighted_r2
@@ -25,6 +25,8 @@ from kmtr.types import DISEASES, PHENOTYPES
 MASKS = "masks_"
 """Prefix of phenotypes that are measured on masks."""
 MASKS_LVEF = f"{MASKS}lvef_pct"
+AREAS = "areas_"
+"""Prefix of phenotypes that a linear map makes of the areas of masks (`kmtr.evaluate.areas`)."""
 MEAN = "mean_"
 """Prefix of the mean mask's Dice among the values of floors."""
 
@@ -49,6 +51,9 @@ class Measure(NamedTuple):
 MEASURES = {
     "r2": Measure("mean R2 of phenotypes", "phenotypes", "R2", (RIDGE,), 0.0),
     "masks_lvef_r2": Measure("R2 of LVEF from masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
+    "areas_r2": Measure(
+        "mean R2 of phenotypes, linear in areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0
+    ),
     "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE), 0.5),
     "dice": Measure("mean Dice", "segmentation", "Dice", (MASK_RIDGE, MEAN_MASK)),
     "ssim": Measure("SSIM", "reconstruction", "SSIM", (SHARED,)),
@@ -79,6 +84,7 @@ def targets_of(measure: str, config: RunConfig) -> tuple[str, ...]:
     return {
         "r2": config.task.targets,
         "masks_lvef_r2": (MASKS_LVEF,),
+        "areas_r2": tuple(f"{AREAS}{target}" for target in config.task.targets),
         "auroc": config.task.diseases,
         "dice": MEAN_DICE,
         "ssim": ("ssim",),
@@ -92,7 +98,8 @@ def kept(config: RunConfig) -> tuple[str, ...]:
 
 def values_of(rows: pa.Table, truth: Truth) -> dict[Name, dict[str, np.ndarray]]:
     """Values of each system: target -> ``acceleration subject``, all held-out subjects in the order of `truth`, NaN
-    where it says nothing. Phenotypes from its masks are its own, under the prefix `MASKS`; so are `MEAN_DICE`.
+    where it says nothing. Phenotypes from its masks are its own, under the prefixes `MASKS` and `AREAS`; so are
+    `MEAN_DICE`.
 
     Args:
         rows: predictions (`predictions.SCHEMA`) of one seed and number of labels.
@@ -103,13 +110,13 @@ def values_of(rows: pa.Table, truth: Truth) -> dict[Name, dict[str, np.ndarray]]
     ]
     seen = [with_mean_dice(one) if set(DICE) & set(one.targets) else one for one in seen]
     systems = dict.fromkeys(fit.name for one in seen for fit in one.values)
-    parents = {from_masks(name): name for name in systems}
+    parents = {from_masks(name): (name, MASKS) for name in systems} | {by_areas(n): (n, AREAS) for n in systems}
     found: dict[Name, dict[str, np.ndarray]] = {}
     for one in seen:
         place = {name: i for i, name in enumerate(one.subjects)}
         order = np.array([place.get(name, -1) for name in truth.subjects])
         for fit, values in one.values.items():
-            owner, prefix = (parents[fit.name], MASKS) if fit.name in parents else (fit.name, "")
+            owner, prefix = parents.get(fit.name, (fit.name, ""))
             for target, value in zip(one.targets, np.moveaxis(values, -1, 0), strict=True):
                 if np.isfinite(value).any():
                     own = found.setdefault(owner, {})
@@ -133,7 +140,7 @@ def statistics(
     for target in targets_of(measure, config):
         if target not in values or not np.isfinite(values[target][r]).any():
             continue
-        label, said = target.removeprefix(MASKS), values[target][r]
+        label, said = target.removeprefix(MASKS).removeprefix(AREAS), values[target][r]
         if measure in ("dice", "ssim"):
             found[target] = partial(weighted_mean, said)
         elif np.isfinite(true := truth.values[label]).sum() >= MIN_KNOWN:
@@ -182,7 +189,7 @@ def scores_of(
     Args:
         names: systems that are asked, with what is measured on their masks.
     """
-    asked = {*names, *map(from_masks, names)}
+    asked = {*names, *map(from_masks, names), *map(by_areas, names)}
     there = set(pc.unique(rows.column("target")).to_pylist())
     found: dict[int, dict[str, dict[str, dict[str, list[float]]]]] = {}
     for metrics, targets in _METRICS:

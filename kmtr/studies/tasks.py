@@ -22,6 +22,7 @@ import torch
 from kmtr import machine, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
+from kmtr.evaluate.areas import AreaMap
 from kmtr.evaluate.baselines import lowrank_image
 from kmtr.evaluate.predictions import MEAN_MASK, Name
 from kmtr.evaluate.predictors import Predictor
@@ -137,14 +138,15 @@ def add(study: Study, asked: Asked) -> None:
     means = study.means(asked.seed, asked.labels)
     labelled = study.labelled(asked)
 
+    areas = area_map(study, own, labelled) if "segmentation" in asked.tasks else None
     floors = Asked(asked.seed, FLOORS, study.config.task.tasks, asked.labels)
     if asked.tasks == floors.tasks and floors not in study.rows.read():
-        table = predictions(reading, study.dataset, model, labelled, "floors", "study")
+        table = predictions(reading, study.dataset, model, labelled, "floors", "study", areas)
         found = values_of(table, study.truth)
         about = scored(study, table, found, means) | made(study, labelled, began)
         study.rows.add(floors, about, strongest(study.config, found))
 
-    table = predictions(reading, study.dataset, model, labelled, "model", "study")
+    table = predictions(reading, study.dataset, model, labelled, "model", "study", areas)
     found = values_of(table, study.truth)
     steps = min(own.total_steps, int(outcome.metrics["step"]))
     trained = times(study.config, own, outcome, before) | {"steps": steps, "run": outcome.name}
@@ -158,6 +160,12 @@ def add(study: Study, asked: Asked) -> None:
     (values,) = found.values()
     shown = pictured(study, asked, reading, model, before)
     study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values}, shown)
+
+
+def area_map(study: Study, own: RunConfig, labelled: Sequence[int]) -> AreaMap | None:
+    """Map from areas of masks to the study's phenotypes, fitted on true masks of the row's labelled subjects."""
+    there = [name for name in study.config.task.targets if study.dataset.labels.get(name)]
+    return AreaMap.fit(own, study.dataset.reader("train", own.data), labelled, there)
 
 
 def pictured(study: Study, asked: Asked, reading: RunConfig, model: TaskModel, before: Outcome | None) -> Shown:

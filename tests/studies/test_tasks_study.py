@@ -97,7 +97,7 @@ def test_a_study_that_is_killed_goes_on_and_its_rows_alone_make_its_report(
     elsewhere = asked_for(override(config, {"storage.root": str(tmp_path / "elsewhere")}))
     found = [json.loads(Path(one["results"]).read_text()) for one in (said, elsewhere)]
     assert found[0] == found[1]
-    assert set(found[0]["scores"]) == {"r2", "dice"}
+    assert set(found[0]["scores"]) == {"r2", "dice", "areas_r2"}
     assert set(found[0]["scores"]["dice"]) == {"pretrained", "scratch", "alone", "floor"}
     assert {(one["a"], one["b"]) for one in found[0]["differences"]} == set(task_report.PAIRS)
 
