@@ -97,6 +97,19 @@ class Predict(Section):
         return value
 
 
+class Export(Section):
+    """jobs/export.py: a dataset in the layout of another program."""
+
+    out: str = Field("", description="local folder in which the dataset's own is made")
+    number: int = Field(1, gt=0, le=999, description="number of nnU-Net's dataset, as in Dataset001_kmtr")
+    input: Literal["full", "zerofilled", "shared", "lowrank"] = Field(
+        "full", description="image, as task.input has it: fully sampled, or made of the acquired lines alone"
+    )
+    acceleration: int = Field(
+        0, ge=0, description="nominal R, with the patterns of evaluation; 0: all lines, for the full image"
+    )
+
+
 class Verify(Section):
     workers: tuple[int, ...] = Field((), description="numbers of workers proved; empty: all up to 64 that can be")
     epochs: int = Field(2, gt=0, description="epochs of the plan that are proved")

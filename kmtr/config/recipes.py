@@ -70,6 +70,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {"tiny": tiny, "base": base, "larg
 
 KINDS = {
     "study": {"labels": "tiny", "ablation": "tiny", "tasks": "tiny", "systems": "tiny"},
+    "export": {"nnunet": "tiny"},
     "bench": {"data": "base", "step": "tiny", "tracking": "tiny", "search": "tiny"},
 }
 """Commands whose first word is what to do -> what it may be -> recipe where none is given."""

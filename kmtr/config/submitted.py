@@ -31,6 +31,7 @@ PATHS = (
     "run.begin",
     "bench.folder",
     "predict.out",
+    "export.out",
     "study.rows",
 )
 """Keys of files and folders that a command reads or writes."""

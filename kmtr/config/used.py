@@ -24,6 +24,7 @@ USED: dict[str, set[str]] = {
     "demo": (_TRAINING - {"stage"}) | {"evaluate", "shards", "simulate"},
     "predict": {"data.root", "data.verify_pages", "data.cache", "data.cache_gib", "train.device", "predict"}
     | {"storage.root", "tracking.uri"},  # of a model in MLflow's registry: the store
+    "export": {"seed", "data", "sampling", "export"},
     "send": {"storage.root", "tracking.uri"},
     "study": _TRAINING | {"evaluate.subjects", "evaluate.bootstrap", "study"},
     "search": _TRAINING | {"search"},

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from kmtr.config.budget import check_lines
-from kmtr.config.commands import Bench, Evaluate, Ingest, Predict, Search, Shards, Simulate, Study, Verify
+from kmtr.config.commands import Bench, Evaluate, Export, Ingest, Predict, Search, Shards, Simulate, Study, Verify
 from kmtr.config.core import Section, changed, flatten, load, override
 from kmtr.config.run import (
     MIN_ALIGNED_SUBJECTS,
@@ -59,6 +59,7 @@ class RunConfig(Section):
     ingest: Ingest = Ingest()
     evaluate: Evaluate = Evaluate()
     predict: Predict = Predict()
+    export: Export = Export()
     search: Search = Search()
     bench: Bench = Bench()
     verify: Verify = Verify()

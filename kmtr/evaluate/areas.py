@@ -11,21 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float
 
 from kmtr.config import Data, RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Wanted
+from kmtr.data.loader.order import permutation
 from kmtr.metrics.dense import Pair
 from kmtr.metrics.ridge import MIN_LABELLED, Ridge, fit_ridges
-from kmtr.metrics.segmentation import extreme_frames
+from kmtr.metrics.segmentation import LV_CAVITY, extreme_frames
 from kmtr.tasks.views import views_of
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS
 
 MOST = 800
 """Labelled subjects that it is fitted on at most."""
 CHUNK = 32
+CLASSES = np.arange(1, len(SEGMENTATION_CLASSES))
 
 
 @dataclass(frozen=True)
@@ -34,38 +36,41 @@ class AreaMap:
 
     Attributes:
         slices: view -> slices of it that the configuration has.
+        shown: features that count: those that most of the labelled subjects have.
     """
 
     slices: Mapping[str, int]
+    shown: Bool[np.ndarray, " feature"]
     ridges: Mapping[str, Ridge]
 
     @classmethod
     def fit(cls, config: RunConfig, reader: Reader, rows: Sequence[int], targets: Sequence[str]) -> AreaMap | None:
-        """On the true masks of these training subjects, `MOST` at most; None where fewer than 3 have them.
+        """On the true masks of these training subjects, of `MOST` at most, drawn by the seed; None where fewer than 3
+        have them.
 
         Args:
             targets: labels that it is to say.
         """
-        some = list(rows)[:MOST]
+        some = [rows[i] for i in sorted(permutation(config.seed, 0, len(rows))[:MOST])]
         slices = slices_of(config.data)
-        read = pipeline.read_in_order(reader, some, CHUNK, config, Wanted(masks=True))
         found: list[np.ndarray] = []
-        for host in read:
+        for host in pipeline.read_in_order(reader, some, CHUNK, config, Wanted(masks=True)):
             batch = host.to(torch.device("cpu"))
             assert batch.masks is not None
-            views = views_of(batch, config.data, batch.masks, batch.masks)
-            found += [features({name: pair.truth for name, pair in each.items()}, each, slices) for each in views]
+            found += [of_truth(views, slices) for views in views_of(batch, config.data, batch.masks, batch.masks)]
         seen = np.stack(found)
-        known = np.isfinite(seen).all(1)
+        there = np.isfinite(seen)
+        shown = there[there.any(1)].mean(0) >= 0.5 if there.any() else there.any(0)
+        known = there[:, shown].all(1) & bool(shown.any())
         if known.sum() < MIN_LABELLED:
             return None
         labels = subjects.labels_of(reader, some, targets)[known]
-        return cls(slices, fit_ridges(seen[known], labels, targets))
+        return cls(slices, shown, fit_ridges(seen[known][:, shown], labels, targets))
 
     def __call__(self, views: Mapping[str, Pair]) -> dict[str, float]:
-        """Phenotypes of one subject by its predicted masks; NaN where a pixel of them is UNLABELLED."""
-        seen = features({name: pair.predicted for name, pair in views.items()}, views, self.slices)
-        return {name: float(ridge(seen[None])[0]) for name, ridge in self.ridges.items()}
+        """Phenotypes of one subject by its predicted masks; NaN where an area that counts is unknown."""
+        seen = of_predicted(views, self.slices)
+        return {name: float(ridge(seen[None, self.shown])[0]) for name, ridge in self.ridges.items()}
 
 
 def slices_of(data: Data) -> dict[str, int]:
@@ -74,26 +79,40 @@ def slices_of(data: Data) -> dict[str, int]:
     return {name: names.count(name) for name in dict.fromkeys(names)}
 
 
-def features(
-    masks: Mapping[str, Integer[np.ndarray, "slice t y x"]], views: Mapping[str, Pair], slices: Mapping[str, int]
-) -> Float[np.ndarray, " feature"]:
-    """Areas in mm2 (in pixels where their size is unknown) of every class in every slice, at the frames of the largest
-    and the smallest LV cavity of the view: view by view ``slice phase class``, 0 where there is none. Those of a slice
-    with an UNLABELLED pixel are NaN, and of a view that shows no cavity in what is labelled.
+def of_truth(views: Mapping[str, Pair], slices: Mapping[str, int]) -> Float[np.ndarray, " feature"]:
+    """Areas in mm2 of every class in every slice of the true masks, at the frames of the largest and the smallest LV
+    cavity of the view: view by view ``slice phase class``.
+
+    NaN where a subject lacks the view or slice or the size of its pixels is unknown, of slices with an UNLABELLED
+    pixel, of classes that the source does not draw, and of a view in which it does not draw the cavity.
     """
     parts = []
     for view, count in slices.items():
-        areas = np.zeros((count, 2, len(SEGMENTATION_CLASSES) - 1))
-        mask = masks.get(view)
-        frames = None if mask is None else extreme_frames(mask)
-        if mask is not None and frames is None and (mask == UNLABELLED).any():
-            areas[:] = np.nan
-        elif mask is not None and frames is not None:
-            shown = mask[:count, frames]
-            spacing = views[view].spacing_mm
-            size = 1.0 if spacing is None else spacing[1] * spacing[2]
-            classes = np.arange(1, len(SEGMENTATION_CLASSES))
-            areas[: len(shown)] = (shown[..., None] == classes).sum((2, 3)) * size
-            areas[: len(shown)][(shown == UNLABELLED).any((1, 2, 3))] = np.nan
+        areas = np.full((count, 2, len(CLASSES)), np.nan)
+        pair = views.get(view)
+        if pair is not None and pair.spacing_mm is not None:
+            _, height, width = pair.spacing_mm
+            areas[: len(pair.truth)] = _areas(pair)[:count] * (height * width)
         parts.append(areas.ravel())
     return np.concatenate(parts)
+
+
+def of_predicted(views: Mapping[str, Pair], slices: Mapping[str, int]) -> Float[np.ndarray, " feature"]:
+    """`of_truth` of the predicted masks, in which every class can be."""
+    return of_truth(
+        {view: Pair(pair.predicted, pair.predicted, None, pair.spacing_mm) for view, pair in views.items()}, slices
+    )
+
+
+def _areas(pair: Pair) -> Float[np.ndarray, "slice phase class"]:
+    """Pixels of every class at both extremes."""
+    mask, drawn = pair.truth, CLASSES if pair.contoured is None else np.array(sorted(pair.contoured), int)
+    frames = extreme_frames(mask)
+    if frames is None:  # no cavity is there, or nobody knows
+        known = LV_CAVITY in drawn and not (mask == UNLABELLED).any()
+        return np.full((len(mask), 2, len(CLASSES)), 0.0 if known else np.nan)
+    shown = mask[:, frames]
+    pixels = (shown[..., None] == CLASSES).sum((2, 3)).astype(float)
+    pixels[(shown == UNLABELLED).any((1, 2, 3))] = np.nan
+    pixels[..., ~np.isin(CLASSES, drawn)] = np.nan
+    return pixels

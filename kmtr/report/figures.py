@@ -186,6 +186,7 @@ def label_curves(
         if not ylabel:
             lowest, highest = np.inf, -np.inf
         clean(axes)
+        own: list[float] = []
         budgets = sorted({count for points in curves.values() for count, _, _ in points})
         for number, (method, points) in enumerate(curves.items()):
             labels, score, sd = np.array(sorted(points), dtype=float).T
@@ -196,17 +197,17 @@ def label_curves(
             wrong = np.isin(labels, [*failed.get(name, {}).get(method, ())])
             axes.plot(aside[wrong], score[wrong], "o", markersize=8, markerfacecolor="none", markeredgecolor="red")
             if np.isfinite(score).any():
-                lowest, highest = min(lowest, np.nanmin(score - sd)), max(highest, np.nanmax(score + sd))
+                own += [np.nanmin(score - sd), np.nanmax(score + sd)]
+                lowest, highest = min(lowest, min(own)), max(highest, max(own))
         axes.set_xscale("log")
         axes.set_xticks(budgets, list(map(str, budgets)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
         axes.set_xlabel(xlabel, fontsize=SMALL)
         axes.grid(axis="y", color="#e3e7eb", linewidth=0.7)
-        if highest < CUT:
-            axes.text(
-                0.5, 0.5, f"all below {CUT}: {lowest:.1f} to {highest:.1f}", transform=axes.transAxes, ha="center"
-            )
+        if own and max(own) < CUT:
+            told = f"all below {CUT}: {min(own):.1f} to {max(own):.1f}"
+            axes.text(0.5, 0.5, told, transform=axes.transAxes, ha="center")
         if np.isfinite(lowest):
             axes.set_ylim(max(lowest - 0.05, CUT), max(min(highest + 0.05, 1.0), CUT + 0.1))
     grid[0].set_ylabel(ylabel, fontsize=NORMAL)

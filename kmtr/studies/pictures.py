@@ -19,7 +19,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING
 from kmtr.encoder import load_encoder
-from kmtr.evaluate.looks import Look, at_percentiles, looks, place_of
+from kmtr.evaluate.looks import PERCENTILES, Look, at_percentiles, looks, place_of
 from kmtr.evaluate.probes import CHUNK
 from kmtr.metrics.segmentation import extreme_frames
 from kmtr.physics.sampling import VALIDATION
@@ -36,11 +36,16 @@ NEIGHBOURS = 30
 """Perplexity of t-SNE at most."""
 
 
-def chosen(truth: Truth) -> list[int]:
-    """Numbers of the subjects that are shown, among the held-out ones; the first ones where no LVEF is known."""
+def chosen(truth: Truth) -> dict[int, str]:
+    """Place among the held-out subjects of those that are shown -> who that is, in words."""
     values = truth.values.get(CHOSEN_BY, np.full(len(truth.subjects), np.nan))
-    known = values if np.isfinite(values).any() else np.arange(len(truth.subjects), dtype=float)
-    return list(dict.fromkeys(at_percentiles(known)))
+    if not np.isfinite(values).any():
+        places = at_percentiles(np.arange(len(truth.subjects), dtype=float))
+        return dict.fromkeys(places, "one of the held-out subjects, whose LVEF is unknown")
+    found: dict[int, str] = {}
+    for percentile, place in zip(PERCENTILES, at_percentiles(values), strict=True):
+        found.setdefault(place, f"the held-out subject nearest to the {percentile}th percentile of true LVEF")
+    return found
 
 
 def seen_by(study: Study, reading: RunConfig, model: TaskModel | None) -> list[Look]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool
 
-from kmtr.evaluate.looks import OTHERS, PERCENTILES, PREDICTED, Look, place_of
+from kmtr.evaluate.looks import OTHERS, PREDICTED, Look, place_of
 from kmtr.metrics.dense import PHASES
 from kmtr.metrics.segmentation import extreme_frames
 from kmtr.report import figures_tasks
@@ -34,18 +34,19 @@ Pictures = Mapping[str, tuple[str, "Figure"]]
 """Name of the file -> caption and figure."""
 
 
-def pictures_of(study: Study, rows: Mapping[Asked, object], seen: Sequence[Look]) -> Pictures:
+def pictures_of(study: Study, rows: Mapping[Asked, object], seen: Sequence[Look], who: Sequence[str]) -> Pictures:
     """Figures of what the rows of the first seed show; those without material are left out.
 
     Args:
         seen: truth of the subjects that are shown.
+        who: each of them is, in words.
     """
     first = {one.start: one for one in rows if one.seed == study.config.study.seeds[0] and one.start != FLOORS}
     shown = {contender(name).title: study.rows.shown(one) for name, one in first.items()}
     there = {title: one for title, one in shown.items() if one}
     if not there:
         return agreement(study, first)
-    found = {**agreement(study, first), **contours(study, seen, there), **images(study, seen, there)}
+    found = {**agreement(study, first), **contours(study, seen, who, there), **images(study, seen, who, there)}
     return {**found, **clouds(study, there)}
 
 
@@ -71,11 +72,7 @@ def agreement(study: Study, first: Mapping[str, Asked]) -> Pictures:
     return {"agreement.png": (caption, figures_tasks.agreements(panels, f"LVEF, R = {r}"))}
 
 
-def _who(number: int) -> str:
-    return f"Held-out subject at the {PERCENTILES[number - 1]}th percentile of true LVEF"
-
-
-def contours(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pictures:
+def contours(study: Study, seen: Sequence[Look], who: Sequence[str], shown: Mapping[str, Shown]) -> Pictures:
     """Contours of each system at the headline's R, a figure for each subject: the paper's figure 3a."""
     r, found = headline_of(study.config), {}
     for look in seen:
@@ -84,7 +81,7 @@ def contours(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> 
         if rows:
             caption = (
                 f"True (solid) and predicted (dashed) contours at R = {r} on the fully sampled image, at the truth's "
-                f"end-diastole (ED) and end-systole (ES), the middle slice of each view. {_who(look.number)}."
+                f"end-diastole (ED) and end-systole (ES), the middle slice of each view, of {who[look.number - 1]}."
             )
             found[f"masks-{look.number}.png"] = (caption, figures_tasks.overlays(rows, f"Masks, R = {r}"))
     return found
@@ -106,7 +103,7 @@ def tiles_of(look: Look, r: int, arrays: Shown) -> dict[str, Tile]:
     return tiles
 
 
-def images(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pictures:
+def images(study: Study, seen: Sequence[Look], who: Sequence[str], shown: Mapping[str, Shown]) -> Pictures:
     """Images of each system and their errors at every R, of the subject in the middle: the paper's figure 3b."""
     look = next(one for one in seen if one.number == middle(seen))
     view = next(iter(look.full))
@@ -124,8 +121,8 @@ def images(study: Study, seen: Sequence[Look], shown: Mapping[str, Shown]) -> Pi
         return {}
     caption = (
         f"Reconstructed images under one grey scale, and below each its absolute error × {figures_tasks.GAIN}; "
-        f"{view.replace('lax_', '')}, the middle slice and the frame that differs most from the mean over the cycle. "
-        f"{_who(look.number)}."
+        f"{view.replace('lax_', '')}, the middle slice and the frame that differs most from the mean over the cycle, "
+        f"of {who[look.number - 1]}."
     )
     scaled = full / max(float(full.max()), 1e-30)
     return {"images.png": (caption, figures_tasks.image_rows(rows, scaled, "Reconstruction"))}
@@ -163,7 +160,7 @@ def groups_of(study: Study) -> dict[str, Bool[np.ndarray, " subject"]]:
     cuts = np.quantile(known, np.linspace(0, 1, GROUPS + 1))
     place = np.where(np.isfinite(truth), np.searchsorted(cuts[1:-1], truth, side="right"), -1)
     unit = PHENOTYPES[CHOSEN_BY]
-    return {f"LVEF {low:.0f} to {high:.0f} {unit}": place == i for i, (low, high) in enumerate(pairwise(cuts))}
+    return {f"LVEF {low:.1f} to {high:.1f} {unit}": place == i for i, (low, high) in enumerate(pairwise(cuts))}
 
 
 def write_interactive(study: Study, rows: Mapping[Asked, object], folder: Path) -> Path | None:

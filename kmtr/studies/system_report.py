@@ -56,11 +56,12 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     caption = (
         "Each task's measure against R, seeds averaged; bars: 95 % intervals over held-out subjects. Circled in red: "
         "the interval reaches what an answer has that does not look at the subject (R2 of 0, AUROC of .5; of Dice that "
-        "of the mean mask, paired)."
+        "of the mean mask, paired, of the first seed)."
     )
     about = summary_of(study, rows, len(asked), missing)
     figure, curves = figure_of(study, scores, worthless_masks(study, rows)), curves_of(scores)
-    more = system_figures.pictures_of(study, rows, pictures.seen_by(study, study.config, None))
+    seen, who = pictures.seen_by(study, study.config, None), [*pictures.chosen(study.truth).values()]
+    more = system_figures.pictures_of(study, rows, seen, who)
     turned = system_figures.write_interactive(study, rows, folder)
     files = [turned] if turned else []
     last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files)
@@ -104,8 +105,9 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
         f"opponent as many seconds, by the speed of both on this machine, for its own tasks alone. Patches in place of "
         f"lines change nothing else: the low-resolution image and the decoder's temporally shared one stay. A bound "
         f"sees what was not acquired; it trains until validation has not improved {config.study.bound_patience} times, "
-        f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: that bound's model on reconstructions, "
-        f"with nothing more trained. Pretraining is not counted in those seconds and told apart.{absent}"
+        f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: the network of that title as trained on "
+        f"full images, on reconstructions, with nothing more trained. Pretraining is not counted in those seconds and "
+        f"told apart.{absent}"
     )
 
 

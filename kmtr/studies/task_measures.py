@@ -17,7 +17,7 @@ from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, READ_OFF, RIDGE, SH
 from kmtr.evaluate.scores import MIN_KNOWN, panel
 from kmtr.evaluate.task_tables import MEAN_DICE, scored, with_mean_dice, with_truth
 from kmtr.metrics import Estimate, estimate, resample, weighted_auroc, weighted_mean, weighted_r2
-from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX
+from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
 from kmtr.metrics.resampling import Statistic
 from kmtr.studies.task_rows import Values
 from kmtr.types import DISEASES, PHENOTYPES
@@ -84,11 +84,16 @@ def targets_of(measure: str, config: RunConfig) -> tuple[str, ...]:
     return {
         "r2": config.task.targets,
         "masks_lvef_r2": (MASKS_LVEF,),
-        "areas_r2": tuple(f"{AREAS}{target}" for target in config.task.targets),
+        "areas_r2": tuple(f"{AREAS}{target}" for target in mappable(config)),
         "auroc": config.task.diseases,
         "dice": MEAN_DICE,
         "ssim": ("ssim",),
     }[measure]
+
+
+def mappable(config: RunConfig) -> tuple[str, ...]:
+    """Phenotypes of the study that masks can say: the same for systems that learn nothing but masks."""
+    return tuple(target for target in config.task.targets if target in masks_phenotypes({}))
 
 
 def kept(config: RunConfig) -> tuple[str, ...]:

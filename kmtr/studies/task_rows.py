@@ -4,8 +4,9 @@
     <digest>-<seed>-<start>-<tasks>-<labels>.parquet    its values of the held-out subjects, for paired comparisons
     <digest>-<seed>-<start>-<tasks>-<labels>-shown.parquet    of the first seed what figures show of a few (`pictures`)
 
-Held-out subjects are named by their place in the test split. Values are float16 (a relative error below 0.05 %), those
-of diseases, whose ranks count, float32: with three R and 1,000 subjects about 80 kB a row of four tasks.
+Held-out subjects are named by their place in the test split. What is shown are masks and images of three of them: where
+the cohort is of people, they are no more to be passed on than the data. Values are float16 (a relative error below
+0.05 %), those of diseases, whose ranks count, float32: with three R and 1,000 subjects about 80 kB a row of four tasks.
 """
 
 from __future__ import annotations

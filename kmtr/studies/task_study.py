@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns, subjects
 from kmtr.evaluate import baselines
+from kmtr.evaluate.areas import AreaMap
 from kmtr.evaluate.probes import readers_of
 from kmtr.studies.contenders import CONTENDERS
 from kmtr.studies.running import named
@@ -23,7 +24,7 @@ from kmtr.train import start
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
-VERSION = 2
+VERSION = 3
 """Version of the study; rows of another one are left out."""
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 """Tasks of the study where `task.tasks` names none."""
@@ -37,6 +38,7 @@ class Study:
         config: settings of pretraining, of `task.tasks`, and of evaluation; its seed draws the held-out subjects.
         truth: of the held-out subjects.
         run_id: its MLflow run.
+        maps: seed and number of labels -> map from areas of masks, each fitted once.
     """
 
     config: RunConfig
@@ -44,6 +46,7 @@ class Study:
     truth: Truth
     rows: Rows
     run_id: str
+    maps: dict[tuple[int, int], AreaMap | None] = field(default_factory=dict)
 
     def settings(self, asked: Asked, encoder: str, steps: int = 0, **more: Any) -> RunConfig:
         """The run of a row.
@@ -124,6 +127,14 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
     return named(config, changes | {"task.encoder": encoder} | dict(more))
 
 
+def pretraining(config: RunConfig, asked: Asked) -> RunConfig:
+    """Settings of the pretraining that a row begins from: k-MTR's own where that has the image encoder too."""
+    changes = CONTENDERS[asked.start].changes
+    if changes.get("task.system") == "image" and config.masked.image_weight and not config.align.train_image_encoder:
+        changes = {}
+    return named(config, {"seed": asked.seed, **changes})
+
+
 def bound_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide when a bound stops, beside those in `digest`."""
     names = ("eval_every", "eval_subjects", "eval_seed")
@@ -140,7 +151,7 @@ def check_settings(config: RunConfig) -> None:
     for key, value, default, expected in (
         ("task.encoder", config.task.encoder, "", "it empty, since every seed pretrains its own"),
         ("task.labels", config.task.labels, 0, "0, since study.task_labels says them"),
-        ("task.system", config.task.system, "kspace", "kspace, since others start from no encoder"),
+        ("task.system", config.task.system, "kspace", "kspace, since contenders have their own (study.py systems)"),
     ):
         if value != default:
             raise InputError(f"{key}: in a study of tasks expected {expected}, got {value}")
@@ -164,6 +175,8 @@ def check_budgets(config: RunConfig, dataset: Dataset, rows: Sequence[Asked]) ->
             own = settings(config, asked, start.NONE)
             if asked.seed == config.study.seeds[0]:
                 resolve(own)
+                if CONTENDERS[asked.start].pretrained:
+                    resolve(pretraining(config, asked))
             start.budget(own, dataset)
         except InputError as error:
             if CONTENDERS[asked.start].changes or CONTENDERS[asked.start].then:

@@ -33,8 +33,8 @@ from kmtr.inference import TaskModel, load_model
 from kmtr.owner import owning
 from kmtr.studies import pictures, task_report
 from kmtr.studies.contenders import CONTENDERS, LOWRANK, contender, decided
-from kmtr.studies.running import fit, named, open_run, rate
-from kmtr.studies.task_measures import MEAN, MEASURES, headline, kept, scores_of, targets_of, values_of
+from kmtr.studies.running import fit, open_run, rate
+from kmtr.studies.task_measures import MEAN, MEASURES, headline, kept, mappable, scores_of, targets_of, values_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Shown, Values
 from kmtr.studies.task_study import (
     TASKS,
@@ -46,9 +46,10 @@ from kmtr.studies.task_study import (
     digest,
     held_out,
     order,
+    pretraining,
 )
 from kmtr.train import start
-from kmtr.train.folder import IMAGE_ENCODER, Outcome
+from kmtr.train.folder import Outcome
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError
 
@@ -138,7 +139,7 @@ def add(study: Study, asked: Asked) -> None:
     means = study.means(asked.seed, asked.labels)
     labelled = study.labelled(asked)
 
-    areas = area_map(study, own, labelled) if "segmentation" in asked.tasks else None
+    areas = area_map(study, asked, own, labelled) if "segmentation" in asked.tasks else None
     floors = Asked(asked.seed, FLOORS, study.config.task.tasks, asked.labels)
     if asked.tasks == floors.tasks and floors not in study.rows.read():
         table = predictions(reading, study.dataset, model, labelled, "floors", "study", areas)
@@ -162,10 +163,15 @@ def add(study: Study, asked: Asked) -> None:
     study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values}, shown)
 
 
-def area_map(study: Study, own: RunConfig, labelled: Sequence[int]) -> AreaMap | None:
-    """Map from areas of masks to the study's phenotypes, fitted on true masks of the row's labelled subjects."""
-    there = [name for name in study.config.task.targets if study.dataset.labels.get(name)]
-    return AreaMap.fit(own, study.dataset.reader("train", own.data), labelled, there)
+def area_map(study: Study, asked: Asked, own: RunConfig, labelled: Sequence[int]) -> AreaMap | None:
+    """Map from areas of masks to the study's phenotypes, fitted on true masks of the row's labelled subjects, once for
+    all rows of a seed and number of labels.
+    """
+    key = asked.seed, asked.labels
+    if key not in study.maps:
+        there = [name for name in mappable(study.config) if study.dataset.labels.get(name)]
+        study.maps[key] = AreaMap.fit(own, study.dataset.reader("train", own.data), labelled, there)
+    return study.maps[key]
 
 
 def pictured(study: Study, asked: Asked, reading: RunConfig, model: TaskModel, before: Outcome | None) -> Shown:
@@ -183,9 +189,8 @@ def pretrained(study: Study, asked: Asked) -> Outcome | None:
     row = contender(asked.start)
     if not row.pretrained:
         return None
-    pretraining = named(study.config, {"seed": asked.seed, **row.changes})
     what = "pretraining" if asked.start == PRETRAINED else f"pretraining of {asked.start}"
-    return fit(pretraining, study.dataset, study.run_id, f"seed {asked.seed}, {what}")
+    return fit(pretraining(study.config, asked), study.dataset, study.run_id, f"seed {asked.seed}, {what}")
 
 
 def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunConfig, Outcome, TaskModel]:
@@ -211,8 +216,9 @@ def encoder_of(asked: Asked, before: Outcome | None) -> str:
     """Folder of the encoder that a row begins from, or `start.NONE`."""
     if before is None:
         return start.NONE
-    images = contender(asked.start).changes.get("task.system") == "image"
-    return str(Path(before.folder) / IMAGE_ENCODER) if images else before.encoder
+    if contender(asked.start).changes.get("task.system") != "image":
+        return before.encoder
+    return str(start.image_encoder(before))
 
 
 def first_of(asked: Asked) -> Asked:
@@ -242,8 +248,8 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
 
 
 def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
-    """Values of the strongest floor of each measure (`Measure.floor`), and of its images; of the mean mask too, with
-    which masks have failed that are not better.
+    """Values of the strongest floor of each measure (`Measure.floor`), and of its images; also the mean mask's Dice:
+    masks that do not beat it have failed.
     """
     values: dict[str, np.ndarray] = {}
     for name, measure in MEASURES.items():

@@ -83,8 +83,9 @@ class LineEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(model.width, heads, model.mlp_ratio) for _ in range(model.depth))
         self.norm = nn.LayerNorm(model.width)
 
-    def forward(self, rows: Slices, places: Places) -> Float[Tensor, "token channel"]:
-        """
+    def encode(self, rows: Slices, places: Places) -> Float[Tensor, "token channel"]:
+        """Tokens after the last block.
+
         Args:
             rows: slices with the coils of the configuration.
             places: (t, ky) of the acquired lines of each.
@@ -111,11 +112,12 @@ def by_slice(
 
 def pooled(x: Float[Tensor, "token channel"], lengths: Lengths) -> Float[Tensor, "row channel"]:
     """Mean of each slice's tokens, 0 without any."""
-    summed = x.new_zeros(len(lengths.host), x.shape[1]).index_add(0, lengths.subject, x)
+    # Not index_add: its order of summation, and so the last bit, is left to chance on a GPU.
+    summed = x.new_zeros(len(lengths.host), x.shape[1]).index_put((lengths.subject,), x, accumulate=True)
     return summed / lengths.counts.clamp(min=1)[:, None]
 
 
-class Interpolation(nn.Module):
+class Interpolation(LineEncoder):
     """Encoder of the acquired lines of a slice, decoder of all of them, and three refinements: along (t, ky), along
     (t, kx), and of patches of (ky, kx). Acquired lines are put back before and after each.
 
@@ -123,13 +125,13 @@ class Interpolation(nn.Module):
     """
 
     def __init__(self, config: RunConfig):
-        super().__init__()
+        super().__init__(config)
         data, model = config.data, config.model
-        (ny, nx), frames, self.coils = data.matrix, data.frames, data.coils
+        (ny, nx), frames = data.matrix, data.frames
         if ny % PATCH or nx % PATCH:
             raise InputError(f"data.matrix: expected multiples of {PATCH} for task.system=kgin, got {data.matrix}")
         line = 2 * self.coils * nx
-        self.encoder, self.memory = LineEncoder(config), nn.Linear(model.width, model.decoder_width)
+        self.memory = nn.Linear(model.width, model.decoder_width)
 
         def decoder(features: int, pieces: int) -> Tokens:
             width = model.decoder_width
@@ -166,7 +168,7 @@ class Interpolation(nn.Module):
 
         places = gather(mask, lengths)
         row, (t, ky) = lengths.subject, places.index.unbind(-1)
-        x = self.encoder(rows, places)
+        x = self.encode(rows, places)
         seen = self.memory(x)
         heard = seen.new_zeros(*mask.shape, seen.shape[-1]).index_put((row, t, ky), seen).flatten(1, 2)
         added = self.decoder(_lines(torch.where(mask[:, None, :, :, None], rows, 0)), heard)

@@ -18,12 +18,12 @@ from kmtr.systems.resnet import Pooled
 from kmtr.systems.xf import KSpace
 
 
-class PooledLines(nn.Module):
+class PooledLines(LineEncoder):
     """The mean of each slice's tokens, one slice after the other."""
 
     def __init__(self, config: RunConfig):
-        super().__init__()
-        self.encoder, self.slices = LineEncoder(config), config.data.slices
+        super().__init__(config)
+        self.slices = config.data.slices
 
     def forward(
         self,
@@ -38,8 +38,8 @@ class PooledLines(nn.Module):
             lengths: acquired lines of each slice, all subjects of the first slice first.
             slots: slices as the configuration numbers them; zeros stand for the others.
         """
-        rows, mask = by_slice(kspace, sampled, envelope, self.encoder.coils)
-        each = pooled(self.encoder(rows, gather(mask, lengths)).float(), lengths)
+        rows, mask = by_slice(kspace, sampled, envelope, self.coils)
+        each = pooled(self.encode(rows, gather(mask, lengths)).float(), lengths)
         found = each.unflatten(0, (kspace.shape[1], kspace.shape[0])).transpose(0, 1)
         whole = found.new_zeros(len(found), self.slices, found.shape[-1]).index_copy(1, slots, found)
         return Pooled(whole.flatten(1))

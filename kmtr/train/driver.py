@@ -226,14 +226,14 @@ def _export(
             checkpoint.export_model_from(Path(place), encoder, config, tables, start.trained_on(config, dataset))
         write_card(encoder)
         return encoder
-    if config.masked_steps and config.masked.image_weight:
-        with last.as_directory() as place:
+    with last.as_directory() as place:
+        checkpoint.check_whole(Path(place), 0, 1)
+        lost = returned["stopped"] and config.align.train_image_encoder  # with the alignment that the guard ended
+        if config.masked_steps and config.masked.image_weight and not lost:
             checkpoint.export_encoder_from(Path(place), folder / IMAGE_ENCODER, config, tables, "image")
-    if returned["stopped"]:
-        _copy_tree(folder / MASKED_ENCODER, encoder)
-    else:
-        with last.as_directory() as place:
-            checkpoint.check_whole(Path(place), 0, 1)
+        if returned["stopped"]:
+            _copy_tree(folder / MASKED_ENCODER, encoder)
+        else:
             checkpoint.export_encoder_from(Path(place), encoder, config, tables)
     return encoder
 

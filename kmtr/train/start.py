@@ -23,7 +23,7 @@ from kmtr.exported import HEAD, KSPACE, WEIGHTS, Trained, read_head, read_weight
 from kmtr.systems import Imaging, Mapped, input_of, system
 from kmtr.tasks import tasks_of
 from kmtr.tasks.dense import Dense
-from kmtr.train.folder import IMAGE_ENCODER, finished, run_folder
+from kmtr.train.folder import IMAGE_ENCODER, Outcome, finished, run_folder
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
 MAX_AVERAGED, CHUNK = 256, 16
@@ -114,7 +114,22 @@ def _pretrained(config: RunConfig, dataset: Dataset) -> Path:
         raise InputError(
             f"task.encoder: run {name} is not finished; pretrain it first, or set task.encoder to a folder or none"
         )
-    return Path(done.encoder) if config.task.system == KSPACE else folder / IMAGE_ENCODER
+    return Path(done.encoder) if config.task.system == KSPACE else image_encoder(done)
+
+
+def image_encoder(done: Outcome) -> Path:
+    """Folder of the image encoder of a finished pretraining.
+
+    Raises:
+        InputError: it left none.
+    """
+    folder = Path(done.folder) / IMAGE_ENCODER
+    if not (folder / HEAD).is_file():
+        raise InputError(
+            f"task.encoder: run {done.name} left no {IMAGE_ENCODER}: its masked.image_weight was 0, or it is of before "
+            "2026-11-30; pretrain under another run.name, or begin from none"
+        )
+    return folder
 
 
 def check_fits(config: RunConfig, folder: Path) -> None:

@@ -9,7 +9,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Wanted
-from kmtr.evaluate.areas import AreaMap, features
+from kmtr.evaluate.areas import AreaMap, of_predicted, of_truth
 from kmtr.metrics.dense import Pair
 from kmtr.metrics.ridge import Ridge
 from kmtr.tasks.views import views_of
@@ -25,31 +25,35 @@ def cycle(*sizes: int, other: int = 0) -> np.ndarray:
     return mask
 
 
+SIZE = (8.0, 2.0, 1.5)
+
+
 def test_areas_are_those_of_the_masks_own_extremes_in_mm2() -> None:
-    pair = Pair(cycle(5, 5, 5), cycle(10, 30, 4, other=2), None, (8.0, 2.0, 1.5))
-    seen = features({"sax": pair.predicted}, {"sax": pair}, {"sax": 2, "lax_4ch": 1}).reshape(3, 2, 5)
+    pair = Pair(cycle(5, 5, 5), cycle(10, 30, 4, other=2), None, SIZE)
+    seen = of_predicted({"sax": pair}, {"sax": 2, "lax_4ch": 1}).reshape(3, 2, 5)
     np.testing.assert_allclose(seen[0, :, 0], [30 * 3, 4 * 3])
     np.testing.assert_allclose(seen[0, :, 2], [2 * 3, 2 * 3])
-    assert not seen[1:].any(), "a slice and a view that are not there"
-    bare = Pair(pair.truth, pair.predicted)
-    np.testing.assert_allclose(features({"sax": bare.predicted}, {"sax": bare}, {"sax": 1})[0], 30)
+    assert np.isnan(seen[1:]).all(), "a slice and a view that are not there"
+    assert np.isnan(of_predicted({"sax": Pair(pair.truth, pair.predicted)}, {"sax": 1})).all(), "no size of a pixel"
 
 
-def test_what_is_not_labelled_is_unknown_and_what_shows_no_heart_is_0() -> None:
+def test_what_nobody_knows_is_unknown_and_what_shows_no_heart_is_0() -> None:
+    def truth(mask: np.ndarray, drawn: list[int] | None = None) -> np.ndarray:
+        return of_truth({"sax": Pair(mask, mask, drawn, SIZE)}, {"sax": 1}).reshape(2, 5)
+
     mask = cycle(10, 4)
     mask[0, 0, 7, 7] = UNLABELLED
-    nowhere = np.zeros_like(mask)
-    assert np.isfinite(features({"sax": mask}, {"sax": Pair(mask, mask)}, {"sax": 1})).all(), (
-        "the frame with fewer labels is not asked"
-    )
+    assert np.isfinite(truth(mask)).all(), "the frame with fewer labels is not asked"
     mask[0, 1, 7, 7] = UNLABELLED
-    assert np.isnan(features({"sax": mask}, {"sax": Pair(mask, mask)}, {"sax": 1})).all()
-    assert not features({"sax": nowhere}, {"sax": Pair(nowhere, nowhere)}, {"sax": 1}).any()
-    unknown = np.full_like(mask, UNLABELLED)
-    assert np.isnan(features({"sax": unknown}, {"sax": Pair(unknown, unknown)}, {"sax": 1})).all()
-    one = AreaMap({"sax": 1}, {"lvedv_ml": Ridge(np.zeros(10), np.ones(10), np.eye(10)[0] * 2, 7.0, 1.0)})
-    assert one({"sax": Pair(mask, cycle(10, 4))}) == {"lvedv_ml": 27.0}
-    assert np.isnan(one({"sax": Pair(mask, mask)})["lvedv_ml"])
+    assert np.isnan(truth(mask)).all()
+    assert not truth(np.zeros_like(mask)).any()
+    assert np.isnan(truth(np.full_like(mask, UNLABELLED))).all()
+    assert np.isfinite(truth(cycle(10, 4), [1, 2])).all(0).tolist() == [True, True, False, False, False]
+    assert np.isnan(truth(np.zeros_like(mask), [3])).all(), "nobody draws the cavity"
+    ridge = Ridge(np.zeros(8), np.ones(8), np.eye(8)[0] * 2, 7.0, 1.0)
+    one = AreaMap({"sax": 1}, np.arange(10) % 5 != 4, {"lvedv_ml": ridge})
+    assert one({"sax": Pair(mask, cycle(10, 4), [1], SIZE)}) == {"lvedv_ml": 2 * 30 + 7.0}
+    assert np.isnan(one({"sax": Pair(mask, mask, None, SIZE)})["lvedv_ml"])
 
 
 def test_true_masks_give_the_volumes_that_they_were_drawn_with(small: RunConfig, reader: Reader) -> None:

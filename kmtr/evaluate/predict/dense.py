@@ -106,7 +106,10 @@ class Tables:
 
 
 def nifti(
-    values: Shaped[np.ndarray, "slice t y x"], spacing_mm: tuple[float, float, float], frame_time_s: float
+    values: Shaped[np.ndarray, "slice t y x"],
+    spacing_mm: tuple[float, float, float],
+    frame_time_s: float,
+    still: bool = False,
 ) -> bytes:
     """A compressed NIfTI-1 file with axes x y slice t; the same bytes for the same values.
 
@@ -115,13 +118,16 @@ def nifti(
     Args:
         spacing_mm: between slices, height and width of a pixel.
         frame_time_s: 0: unknown.
+        still: the only frame, without an axis of its own.
 
     Raises:
         InputError: nibabel is not installed.
     """
-    image = optional("nibabel").Nifti1Image(np.ascontiguousarray(values.transpose(3, 2, 0, 1)), None)
+    array = values.transpose(3, 2, 0, 1)
+    array = array[..., 0] if still else array
+    image = optional("nibabel").Nifti1Image(np.ascontiguousarray(array), None)
     between, height, width = spacing_mm
-    image.header.set_zooms((width, height, between, frame_time_s))
+    image.header.set_zooms((width, height, between, frame_time_s)[: array.ndim])
     image.header.set_xyzt_units("mm", "sec")
     return gzip.compress(image.to_bytes(), 6, mtime=0)
 
