@@ -85,7 +85,7 @@ def check_script(script: str, words: list[str]) -> None:
         assert "=" not in model, f"{script}: expected MODEL, got {model}"
         override(RunConfig(), dict(word.split("=", 1) for word in words))
         return
-    if path.stem in ("study", "bench"):
+    if path.stem in ("study", "bench", "export"):
         kind, *words = words
         assert f"python {script} {kind} " in path.read_text(), f"{script}: its help has no {kind}"
         words = words if words and "=" not in words[0] else ["tiny", *words]

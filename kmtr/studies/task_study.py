@@ -129,8 +129,9 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
 
 def pretraining(config: RunConfig, asked: Asked) -> RunConfig:
     """Settings of the pretraining that a row begins from: k-MTR's own where that has the image encoder too."""
-    changes = CONTENDERS[asked.start].changes
-    if changes.get("task.system") == "image" and config.masked.image_weight and not config.align.train_image_encoder:
+    changes, masked = CONTENDERS[asked.start].changes, config.masked
+    has = masked.steps and masked.image_weight and not config.align.train_image_encoder
+    if changes.get("task.system") == "image" and has:
         changes = {}
     return named(config, {"seed": asked.seed, **changes})
 

@@ -168,9 +168,10 @@ def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> No
     for asked, line in (
         ("unet-shared", f"study.systems: expected {PRETRAINED} among them"),
         ("pretrained,nnunet", "study.systems: expected some of .*, got nnunet"),
+        ("pretrained,image-full", "study.systems: image-full cannot be trained: masked.steps, align.steps, .*expected"),
     ):
         with pytest.raises(InputError, match="^" + line):
-            asked_for(override(config, {"study.systems": tuple(asked.split(","))}))
+            asked_for(override(config, {"study.systems": tuple(asked.split(",")), "masked.steps": 0}))
 
 
 @pytest.fixture
