@@ -83,7 +83,7 @@ CONTENDERS: dict[str, Contender] = {
     # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
     **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
     "kmae": Contender(
-        "KMAE-style (k-GIN's encoder, pooled)", {"task.system": "kmae"}, ("phenotypes", "diseases"), style=(5, "-.")
+        "KMAE-style (k-GIN's encoder, pooled)", {"task.system": "kmae"}, ("phenotypes", "diseases"), style=(1, ":")
     ),
     "image-full": Contender(
         "image encoder, full image (bound)",

@@ -51,9 +51,7 @@ class Measure(NamedTuple):
 MEASURES = {
     "r2": Measure("mean R2 of phenotypes", "phenotypes", "R2", (RIDGE,), 0.0),
     "masks_lvef_r2": Measure("R2 of LVEF from masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
-    "areas_r2": Measure(
-        "mean R2 of phenotypes, linear in areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0
-    ),
+    "areas_r2": Measure("mean R2 by areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
     "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE), 0.5),
     "dice": Measure("mean Dice", "segmentation", "Dice", (MASK_RIDGE, MEAN_MASK)),
     "ssim": Measure("SSIM", "reconstruction", "SSIM", (SHARED,)),
