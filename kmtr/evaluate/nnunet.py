@@ -43,7 +43,7 @@ FOLDERS = {"train": "Tr", "val": "Tr", "test": "Ts"}
 
 @dataclass
 class Written:
-    """What was written.
+    """Cases written, and those left out.
 
     Attributes:
         cases: split -> their names.

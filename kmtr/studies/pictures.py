@@ -1,4 +1,4 @@
-"""What rows show of a few held-out subjects and keep beside their values, so that figures need no model again.
+"""Masks, images and embeddings of a few held-out subjects, which rows keep, so that figures need no model again.
 
 The subjects are those at `looks.PERCENTILES` of the true LVEF, the lowest first: no system has a say in the choice.
 Only the first seed's rows keep pictures.
@@ -56,8 +56,8 @@ def seen_by(study: Study, reading: RunConfig, model: TaskModel | None) -> list[L
 
 
 def shown_of(seen: Sequence[Look]) -> Shown:
-    """What a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole; of the subject in
-    the middle also the images of one slice and frame (`place_of`) of the first view, in parts of the maximum of the
+    """Arrays that a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole; of the
+    subject in the middle also the images of one slice and frame (`place_of`) of the first view, in parts of the maximum of the
     fully sampled one, as whole numbers (`WHITE` is 1).
     """
     kept: dict[str, np.ndarray] = {}

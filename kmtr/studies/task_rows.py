@@ -144,7 +144,7 @@ class Rows:
         return {name: table.column(name).to_numpy().astype(np.float64).reshape(shape) for name in targets}
 
     def shown(self, asked: Asked) -> Shown:
-        """What a finished row shows; empty: it kept nothing.
+        """Arrays that a finished row shows; empty: it kept none.
 
         Raises:
             InputError: the file is damaged.

@@ -175,7 +175,7 @@ def area_map(study: Study, asked: Asked, own: RunConfig, labelled: Sequence[int]
 
 
 def pictured(study: Study, asked: Asked, reading: RunConfig, model: TaskModel, before: Outcome | None) -> Shown:
-    """What a row of the first seed and all labels shows, k-MTR's embeddings of all tasks among it."""
+    """Arrays that a row of the first seed and all labels shows, with k-MTR's embeddings; of other rows none."""
     if asked.seed != study.config.study.seeds[0] or asked.labels:
         return {}
     shown = {**pictures.shown_of(pictures.seen_by(study, reading, model))}

@@ -98,7 +98,7 @@ def resolve(config: RunConfig, dataset: Dataset) -> RunConfig:
 
 
 def _pretrainable(config: RunConfig) -> bool:
-    """Whether the run's system starts from an encoder: that of images does where one is named, or where pretraining
+    """True if the run's system starts from an encoder: that of images does where one is named, or where pretraining
     with these settings has it.
     """
     named = bool(config.task.encoder) or bool(config.masked.steps and config.masked.image_weight)
