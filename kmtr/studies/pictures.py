@@ -57,8 +57,8 @@ def seen_by(study: Study, reading: RunConfig, model: TaskModel | None) -> list[L
 
 def shown_of(seen: Sequence[Look]) -> Shown:
     """Arrays that a row keeps: predicted masks of all slices at the truth's end-diastole and end-systole; of the
-    subject in the middle also the images of one slice and frame (`place_of`) of the first view, in parts of the maximum of the
-    fully sampled one, as whole numbers (`WHITE` is 1).
+    subject in the middle also the images of one slice and frame (`place_of`) of the first view, in parts of the
+    maximum of the fully sampled one, as whole numbers (`WHITE` is 1).
     """
     kept: dict[str, np.ndarray] = {}
     for look in seen:
