@@ -16,17 +16,19 @@ tasks     phenotypes, diseases, segmentation and reconstruction in one model (or
           held-out subjects at every evaluate.accelerations, and compares on the same subjects
 systems   k-MTR beside its opponents (kmtr/studies/contenders.py): itself from scratch, the same
           transformer on zero-filled patches, U-Nets and ResNets on zero-filled, temporally shared
-          and full images, a KMAE-style encoder, the image encoder on full images, x-f U-Net and
-          k-GIN for images, and reconstructions that are analysed by what was trained on full
-          images; each trains as many seconds on all labels, those on full images until validation
-          stops improving. U-Nets (x-f too) and ResNets need kmtr[baselines]. Its report shows
-          masks, images and embeddings of the first seed as well
+          and full images, LI-Net- and KMAE-style systems, the image encoder on full images, x-f
+          U-Net and k-GIN for images, and reconstructions that are analysed by what was trained on
+          full images; each trains as many seconds on all labels, those on full images until
+          validation stops improving. U-Nets (x-f too) and ResNets need kmtr[baselines]. Its
+          report shows masks, images and embeddings of the first seed as well
 
 Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never
 done again. Tables, a figure and an HTML report lie in storage.root/study/, metrics in an MLflow
 run whose children are the trainings. tasks and systems keep their finished rows in
 study.rows=FOLDER, a few MB without names of subjects: with them they go on, or report, on
-another machine; study.train=false reports the rows that are there.
+another machine; study.train=false reports the rows that are there. With train.workers=1 as
+many of their rows are made side by side as the cluster has room for, in processes that live
+as long as the study: on small machines with data.loader=threads, which needs no room of its own.
 
 examples:
   python jobs/study.py labels tiny

@@ -251,7 +251,7 @@ class Task(Section):
         32,
         gt=0,
         le=512,
-        description="channels of unet and xf at full resolution, twice as many at each lower one up to 512",
+        description="channels of unet, linet and xf at full resolution, twice as many at each lower one up to 512",
     )
     cascades: int = Field(
         3, gt=0, le=12, description="times that xf lets a network change the image and puts the acquired lines back"

@@ -208,7 +208,7 @@ class RunConfig(Section):
         return f"{self.recipe}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-IDENTITY_FORMAT, TASK_FORMAT = 1, 2
+IDENTITY_FORMAT, TASK_FORMAT = 1, 4
 """Formats of `RunConfig.identity`, of pretraining and of training on labels: another number renames all such runs. It
 counts up where the same settings, or defaults that no identity names, give other numbers than before. Heads that begin
 at the mean are one further: they have been scaled since (`tasks.phenotypes.OnVector.scaled`).

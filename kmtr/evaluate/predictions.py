@@ -78,6 +78,7 @@ FINETUNED, FROM_SCRATCH = Name("k-MTR fine-tuned", LINES), Name("k-MTR from scra
 SYSTEMS = {
     "image": "image encoder",
     "unet": "U-Net",
+    "linet": "LI-Net-style",
     "resnet50": "ResNet-50",
     "xf": "x-f U-Net",
     "kgin": "k-GIN",

@@ -47,6 +47,11 @@ class Lengths:
         counts = torch.stack([chosen.flatten(1).sum(1) for chosen in kinds])
         return [Lengths(tuple(host), each) for host, each in zip(counts.tolist(), counts, strict=True)]
 
+    @staticmethod
+    def joined(parts: Sequence[Lengths]) -> Lengths:
+        """Of all rows of the first, then of the second, and so on."""
+        return Lengths(tuple(n for one in parts for n in one.host), torch.cat([one.counts for one in parts]))
+
     @property
     def total(self) -> int:
         return sum(self.host)

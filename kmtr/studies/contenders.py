@@ -93,6 +93,7 @@ CONTENDERS: dict[str, Contender] = {
         bound=True,
         style=(3, "--"),
     ),
+    "linet": Contender("LI-Net-style", {"task.system": "linet"}, ("segmentation",), style=(3, "-.")),
     "xf": Contender("x-f U-Net with data consistency", {"task.system": "xf"}, ("reconstruction",), style=(2, "-.")),
     "kgin": Contender("k-GIN", {"task.system": "kgin"}, ("reconstruction",), style=(1, "-.")),
     **_on_reconstructions("unet", "nnU-Net topology", "segmentation"),

@@ -98,12 +98,13 @@ def finished(config: RunConfig, dataset: Dataset) -> runs.Outcome | None:
     return runs.finished(runs.run_folder(config, dataset)[1])
 
 
-def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Outcome:
+def fit(config: RunConfig, dataset: Dataset, parent: str, what: str, in_place: bool = False) -> runs.Outcome:
     """The outcome of a run of a study, which is trained where it is not finished; Ray is started for that alone.
 
     Args:
         parent: the study's MLflow run.
         what: the run in words, for a line on the screen.
+        in_place: by this process (`driver.fit`).
     """
     from kmtr.train import driver
 
@@ -113,7 +114,7 @@ def fit(config: RunConfig, dataset: Dataset, parent: str, what: str) -> runs.Out
         return driver.settled(done, config)
     print(f"study: {what}", flush=True)
     start_ray()
-    return driver.fit(config, parent_id=parent)
+    return driver.fit(config, parent_id=parent, in_place=in_place)
 
 
 def rate(outcome: runs.Outcome, first: int, last: int) -> float:

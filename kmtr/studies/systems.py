@@ -18,7 +18,7 @@ def order(config: RunConfig) -> list[Asked]:
     """All rows, seed by seed in the order of `CONTENDERS`; those who learn none of the study's tasks are left out.
 
     Raises:
-        InputError: `study.systems` names one that there is not, or leaves k-MTR out.
+        InputError: `study.systems` names one that there is not, or leaves out k-MTR, or one that another one needs.
     """
     asked = config.study.systems or tuple(CONTENDERS)
     if other := [name for name in asked if name not in CONTENDERS]:
@@ -28,6 +28,12 @@ def order(config: RunConfig) -> list[Asked]:
             f"study.systems: expected {PRETRAINED} among them, which the others are compared with, got "
             f"{','.join(asked)}"
         )
+    for name in asked:
+        needed = [one for one in (CONTENDERS[name].first, CONTENDERS[name].then) if one in CONTENDERS]
+        if missing := [one for one in needed if one not in asked]:
+            raise InputError(
+                f"study.systems: expected {missing[0]} among them, whose model {name} takes, got {','.join(asked)}"
+            )
     names = [name for name in CONTENDERS if name in asked]
     rows = [Asked(seed, name, CONTENDERS[name].learns(config), 0) for seed in config.study.seeds for name in names]
     return [one for one in rows if one.tasks]

@@ -39,6 +39,7 @@ class Study:
         truth: of the held-out subjects.
         run_id: its MLflow run.
         maps: seed and number of labels -> map from areas of masks, each fitted once.
+        in_place: this process is the one worker of each run (`hands`), without Ray Train.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Study:
     rows: Rows
     run_id: str
     maps: dict[tuple[int, int], AreaMap | None] = field(default_factory=dict)
+    in_place: bool = False
 
     def settings(self, asked: Asked, encoder: str, steps: int = 0, **more: Any) -> RunConfig:
         """The run of a row.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,10 @@ from kmtr.evaluate.task_predictions import predictions
 from kmtr.evaluate.task_tables import MEAN_DICE
 from kmtr.inference import TaskModel, load_model
 from kmtr.owner import owning
-from kmtr.studies import pictures, task_report
+from kmtr.ray_start import start_ray
+from kmtr.studies import hands, pictures, task_report
 from kmtr.studies.contenders import CONTENDERS, LOWRANK, contender, decided
-from kmtr.studies.running import fit, open_run, rate
+from kmtr.studies.running import finished, fit, open_run, rate
 from kmtr.studies.task_measures import MEAN, MEASURES, headline, kept, mappable, scores_of, targets_of, values_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Shown, Values
 from kmtr.studies.task_study import (
@@ -93,33 +95,68 @@ def run(config: RunConfig, kind: Kind = KIND) -> dict[str, Any]:
 
 
 def add_missing(study: Study, asked: Sequence[Asked], seed: int) -> int:
-    """Train and score the rows of a seed that are not done, one after the other with a line for each: how many."""
+    """Train and score the rows of a seed that are not done, with a line for each: how many. Several at a time where a
+    run has one worker (`hands`), else one after the other.
+    """
+    every = with_floors(study.config, asked)
     done = study.rows.read()
-    missing = [one for one in asked if one not in done and one.seed == seed]
-    for one in missing:
-        add(study, one)
+    missing = [one for one in every if one not in done and one.seed == seed]
+    at_once = 1
+    finished_rows: Iterator[hands.Finished] = (make(study, one, study.rows.read()) for one in missing)
+    if missing and study.config.train.workers.most == 1:
+        start_ray()
+        at_once = hands.at_once(study)
+        finished_rows = hands.side_by_side(study, missing, make, partial(needs, study))
+    for one in finished_rows:
+        study.rows.add(one.asked, one.said, one.values, one.shown)
         done = study.rows.read()
-        left = [other for other in asked if other not in done]
+        left = [other for other in every if other not in done]
         print(
-            f"study: row {len(asked) - len(left)} of {len(asked)} is done: {one.title}; {len(left)} left, about "
-            f"{_duration(expected(done, left))}",
+            f"study: {len(every) - len(left)} of {len(every)} are done: {one.asked.title}; {len(left)} left, about "
+            f"{_duration(expected(done, left) / at_once)}",
             flush=True,
         )
     return len(missing)
 
 
+def with_floors(config: RunConfig, asked: Sequence[Asked]) -> list[Asked]:
+    """The rows, and behind k-MTR's of all tasks at each seed and number of labels the floors."""
+    found: list[Asked] = []
+    for one in asked:
+        ours = one.start == PRETRAINED and one.tasks == config.task.tasks
+        found += [one, one._replace(start=FLOORS)] if ours else [one]
+    return found
+
+
+def needs(study: Study, asked: Asked) -> hands.Needs:
+    """What a row shares with others: the rows that it takes models from, its pretraining, and the speed of k-MTR."""
+    row, makes = contender(asked.start), set[str]()
+    after = {asked._replace(start=PRETRAINED)} if asked.start == FLOORS else set()
+    after |= {asked._replace(start=row.then)} if row.then else set()
+    after |= {first_of(asked)} if row.first in CONTENDERS else set()
+    if row.pretrained:
+        own = pretraining(study.config, asked)
+        makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
+    if not (row.then or row.bound or asked.start in (PRETRAINED, SCRATCH, FLOORS)):
+        own = speed_run(study, our_own(study, asked), start.NONE)
+        makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
+    return hands.Needs(frozenset(after), frozenset(makes))
+
+
 def expected(done: Mapping[Asked, Mapping[str, Any]], left: Sequence[Asked]) -> float:
-    """Seconds that rows will take by those that are done: each as the median of its tasks', or of all where there is
-    none; and pretraining for each seed that has no pretrained row yet.
+    """Seconds that rows will take by those that are done, one after the other: each as the median of its tasks', or of
+    all where there is none; and pretraining for each seed that has no pretrained row yet. A row that took less than its
+    training found that done.
     """
-    alike: dict[tuple[str, ...], list[float]] = {}
+    alike: dict[tuple[bool, tuple[str, ...]], list[float]] = {}
     for asked, row in done.items():
-        if asked.start != FLOORS:
-            alike.setdefault(asked.tasks, []).append(row["row_s"])
-    every = [seconds for some in alike.values() for seconds in some]
+        took, training = row["row_s"], row.get("training_s") or 0.0
+        kind = asked.start == FLOORS, asked.tasks
+        alike.setdefault(kind, []).append(took if took > training else took + training)
+    every = [seconds for (floors, _), some in alike.items() for seconds in some if not floors]
     before = [row["pretraining_s"] for row in done.values() if row.get("pretraining_s")]
     had, more = ({(one.seed, one.start) for one in some if contender(one.start).pretrained} for some in (done, left))
-    rows = sum(statistics.median(alike.get(asked.tasks, every)) for asked in left)
+    rows = sum(statistics.median(alike.get((asked.start == FLOORS, asked.tasks), every)) for asked in left)
     return rows + (statistics.median(before) * len(more - had) if before else 0.0)
 
 
@@ -128,10 +165,14 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def add(study: Study, asked: Asked) -> None:
-    """Train the model of a row, or find it trained, and keep what it says of the held-out subjects; with the first row
-    of a seed and number of labels also the floors.
+def make(study: Study, asked: Asked, done: hands.Done) -> hands.Finished:
+    """A row: its model trained, or found trained, and what it says of the held-out subjects.
+
+    Args:
+        done: rows that there are already.
     """
+    if asked.start == FLOORS:
+        return floors(study, asked)
     before, row = pretrained(study, asked), contender(asked.start)
     began = time.perf_counter()
     own, outcome, model = model_of(study, asked, before)
@@ -140,13 +181,6 @@ def add(study: Study, asked: Asked) -> None:
     labelled = study.labelled(asked)
 
     areas = area_map(study, asked, own, labelled) if "segmentation" in asked.tasks else None
-    floors = Asked(asked.seed, FLOORS, study.config.task.tasks, asked.labels)
-    if asked.tasks == floors.tasks and floors not in study.rows.read():
-        table = predictions(reading, study.dataset, model, labelled, "floors", "study", areas)
-        found = values_of(table, study.truth)
-        about = scored(study, table, found, means) | made(study, labelled, began)
-        study.rows.add(floors, about, strongest(study.config, found))
-
     table = predictions(reading, study.dataset, model, labelled, "model", "study", areas)
     found = values_of(table, study.truth)
     steps = min(own.total_steps, int(outcome.metrics["step"]))
@@ -155,12 +189,25 @@ def add(study: Study, asked: Asked) -> None:
     if contender(row.then or asked.start).bound:
         trained |= {"converged": steps < own.total_steps, "bound": bound_settings(study.config)}
     if row.first in CONTENDERS:
-        first = study.rows.read()[first_of(asked)]
+        first = done[first_of(asked)]
         trained |= {"pretraining_s": first["training_s"], "parameters": trained["parameters"] + first["parameters"]}
     about = scored(study, table, found, means) | trained | made(study, labelled, began)
     (values,) = found.values()
     shown = pictured(study, asked, reading, model, before)
-    study.rows.add(asked, about, {name: values[name] for name in kept(study.config) if name in values}, shown)
+    return hands.Finished(asked, about, {name: values[name] for name in kept(study.config) if name in values}, shown)
+
+
+def floors(study: Study, asked: Asked) -> hands.Finished:
+    """The row of what no trained network is needed for, beside k-MTR's of the same labels."""
+    began, ours = time.perf_counter(), asked._replace(start=PRETRAINED)
+    own, _, model = model_of(study, ours, pretrained(study, ours))
+    reading = override(own, {"seed": study.config.seed})
+    labelled = study.labelled(ours)
+    areas = area_map(study, ours, own, labelled) if "segmentation" in asked.tasks else None
+    table = predictions(reading, study.dataset, model, labelled, "floors", "study", areas)
+    found = values_of(table, study.truth)
+    about = scored(study, table, found, study.means(asked.seed, asked.labels)) | made(study, labelled, began)
+    return hands.Finished(asked, about, strongest(study.config, found))
 
 
 def area_map(study: Study, asked: Asked, own: RunConfig, labelled: Sequence[int]) -> AreaMap | None:
@@ -190,7 +237,9 @@ def pretrained(study: Study, asked: Asked) -> Outcome | None:
     if not row.pretrained:
         return None
     what = "pretraining" if asked.start == PRETRAINED else f"pretraining of {asked.start}"
-    return fit(pretraining(study.config, asked), study.dataset, study.run_id, f"seed {asked.seed}, {what}")
+    return fit(
+        pretraining(study.config, asked), study.dataset, study.run_id, f"seed {asked.seed}, {what}", study.in_place
+    )
 
 
 def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunConfig, Outcome, TaskModel]:
@@ -208,7 +257,7 @@ def model_of(study: Study, asked: Asked, before: Outcome | None) -> tuple[RunCon
         return own, outcome, model.after(image_of(images), f"image of {contender(row.first).title}")
     encoder = encoder_of(asked, before)
     own = study.settings(asked, encoder, equal_steps(study, asked, encoder))
-    outcome = fit(own, study.dataset, study.run_id, asked.title)
+    outcome = fit(own, study.dataset, study.run_id, asked.title, study.in_place)
     return own, outcome, load_model(outcome.encoder, device)
 
 
@@ -239,12 +288,23 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
         return 0
 
     def speed(one: Asked, begun: str) -> float:
-        own = study.settings(one, begun, TRIAL, **{"train.log_every": TRIAL_EVERY, "train.eval_every": TRIAL})
-        return rate(fit(own, study.dataset, study.run_id, f"speed of {one.start}"), TRIAL_EVERY, TRIAL)
+        own = speed_run(study, one, begun)
+        outcome = fit(own, study.dataset, study.run_id, f"speed of {one.start}", study.in_place)
+        return rate(outcome, TRIAL_EVERY, TRIAL)
 
+    ours = speed(our_own(study, asked), start.NONE)
     first = study.config.study.seeds[0]
-    ours = speed(Asked(first, SCRATCH, study.config.task.tasks, asked.labels), start.NONE)
     return max(1, round(study.config.task.steps * speed(asked._replace(seed=first), encoder) / ours))
+
+
+def our_own(study: Study, asked: Asked) -> Asked:
+    """The row of k-MTR whose speed that of a contender is compared with."""
+    return Asked(study.config.study.seeds[0], SCRATCH, study.config.task.tasks, asked.labels)
+
+
+def speed_run(study: Study, asked: Asked, encoder: str) -> RunConfig:
+    """Settings of the short run that measures a row's speed."""
+    return study.settings(asked, encoder, TRIAL, **{"train.log_every": TRIAL_EVERY, "train.eval_every": TRIAL})
 
 
 def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from kmtr.config import RunConfig
-from kmtr.systems.base import Features, Imaging, Mapped, Reader, Reading, System
+from kmtr.systems.base import Features, Imaging, Mapped, Reader, Reading, System, Taught
 from kmtr.systems.components import CleanComponents
 from kmtr.systems.image import ImageEncoder
 from kmtr.systems.kgin import KGIN
 from kmtr.systems.kmae import KMAE
 from kmtr.systems.kspace import KSpaceEncoder
+from kmtr.systems.linet import LINet
 from kmtr.systems.resnet import ResNet50
 from kmtr.systems.unet import UNet
 from kmtr.systems.xf import XFUNet
@@ -18,6 +19,7 @@ SYSTEMS: dict[str, System] = {
     "kspace": KSpaceEncoder(),
     "image": ImageEncoder(),
     "unet": UNet(),
+    "linet": LINet(),
     "resnet50": ResNet50(),
     "xf": XFUNet(),
     "kgin": KGIN(),
@@ -65,4 +67,16 @@ def input_of(config: RunConfig) -> str:
     return config.task.input or able[0]
 
 
-__all__ = ["SYSTEMS", "Features", "Imaging", "Mapped", "Reader", "Reading", "System", "at_once", "input_of", "system"]
+__all__ = [
+    "SYSTEMS",
+    "Features",
+    "Imaging",
+    "Mapped",
+    "Reader",
+    "Reading",
+    "System",
+    "Taught",
+    "at_once",
+    "input_of",
+    "system",
+]

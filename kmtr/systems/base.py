@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kmtr.config import RunConfig
@@ -110,6 +110,29 @@ class Mapped(System, Protocol):
     def maps(self, config: RunConfig) -> tuple[int, ...]:
         """Channels of each."""
         ...
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a `Mapped` system learns from clean images besides; to predict, it does without.
+
+    Attributes:
+        levels: maps of the clean images of the slices and frames that it is told.
+        known: those whose clean image is known.
+        gap: of each subject, how far what the system makes of its input is from that; is added to the loss.
+    """
+
+    levels: tuple[Float[Tensor, "cell _ _ _"], ...]
+    known: Bool[Tensor, " cell"]
+    gap: Float[Tensor, " batch"]
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """Features of a system with a `Lesson`, None where it does not learn."""
+
+    @property
+    def lesson(self) -> Lesson | None: ...
 
 
 @runtime_checkable

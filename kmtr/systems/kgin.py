@@ -238,8 +238,7 @@ class KGINReader:
         sampled = crop_or_pad(whole.sampled, self.matrix[:1], (-1,))
 
         def make(lengths: Sequence[Lengths]) -> Reading:
-            host = tuple(n for one in lengths for n in one.host)
-            each = Lengths(host, torch.cat([one.counts for one in lengths]))
+            each = Lengths.joined(lengths)
             kspace, exists = Shared.of(whole, self.matrix).kspace, existing(batch, self.matrix)
             return Reading("kgin", (kspace, sampled, ~batch.padded.all(-1), exists, self.envelope, each), learns)
 

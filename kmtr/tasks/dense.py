@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,11 +17,15 @@ from kmtr.model.dense import HALF, DenseDecoder, PixelHead
 from kmtr.model.packing import Pending, Places, gather, indices
 from kmtr.physics import random
 from kmtr.systems import SYSTEMS, Mapped, Reader, Reading, system
+from kmtr.tasks import priors
 from kmtr.tasks.base import Encode, Given, Task
 from kmtr.types import InputError
 
-SHOWN = 2
-"""Images that a query sees of its slice: the temporally shared one of its frame, and their mean over the cycle."""
+SHOWN = 3
+"""Images that a query sees of its slice: the temporally shared one of its frame, their mean over the cycle, and what
+moves, the frame less the mean, at a scale of its own: it has a tenth of the SD of the image, and ejection fraction is
+all in it.
+"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,11 @@ class Dense(Task):
         shown, channels = SHOWN * self.shows, config.task.channels
         return DenseDecoder(config.data, config.model, config.task.patch, self.outputs, shown, channels)
 
+    def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``moving_sd`` of the images that queries see, once for all tasks; a task adds its own."""
+        missing = self.shows and "moving_sd" not in tables
+        return {"moving_sd": priors.moving_sd(self.config.data, batches())} if missing else {}
+
     @abstractmethod
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         """Slices and frames that have something to learn from."""
@@ -159,17 +168,18 @@ class Dense(Task):
         return Pending((*reading.cells, chosen), make)
 
     def images(self, batch: Batch, given: Given, seen: Shared) -> Float[Tensor, "batch slice t image y x"]:
-        """`SHOWN` images of every slice and frame, in the population's SD about its mean image."""
-        mean, sd = (given.tables[name] for name in ("image_mean", "image_sd"))
-        present = (~batch.padded)[..., None, None]
-        still = (seen.image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
+        """`SHOWN` images of every slice and frame, in the population's SD: about its mean image, of what moves
+        about zero.
+        """
+        mean, sd, moving_sd = (given.tables[name] for name in ("image_mean", "image_sd", "moving_sd"))
+        still, moving = seen.parts(~batch.padded)
         slots = indices(batch.slots, mean.device)
         both = torch.stack([seen.image, still.expand_as(seen.image)], dim=3)
-        return (both - mean[slots, None, None]) / sd
+        both = (both - mean[slots, None, None]) / sd
+        return torch.cat([both, moving[:, :, :, None] / moving_sd], dim=3)
 
-    def levels(self, encode: Encode, head: Any, asked: Asked) -> tuple[Float[Tensor, "cell output _ _"], ...]:
+    def levels(self, features: Any, head: Any, asked: Asked) -> tuple[Float[Tensor, "cell output _ _"], ...]:
         """Output of the head, fp32, zero at step 0: of maps at every resolution, finest first."""
-        features = encode(asked.seen)
         if self.mapped:
             found: tuple[Tensor, ...] = head(features.levels)
             return found
@@ -177,4 +187,4 @@ class Dense(Task):
 
     def raw(self, encode: Encode, head: Any, asked: Asked) -> Float[Tensor, "cell output y x"]:
         """Output of the head for every pixel."""
-        return self.levels(encode, head, asked)[0]
+        return self.levels(encode(asked.seen), head, asked)[0]

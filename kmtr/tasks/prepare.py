@@ -17,9 +17,12 @@ from kmtr.tasks.base import EMBEDDING, Given, Inputs, widest
 from kmtr.tasks.registry import tasks_of
 from kmtr.tasks.stages import Stage
 
-TABLES = ("label_mean", "label_sd", "mask_log_prior", "mask_constant", "image_constant", "image_mean", "image_sd")
+TABLES = (
+    *("label_mean", "label_sd", "mask_log_prior", "mask_constant", "image_constant"),
+    *("image_mean", "image_sd", "moving_sd"),
+)
 """What tasks look up: moments of their labels, in their order; log of each class's frequency at each pixel; losses of
-the mean mask and of the mean image; the population's mean image and SD.
+the mean mask and of the mean image; the population's mean image, its SD, and that of what moves in what lines show.
 """
 
 

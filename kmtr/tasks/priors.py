@@ -71,6 +71,16 @@ def mask_constant(batches: Iterable[Batch], prior: Float[Tensor, "slice class y 
     return torch.cat(losses).mean()
 
 
+def moving_sd(data: Data, batches: Iterable[Batch]) -> Float[Tensor, ""]:
+    """SD over all pixels of what moves in the temporally shared images (`Shared.parts`), in units of `Shared`."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in batches:
+        _, moving = Shared.of(batch, data.matrix).parts(~batch.padded)
+        total += moving.double().square().sum()
+        count += int((~batch.padded).sum()) * data.matrix[0] * data.matrix[1]
+    return (total / max(count, 1)).clamp(min=1e-12).sqrt().float()
+
+
 def image_constant(data: Data, batches: Iterable[Batch], mean: Float[Tensor, "slice y x"]) -> Float[Tensor, ""]:
     """Loss of reconstruction that the population's mean image has, mean over subjects, in units of `Shared`; over the
     slices and frames whose image is known (`Batch.complete`).

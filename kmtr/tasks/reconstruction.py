@@ -68,7 +68,8 @@ class Reconstruction(Dense):
 
     def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``image_constant``, the loss of the mean image."""
-        return {"image_constant": priors.image_constant(self.config.data, batches(), tables["image_mean"])}
+        own = {"image_constant": priors.image_constant(self.config.data, batches(), tables["image_mean"])}
+        return super().fit(batches, tables) | own
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         return batch.complete

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from kmtr.data.loader.batch import Batch
 from kmtr.metrics.dense import mask_scores
+from kmtr.systems import Taught
 from kmtr.tasks import priors
 from kmtr.tasks.base import LOSS, SCORE, Encode, Given
 from kmtr.tasks.dense import Asked, Chosen, Dense
@@ -26,8 +27,9 @@ class Segmentation(Dense):
 
     Logits begin at the log of each class's frequency at the pixel (of the slice slot), so that step 0 answers the mean
     mask. A system with maps answers at several resolutions, each of half the weight of the finer one before it, against
-    every second pixel of that one's truth (nnU-Net's deep supervision). Nothing is asked where the truth is UNLABELLED;
-    where a source does not draw a class, its background may be that class.
+    every second pixel of that one's truth (nnU-Net's deep supervision). With a `systems.Lesson` the loss is the mean
+    over both images', and the gap on top. Nothing is asked where the truth is UNLABELLED; where a source does not draw
+    a class, its background may be that class.
     """
 
     name = label = "segmentation"
@@ -37,7 +39,8 @@ class Segmentation(Dense):
     def fit(self, batches: Callable[[], Iterable[Batch]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``mask_log_prior``, where the logits begin, and ``mask_constant``, the loss there."""
         prior = priors.mask_log_prior(self.config.data, batches())
-        return {"mask_log_prior": prior, "mask_constant": priors.mask_constant(batches(), prior)}
+        own = {"mask_log_prior": prior, "mask_constant": priors.mask_constant(batches(), prior)}
+        return super().fit(batches, tables) | own
 
     def teaching(self, batch: Batch) -> Bool[Tensor, "batch slice t"]:
         assert batch.masks is not None
@@ -52,15 +55,27 @@ class Segmentation(Dense):
         return {"prior": prior, "truth": truth, "drawn": drawn, "constant": given.tables["mask_constant"]}
 
     def forward(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
-        extra = asked.extra
+        features = encode(asked.seen)
+        loss = self._loss(self.levels(features, head, asked), asked, asked.extra["truth"])
+        if isinstance(features, Taught) and (lesson := features.lesson):
+            known = asked.extra["truth"].masked_fill(~lesson.known[:, None, None], UNLABELLED)
+            loss = (loss + self._loss(head(lesson.levels), asked, known)) / 2 + lesson.gap
+        return {LOSS: loss}
+
+    def _loss(
+        self, levels: Sequence[Float[Tensor, "cell output _ _"]], asked: Asked, truth: UInt8[Tensor, "cell y x"]
+    ) -> Float[Tensor, " batch"]:
+        """Of the logits at every resolution against the truth at every second pixel of the finer one's, over what the
+        training subjects' mean mask has of it.
+        """
         losses, weights = [], []
-        for level, found in enumerate(self.levels(encode, head, asked)):
+        for level, found in enumerate(levels):
             every = [whole // coarse for whole, coarse in zip(self.config.data.matrix, found.shape[-2:], strict=True)]
-            truth, prior = (extra[name][..., :: every[0], :: every[1]] for name in ("truth", "prior"))
+            there, prior = (one[..., :: every[0], :: every[1]] for one in (truth, asked.extra["prior"]))
             weights.append(0.5**level)
-            loss = cross_entropy_and_dice(found + prior, truth, extra["drawn"], asked.cells.lengths.counts)
+            loss = cross_entropy_and_dice(found + prior, there, asked.extra["drawn"], asked.cells.lengths.counts)
             losses.append(weights[-1] * loss)
-        return {LOSS: torch.stack(losses).sum(0) / sum(weights) / extra["constant"]}
+        return torch.stack(losses).sum(0) / sum(weights) / asked.extra["constant"]
 
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         """``masks`` uint8 ``batch slice t y x``, UNLABELLED where nothing is there."""

@@ -59,10 +59,12 @@ def fit(
     callbacks: list[Any] | None = None,
     tags: dict[str, str] | None = None,
     title: str = "",
+    in_place: bool = False,
 ) -> Outcome:
     """Train in one Ray Train run and one MLflow run. Ray must be up (kmtr.cli.start_ray).
 
     Args:
+        in_place: this process, a Ray actor's, is the run's one worker (`kmtr.train.in_place`), without Ray Train.
         parent_id: MLflow run that this one is a child of (a search).
         callbacks: of Ray Train's controller (a search's bridge to Tune).
         title: its name in MLflow; empty: the run's own.
@@ -80,7 +82,9 @@ def fit(
     room.refuse_missing_gpu(config.train.device)
     with owning(folder, f"run {name}"):
         done = finished(folder)  # by the one that was waited for
-        return done or _fit(config, dataset, name, folder, _Job(parent_id, quiet, callbacks or [], tags, title))
+        return done or _fit(
+            config, dataset, name, folder, _Job(parent_id, quiet, callbacks or [], tags, title, in_place)
+        )
 
 
 @dataclass(frozen=True)
@@ -92,13 +96,14 @@ class _Job:
     callbacks: list[Any]
     tags: dict[str, str] | None
     title: str
+    in_place: bool
 
 
 def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _Job) -> Outcome:
     """`fit` of a run that is not finished and is ours."""
     import ray.train
 
-    from kmtr.train import trainer
+    from kmtr.train import in_place, trainer
 
     branch.begin(config, folder)  # first: what it refuses leaves the name free
     begin(folder, config, dataset)
@@ -119,8 +124,12 @@ def _fit(config: RunConfig, dataset: Dataset, name: str, folder: Path, asked: _J
         with Display(
             job["progress"], config.total_steps, asked.quiet, config.train.silent_s, config.train.hang_s
         ) as display:
+            result: Any
             try:
-                result = trainer.fit(config, job, folder, asked.callbacks, display.line)
+                if asked.in_place:
+                    result = in_place.fit(config, job, folder)
+                else:
+                    result = trainer.fit(config, job, folder, asked.callbacks, display.line)
             except ray.train.TrainingFailedError as error:
                 why = display.own_failure() or by_setting(trainer.reason(error), folder)
                 raise KmtrError(f"run {name}: {why}") from error

@@ -234,6 +234,11 @@ class Display:
             raise KeyboardInterrupt
         self._asked.set()
 
+    @property
+    def stopping(self) -> bool:
+        """The command was asked to stop."""
+        return self._asked.is_set()
+
     def line(self, text: str) -> None:
         """A line of the driver's own."""
         if not self.quiet:

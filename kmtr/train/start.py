@@ -265,7 +265,7 @@ def task_tables(
     """
     found, some = label_moments(config, reader, rows), range(len(reader)) if rows is None else rows.tolist()
     for task in tasks_of(config).values():
-        found |= task.fit(partial(averaged, config, reader, some, task.needs), fitted)
+        found |= task.fit(partial(averaged, config, reader, some, task.needs), fitted | found)
     return found
 
 

@@ -1,8 +1,8 @@
 """The Ray Train trainer of a run: its number of workers may follow the cluster, and it says what it loses and awaits.
 
-The only file that leans on the inside of Ray Train. Its elastic policy takes any number of workers between two bounds.
-A global batch can be shared by its divisors only, so `DivisorPolicy` takes the largest of those that there is room for;
-a worker more would have nothing to do.
+This file and `in_place.py` are the only ones that lean on the inside of Ray Train. Its elastic policy takes any number
+of workers between two bounds. A global batch can be shared by its divisors only, so `DivisorPolicy` takes the largest
+of those that there is room for; a worker more would have nothing to do.
 """
 
 from __future__ import annotations

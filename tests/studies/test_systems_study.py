@@ -11,13 +11,12 @@ import command
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from forked_workers import instead_of_ray_train
 
 from jobs import study
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
-from kmtr.studies import pictures, running, system_figures, system_report, task_measures, task_rows, tasks
+from kmtr.studies import pictures, system_figures, system_report, task_measures, task_rows, tasks
 from kmtr.studies.contenders import CONTENDERS, decided
 from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
@@ -53,12 +52,9 @@ SPEED = 16.0
 
 
 @pytest.fixture
-def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(running, "start_ray", lambda: None)
+def config(small: RunConfig, tmp_path: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setattr(tasks, "TRIAL", 4)
     monkeypatch.setattr(tasks, "TRIAL_EVERY", 2)
-    instead_of_ray_train(monkeypatch)
     return override(small, SMALL | {"storage.root": str(tmp_path / "runs"), "study.rows": str(tmp_path / "rows")})
 
 
@@ -96,7 +92,7 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     said = asked_for(config)
     assert (said["rows"], said["missing"]) == (len(names), 0)
     rows = {row["start"]: row for row in lines(tmp_path / "rows")}
-    assert list(rows) == [FLOORS, *config.study.systems]
+    assert list(rows) == [PRETRAINED, FLOORS, *config.study.systems[1:]]
     learns = {PRETRAINED: BOTH, "tokens-zerofilled": BOTH, "image-full": BOTH}
     learns |= dict.fromkeys(("resnet50-shared", "kmae"), ("phenotypes",))
     assert [tuple(rows[name]["tasks"]) for name in names] == [learns.get(name, ("segmentation",)) for name in names]
@@ -163,11 +159,16 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
 def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> None:
     numbers = order(override(config, {"study.systems": (), "task.tasks": ("phenotypes",), "study.seeds": (0, 1)}))
     assert [(one.seed, one.start) for one in numbers] == [
-        (seed, name) for seed in (0, 1) for name in CONTENDERS if {*name.split("-")}.isdisjoint(("unet", "xf", "kgin"))
+        (seed, name)
+        for seed in (0, 1)
+        for name in CONTENDERS
+        if {*name.split("-")}.isdisjoint(("unet", "linet", "xf", "kgin"))
     ]
     for asked, line in (
         ("unet-shared", f"study.systems: expected {PRETRAINED} among them"),
         ("pretrained,nnunet", "study.systems: expected some of .*, got nnunet"),
+        ("pretrained,xf-unet,unet-full", "study.systems: expected xf among them, whose model xf-unet takes"),
+        ("pretrained,lowrank-unet", "study.systems: expected unet-full among them, whose model lowrank-unet takes"),
         ("pretrained,image-full", "study.systems: image-full cannot be trained: masked.steps, align.steps, .*expected"),
     ):
         with pytest.raises(InputError, match="^" + line):

@@ -10,13 +10,12 @@ from typing import Any
 import command
 import numpy as np
 import pytest
-from forked_workers import instead_of_ray_train
 
 from jobs import study
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
-from kmtr.studies import running, task_report, task_rows, tasks
+from kmtr.studies import task_report, task_rows, tasks
 from kmtr.studies.task_measures import headline, kept
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows
 from kmtr.studies.task_study import Study, held_out, order
@@ -42,10 +41,7 @@ BOTH = ("phenotypes", "segmentation")
 
 
 @pytest.fixture
-def config(small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(running, "start_ray", lambda: None)
-    instead_of_ray_train(monkeypatch)
+def config(small: RunConfig, tmp_path: Path, without_ray: None) -> RunConfig:
     rows = str(tmp_path / "rows")
     return override(small, SMALL | {"storage.root": str(tmp_path / "runs"), "study.rows": rows})
 
@@ -74,7 +70,7 @@ def test_a_study_that_is_killed_goes_on_and_its_rows_alone_make_its_report(
     with pytest.raises(KmtrError, match="killed"):
         asked_for(config)
     before = lines(folder)
-    assert [json.loads(line)["start"] for line in before] == [FLOORS, PRETRAINED, SCRATCH]
+    assert [json.loads(line)["start"] for line in before] == [PRETRAINED, FLOORS, SCRATCH]
     partial = asked_for(config, train=False)
     assert (partial["rows"], partial["missing"]) == (2, 2)
     said = asked_for(config)

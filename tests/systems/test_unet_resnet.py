@@ -1,4 +1,4 @@
-"""U-Net, ResNet-50, KMAE-style encoder: what they see, their layers, losses in closed form, whole runs."""
+"""U-Net, LI-Net- and KMAE-style systems, ResNet-50: what they see, their layers, losses in closed form, whole runs."""
 
 from __future__ import annotations
 
@@ -161,9 +161,13 @@ def test_it_begins_at_the_mean_mask_and_its_loss_is_that_of_deep_supervision(
         said, torch.where(batch.padded[..., None, None], torch.tensor(UNLABELLED, dtype=torch.uint8), expected)
     )
 
-    known = asked.tasks["segmentation"]
-    counts, extra = known.cells.lengths.counts, known.extra
     levels = len(model.heads["segmentation"].out)  # type: ignore[arg-type]
+    torch.testing.assert_close(begun, of_the_mean_mask(asked.tasks["segmentation"], levels))
+
+
+def of_the_mean_mask(known: Any, levels: int) -> Tensor:
+    """Loss of the prior under deep supervision, over its own."""
+    counts, extra = known.cells.lengths.counts, known.extra
     parts = [
         cross_entropy_and_dice(
             extra["prior"][..., :: 2**i, :: 2**i], extra["truth"][..., :: 2**i, :: 2**i], extra["drawn"], counts
@@ -171,14 +175,15 @@ def test_it_begins_at_the_mean_mask_and_its_loss_is_that_of_deep_supervision(
         for i in range(levels)
     ]
     weights = [2**-i / sum(2**-j for j in range(levels)) for i in range(levels)]
-    wanted = sum(w * part for w, part in zip(weights, parts, strict=True)) / extra["constant"]
-    torch.testing.assert_close(begun, wanted)
+    found: Tensor = sum(w * part for w, part in zip(weights, parts, strict=True)) / extra["constant"]
+    return found
 
 
+@pytest.mark.parametrize("name", ["unet", "linet"])
 def test_a_worker_without_anything_to_learn_from_has_all_gradients(
-    config: RunConfig, tables: dict[str, Tensor]
+    name: str, config: RunConfig, tables: dict[str, Tensor]
 ) -> None:
-    model, prepare, stage, reader = ready(config, tables)
+    model, prepare, stage, reader = ready(override(config, {"task.system": name}), tables)
     batch = batch_of(config, reader, prepare)
     assert batch.masks is not None
     empty = replace(batch, masks=torch.full_like(batch.masks, UNLABELLED), epoch=torch.zeros_like(batch.key))
@@ -195,6 +200,76 @@ def test_its_vector_is_the_mean_over_a_subject_s_own_maps() -> None:
     maps = unet.Maps((), deepest, Lengths((1, 2, 0), torch.tensor([1, 2, 0])))
     mean = deepest.mean((2, 3))
     torch.testing.assert_close(maps.vector, torch.stack([mean[0], mean[1:].mean(0), torch.zeros(2)]))
+
+
+# -------------------------------------------------------------------------------------------------------- LI-Net-style
+
+
+def taught(config: RunConfig, tables: dict[str, Tensor]) -> tuple[Any, ...]:
+    """A LI-Net-style system, with batches as they are learnt from and as they are predicted."""
+    changed = override(config, {"task.system": "linet", "task.frames": 1})
+    model, prepare, stage, reader = ready(changed, tables)
+    batch = batch_of(changed, reader, prepare)
+    return model, prepare, stage, replace(batch, epoch=torch.zeros_like(batch.key)), batch
+
+
+def test_li_net_learns_from_clean_images_and_predicts_from_zero_filled_ones(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    model, prepare, stage, learning, batch = taught(config, tables)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=0.1)
+    asked = [prepare(one, stage) for one in (batch, elsewhere(batch))]
+    with torch.no_grad():
+        said = [model(one, predict=True)["segmentation"]["masks"] for one in asked]
+        losses = [model(prepare(one, stage))["segmentation"][LOSS] for one in (learning, elsewhere(learning))]
+    assert torch.equal(*said), "blind to what was not acquired"
+    assert len(set(said[0][~batch.padded].flatten().tolist())) > 1
+    assert not torch.equal(*losses), "the clean image is not"
+    reading = prepare(learning, stage).tasks["segmentation"].seen
+    assert len(reading.arguments) == 7
+    assert len(asked[0].tasks["segmentation"].seen.arguments) == 5
+
+
+def test_li_net_s_loss_in_closed_form(config: RunConfig, tables: dict[str, Tensor]) -> None:
+    """With every line acquired both ways agree, and the temporal model begins as the identity: no gap at step 0."""
+    model, prepare, stage, learning, _ = taught(config, tables)
+    module = model.systems["linet"]
+    whole = replace(learning, sampled=learning.acquired)
+    for batch, same in ((whole, True), (learning, False)):
+        known = prepare(batch, stage).tasks["segmentation"]
+        with torch.no_grad():
+            found = module(*known.seen.arguments)
+            loss = model(prepare(batch, stage))["segmentation"][LOSS]
+        assert torch.allclose(found.lesson.gap, torch.zeros(()), atol=1e-9) == same
+        assert found.lesson.known.all()
+        wanted = of_the_mean_mask(known, len(found.levels)) + found.lesson.gap
+        torch.testing.assert_close(loss, wanted, msg="both ways begin at the mean mask")
+        images, _, rows, picked, cells, clean, _ = known.seen.arguments
+        assert len(picked) == len(clean) == cells.total < len(images) == rows.total
+        target = module._encoded(clean)
+        for row in range(len(batch)):
+            mine = cells.subject == row
+            away = (found.deepest[mine] - target[mine]).square().sum() / target[mine].square().sum()
+            torch.testing.assert_close(found.lesson.gap[row], away)
+
+
+def test_li_net_s_latents_of_a_frame_depend_on_the_others_of_its_slice_alone(
+    config: RunConfig, tables: dict[str, Tensor]
+) -> None:
+    model, prepare, stage, _, batch = taught(config, tables)
+    module = model.systems["linet"]
+    nn.init.normal_(module.out.weight, std=0.1)
+    arguments = prepare(batch, stage).tasks["segmentation"].seen.arguments
+    images, times, rows, *rest = arguments
+    with torch.no_grad():
+        before = module(*arguments).deepest
+        other = images.clone()
+        other[0] += torch.randn_like(images[0])
+        after = module(other, times, rows, *rest).deepest
+    first = rows.host[0]
+    assert (before != after).flatten(1).any(1).tolist() == [i < first for i in range(len(images))]
 
 
 # ----------------------------------------------------------------------------------------------------------- ResNet-50
@@ -311,6 +386,7 @@ class Alone:
     ("name", "tasks"),
     [
         ("unet", "segmentation"),
+        ("linet", "segmentation"),
         ("resnet50", "phenotypes"),
         ("kmae", "phenotypes"),
         ("xf", "reconstruction"),
@@ -375,6 +451,8 @@ KINDS: dict[str, dict[str, Any]] = {
     [
         ("unet", "segmentation", "U-Net", ("one", "many")),
         pytest.param("unet", "segmentation", "U-Net", tuple(KINDS), marks=pytest.mark.full),
+        ("linet", "segmentation", "LI-Net-style", ("one",)),
+        pytest.param("linet", "segmentation", "LI-Net-style", tuple(KINDS), marks=pytest.mark.full),
         ("resnet50", "phenotypes", "ResNet-50", ("one",)),
         pytest.param("resnet50", "phenotypes", "ResNet-50", tuple(KINDS), marks=pytest.mark.full),
         ("xf", "reconstruction", "x-f U-Net", ("one",)),
@@ -405,12 +483,12 @@ def test_a_run_ends_with_a_model_that_predicts_on_its_own(
         assert away < {"many": 0.02}.get(what, np.inf), what
         assert np.isfinite(ours[what]).any(), what
     named = {row["input"] for row in tables["one"].to_pylist() if row["system"] == title}
-    assert named == {"temporally shared image" if sees else LINES}
+    assert named == {"temporally shared image" if sees else "zero-filled image" if name == "linet" else LINES}
     folder = Path(str(said["one"]["model"]))
-    assert f"`{name}` on input `{sees or 'acquired'}`" in (folder / "README.md").read_text()
+    assert f"`{name}` on input `{sees or system(name).inputs[0]}`" in (folder / "README.md").read_text()
     study = simulated(20, hearts)
     found = kmtr.load_model(folder).predict(study, acceleration=4)
-    if name == "unet":
+    if tasks == "segmentation":
         assert {view: masks.shape for view, masks in found["masks"].items()} == {
             view: (shown.kspace.shape[0], shown.kspace.shape[2], *hearts.data.matrix)
             for view, shown in study.views.items()

@@ -14,7 +14,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader.batch import Batch
 from kmtr.data.loader.collate import collate
-from kmtr.inputs import full_image
+from kmtr.inputs import Shared, full_image
 from kmtr.metrics import images
 from kmtr.physics.fourier import fft2c
 from kmtr.physics.sampling import PATTERN, VALIDATION
@@ -169,6 +169,29 @@ def test_step_zero_is_the_mean_mask_and_the_shared_image(
     flat = fitted["image_mean"][list(batch.slots), None]
     ratio = image / flat
     assert float(ratio[there].std(dim=(-2, -1)).max()) < 1e-4, "the population's mean image, scaled"
+
+
+def test_a_query_sees_what_moves_at_a_scale_of_its_own(
+    config: RunConfig, reader_of: Reader, fitted: dict[str, Tensor]
+) -> None:
+    """Frame and mean about the population's mean image, and the frame less the mean, of variance 1 over all."""
+    _, prepare, stage = ready(config, fitted)
+    batch = batch_of(config, reader_of, prepare)
+    asked = prepare(batch, stage).tasks["segmentation"]
+    frame, mean, moving = asked.on_grid(asked.shown, 0.0).unbind(3)
+    there = (~batch.padded)[..., None, None]
+    sd, own = prepare.tables["image_sd"], prepare.tables["moving_sd"]
+    assert 0 < float(own) < float(sd)
+    torch.testing.assert_close(moving, (frame - mean) * there * sd / own, rtol=1e-3, atol=1e-3)
+    assert float(moving.sum(2).abs().max()) < 1e-3, "the mean over the cycle does not move"
+    squares, pixels = 0.0, 0
+    for each in start.averaged(config, reader_of, range(len(reader_of)), "masks"):
+        seen = Shared.of(each, config.data.matrix).image
+        for image, padded in zip(seen, each.padded, strict=True):
+            for slice_, absent in zip(image, padded, strict=True):
+                squares += float((slice_[~absent] - slice_[~absent].mean(0)).double().square().sum())
+                pixels += slice_[~absent].numel()
+    assert float(own) == pytest.approx((squares / pixels) ** 0.5, rel=1e-4)
 
 
 def test_the_loss_of_a_constant_answer_is_one(config: RunConfig, reader_of: Reader, fitted: dict[str, Tensor]) -> None:

@@ -98,7 +98,8 @@ def plain(small: RunConfig) -> list[Study]:
         ),
         (
             {"task__system": "kspce"},
-            r"task\.system: expected one of kspace, image, unet, resnet50, xf, kgin, kmae, components, got 'kspce'",
+            r"task\.system: expected one of kspace, image, unet, linet, resnet50, xf, kgin, kmae, components, got "
+            "'kspce'",
         ),
     ],
 )

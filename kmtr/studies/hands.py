@@ -1,0 +1,196 @@
+"""Hands of a study: processes that live as long as it does, each of which makes one row after the other.
+
+Where one worker serves a run, no row starts Ray Train: the hand itself is the worker. As many work side by side as the
+cluster has room for. What several rows begin from is made once: a row waits while another one is at it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kmtr.config import override
+from kmtr.ray_start import described, start_ray
+from kmtr.train import room
+from kmtr.train.progress import STOP_S, Display, Sender
+from kmtr.train.watch import BEAT_S
+from kmtr.types import KmtrError, StoppedError
+
+if TYPE_CHECKING:
+    from kmtr.studies.task_rows import Asked, Shown, Values
+    from kmtr.studies.task_study import Study
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A row that is ready to be kept: arguments of `task_rows.Rows.add`."""
+
+    asked: Asked
+    said: Mapping[str, Any]
+    values: Values
+    shown: Shown | None = None
+
+
+STOPPED = "study: stopped; the same command goes on, each row from its last checkpoint"
+
+Done = Mapping["Asked", Mapping[str, Any]]
+"""Finished rows by their keys, as `task_rows.Rows.read` gives them."""
+Make = Callable[["Study", "Asked", Done], Finished]
+"""What makes a row, knowing those that are done."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What keeps rows from being made at the same time.
+
+    Attributes:
+        after: rows that have to be done before.
+        makes: what it makes unless it is there already, and others need as well, by names.
+    """
+
+    after: frozenset[Asked] = frozenset()
+    makes: frozenset[str] = frozenset()
+
+
+def ready(waiting: Sequence[Asked], needs: Mapping[Asked, Needs], running: Sequence[Asked]) -> Asked | None:
+    """The first waiting row that nothing keeps back; None: there is none.
+
+    Args:
+        needs: of the waiting and the running rows.
+    """
+    busy = {name for one in running for name in needs[one].makes}
+    behind = {*waiting, *running}
+    for one in waiting:
+        if not needs[one].after & behind and not needs[one].makes & busy:
+            return one
+    return None
+
+
+class Hand:
+    """One process; a Ray actor. Told to stop, it asks itself as a user would: a training saves and ends.
+
+    Args:
+        number: among the hands.
+        threads: that it computes with.
+        progress: name of the progress actor.
+    """
+
+    def __init__(self, study: Study, number: int, threads: int, progress: str):
+        own = override(study.config, {"train.threads": study.config.train.threads or threads})
+        self.study = replace(study, config=own, in_place=True)
+        self.number, self.sender = number, Sender(progress)
+        threading.Thread(target=self._listen, name="kmtr-hand", daemon=True).start()
+
+    def make(self, function: Make, asked: Asked, done: Done) -> Finished:
+        """A row; what is printed meanwhile goes to the study's screen, behind the row's name."""
+        with contextlib.redirect_stdout(_Lines(lambda line: self.sender.say(f"[{asked.title}] {line}"))):
+            return function(self.study, asked, done)
+
+    def _listen(self) -> None:
+        while not (self.sender.beat(self.number, 0, "") or {}).get("stop"):
+            time.sleep(BEAT_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Lines(io.TextIOBase):
+    """A stream that passes on whole lines."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.rest = say, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            if line.strip():
+                self.say(line.rstrip())
+        return len(text)
+
+
+def at_once(study: Study) -> int:
+    """Rows that are made side by side by hands; 0: a run has several workers, so that Ray Train makes one row after the
+    other. Ray must be up.
+
+    Raises:
+        InputError: GPUs are asked for, and there are none.
+    """
+    import ray
+
+    config = study.config
+    if config.train.workers.most > 1:
+        return 0
+    room.refuse_missing_gpu(config.train.device)
+    one = room.reserved(config, 1, gpus=room.uses_gpus(config.train.device))
+    have = ray.cluster_resources()
+    return max(1, int(min(have.get(kind, 0) / number for kind, number in one.items() if number)))
+
+
+def side_by_side(
+    study: Study, rows: Sequence[Asked], make: Make, needs: Callable[[Asked], Needs]
+) -> Iterator[Finished]:
+    """Rows as they are made, in the order in which they end.
+
+    Args:
+        needs: of a row, asked anew each time that one has ended.
+
+    Raises:
+        KmtrError: of the first row that failed, or a hand was lost too often; the others are ended.
+        StoppedError: the command was asked to stop.
+    """
+    start_ray()
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    number = min(at_once(study), len(rows))
+    threads = max(1, int(ray.cluster_resources().get("CPU", 1) // number))
+    progress = f"hands-{os.getpid()}-{time.time_ns()}"
+    one = room.of_worker(study.config, gpus=room.uses_gpus(study.config.train.device))
+    kind = ray.remote(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0))(Hand)
+    waiting, lost = list(rows), 0
+    running: dict[Any, tuple[Asked, Any]] = {}
+    print(f"study: {len(rows)} row(s), {number} at once; the cluster has {described()}", flush=True)
+    with Display(progress, len(rows)) as display:
+        hands = [kind.remote(study, place, threads, progress) for place in range(number)]
+        idle = list(hands)
+        try:
+            while waiting or running:
+                busy = [asked for asked, _ in running.values()]
+                found = {asked: needs(asked) for asked in (*waiting, *busy)} if idle else {}
+                while idle and (asked := ready(waiting, found, busy)):
+                    waiting.remove(asked)
+                    busy.append(asked)
+                    hand = idle.pop(0)
+                    running[hand.make.remote(make, asked, study.rows.read())] = asked, hand
+                (first, *_), _ = ray.wait(list(running))
+                asked, hand = running.pop(first)
+                try:
+                    yield ray.get(first)
+                except RayTaskError as error:
+                    raise error.cause if isinstance(error.cause, KmtrError) else error from None
+                except RayActorError:
+                    lost += 1
+                    if display.stopping:
+                        raise StoppedError(STOPPED) from None
+                    if lost > study.config.train.max_failures:
+                        raise KmtrError(
+                            f"study: the process of a row was lost {lost} times, expected at most "
+                            f"train.max_failures={study.config.train.max_failures}"
+                        ) from None
+                    display.line(f"[{asked.title}] lost: its process is gone; it goes on from its last checkpoint")
+                    waiting.insert(0, asked)
+                    hand = kind.remote(study, number + lost, threads, progress)
+                    hands.append(hand)
+                idle.append(hand)
+        except KeyboardInterrupt:
+            raise StoppedError(STOPPED) from None
+        finally:
+            if running and display.stopping:
+                ray.wait(list(running), num_returns=len(running), timeout=STOP_S)
+            for hand in hands:
+                ray.kill(hand)

@@ -1,0 +1,158 @@
+"""Hands of a study: what is made at the same time, and rows that do not depend on who makes them, or who dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from kmtr.config import RunConfig, override
+from kmtr.studies import hands, tasks
+from kmtr.studies.hands import Done, Finished, Needs, ready
+from kmtr.studies.task_rows import FILE, FLOORS, PRETRAINED, SCRATCH, Asked
+from kmtr.studies.task_study import Study
+from kmtr.types import KmtrError, StoppedError
+
+ROWS = [Asked(0, name, ("segmentation",), 0) for name in ("a", "b", "c")]
+A, B, C = ROWS
+
+
+def test_a_row_waits_for_those_that_it_needs_and_for_what_another_one_is_making() -> None:
+    free = {one: Needs() for one in ROWS}
+    assert ready(ROWS, free, []) == A
+    assert ready([], {}, []) is None
+    behind = free | {A: Needs(after=frozenset([B]))}
+    assert ready(ROWS, behind, []) == B, "not before another one that waits"
+    assert ready([A, C], behind, [B]) == C, "nor while it is being made"
+    assert ready([A], behind, []) == A, "one that is done, or not asked for, keeps nobody back"
+    same = {one: Needs(makes=frozenset(["pretraining"])) for one in (A, B)} | {C: Needs(makes=frozenset(["speed"]))}
+    assert ready([B, C], same, [A]) == C
+    assert ready([B], same, [A]) is None
+    assert ready([B], same, [C]) == B
+
+
+def test_lines_are_passed_on_whole() -> None:
+    said: list[str] = []
+    stream = hands._Lines(said.append)
+    for piece in ("a", "b\nc", "\n\n", "  d  \n", "e"):
+        print(piece, end="", file=stream)
+    assert said == ["ab", "c", "  d"]
+
+
+SMALL = {
+    "train.workers": 1,
+    "train.threads": 1,
+    "train.cpus_per_worker": 2,
+    "train.eval_every": 100,
+    "train.checkpoint_every": 1,
+    "train.max_failures": 1,
+    "masked.steps": 2,
+    "align.steps": 0,
+    "study.seeds": (0,),
+    "study.task_labels": (12,),
+    "study.single_labels": (12,),
+    "task.tasks": ("phenotypes", "segmentation"),
+    "task.targets": ("lvedv_ml", "lvm_g"),
+    "task.steps": 3,
+    "task.frames": 1,
+    "evaluate.accelerations": (2, 4),
+    "evaluate.bootstrap": 20,
+}
+
+
+def dying(study: Study, asked: Asked, done: Done) -> Finished:
+    """A row; the process of the one from scratch is killed once, in the step behind the first checkpoint."""
+    from kmtr.studies import tasks as unchanged
+    from kmtr.train import start, step
+    from kmtr.train.folder import run_folder
+
+    died, backward = Path(study.config.storage.root) / "died", step.accumulate
+    if asked.start != SCRATCH:
+        return unchanged.make(study, asked, done)
+    begun = run_folder(study.settings(asked, start.NONE), study.dataset)[1] / "train"
+
+    def killed(*arguments: Any) -> Any:
+        found = backward(*arguments)
+        if not died.exists() and [*begun.glob("checkpoint_2*")]:
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    step.accumulate = killed  # type: ignore[assignment]
+    try:
+        return unchanged.make(study, asked, done)
+    finally:
+        step.accumulate = backward
+
+
+def failing(study: Study, asked: Asked, done: Done) -> Finished:
+    raise KmtrError(f"row {asked.start}: no more")
+
+
+def interrupt_after_checkpoints(root: Path) -> None:
+    """Ctrl-C once training on labels has written a few."""
+    while len([*root.glob("tiny-*/train/checkpoint_2*")]) < 5:
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def made_by(config: RunConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
+    """Rows of a study without times, and their files of values."""
+    own = override(config, {"storage.root": str(folder / "runs"), "study.rows": str(folder / "rows")})
+    said = tasks.run(own)
+    assert said["missing"] == 0
+    lines = [json.loads(line) for line in (folder / "rows" / FILE).read_text().splitlines()]
+    for row in lines:
+        for name in ("row_s", "training_s", "pretraining_s", "date"):
+            row.pop(name, None)
+    values = {path.name: path.read_bytes() for path in (folder / "rows").glob("*.parquet")}
+    return sorted(lines, key=lambda row: (row["start"], row["tasks"])), values
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_hands_of_which_one_is_killed_make_the_rows_of_one_process(
+    cluster: None,
+    small: RunConfig,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes can't import tests
+    config = override(small, SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "make", dying)
+        rows, values = made_by(config, tmp_path / "hands")
+    said = capsys.readouterr().out
+    assert "5 row(s), 2 at once" in said
+    assert "lost: its process is gone; it goes on from its last checkpoint" in said
+    assert "[seed 0, scratch, phenotypes+segmentation, 12 labels]   step      1  goes on" in said
+    assert [row["start"] for row in rows] == [FLOORS, *[PRETRAINED] * 3, SCRATCH]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "make", failing)
+        with pytest.raises(KmtrError, match=r"^row (pretrained|scratch): no more$"):
+            made_by(config, tmp_path / "failing")
+
+    longer = override(config, {"task.steps": 4000, "storage.root": str(tmp_path / "longer")})
+    threading.Thread(target=interrupt_after_checkpoints, args=(tmp_path / "longer",), daemon=True).start()
+    with pytest.raises(StoppedError):
+        tasks.run(longer)
+    said = capsys.readouterr().out
+    assert "stopping      saving a checkpoint first" in said
+    assert "lost" not in said
+
+    request.getfixturevalue("without_ray")
+    alone, same = made_by(config, tmp_path / "alone")
+    assert rows == alone
+    assert values == same
