@@ -82,11 +82,10 @@ class Shared:
         inverse = (1 / scale)[:, None, None, None, None]
         return Shared(kspace * inverse[..., None], image * inverse, scale * gain[:, 0, 0].abs())
 
-    def parts(self, there: Bool[Tensor, "batch slice t"]) -> tuple[Float[Tensor, "batch slice 1 y x"], Image]:
-        """Mean of the image over the frames that are `there`, and what moves: the frames less it, 0 elsewhere."""
+    def still(self, there: Bool[Tensor, "batch slice t"]) -> Float[Tensor, "batch slice 1 y x"]:
+        """Mean of the image over the frames that are `there`."""
         present = there[..., None, None]
-        still = (self.image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
-        return still, (self.image - still) * present
+        return (self.image * present).sum(2, keepdim=True) / present.sum(2, keepdim=True).clamp(min=1)
 
 
 def full(batch: Batch) -> Image:

@@ -282,6 +282,9 @@ class Task(Section):
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of the stage")
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
     head_factor: float = Field(2.0, gt=0, description="learning rate of the heads over that of the stage")
+    decoder_factor: float = Field(
+        6.0, gt=0, description="the same of the decoders that make masks and images of an encoder's tokens"
+    )
     patch: tuple[int, int] = Field((8, 8), description="pixels (y, x) of a query of segmentation and reconstruction")
     queries: Literal["position", "shared"] = Field(
         "shared", description="a query knows its place alone, or sees its patch of the temporally shared image too"

@@ -119,6 +119,11 @@ class Task(ABC):
     @abstractmethod
     def systems(self) -> tuple[str, ...]: ...
 
+    @property
+    def head_factor(self) -> float:
+        """Learning rate of its head over that of training on labels."""
+        return self.config.task.head_factor
+
     def check(self) -> None:  # noqa: B027  most refuse nothing of their own
         """Refuse, before a worker starts, settings with which the task cannot be learnt.
 

@@ -94,6 +94,12 @@ class Dense(Task):
         return self.config.task.queries == "shared" and not self.mapped
 
     @property
+    def head_factor(self) -> float:
+        """Of a decoder, which has no closed form to begin from, its own."""
+        task = self.config.task
+        return task.head_factor if self.mapped else task.decoder_factor
+
+    @property
     def looks(self) -> bool:
         """Whether the task needs the temporally shared image."""
         return self.shows
@@ -154,29 +160,32 @@ class Dense(Task):
         told = {"shown": chosen} if self.mapped else {}
         reading = given.read(self.systems[0], batch, number=2, **told)
         seen = given.shared(batch, self.config.data.matrix) if self.looks else None
-        images = self.images(batch, given, seen) if self.shows and seen is not None else None
 
         def make(lengths: Sequence[Any]) -> Asked:
             local = gather(chosen, lengths[-1])
             place = (local.lengths.subject, *local.index.unbind(-1))
             slots = indices(batch.slots, chosen.device)
             cells = replace(local, index=torch.stack([slots[place[1]], place[2]], dim=-1))
-            shown = None if images is None else images[place]
+            shown = self.images(given, seen, ~batch.padded, cells, place) if self.shows and seen is not None else None
             extra = self.extra(batch, given, Chosen(cells, place, seen))
             return Asked(reading.make(lengths[:-1]), cells, place, tuple(chosen.shape), shown, extra)
 
         return Pending((*reading.cells, chosen), make)
 
-    def images(self, batch: Batch, given: Given, seen: Shared) -> Float[Tensor, "batch slice t image y x"]:
-        """`SHOWN` images of every slice and frame, in the population's SD: about its mean image, of what moves
-        about zero.
-        """
+    def images(
+        self,
+        given: Given,
+        seen: Shared,
+        there: Bool[Tensor, "batch slice t"],
+        cells: Places,
+        place: tuple[Int[Tensor, " cell"], ...],
+    ) -> Float[Tensor, "cell image y x"]:
+        """`SHOWN` images of the cells, in the population's SD: about its mean image, of what moves about zero."""
         mean, sd, moving_sd = (given.tables[name] for name in ("image_mean", "image_sd", "moving_sd"))
-        still, moving = seen.parts(~batch.padded)
-        slots = indices(batch.slots, mean.device)
-        both = torch.stack([seen.image, still.expand_as(seen.image)], dim=3)
-        both = (both - mean[slots, None, None]) / sd
-        return torch.cat([both, moving[:, :, :, None] / moving_sd], dim=3)
+        row, z, _ = place
+        frame, still = seen.image[place], seen.still(there)[row, z, 0]
+        away = mean[cells.index[:, 0]]
+        return torch.stack([(frame - away) / sd, (still - away) / sd, (frame - still) / moving_sd], dim=1)
 
     def levels(self, features: Any, head: Any, asked: Asked) -> tuple[Float[Tensor, "cell output _ _"], ...]:
         """Output of the head, fp32, zero at step 0: of maps at every resolution, finest first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -15,7 +15,9 @@ from kmtr.model.packing import joint
 from kmtr.systems import Reader, system
 from kmtr.tasks.base import EMBEDDING, Given, Inputs, widest
 from kmtr.tasks.registry import tasks_of
-from kmtr.tasks.stages import Stage
+
+if TYPE_CHECKING:
+    from kmtr.tasks.stages import Stage
 
 TABLES = (
     *("label_mean", "label_sd", "mask_log_prior", "mask_constant", "image_constant"),

@@ -72,12 +72,14 @@ def mask_constant(batches: Iterable[Batch], prior: Float[Tensor, "slice class y 
 
 
 def moving_sd(data: Data, batches: Iterable[Batch]) -> Float[Tensor, ""]:
-    """SD over all pixels of what moves in the temporally shared images (`Shared.parts`), in units of `Shared`."""
+    """SD over all pixels of what moves in the temporally shared images, a frame less `Shared.still`, in units of
+    `Shared`.
+    """
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
-        _, moving = Shared.of(batch, data.matrix).parts(~batch.padded)
-        total += moving.double().square().sum()
-        count += int((~batch.padded).sum()) * data.matrix[0] * data.matrix[1]
+        seen, there = Shared.of(batch, data.matrix), ~batch.padded
+        total += ((seen.image - seen.still(there)) * there[..., None, None]).double().square().sum()
+        count += int(there.sum()) * data.matrix[0] * data.matrix[1]
     return (total / max(count, 1)).clamp(min=1e-12).sqrt().float()
 
 

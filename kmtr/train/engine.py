@@ -125,13 +125,12 @@ def learning_rate(config: RunConfig, step: int) -> float:
 def learning_rates(config: RunConfig, step: int) -> dict[str, float]:
     """Learning rate of each of the `domains`; 0 of a system that its stage keeps frozen."""
     stage, local = stage_of(config, step)
-    every, fresh = set(domains(config).values()), {f"heads.{name}" for name in stage.fresh}
+    every, fresh = set(domains(config).values()), {f"heads.{name}": factor for name, factor in stage.fresh.items()}
     if local < stage.head_steps:
-        first = stage.settings.learning_rate * stage.head_factor
-        return {domain: first if domain in fresh else 0.0 for domain in every}
+        return {domain: stage.settings.learning_rate * fresh.get(domain, 0.0) for domain in every}
     rate = learning_rate(config, step)
     rates = {domain: 0.0 if domain in stage.frozen else rate for domain in every}
-    return rates | dict.fromkeys(fresh, rate * stage.head_factor)
+    return rates | {domain: rate * factor for domain, factor in fresh.items()}
 
 
 def warm_cosine(step: int, steps: int, warmup_steps: int) -> float:

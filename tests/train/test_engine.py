@@ -75,6 +75,18 @@ def test_projections_learn_alone_first_and_a_teacher_that_is_not_trained_never(s
     assert domains == set(found)
 
 
+def test_decoders_learn_faster_than_heads_that_begin_in_closed_form(small: RunConfig) -> None:
+    config = override(
+        small,
+        {"stage": "task", "task.tasks": ("phenotypes", "segmentation"), "task.encoder": "none", "task.warmup_steps": 0}
+        | {"task.learning_rate": 1e-3, "task.head_factor": 2.0, "task.decoder_factor": 5.0},
+    )
+    rates = learning_rates(config, 0)
+    assert rates == pytest.approx({"kspace": 1e-3, "heads.phenotypes": 2e-3, "heads.segmentation": 5e-3})
+    unet = override(config, {"task.system": "unet", "task.tasks": ("segmentation",)})
+    assert learning_rates(unet, 0) == pytest.approx({"unet": 1e-3, "heads.segmentation": 2e-3}), "it has no decoder"
+
+
 def test_deepspeed_still_has_the_tuner_that_is_left_out() -> None:
     """A new version that imports MLflow elsewhere must be met here, not in every worker's start."""
     source = {str(path): path for path in files("deepspeed") or [] if path.suffix == ".py"}
