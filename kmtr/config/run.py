@@ -283,7 +283,7 @@ class Task(Section):
     warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up, then optimizer.schedule")
     head_factor: float = Field(2.0, gt=0, description="learning rate of the heads over that of the stage")
     decoder_factor: float = Field(
-        12.0, gt=0, description="the same of the decoders that make masks and images of an encoder's tokens"
+        2.0, gt=0, description="the same of the decoders that make masks and images of an encoder's tokens"
     )
     patch: tuple[int, int] = Field((8, 8), description="pixels (y, x) of a query of segmentation and reconstruction")
     queries: Literal["position", "shared"] = Field(
