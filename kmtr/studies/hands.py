@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kmtr.config import override
+from kmtr.config import RunConfig, override
 from kmtr.ray_start import described, start_ray
 from kmtr.train import room
 from kmtr.train.progress import STOP_S, Display, Sender
@@ -122,13 +122,23 @@ def at_once(study: Study) -> int:
     """
     import ray
 
-    config = study.config
-    if config.train.workers.most > 1:
+    if study.config.train.workers.most > 1:
         return 0
-    room.refuse_missing_gpu(config.train.device)
-    one = room.reserved(config, 1, gpus=room.uses_gpus(config.train.device))
+    room.refuse_missing_gpu(study.config.train.device)
+    hand, readers = _reserved(study.config)
     have = ray.cluster_resources()
-    return max(1, int(min(have.get(kind, 0) / number for kind, number in one.items() if number)))
+    wanted = hand | {"CPU": hand["CPU"] + readers}
+    return max(1, int(min(have.get(kind, 0) / number for kind, number in wanted.items() if number)))
+
+
+def _reserved(config: RunConfig) -> tuple[room.Resources, float]:
+    """What a hand reserves, and the CPUs that Ray Data's readers of its run need beside it. Without a GPU it computes
+    on a core of its own, however little a worker of a run reserves.
+    """
+    gpus = room.uses_gpus(config.train.device)
+    one = room.of_worker(config, gpus=gpus)
+    readers = room.reserved(config, 1, gpus=gpus)["CPU"] - one["CPU"]
+    return one | {"CPU": one["CPU"] if gpus else max(1.0, one["CPU"])}, readers
 
 
 def side_by_side(
@@ -150,7 +160,7 @@ def side_by_side(
     number = min(at_once(study), len(rows))
     threads = max(1, int(ray.cluster_resources().get("CPU", 1) // number))
     progress = f"hands-{os.getpid()}-{time.time_ns()}"
-    one = room.of_worker(study.config, gpus=room.uses_gpus(study.config.train.device))
+    one, _ = _reserved(study.config)
     kind = ray.remote(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0))(Hand)
     waiting, lost = list(rows), 0
     running: dict[Any, tuple[Asked, Any]] = {}
