@@ -117,19 +117,22 @@ def made_by(config: RunConfig, folder: Path) -> tuple[list[dict[str, Any]], dict
     return sorted(lines, key=lambda row: (row["start"], row["tasks"])), values
 
 
+@pytest.fixture
+def config(cluster: None, small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes can't import tests
+    return override(small, SMALL)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_two_hands_of_which_one_is_killed_make_the_rows_of_one_process(
-    cluster: None,
-    small: RunConfig,
+    config: RunConfig,
     tmp_path: Path,
     request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes can't import tests
-    config = override(small, SMALL)
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "make", dying)
         rows, values = made_by(config, tmp_path / "hands")
@@ -138,21 +141,26 @@ def test_two_hands_of_which_one_is_killed_make_the_rows_of_one_process(
     assert "lost: its process is gone; it goes on from its last checkpoint" in said
     assert "[seed 0, scratch, phenotypes+segmentation, 12 labels]   step      1  goes on" in said
     assert [row["start"] for row in rows] == [FLOORS, *[PRETRAINED] * 3, SCRATCH]
+    request.getfixturevalue("without_ray")
+    alone, same = made_by(config, tmp_path / "alone")
+    assert rows == alone
+    assert values == same
 
+
+@pytest.mark.full
+@pytest.mark.ray
+def test_a_row_that_fails_ends_the_study_and_ctrl_c_saves_what_is_trained(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "make", failing)
         with pytest.raises(KmtrError, match=r"^row (pretrained|scratch): no more$"):
             made_by(config, tmp_path / "failing")
 
-    longer = override(config, {"task.steps": 4000, "storage.root": str(tmp_path / "longer")})
-    threading.Thread(target=interrupt_after_checkpoints, args=(tmp_path / "longer",), daemon=True).start()
+    root = tmp_path / "longer"
+    threading.Thread(target=interrupt_after_checkpoints, args=(root,), daemon=True).start()
     with pytest.raises(StoppedError):
-        tasks.run(longer)
+        tasks.run(override(config, {"task.steps": 4000, "storage.root": str(root)}))
     said = capsys.readouterr().out
     assert "stopping      saving a checkpoint first" in said
     assert "lost" not in said
-
-    request.getfixturevalue("without_ray")
-    alone, same = made_by(config, tmp_path / "alone")
-    assert rows == alone
-    assert values == same
