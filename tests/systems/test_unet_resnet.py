@@ -449,7 +449,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "tasks", "title", "kinds"),
     [
-        ("unet", "segmentation", "U-Net", ("one", "many")),
+        ("unet", "segmentation", "U-Net", ("one",)),
         pytest.param("unet", "segmentation", "U-Net", tuple(KINDS), marks=pytest.mark.full),
         ("linet", "segmentation", "LI-Net-style", ("one",)),
         pytest.param("linet", "segmentation", "LI-Net-style", tuple(KINDS), marks=pytest.mark.full),
