@@ -14,13 +14,14 @@ tasks     phenotypes, diseases, segmentation and reconstruction in one model (or
           study.task_labels; each task alone at study.single_labels; and floors that need no
           trained network. For every seed: pretrains, trains task.steps on labels, scores on
           held-out subjects at every evaluate.accelerations, and compares on the same subjects
-systems   k-MTR beside its opponents (kmtr/studies/contenders.py): itself from scratch, the same
-          transformer on zero-filled patches, U-Nets and ResNets on zero-filled, temporally shared
-          and full images, LI-Net- and KMAE-style systems, the image encoder on full images, x-f
-          U-Net and k-GIN for images, and reconstructions that are analysed by what was trained on
-          full images; each trains as many seconds on all labels, those on full images until
-          validation stops improving. U-Nets (x-f too) and ResNets need kmtr[baselines]. Its
-          report shows masks, images and embeddings of the first seed as well
+systems   k-MTR beside its opponents (kmtr/studies/contenders.py): itself from scratch, also with
+          the seconds of pretraining on top, the same transformer on zero-filled patches, U-Nets and
+          ResNets on zero-filled, temporally shared and full images, LI-Net- and KMAE-style systems,
+          the image encoder on full images, x-f U-Net and k-GIN for images, and reconstructions that
+          are analysed by what was trained on full images; each trains as many seconds on all
+          labels, those on full images until validation stops improving. U-Nets (x-f too) and
+          ResNets need kmtr[baselines]. Its report shows masks, images and embeddings of the first
+          seed as well
 
 Recipe: tiny, unless given. Killed at any time, the same command goes on; what is done is never
 done again. Tables, a figure and an HTML report lie in storage.root/study/, metrics in an MLflow

@@ -19,6 +19,7 @@ class Contender:
         changes: of the study's settings.
         tasks: that it can learn; empty: all of the study's.
         pretrained: begins from an encoder that a pretraining with the same changes leaves.
+        long: trains for the seconds of k-MTR's pretraining as well.
         bound: sees what nobody has at R: trained until validation stops improving, and no opponent.
         first, then: reconstruct, then analyse: the contender (or `LOWRANK`) whose images the trained model of another
             one, of full images, is given. Nothing is trained for it.
@@ -29,6 +30,7 @@ class Contender:
     changes: Mapping[str, Any] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     pretrained: bool = False
+    long: bool = False
     bound: bool = False
     first: str = ""
     then: str = ""
@@ -73,6 +75,7 @@ def _on_reconstructions(system: str, title: str, *tasks: str) -> dict[str, Conte
 CONTENDERS: dict[str, Contender] = {
     PRETRAINED: Contender("k-MTR", pretrained=True, style=(0, "-")),
     SCRATCH: Contender("k-MTR from scratch", style=(0, "--")),
+    "scratch-long": Contender("k-MTR from scratch, with pretraining's seconds", long=True, style=(0, ":")),
     "tokens-zerofilled": Contender(
         "k-MTR on zero-filled patches in place of lines",
         {"model.encoder_inputs": "zerofilled"},

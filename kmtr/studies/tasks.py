@@ -134,8 +134,8 @@ def needs(study: Study, asked: Asked) -> hands.Needs:
     after = {asked._replace(start=PRETRAINED)} if asked.start == FLOORS else set()
     after |= {asked._replace(start=row.then)} if row.then else set()
     after |= {first_of(asked)} if row.first in CONTENDERS else set()
-    if row.pretrained:
-        own = pretraining(study.config, asked)
+    if row.pretrained or row.long:
+        own = pretraining(study.config, asked._replace(start=PRETRAINED) if row.long else asked)
         makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
     if not (row.then or row.bound or asked.start in (PRETRAINED, SCRATCH, FLOORS)):
         own = speed_run(study, our_own(study, asked), start.NONE)
@@ -281,8 +281,8 @@ def image_of(predictor: Predictor) -> Callable[[Batch], torch.Tensor]:
 
 
 def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
-    """Steps for which a contender trains as many seconds as k-MTR takes for its own, by the speed of a short run of
-    each on this machine; 0, the study's own, for k-MTR itself and for bounds.
+    """Steps for which a contender trains as many seconds as k-MTR takes for its own (a long one for pretraining too),
+    by the speed of a short run of each on this machine; 0, the study's own, for k-MTR itself and for bounds.
     """
     if asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound:
         return 0
@@ -292,9 +292,13 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
         outcome = fit(own, study.dataset, study.run_id, f"speed of {one.start}", study.in_place)
         return rate(outcome, TRIAL_EVERY, TRIAL)
 
-    ours = speed(our_own(study, asked), start.NONE)
+    ours, steps = speed(our_own(study, asked), start.NONE), float(study.config.task.steps)
+    if contender(asked.start).long:
+        before = pretrained(study, asked._replace(start=PRETRAINED))
+        assert before is not None
+        return round(steps + (pretraining_s(study.config, before) or 0.0) * ours / study.config.data.global_batch)
     first = study.config.study.seeds[0]
-    return max(1, round(study.config.task.steps * speed(asked._replace(seed=first), encoder) / ours))
+    return max(1, round(steps * speed(asked._replace(seed=first), encoder) / ours))
 
 
 def our_own(study: Study, asked: Asked) -> Asked:
@@ -334,20 +338,27 @@ def times(config: RunConfig, own: RunConfig, outcome: Outcome, before: Outcome |
     """Seconds of the steps of a training and of its pretraining, by the speed that they logged (a run may have been
     killed and resumed); None: nothing was logged, or there was no pretraining.
     """
-
-    def seconds(done: Outcome, first: int, last: int) -> float | None:
-        speed = rate(done, first, last)
-        return round((last - first) * config.data.global_batch / speed, 1) if speed > 0 else None
-
-    said: dict[str, Any] = {"training_s": seconds(outcome, 0, min(own.total_steps, int(outcome.metrics["step"])))}
+    trained = seconds(config, outcome, 0, min(own.total_steps, int(outcome.metrics["step"])))
+    said: dict[str, Any] = {"training_s": trained}
     if before is not None:
-        stages = [(0, config.masked_steps), (config.masked_steps, config.total_steps)]
-        parts = [seconds(before, first, last) for first, last in stages if last > first]
-        said["pretraining_s"] = sum(part for part in parts if part is not None) if any(parts) else None
+        said["pretraining_s"] = pretraining_s(config, before)
         if "align_stopped" in before.metrics:
             said["guard_stopped_at"] = before.metrics["align_stopped"]
     best = {name: outcome.metrics[name] for name in ("best_step", "best_score") if name in outcome.metrics}
     return said | best
+
+
+def pretraining_s(config: RunConfig, before: Outcome) -> float | None:
+    """Seconds of the steps of a pretraining; None: nothing was logged."""
+    stages = [(0, config.masked_steps), (config.masked_steps, config.total_steps)]
+    parts = [seconds(config, before, first, last) for first, last in stages if last > first]
+    return sum(part for part in parts if part is not None) if any(parts) else None
+
+
+def seconds(config: RunConfig, done: Outcome, first: int, last: int) -> float | None:
+    """Seconds of the steps ]first, last] of a run by its median speed; None: nothing was logged."""
+    speed = rate(done, first, last)
+    return round((last - first) * config.data.global_batch / speed, 1) if speed > 0 else None
 
 
 def parameters(module: torch.nn.Module) -> int:

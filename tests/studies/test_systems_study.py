@@ -175,6 +175,22 @@ def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> No
             asked_for(override(config, {"study.systems": tuple(asked.split(",")), "masked.steps": 0}))
 
 
+def test_from_scratch_for_pretraining_s_seconds_too(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same speed a second of pretraining is a second of training; one of them pretrains, the other waits."""
+    dataset = Dataset.open(config.data)
+    truth, places = held_out(config, dataset)
+    one = Study(config, dataset, truth, Rows(tmp_path / "made", "0" * 8, (2, 4), places), "")
+    monkeypatch.setattr(tasks, "fit", lambda *_: Outcome("", "", "", "", {}))
+    monkeypatch.setattr(tasks, "rate", lambda *_: SPEED)
+    long, own = Asked(0, "scratch-long", BOTH, 0), Asked(0, PRETRAINED, BOTH, 0)
+    assert tasks.equal_steps(one, long, "none") == config.task.steps + config.total_steps
+    assert tasks.equal_steps(one, long._replace(start="unet-shared"), "none") == config.task.steps
+    assert tasks.needs(one, long).makes > tasks.needs(one, own).makes != frozenset()
+    assert tasks.needs(one, own._replace(start=FLOORS)).after == {own}
+
+
 @pytest.fixture
 def made(config: RunConfig, tmp_path: Path) -> Study:
     """A study of rows that a test makes up: two seeds, masks of k-MTR, an opponent and a bound."""
