@@ -64,7 +64,7 @@ test-fast: setup
 ##  compare      setup; then k-MTR beside its opponents, from a simulated cohort to the report, one seed, small: it shows that
 ##               each row runs, not who wins; COMPARE="key=value ..." are its settings
 COMPARE ?= masked.steps=60 align.steps=20 align.head_steps=8 task.steps=40 task.frames=1 train.eval_every=20 \
-	task.unet_width=8 data.global_batch=16 train.eval_subjects=64 study.bound_steps=40 study.bound_patience=2 study.seeds=0 \
+	task.unet_width=8 data.global_batch=16 train.eval_subjects=32 study.bound_steps=40 study.bound_patience=2 study.seeds=0 \
 	evaluate.accelerations=4,8 train.workers=1 data.loader=threads
 compare: setup
 	@$(PY) jobs/simulate.py tiny data.root=runs/compare simulate.subjects=320 simulate.difficulty=medium
