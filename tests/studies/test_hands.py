@@ -59,8 +59,7 @@ SMALL = {
     "study.seeds": (0,),
     "study.task_labels": (12,),
     "study.single_labels": (12,),
-    "task.tasks": ("phenotypes", "segmentation"),
-    "task.targets": ("lvedv_ml", "lvm_g"),
+    "task.tasks": ("segmentation",),
     "task.steps": 3,
     "task.frames": 1,
     "evaluate.accelerations": (2, 4),
@@ -137,10 +136,10 @@ def test_two_hands_of_which_one_is_killed_make_the_rows_of_one_process(
         patch.setattr(tasks, "make", dying)
         rows, values = made_by(config, tmp_path / "hands")
     said = capsys.readouterr().out
-    assert "5 row(s), 2 at once" in said
+    assert "3 row(s), 2 at once" in said
     assert "lost: its process is gone; it goes on from its last checkpoint" in said
-    assert "[seed 0, scratch, phenotypes+segmentation, 12 labels]   step      1  goes on" in said
-    assert [row["start"] for row in rows] == [FLOORS, *[PRETRAINED] * 3, SCRATCH]
+    assert "[seed 0, scratch, segmentation, 12 labels]   step      1  goes on" in said
+    assert [row["start"] for row in rows] == [FLOORS, PRETRAINED, SCRATCH]
     request.getfixturevalue("without_ray")
     alone, same = made_by(config, tmp_path / "alone")
     assert rows == alone
