@@ -153,6 +153,7 @@ def log_dataset(uri: str, run_id: str, name: str, digest: str, source: str, sche
     """
     with reaching(uri) as mlflow:
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         dataset = Dataset(
             name=name,
@@ -161,7 +162,11 @@ def log_dataset(uri: str, run_id: str, name: str, digest: str, source: str, sche
             source=json.dumps({"uri": redact(source), "manifest": digest}),
             schema=schema_json,
         )
-        mlflow.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        try:
+            mlflow.log_inputs(run_id, inputs)
+        except MlflowException:  # two runs noted a new dataset at once, and the other one's row is there now
+            mlflow.log_inputs(run_id, inputs)
 
 
 def _check_name(name: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import filelock
 import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from kmtr.config import RunConfig, override, run_keys
 from kmtr.tracking import end_run, find_run, log_dataset, open_run, store, tracking_uri, where
@@ -138,6 +140,25 @@ def test_the_dataset_is_an_input_of_the_run(root: Path) -> None:
     assert (logged.dataset.name, logged.dataset.digest) == ("tiny", "ab" * 18)
     assert logged.dataset.source_type == "s3"
     assert "ab" * 32 in logged.dataset.source
+
+
+def test_two_runs_that_note_a_new_dataset_at_once_both_have_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store inserts without looking again, so that the later of the two fails, once."""
+    config = config_at(root)
+    uri = tracking_uri(config)
+    runs = [open_run(config, name=name) for name in ("first", "later")]
+    noted = MlflowClient.log_inputs
+
+    def raced(self: MlflowClient, run_id: str, *inputs: object) -> None:
+        monkeypatch.setattr(MlflowClient, "log_inputs", noted)
+        log_dataset(uri, runs[0], "new", "cd" * 32, "s3://bucket/new")
+        raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest")
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", raced)
+    log_dataset(uri, runs[1], "new", "cd" * 32, "s3://bucket/new")
+    for run_id in runs:
+        (logged,) = client(uri).get_run(run_id).inputs.dataset_inputs
+        assert logged.dataset.name == "new"
 
 
 def test_long_values_and_passwords(root: Path) -> None:
