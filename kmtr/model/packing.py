@@ -49,7 +49,7 @@ class Lengths:
 
     @staticmethod
     def joined(parts: Sequence[Lengths]) -> Lengths:
-        """Of all rows of the first, then of the second, and so on."""
+        """All rows of the first, then of the second, and so on."""
         return Lengths(tuple(n for one in parts for n in one.host), torch.cat([one.counts for one in parts]))
 
     @property

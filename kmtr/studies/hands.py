@@ -43,12 +43,12 @@ STOPPED = "study: stopped; the same command goes on, each row from its last chec
 Done = Mapping["Asked", Mapping[str, Any]]
 """Finished rows by their keys, as `task_rows.Rows.read` gives them."""
 Make = Callable[["Study", "Asked", Done], Finished]
-"""What makes a row, knowing those that are done."""
+"""Function that makes a row, knowing those that are done."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What keeps rows from being made at the same time.
+    """Reasons for which rows are not made at the same time.
 
     Attributes:
         after: rows that have to be done before.
@@ -132,8 +132,8 @@ def at_once(study: Study) -> int:
 
 
 def _reserved(config: RunConfig) -> tuple[room.Resources, float]:
-    """What a hand reserves, and the CPUs that Ray Data's readers of its run need beside it. Without a GPU it computes
-    on a core of its own, however little a worker of a run reserves.
+    """Resources of a hand, and CPUs that Ray Data's readers of its run need beside it. Without a GPU it computes on a
+    core of its own, however little a worker of a run reserves.
     """
     gpus = room.uses_gpus(config.train.device)
     one = room.of_worker(config, gpus=gpus)

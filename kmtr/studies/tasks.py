@@ -129,7 +129,7 @@ def with_floors(config: RunConfig, asked: Sequence[Asked]) -> list[Asked]:
 
 
 def needs(study: Study, asked: Asked) -> hands.Needs:
-    """What a row shares with others: the rows that it takes models from, its pretraining, and the speed of k-MTR."""
+    """Things that a row shares with others: rows that it takes models from, its pretraining, the speed of k-MTR."""
     row, makes = contender(asked.start), set[str]()
     after = {asked._replace(start=PRETRAINED)} if asked.start == FLOORS else set()
     after |= {asked._replace(start=row.then)} if row.then else set()

@@ -114,7 +114,7 @@ class Mapped(System, Protocol):
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a `Mapped` system learns from clean images besides; to predict, it does without.
+    """Targets that a `Mapped` system has from clean images besides; to predict, it does without.
 
     Attributes:
         levels: maps of the clean images of the slices and frames that it is told.

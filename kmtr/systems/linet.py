@@ -141,7 +141,7 @@ class LatentReader:
         number: int = 0,
         learns: bool = True,
     ) -> Pending[Reading]:
-        """Of the `shown` slices and frames, all that hold data where not given."""
+        """Images of the `shown` slices and frames, all that hold data where not given."""
         chosen = ~batch.padded if shown is None else shown
         whole = ~batch.padded & chosen.any(2, keepdim=True)
 

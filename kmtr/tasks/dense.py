@@ -95,7 +95,7 @@ class Dense(Task):
 
     @property
     def head_factor(self) -> float:
-        """Of a decoder, which has no closed form to begin from, its own."""
+        """The rate of a decoder is its own, since it has no closed form to begin from."""
         task = self.config.task
         return task.head_factor if self.mapped else task.decoder_factor
 

@@ -65,8 +65,8 @@ class Segmentation(Dense):
     def _loss(
         self, levels: Sequence[Float[Tensor, "cell output _ _"]], asked: Asked, truth: UInt8[Tensor, "cell y x"]
     ) -> Float[Tensor, " batch"]:
-        """Of the logits at every resolution against the truth at every second pixel of the finer one's, over what the
-        training subjects' mean mask has of it.
+        """Loss of the logits at every resolution against the truth at every second pixel of the finer one's, over that
+        of the training subjects' mean mask.
         """
         losses, weights = [], []
         for level, found in enumerate(levels):

@@ -27,7 +27,7 @@ from kmtr.train.loop import train_worker
 
 @dataclass(frozen=True)
 class Ended:
-    """What `trainer.fit` returns of a run.
+    """Result of a run, as `trainer.fit` returns it.
 
     Attributes:
         return_value: of the worker.
