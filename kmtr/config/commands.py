@@ -21,8 +21,9 @@ class Shards(Section):
         "none", description="codec of k-space; none is read straight into the batch, lz4 saves where much is zero"
     )
     rows: int = Field(64, gt=0, description="subjects per shard file")
-    split: Literal["auto", "hash", "stratified", "train"] = Field(
-        "auto", description="hash: 70/10/20 % train/val/test by subject; train: no split; auto: train below 20 subjects"
+    split: Literal["auto", "hash", "stratified", "train", "test"] = Field(
+        "auto",
+        description="hash: 70/10/20 % train/val/test by subject; train, test: all there; auto: train below 20 subjects",
     )
     split_from: str = Field("", description="dataset whose subjects keep the split that they have there")
 
@@ -70,6 +71,9 @@ class Evaluate(Section):
     accelerations: tuple[int, ...] = Field((4, 8, 16), description="nominal R at which the probe is scored")
     labels: int = Field(1000, gt=0, description="labelled training subjects that the ridge probe is fitted on")
     subjects: int = Field(1000, gt=0, description="held-out subjects at most")
+    dense: int = Field(
+        0, ge=0, description="of these, subjects at most whose masks and images are scored, the first drawn; 0: all"
+    )
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
 
 

@@ -136,6 +136,15 @@ class HeldOut:
     targets: tuple[str, ...]
     truth: Float[np.ndarray, "subject target"]
 
+    def __getitem__(self, some: slice) -> HeldOut:
+        return HeldOut(self.subjects[some], self.targets, self.truth[some])
+
+
+def held_out_words(config: RunConfig, subjects: int) -> str:
+    """How many are held out, and of how many of them masks and images are scored."""
+    dense = config.evaluate.dense
+    return f"{subjects} held-out subjects{f' (masks and images: {dense} of them)' if 0 < dense < subjects else ''}"
+
 
 def rows(
     name: Name,

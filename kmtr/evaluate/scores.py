@@ -57,16 +57,18 @@ class Panel:
 
 
 def panel(table: pa.Table, accelerations: Sequence[int] = (), targets: Sequence[str] = ()) -> Panel:
-    """Rows as arrays; subjects, accelerations and targets in the order of the rows, unless one is given.
+    """Rows as arrays; accelerations and targets in the order of the rows, unless one is given; subjects, in that order,
+    are those of whom there is a row of the targets (masks and images may be scored of fewer than numbers).
 
     Raises:
         InputError: a system lacks a subject whose truth is known, which only what is measured on masks may, or two rows
             differ in the truth of a subject.
     """
-    subjects = tuple(pc.unique(table.column("subject")).to_pylist())
     rs = tuple(accelerations) or tuple(pc.unique(table.column("acceleration")).to_pylist())
     names = tuple(targets) or tuple(pc.unique(table.column("target")).to_pylist())
-    s, r, t = _places(table, "subject", subjects), _places(table, "acceleration", rs), _places(table, "target", names)
+    r, t = _places(table, "acceleration", rs), _places(table, "target", names)
+    subjects = tuple(pc.unique(table.column("subject").filter(pa.array(t >= 0))).to_pylist())
+    s = _places(table, "subject", subjects)
     wanted = (r >= 0) & (t >= 0)
     truth = np.full((len(subjects), len(names)), np.nan)
     true = np.full((len(rs), len(subjects)), np.nan)

@@ -83,9 +83,9 @@ def by_split(
     train = probes.readers_of(dataset, config, command)["train"]
     if labelled is None:
         labelled = start.labelled(config, dataset)
-    asked = {split: asked_of(config, dataset, model, split) for split in splits}
+    asked = [one for split in splits for one in asked_of(config, dataset, model, split)]
     floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
-    total = sum(len(one.rows) for one in asked.values()) + (floors.readings * len(labelled) if floors else 0)
+    total = sum(len(one.rows) for one in asked) + (floors.readings * len(labelled) if floors else 0)
     tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
@@ -93,20 +93,21 @@ def by_split(
         fixed = override(config, {"sampling.accelerations": (r,)})
         about |= {"acceleration": r}
         fitted = floors.numbers(fixed, tell) if floors else {}
-        for split, one in asked.items():
-            dense, own = split == "test", dict[Name, Predictor]()
+        for one in asked:
+            own: dict[Name, Predictor] = {}
             if systems != "floors":
                 ours = trained(config)
-                own[Name(ours.system, model.reads or ours.input)] = model if dense else model.numbers
+                own[Name(ours.system, model.reads or ours.input)] = model if one.dense else model.numbers
             own |= fitted
-            if floors and dense:
+            if floors and one.dense:
                 own |= floors.dense(fixed, tell)
             chunk = at_once(fixed, probes.CHUNK)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, chunk, fixed, one.wanted, VALIDATION))
-            parts[split].append(predict(own, batches, one.held_out, config.data, device=device, areas=areas, **about))
+            found = predict(own, batches, one.held_out, config.data, device=device, areas=areas, **about)
+            parts[one.split].append(found)
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
-                parts[split].append(predictions_of(CEILING, one.held_out, values, **about))
+                parts[one.split].append(predictions_of(CEILING, one.held_out, values, **about))
     return {split: joined(tables) for split, tables in parts.items()}
 
 
@@ -189,24 +190,35 @@ def ceiling(dataset: Dataset, asked: Asked, regressions: Regressions) -> Float[n
 
 @dataclass(frozen=True)
 class Asked:
-    """Subjects of a split that systems are asked about, and the columns that this takes."""
+    """Subjects of a split that systems are asked about, and the columns that this takes.
 
+    Attributes:
+        dense: masks and images are asked for as well as numbers.
+    """
+
+    split: str
+    dense: bool
     reader: Reader
     rows: list[int]
     held_out: HeldOut
     wanted: Wanted
 
 
-def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> Asked:
-    """Subjects of a split: of the test split asked for all that the model says, else for diseases alone."""
+def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> list[Asked]:
+    """Subjects of a split. Those of the test split are asked for all that the model says, from `evaluate.dense` on for
+    numbers alone; those of another one for diseases.
+    """
     reader = dataset.reader(split, config.data)
     rows = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
     targets = targets_of(model, dataset)
     if split == "test":
         held_out = scored(probes.held_out_of(reader, rows, targets), model)
-        return Asked(reader, rows, held_out, Wanted(masks=model.prepare.wanted.masks))
+        whole = slice(config.evaluate.dense or None)
+        found = [Asked(split, True, reader, rows[whole], held_out[whole], Wanted(masks=model.prepare.wanted.masks))]
+        rest = slice(len(found[0].rows), None if model.prepare.labels else 0)
+        return found + ([Asked(split, False, reader, rows[rest], held_out[rest], NOTHING)] if rows[rest] else [])
     held_out = probes.held_out_of(reader, rows, tuple(name for name in targets if name in DISEASES))
-    return Asked(reader, rows, held_out, NOTHING)
+    return [Asked(split, False, reader, rows, held_out, NOTHING)]
 
 
 def sources(model: TaskModel) -> dict[Name, Features]:

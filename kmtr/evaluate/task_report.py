@@ -21,7 +21,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
 from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
-from kmtr.evaluate.predictions import Name, from_masks, read
+from kmtr.evaluate.predictions import Name, from_masks, held_out_words, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.files import write_atomic
 from kmtr.inference import load_model
@@ -115,11 +115,11 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
     begun = "initial weights" if config.task.encoder == "none" else "a pretrained encoder"
     return (
         f"Tasks: {', '.join(config.task.tasks)}. Data: {dataset.source}. Trained on {labels} subjects from {begun}, "
-        f"scored on {held_out} held-out subjects at each R; patterns of family {config.sampling.family}. R is nominal, "
-        f"true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the training "
-        f"labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from phenotypes "
-        f"that this one predicts to each disease, the mean mask, a linear map from the temporally shared image to the "
-        f"mask, the zero-filled, the temporally shared and the low-rank + sparse image."
+        f"scored on {held_out_words(config, held_out)} at each R; patterns of family {config.sampling.family}. R is "
+        f"nominal, true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the "
+        f"training labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from "
+        f"phenotypes that this one predicts to each disease, the mean mask, a linear map from the temporally shared "
+        f"image to the mask, the zero-filled, the temporally shared and the low-rank + sparse image."
     )
 
 

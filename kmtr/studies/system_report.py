@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kmtr.evaluate.predictions import held_out_words
 from kmtr.metrics import estimate
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
@@ -97,9 +98,9 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
     banner = "**Fewer than three seeds: this shows that each row runs, not who wins.** " if few else ""
     absent = f" {len(missing)} of {wanted} rows are missing: {'; '.join(missing)}." if missing else ""
     return (
-        f"{banner}Systems: {there} rows. Data: {study.dataset.source}. Scored on {len(study.truth.subjects)} held-out "
-        f"subjects, the same for all rows and with the same patterns, at R = "
-        f"{', '.join(map(str, config.evaluate.accelerations))} (nominal, family {config.sampling.family}). Seeds "
+        f"{banner}Systems: {there} rows. Data: {study.dataset.source}. Scored on "
+        f"{held_out_words(config, len(study.truth.subjects))}, the same for all rows and with the same patterns, at "
+        f"R = {', '.join(map(str, config.evaluate.accelerations))} (nominal, family {config.sampling.family}). Seeds "
         f"{', '.join(map(str, config.study.seeds))}. All have the same labels, augmentation, validation subjects and "
         f"start at the training split's mean mask. k-MTR trains {config.task.steps} steps of all tasks at once; each "
         f"opponent as many seconds, by the speed of both on this machine, for its own tasks alone. Patches in place of "

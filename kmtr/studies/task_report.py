@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kmtr.evaluate.predictions import held_out_words
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
@@ -91,7 +92,7 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
     absent = f" {len(missing)} of {wanted} rows are missing: {'; '.join(missing)}." if missing else ""
     return (
         f"Tasks: {', '.join(config.task.tasks)}; {there} rows. Data: {study.dataset.source}. Scored on "
-        f"{len(study.truth.subjects)} held-out subjects, the same for all rows, at R = "
+        f"{held_out_words(config, len(study.truth.subjects))}, the same for all rows, at R = "
         f"{', '.join(map(str, config.evaluate.accelerations))}. Seeds {', '.join(map(str, config.study.seeds))} change "
         f"pretraining, weights, order and the labelled subjects. Pretraining: {config.masked_steps} steps of masked "
         f"pretraining, {config.align_steps} of alignment, on all training subjects. Training on labels: "

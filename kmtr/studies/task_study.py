@@ -213,6 +213,6 @@ def digest(config: RunConfig, dataset: Dataset, truth: Truth) -> str:
     same: dict[str, Any] = {"seed": 0, "run.name": ""}
     task = same | {"stage": "task", "task.encoder": start.NONE, "task.labels": 0}
     runs = [override(config, changes).run_name(data) for changes in (same, task)]
-    reading = config.evaluate.model_dump_json(include={"accelerations", "subjects"})
+    reading = config.evaluate.model_dump_json(include={"accelerations", "subjects", "dense"})
     said = f"{VERSION} {baselines.VERSION} {runs} {reading} {config.seed}"
     return hashlib.sha256(said.encode()).hexdigest()[:8]

@@ -25,7 +25,7 @@ from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
 from kmtr.evaluate.areas import AreaMap
 from kmtr.evaluate.baselines import lowrank_image
-from kmtr.evaluate.predictions import MEAN_MASK, Name
+from kmtr.evaluate.predictions import MEAN_MASK, Name, held_out_words
 from kmtr.evaluate.predictors import Predictor
 from kmtr.evaluate.scores import panel
 from kmtr.evaluate.task_predictions import predictions
@@ -77,8 +77,8 @@ def run(config: RunConfig, kind: Kind = KIND) -> dict[str, Any]:
     rows = Rows(where, known, config.evaluate.accelerations, places, bound, decided)
     done = rows.read(tell=True)
     print(
-        f"study: {name}: {sum(one in done for one in asked)} of {len(asked)} rows are done, {len(places)} held-out "
-        f"subjects, rows in {rows.folder}",
+        f"study: {name}: {sum(one in done for one in asked)} of {len(asked)} rows are done, "
+        f"{held_out_words(config, len(places))}, rows in {rows.folder}",
         flush=True,
     )
     if not config.study.train and not any(one in done for one in asked):

@@ -33,6 +33,7 @@ def test_few_subjects_are_not_split_unless_asked() -> None:
     assert set(assign(people(19), "auto")) == {"train"}
     assert len(set(assign(people(40), "auto"))) == 3
     assert set(assign(people(40), "train")) == {"train"}
+    assert set(assign(people(40), "test")) == {"test"}
     assert Counter(assign(people(10), "stratified")) == {"train": 7, "val": 1, "test": 2}
 
 

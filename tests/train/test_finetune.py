@@ -21,6 +21,8 @@ from kmtr.data.loader import pipeline
 from kmtr.data.loader.collate import collate
 from kmtr.evaluate import finetune
 from kmtr.evaluate.predictions import read
+from kmtr.evaluate.task_predictions import by_split, trained
+from kmtr.evaluate.task_tables import tables_of
 from kmtr.exported import MODEL_HEAD as HEAD
 from kmtr.exported import MODEL_WEIGHTS as WEIGHTS
 from kmtr.tasks import Model, Preparer, stages_of
@@ -28,7 +30,7 @@ from kmtr.tasks.phenotypes import over_known
 from kmtr.tracking.store import client
 from kmtr.train import driver, start
 from kmtr.train.resolve import resolve
-from kmtr.types import InputError, Study
+from kmtr.types import PHENOTYPES, InputError, Study
 
 CPU = torch.device("cpu")
 TARGETS = ("lvedv_ml", "lvef_pct")
@@ -179,11 +181,26 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     ):
         assert any(shown in caption for caption in data["figures"]), shown
     files = [page, json.dumps(data), *(path.read_text() for path in (folder / "tables").iterdir())]
-    names = set(read(Path(said["predictions"])).column("subject").to_pylist())
+    rows = read(Path(said["predictions"]))
+    names = set(rows.column("subject").to_pylist())
     assert len(names) == 8
     assert not any(name in text for name in names for text in files)
     store = client(config.tracking.uri)
     assert [file.path for file in store.list_artifacts(said["run_id"], "report")] == ["report/report.html"]
+
+    few = by_split(override(asked, {"evaluate.dense": 3}), Dataset.open(config.data), kmtr.load_model(said["model"]))
+    first, numbers = rows.column("subject").to_pylist()[:3], {*PHENOTYPES, *DISEASES}
+    whole = {_key(row): row["value"] for row in rows.to_pylist() if row["subject"] in first or row["target"] in numbers}
+    mine = {_key(row): row["value"] for row in few["test"].to_pylist()}
+    measured = {key for key in whole if ", masks" in str(key[1]) and key[0] not in first}
+    assert measured
+    assert mine.keys() == whole.keys() - measured
+    for key, value in mine.items():
+        assert value == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
+    shown, metrics = finetune.summary(few["test"], asked)
+    assert {"mean_dice", "mean_r2", "dcm_auroc"} <= metrics.keys()
+    dice = next(one for one in tables_of(few["test"], {trained(asked)}, 20) if one.name == "dice")
+    assert "3 held-out" in dice.caption
 
     monkeypatch.setattr(finetune, "by_split", None)  # from here on nothing is predicted for a table
     made = report.stat().st_mtime_ns
@@ -193,6 +210,10 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     assert finetune.run(asked)["report"] == str(report)
     again = json.loads((folder / "report.json").read_text())
     assert (again["tables"], again["figures"]) == (data["tables"], data["figures"])
+
+
+def _key(row: dict[str, object]) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("subject", "system", "input", "acceleration", "target"))
 
 
 def test_it_starts_from_the_encoder_or_from_its_initial_weights(tuned: dict[str, object], config: RunConfig) -> None:

@@ -4,7 +4,7 @@ hash         each subject by itself: 70/10/20 % in expectation, and adding subje
 stratified   exact shares in every stratum (sex and diseases, where they are known before reading): a stratum's
              subjects in the order of their hashes, dealt by quota. Adding subjects can move others, unless the
              earlier dataset is named (``shards.split_from``): then its subjects stay, and the new ones fill up
-train        no split
+train, test  all subjects in that one
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def assign(
 
     Args:
         subject_ids: pseudonyms, all different.
-        how: ``config.shards.split``: auto, hash, stratified or train.
+        how: ``config.shards.split``: auto, hash, stratified, train or test.
         strata: of each subject, for stratified. None: one stratum.
         earlier: pseudonym -> split, of subjects that keep theirs.
 
@@ -48,7 +48,7 @@ def assign(
     known = earlier or {}
     if how == "stratified":
         return stratified(subject_ids, strata or [""] * len(subject_ids), known)
-    return [known.get(s) or (split_of(s) if how == "hash" else "train") for s in subject_ids]
+    return [known.get(s) or (split_of(s) if how == "hash" else how) for s in subject_ids]
 
 
 def split_of(subject_id: str) -> str:
