@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ class Contender:
         tasks: that it can learn; empty: all of the study's.
         pretrained: begins from an encoder that a pretraining with the same changes leaves.
         long: trains for the seconds of k-MTR's pretraining as well.
+        paced: contender whose number of steps it takes, having the same network on another image: what making the
+            image takes, anew at each pass, does not count.
         bound: sees what nobody has at R: trained until validation stops improving, and no opponent.
         first, then: reconstruct, then analyse: the contender (or `LOWRANK`) whose images the trained model of another
             one, of full images, is given. Nothing is trained for it.
@@ -31,6 +33,7 @@ class Contender:
     tasks: tuple[str, ...] = ()
     pretrained: bool = False
     long: bool = False
+    paced: str = ""
     bound: bool = False
     first: str = ""
     then: str = ""
@@ -47,17 +50,21 @@ LOWRANK = "lowrank"
 IMAGES = {
     "zerofilled": ("zero-filled image", (1, "-")),
     "shared": ("temporally shared image", (2, "-")),
+    LOWRANK: ("low-rank + sparse image", (2, "--")),
     "full": ("full image (bound)", (4, "--")),
 }
 """`task.input` -> its name, and the style of who sees it."""
 
 
-def _on_images(system: str, title: str, *tasks: str, **changes: Any) -> dict[str, Contender]:
-    """A system on each image."""
+def _on_images(system: str, title: str, images: Sequence[str], *tasks: str, **changes: Any) -> dict[str, Contender]:
+    """A system on each of some images."""
     found = {}
-    for image, (name, style) in IMAGES.items():
-        own = {"task.system": system, "task.input": image, **changes}
-        found[f"{system}-{image}"] = Contender(f"{title}, {name}", own, tasks, bound=image == "full", style=style)
+    for image in images:
+        (name, style), own = IMAGES[image], {"task.system": system, "task.input": image, **changes}
+        paced = f"{system}-shared" if image == LOWRANK else ""
+        found[f"{system}-{image}"] = Contender(
+            f"{title}, {name}", own, tasks, paced=paced, bound=image == "full", style=style
+        )
     return found
 
 
@@ -83,9 +90,11 @@ CONTENDERS: dict[str, Contender] = {
         style=(3, "-"),
     ),
     # At the stage's 5e-4 it would still be at the mean mask where 3e-3 has half of the loss (RESULTS.md).
-    **_on_images("unet", "nnU-Net topology", "segmentation", **{"task.learning_rate": 3e-3}),
+    **_on_images("unet", "nnU-Net topology", [*IMAGES], "segmentation", **{"task.learning_rate": 3e-3}),
     # Its first vectors hardly differ between subjects: a regression on them would be one on rounding errors.
-    **_on_images("resnet50", "ResNet-50", "phenotypes", "diseases", **{"task.begin": "mean"}),
+    **_on_images(
+        "resnet50", "ResNet-50", ["zerofilled", "shared", "full"], "phenotypes", "diseases", **{"task.begin": "mean"}
+    ),
     "kmae": Contender(
         "KMAE-style (k-GIN's encoder, pooled)", {"task.system": "kmae"}, ("phenotypes", "diseases"), style=(1, ":")
     ),

@@ -138,8 +138,11 @@ def needs(study: Study, asked: Asked) -> hands.Needs:
         own = pretraining(study.config, asked._replace(start=PRETRAINED) if row.long else asked)
         makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
     if not (row.then or row.bound or asked.start in (PRETRAINED, SCRATCH, FLOORS)):
-        own = speed_run(study, our_own(study, asked), start.NONE)
-        makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
+        paced = asked._replace(seed=study.config.study.seeds[0], start=row.paced or asked.start)
+        for one in (our_own(study, asked), paced):
+            if not contender(one.start).pretrained:
+                own = speed_run(study, one, start.NONE)
+                makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
     return hands.Needs(frozenset(after), frozenset(makes))
 
 
@@ -282,7 +285,8 @@ def image_of(predictor: Predictor) -> Callable[[Batch], torch.Tensor]:
 
 def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
     """Steps for which a contender trains as many seconds as k-MTR takes for its own (a long one for pretraining too),
-    by the speed of a short run of each on this machine; 0, the study's own, for k-MTR itself and for bounds.
+    by the speed of a short run of each on this machine (of that whose pace it keeps); 0, the study's own, for k-MTR
+    itself and for bounds.
     """
     if asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound:
         return 0
@@ -298,7 +302,8 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
         assert before is not None
         return round(steps + (pretraining_s(study.config, before) or 0.0) * ours / study.config.data.global_batch)
     first = study.config.study.seeds[0]
-    return max(1, round(steps * speed(asked._replace(seed=first), encoder) / ours))
+    paced = asked._replace(seed=first, start=contender(asked.start).paced or asked.start)
+    return max(1, round(steps * speed(paced, encoder) / ours))
 
 
 def our_own(study: Study, asked: Asked) -> Asked:

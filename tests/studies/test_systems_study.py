@@ -75,7 +75,16 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 EVERY = (
-    *(PRETRAINED, "tokens-zerofilled", "unet-shared", "unet-full", "resnet50-shared", "kmae", "image-full"),
+    *(
+        PRETRAINED,
+        "tokens-zerofilled",
+        "unet-shared",
+        "unet-lowrank",
+        "unet-full",
+        "resnet50-shared",
+        "kmae",
+        "image-full",
+    ),
     "lowrank-unet",
 )
 BOUNDS = {"unet-full", "image-full"}
@@ -189,6 +198,27 @@ def test_from_scratch_for_pretraining_s_seconds_too(
     assert tasks.equal_steps(one, long._replace(start="unet-shared"), "none") == config.task.steps
     assert tasks.needs(one, long).makes > tasks.needs(one, own).makes != frozenset()
     assert tasks.needs(one, own._replace(start=FLOORS)).after == {own}
+
+
+def test_making_the_image_that_a_network_sees_costs_it_no_steps(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Dataset.open(config.data)
+    one = Study(config, dataset, held_out(config, dataset)[0], Rows(tmp_path / "made", "0" * 8, (2, 4), ()), "")
+    measured: list[tuple[str, str]] = []
+
+    def fit(own: RunConfig, *_: object) -> Outcome:
+        measured.append((own.task.system, own.task.input))
+        return Outcome("", "", "", "", {})
+
+    monkeypatch.setattr(tasks, "fit", fit)
+    monkeypatch.setattr(tasks, "rate", lambda *_: SPEED)
+    shared, lowrank = (Asked(0, name, ("segmentation",), 0) for name in ("unet-shared", "unet-lowrank"))
+    steps = [tasks.equal_steps(one, asked, "none") for asked in (shared, lowrank)]
+    assert steps[0] == steps[1]
+    assert measured[:2] == measured[2:] == [("kspace", ""), ("unet", "shared")]
+    assert tasks.needs(one, shared).makes == tasks.needs(one, lowrank).makes, "one of them measures, the other waits"
+    assert one.settings(lowrank, "none").task.input == "lowrank"
 
 
 @pytest.fixture
