@@ -146,7 +146,12 @@ def statistics(
         label, said = target.removeprefix(MASKS).removeprefix(AREAS), values[target][r]
         if measure in ("dice", "ssim"):
             found[target] = partial(weighted_mean, said)
-        elif np.isfinite(true := truth.values[label]).sum() >= MIN_KNOWN:
+            continue
+        true = truth.values[label]
+        if label != target:  # of a mask: subjects whose masks were scored (`evaluate.dense`)
+            dice = [values[one][r] for one in MEAN_DICE if one in values]
+            true = np.where(np.isfinite(dice).any(0), true, np.nan) if dice else true
+        if np.isfinite(true).sum() >= MIN_KNOWN:
             if measure == "auroc":
                 found[target] = partial(weighted_auroc, true, said)
             else:

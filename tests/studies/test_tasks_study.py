@@ -9,6 +9,7 @@ from typing import Any
 
 import command
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from jobs import study
@@ -36,6 +37,7 @@ SMALL = {
     "task.frames": 1,
     "evaluate.accelerations": (2, 4),
     "evaluate.bootstrap": 50,
+    "evaluate.dense": 8,
 }
 BOTH = ("phenotypes", "segmentation")
 
@@ -83,7 +85,12 @@ def test_a_study_that_is_killed_goes_on_and_its_rows_alone_make_its_report(
     assert last["training_s"] > 0
     assert last["pretraining_s"] > 0
     assert last["R"]["4"]["true_R"] == 4
-    assert "k-MTR fine-tuned" in last["R"]["4"]["measures"]
+    measured = last["R"]["4"]["measures"]["k-MTR fine-tuned"]
+    assert set(measured) == {"dice", "areas_r2"}
+    assert all(isinstance(value, float) for (value, *_) in measured.values()), "of those whose masks are scored"
+    (kept,) = folder.glob("*-0-pretrained-phenotypes+segmentation-12.parquet")
+    known = {name: int(np.isfinite(pq.read_table(kept).column(name)).sum()) for name in ("lvm_g", "dice_mean_ed")}
+    assert known == {"lvm_g": 2 * 12, "dice_mean_ed": 2 * 8}
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     reader = Dataset.open(config.data).reader("test", config.data)
     for name in reader.samples(range(len(reader))).meta.column("subject_id").to_pylist():
