@@ -238,7 +238,7 @@ def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:
         pair = f"{KINDS[one['a']]} less {KINDS[one['b']]}"
         head = (pair, MEASURES[one["measure"]].title, _labels(one["labels"]), str(one["R"]))
         gain = Interval(one["difference"], *one["interval"])
-        each = " ".join(f"{value:+.3f}" for value in one["of_seeds"])
+        each = " ".join(f"{value:+.3f}" if math.isfinite(value) else "–" for value in one["of_seeds"])
         rows.append((*head, gain, each, one.get("p_holm")))
     columns = (
         Column("gain"),
