@@ -177,6 +177,24 @@ def test_r2_of_rows_is_that_of_the_formula_against_the_mean_of_each_seed(made: C
     assert gain["difference"] == pytest.approx(np.mean(each))
 
 
+def test_floors_from_all_labels_are_made_once_for_all_seeds(
+    made: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = made(**{"task.tasks": ("reconstruction",), "study.seeds": (0, 1)})
+    values = {"ssim": np.tile(np.arange(len(one.truth.subjects)) / 64, (2, 1))}
+    for labels in (0, 12):
+        add(one, Asked(0, FLOORS, ("reconstruction",), labels), values)
+    monkeypatch.setattr(tasks, "floors", lambda *_: "made")
+    asked = Asked(1, FLOORS, ("reconstruction",), 0)
+    assert tasks.make(one, asked._replace(labels=12), one.rows.read()) == "made", "each seed has subjects of its own"
+    found = tasks.make(one, asked, one.rows.read())
+    one.rows.add(found.asked, found.said, found.values)
+    rows = one.rows.read()
+    assert (rows[asked]["seed"], rows[asked]["as_seed"]) == (1, 0)
+    assert rows[asked]["R"] == rows[asked._replace(seed=0)]["R"]
+    np.testing.assert_array_equal(one.rows.values(asked)["ssim"], values["ssim"])
+
+
 def test_rows_of_a_large_study_stay_small_and_precise(made: Callable[..., Study], tmp_path: Path) -> None:
     """1,000 held-out subjects at three R: 24 rows of all tasks, 12 of floors and as much as 6 of single tasks."""
     config, rng = made().config, np.random.default_rng(0)
