@@ -99,11 +99,21 @@ def _shrink_rank(m: Series, by: Tensor) -> Series:
 
 
 def _frequencies(m: Series) -> Tensor:
-    return torch.fft.fft(m, dim=2, norm="ortho")
+    return _over_time(m, _fourier(m))
 
 
 def _shrink_frequencies(m: Series, by: Tensor) -> Series:
-    found = _frequencies(m)
-    size = found.abs()
-    kept = (1 - by[..., None, None, None] / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(min=0)
-    return torch.fft.ifft(found * kept, dim=2, norm="ortho")
+    fourier = _fourier(m)
+    found = _over_time(m, fourier)
+    squares = found.real.square() + found.imag.square()  # `abs` takes five times as long
+    kept = (1 - by[..., None, None, None] * squares.clamp(min=torch.finfo(squares.dtype).tiny).rsqrt()).clamp(min=0)
+    return _over_time(found * kept, fourier.mH)
+
+
+def _fourier(m: Series) -> Tensor:
+    """Matrix of the unitary Fourier transform over frames: of so few, a product with it takes a fifth of an FFT."""
+    return torch.fft.fft(torch.eye(m.shape[2], dtype=m.dtype, device=m.device), norm="ortho")
+
+
+def _over_time(m: Series, matrix: Tensor) -> Series:
+    return (matrix @ m.flatten(3)).unflatten(3, m.shape[3:])
