@@ -7,6 +7,7 @@ that stands still, or is stuck where no other one is, would let them wait for as
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -114,7 +116,7 @@ def where(thread: int) -> str:
     """Place in the code where a thread of this process is, in words: whether it waits for other workers, and the
     innermost line of ours.
     """
-    frame = sys._current_frames().get(thread)
+    frame = _frames().get(thread)
     stack = traceback.extract_stack(frame) if frame is not None else []
     ours = [entry for entry in stack if Path(entry.filename).is_relative_to(ROOT)]
     if not ours:
@@ -124,6 +126,19 @@ def where(thread: int) -> str:
     inner = stack[stack.index(entry) :]
     waits = any(part in one.filename for one in inner for part in _INNER)
     return f"waiting for the others at {place}" if waits else f"at {place}"
+
+
+def _frames() -> dict[int, FrameType]:
+    """Frame of every thread. No garbage may be collected meanwhile: Python holds the lock of its list of threads, and a
+    finalizer that lets another thread run, which starts a third, makes both wait for ever (CPython issue 106883).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Pulse:

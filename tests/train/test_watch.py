@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -126,6 +128,37 @@ def until(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_while_python_looks_at_its_threads(
+    collects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a finalizer that lets another thread run can make the process wait for ever."""
+    seen, frames = [], sys._current_frames
+
+    def collections() -> int:
+        return sum(int(one["collections"]) for one in gc.get_stats())
+
+    def counted() -> dict[int, Any]:
+        before = collections()
+        found = frames()
+        seen.append(collections() - before)
+        return found
+
+    monkeypatch.setattr(sys, "_current_frames", counted)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        if not collects:
+            gc.disable()
+        for _ in range(50):
+            where(threading.get_ident())
+        assert gc.isenabled() is collects, "as it was"
+    finally:
+        gc.enable()
+        gc.set_threshold(*threshold)
+    assert seen == [0] * 50
 
 
 def test_the_place_of_a_thread_is_its_innermost_line_of_ours() -> None:
