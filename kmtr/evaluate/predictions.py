@@ -141,7 +141,7 @@ class HeldOut:
 
 
 def held_out_words(config: RunConfig, subjects: int) -> str:
-    """How many are held out, and of how many of them masks and images are scored."""
+    """Number of held-out subjects in words, and of those whose masks and images are scored."""
     dense = config.evaluate.dense
     return f"{subjects} held-out subjects{f' (masks and images: {dense} of them)' if 0 < dense < subjects else ''}"
 
