@@ -30,6 +30,15 @@ def test_a_gpu_is_used_where_there_is_one_and_it_is_allowed(
     ]
 
 
+def test_bf16_is_slow_on_cpus_without_avx512_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(capability: str) -> list[bool]:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        return [machine.computes_bf16(device) for device in ("cpu", "cuda")]
+
+    assert answers("AVX2") == [False, True]
+    assert answers("AVX512") == answers("SVE256") == [True, True]
+
+
 def test_a_process_is_counted_with_all_that_it_started() -> None:
     """The child holds memory, its parent hardly any."""
     child = f"b = bytearray({HELD}); b[::4096] = b'1' * len(b[::4096]); print('held', flush=True); input()"

@@ -115,6 +115,8 @@ class Worker:
         if self.rank == 0:
             say = partial(_indented, tell)
             self.spool = tracking.Spool(known["spool"], known["uri"], known["run_id"], say)
+            if config.train.bf16 and not machine.computes_bf16(device.type):
+                say("train.bf16=true: this CPU has no products of bf16, which take many times as long; false is faster")
         self.progress = self._restored()
         self.metrics = self.progress.metrics
         self.saved = self.progress.step
