@@ -145,6 +145,8 @@ def test_the_image_loss_is_that_of_the_metrics() -> None:
         a, b, top = guess[cells].numpy(), truth[cells].numpy(), float(peak[subject])
         expected = np.abs(a - b).mean() / top + 1 - images.ssim(a, b, top)
         assert float(loss[subject]) == pytest.approx(expected, rel=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(absolute_and_structural(guess, truth, peak, torch.tensor([2, 1])), loss)
 
 
 def test_step_zero_is_the_mean_mask_and_the_shared_image(
