@@ -14,27 +14,30 @@ from kmtr.model.packing import Lengths, Places, join
 from kmtr.model.transformer import Block
 
 HALF = 2
-"""Pixels of the output along each side of a pixel in which the convolutions see."""
+"""Pixels of the output along each side of a pixel of the finest maps."""
+KERNEL = 3
 
 
 class DenseDecoder(nn.Module):
     """Queries of image patches read an encoder's tokens and frame vectors, then become pixels.
 
-    A query is the code of its place, the vector of its slice and frame, and, where images are shown, its patch of them.
-    What it has read becomes its part of an image of half the resolution, in which two convolutions see across patches'
-    borders; each of its pixels then answers for four. The last layer begins at zero: so does the output.
+    Where images are shown, convolutions halve them down to the grid of the queries, and the maps on the way are seen
+    again on the way up, as in a U-Net: tokens say what the images lack, and need not say what they show. A query is the
+    code of its place, the vector of its slice and frame, and the coarsest map there. What it has read goes up again to
+    half the resolution of the output, each pixel of which then answers for four. The last layer begins at zero: so does
+    the output.
 
     Args:
         patch: pixels (y, x) of a query, even; they divide the matrix.
         outputs: numbers of each pixel.
         shown: images that a query sees; 0: none.
-        channels: of the image between queries and output.
+        channels: of the finest maps on the way up; on the way down half of them, twice as many at each coarser one, up
+            to the width of the queries.
     """
 
     def __init__(self, data: Data, model: Model, patch: tuple[int, int], outputs: int, shown: int, channels: int):
         super().__init__()
         width = model.decoder_width
-        self.patch, self.channels = patch, channels
         places = tuple(
             tuple((i + 0.5) * p - n / 2 for i in range(n // p)) for n, p in zip(data.matrix, patch, strict=True)
         )
@@ -42,19 +45,28 @@ class DenseDecoder(nn.Module):
         self.frames = tuple(map(float, range(data.frames)))
         self.position = Position(Grid(data.view_types, self.frames, places), width)
         self.memory, self.query = nn.Linear(model.width, width), nn.Linear(model.width, width)
-        self.embed = nn.Linear(shown * patch[0] * patch[1], width) if shown else None
+        steps = strides((patch[0] // HALF, patch[1] // HALF))
+        widths = [min(max(channels // 2, 1) * 2**level, width) for level in range(len(steps) + 1)]
+        self.down = nn.ModuleList()
+        if shown:
+            before = [shown * HALF**2, *widths[:-1]]
+            self.down.extend(map(_convolved, before, widths, [(1, 1), *steps]))
+            self.embed = nn.Linear(widths[-1], width)
         heads = width // model.head_width
         self.blocks = nn.ModuleList(
             Block(width, heads, model.mlp_ratio, cross=True) for _ in range(model.decoder_depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.pixels = nn.Linear(width, channels * patch[0] * patch[1] // HALF**2)
-        self.refine = nn.Sequential(
-            nn.Conv2d(channels + shown * HALF**2, channels, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GELU(),
-        )
+        seen = [own * bool(shown) for own in widths]
+        seen[0] += shown * HALF**2
+        after = [channels, *widths[1:]]
+        self.up, self.merge = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(len(steps))):
+            above = width if level + 1 == len(steps) else after[level + 1]
+            self.up.append(nn.ConvTranspose2d(above, after[level], steps[level], steps[level]))
+            self.merge.append(_convolved(after[level] + seen[level], after[level]))
+        if not steps:
+            self.merge.append(_convolved(width + seen[0], channels))
         self.out = nn.Conv2d(channels, outputs * HALF**2, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
@@ -74,16 +86,21 @@ class DenseDecoder(nn.Module):
         span = len(self.frames) // encoded.absent.shape[2]
         vectors = encoded.vectors[encoded.vector_of(cells, span)]
         x = self.position(self._index(cells)) + self.query(vectors)[:, None]
-        if shown is not None and self.embed is not None:
-            shown = shown.to(x.dtype)
-            x = x + self.embed(self._patches(shown))
+        maps: list[Tensor] = []
+        if shown is not None:
+            finest = _halved(shown.to(x.dtype)).contiguous(memory_format=torch.channels_last)
+            for layer in self.down:
+                maps.append(layer(maps[-1] if maps else finest))
+            x = x + self.embed(maps[-1].flatten(2).transpose(1, 2))
+            maps[0] = torch.cat([maps[0], finest], dim=1)
         x = x.flatten(0, 1)
         for block in self.blocks:
             x = block(x, lengths, memory, sources)
-        x = self._image(self.pixels(self.norm(x)).unflatten(0, (-1, count)))
-        if shown is not None:
-            x = torch.cat([x, _halved(shown).contiguous(memory_format=torch.channels_last)], dim=1)
-        return _doubled(self.out(self.refine(x))).float()
+        x = self.norm(x).unflatten(0, (-1, *self.shape)).movedim(-1, 1)  # channels last in memory: fastest
+        for i, merge in enumerate(self.merge):
+            x = self.up[i](x) if len(self.up) else x
+            x = merge(torch.cat([x, maps[len(self.merge) - 1 - i]], dim=1) if maps else x)
+        return _doubled(self.out(x)).float()
 
     def _index(self, cells: Places) -> Int[Tensor, "cell query axis"]:
         """Places (slice, t, y, x) of the queries of each cell."""
@@ -92,14 +109,24 @@ class DenseDecoder(nn.Module):
         count = len(grid)
         return torch.cat([cells.index[:, None].expand(-1, count, -1), grid.expand(len(cells.index), -1, -1)], dim=-1)
 
-    def _patches(self, images: Float[Tensor, "cell image y x"]) -> Float[Tensor, "cell query feature"]:
-        split = images.unflatten(3, (-1, self.patch[1])).unflatten(2, (-1, self.patch[0]))
-        return split.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def _image(self, x: Float[Tensor, "cell query feature"]) -> Float[Tensor, "cell channel half_y half_x"]:
-        split = x.unflatten(2, (*(n // HALF for n in self.patch), self.channels)).unflatten(1, self.shape)
-        pixels = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return pixels.movedim(-1, 1)  # channels last in memory, as convolutions are fastest
+def strides(factor: tuple[int, int]) -> list[tuple[int, int]]:
+    """Steps from a resolution to one coarser by `factor` (y, x): halves as long as they go, then what is left."""
+    found = []
+    while factor != (1, 1):
+        step = tuple(2 if n % 2 == 0 else n for n in factor)
+        found.append((step[0], step[1]))
+        factor = (factor[0] // step[0], factor[1] // step[1])
+    return found
+
+
+def _convolved(before: int, after: int, step: tuple[int, int] = (1, 1)) -> nn.Sequential:
+    """A convolution, instance norm (as nnU-Net has it), GELU."""
+    return nn.Sequential(
+        nn.Conv2d(before, after, KERNEL, step, padding=KERNEL // 2, bias=False),
+        nn.GroupNorm(after, after),  # instance norm that leaves channels last, and takes no cells at all
+        nn.GELU(),
+    )
 
 
 class PixelHead(nn.Module):
