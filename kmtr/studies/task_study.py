@@ -24,7 +24,7 @@ from kmtr.train import start
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
-VERSION = 3
+VERSION = 4
 """Version of the study; rows of another one are left out."""
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 """Tasks of the study where `task.tasks` names none."""
