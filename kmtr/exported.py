@@ -25,7 +25,7 @@ KSPACE = "kspace"
 FORMAT = 1
 """Format of an encoder's folder; one of another format is refused."""
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
-MODEL_FORMAT = 3
+MODEL_FORMAT = 4
 """Format of a model's folder; one of another format is refused."""
 _TASK = {"stage"} | {
     f"task.{name}"
