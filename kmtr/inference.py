@@ -84,8 +84,15 @@ class TaskModel:
     @torch.no_grad()
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
         """As a call, of the tasks on labels alone: nothing dense is decoded."""
-        tasks = {name: weight for name, weight in self.stage.tasks.items() if self.prepare.tasks[name].labels}
-        return self._predict(batch, replace(self.stage, tasks=tasks))
+        return self._predict(batch, self._of([name for name in self.stage.tasks if self.prepare.tasks[name].labels]))
+
+    @torch.no_grad()
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        """As a call, of segmentation alone."""
+        return self._predict(batch, self._of(["segmentation"]))
+
+    def _of(self, tasks: Sequence[str]) -> Stage:
+        return replace(self.stage, tasks={name: self.stage.tasks[name] for name in tasks})
 
     def _predict(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
         said = self.module(self.prepare(self._seen(batch), stage), predict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
@@ -75,7 +76,7 @@ def predict(
     labels: int,
     device: torch.device,
     readout: int | None = None,
-    areas: AreaMap | None = None,
+    areas: Mapping[Name, AreaMap] = MappingProxyType({}),
 ) -> pa.Table:
     """Rows of what each predictor says of the held-out subjects' targets; targets that it lacks have none. Masks and
     images become their scores, masks also phenotypes under a name of their own (`numbers`).
@@ -84,7 +85,7 @@ def predict(
         batches: the held-out subjects in their order, at this acceleration.
         labels: number of labelled subjects that the predictors learnt from.
         readout: central kx samples that the predictors look at; None: all.
-        areas: makes phenotypes of masks besides; None: none.
+        areas: maps that make phenotypes of a predictor's masks besides.
     """
     found: dict[Name, list[np.ndarray]] = {}
     true: list[np.ndarray] = []
@@ -93,7 +94,7 @@ def predict(
         true.append(true_accelerations(batch))
         for name, predictor in predictors.items():
             missing = torch.full((len(batch),), torch.nan)
-            for who, outputs in numbers(name, batch, predictor(batch), data, areas).items():
+            for who, outputs in numbers(name, batch, predictor(batch), data, areas.get(name)).items():
                 said = [outputs.get(target, missing).double().cpu() for target in held_out.targets]
                 found.setdefault(who, []).append(torch.stack(said, dim=1).numpy())
     return joined(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +16,15 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
+from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, from_phenotypes, masks, probes
+from kmtr.evaluate import areas, baselines, from_phenotypes, masks, probes
 from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
 from kmtr.evaluate.predictions import (
     CEILING,
     LOWRANK,
+    MASK_RIDGE,
+    MEAN_MASK,
     READ_OFF,
     RIDGE,
     SHARED,
@@ -42,9 +45,6 @@ from kmtr.systems import at_once
 from kmtr.train import start
 from kmtr.types import DISEASES, PHENOTYPES
 
-if TYPE_CHECKING:
-    from kmtr.evaluate.areas import AreaMap
-
 
 def predictions(
     config: RunConfig,
@@ -53,10 +53,10 @@ def predictions(
     labelled: Sequence[int] | None = None,
     systems: Literal["all", "model", "floors"] = "all",
     command: str = "finetune",
-    areas: AreaMap | None = None,
+    by_areas: Sequence[str] = (),
 ) -> pa.Table:
     """Rows of the model and of its floors for the test split; arguments as of `by_split`."""
-    return by_split(config, dataset, model, ("test",), labelled, systems, command, areas)["test"]
+    return by_split(config, dataset, model, ("test",), labelled, systems, command, by_areas)["test"]
 
 
 def by_split(
@@ -67,7 +67,7 @@ def by_split(
     labelled: Sequence[int] | None = None,
     systems: Literal["all", "model", "floors"] = "all",
     command: str = "finetune",
-    areas: AreaMap | None = None,
+    by_areas: Sequence[str] = (),
 ) -> dict[str, pa.Table]:
     """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns: for the test split,
     and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
@@ -77,7 +77,8 @@ def by_split(
         labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
         systems: those that are asked; the ceiling goes with the floors.
         command: for the screen, and for errors.
-        areas: makes phenotypes of all masks besides; None: none.
+        by_areas: phenotypes that maps make of the areas of all masks besides (`evaluate.areas`), fitted on the first of
+            `labelled` as a draw orders them.
     """
     device = torch.device(machine.device(config.train.device))
     train = probes.readers_of(dataset, config, command)["train"]
@@ -85,7 +86,11 @@ def by_split(
         labelled = start.labelled(config, dataset)
     asked = [one for split in splits for one in asked_of(config, dataset, model, split)]
     floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
-    total = sum(len(one.rows) for one in asked) + (floors.readings * len(labelled) if floors else 0)
+    who = trained(config)
+    ours = Name(who.system, model.reads or who.input)
+    mapped = Mapped.of(config, train, labelled, by_areas)
+    drawing = {ours: model.masks} if systems != "floors" and mapped.targets else {}
+    total = sum(len(one.rows) for one in asked) + (floors.readings * len(labelled) if floors else 0) + len(mapped.rows)
     tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
@@ -93,22 +98,58 @@ def by_split(
         fixed = override(config, {"sampling.accelerations": (r,)})
         about |= {"acceleration": r}
         fitted = floors.numbers(fixed, tell) if floors else {}
+        dense = floors.dense(fixed, tell) if floors and any(one.dense for one in asked) else {}
+        maps = mapped.of_masks(
+            fixed, drawing | {name: dense[name] for name in (MASK_RIDGE, MEAN_MASK) if name in dense}, tell
+        )
         for one in asked:
             own: dict[Name, Predictor] = {}
             if systems != "floors":
-                ours = trained(config)
-                own[Name(ours.system, model.reads or ours.input)] = model if one.dense else model.numbers
+                own[ours] = model if one.dense else model.numbers
             own |= fitted
-            if floors and one.dense:
-                own |= floors.dense(fixed, tell)
+            if one.dense:
+                own |= dense
             chunk = at_once(fixed, probes.CHUNK)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, chunk, fixed, one.wanted, VALIDATION))
-            found = predict(own, batches, one.held_out, config.data, device=device, areas=areas, **about)
+            found = predict(own, batches, one.held_out, config.data, device=device, areas=maps, **about)
             parts[one.split].append(found)
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
                 parts[one.split].append(predictions_of(CEILING, one.held_out, values, **about))
     return {split: joined(tables) for split, tables in parts.items()}
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """Phenotypes that maps make of areas of masks, and the labelled training subjects on which these are fitted.
+
+    Attributes:
+        rows: of the subjects; empty: no maps are wanted.
+        known: their labels; NaN: unknown.
+    """
+
+    reader: Reader
+    rows: Sequence[int]
+    targets: tuple[str, ...]
+    known: Float[np.ndarray, "subject target"]
+
+    @classmethod
+    def of(cls, config: RunConfig, reader: Reader, labelled: Sequence[int], targets: Sequence[str]) -> Mapped:
+        """Draw `areas.MOST` of the labelled subjects, and read their labels."""
+        some = sorted(permutation(config.seed, 0, len(labelled))[: areas.MOST]) if targets else []
+        rows = [labelled[i] for i in some]
+        return cls(reader, rows, tuple(targets), subjects.labels_of(reader, rows, targets))
+
+    def of_masks(
+        self, fixed: RunConfig, drawn: Mapping[Name, areas.Masks], tell: probes.Counter
+    ) -> dict[Name, areas.AreaMap]:
+        """The map of each of them, fitted at the R of these settings; `tell` counts the subjects read."""
+        if not self.rows:
+            return {}
+        device = torch.device(machine.device(fixed.train.device))
+        chunk = at_once(fixed, probes.CHUNK)
+        read = tell(pipeline.read_in_order(self.reader, self.rows, chunk, fixed, masks.MASKS, VALIDATION))
+        return areas.fit_maps(fixed.data, drawn, read, self.known, self.targets, device)
 
 
 @dataclass(frozen=True)

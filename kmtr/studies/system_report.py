@@ -108,7 +108,8 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
         f"sees what was not acquired; it trains until validation has not improved {config.study.bound_patience} times, "
         f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: the network of that title as trained on "
         f"full images, on reconstructions, with nothing more trained. Pretraining is not counted in those seconds and "
-        f"told apart. R2 by areas of masks: phenotypes by a linear map that is fitted on true masks.{absent}"
+        f"told apart. R2 by areas of masks: phenotypes by a linear map fitted on a system's own masks of labelled "
+        f"training subjects.{absent}"
     )
 
 

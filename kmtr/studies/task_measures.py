@@ -27,6 +27,7 @@ MASKS = "masks_"
 MASKS_LVEF = f"{MASKS}lvef_pct"
 AREAS = "areas_"
 """Prefix of phenotypes that a linear map makes of the areas of masks (`kmtr.evaluate.areas`)."""
+AREAS_LVEF = f"{AREAS}lvef_pct"
 MEAN = "mean_"
 """Prefix of the mean mask's Dice among the values of floors."""
 
@@ -51,6 +52,7 @@ class Measure(NamedTuple):
 MEASURES = {
     "r2": Measure("mean R2 of phenotypes", "phenotypes", "R2", (RIDGE,), 0.0),
     "masks_lvef_r2": Measure("R2 of LVEF from masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
+    "areas_lvef_r2": Measure("R2 of LVEF by areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
     "areas_r2": Measure("mean R2 by areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
     "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE), 0.5),
     "dice": Measure("mean Dice", "segmentation", "Dice", (MASK_RIDGE, MEAN_MASK)),
@@ -82,6 +84,7 @@ def targets_of(measure: str, config: RunConfig) -> tuple[str, ...]:
     return {
         "r2": config.task.targets,
         "masks_lvef_r2": (MASKS_LVEF,),
+        "areas_lvef_r2": (AREAS_LVEF,),
         "areas_r2": tuple(f"{AREAS}{target}" for target in mappable(config)),
         "auroc": config.task.diseases,
         "dice": MEAN_DICE,

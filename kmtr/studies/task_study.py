@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns, subjects
 from kmtr.evaluate import baselines
-from kmtr.evaluate.areas import AreaMap
 from kmtr.evaluate.probes import readers_of
 from kmtr.studies.contenders import CONTENDERS
 from kmtr.studies.running import named
@@ -24,7 +23,7 @@ from kmtr.train import start
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
-VERSION = 4
+VERSION = 5
 """Version of the study; rows of another one are left out."""
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
 """Tasks of the study where `task.tasks` names none."""
@@ -38,7 +37,6 @@ class Study:
         config: settings of pretraining, of `task.tasks`, and of evaluation; its seed draws the held-out subjects.
         truth: of the held-out subjects.
         run_id: its MLflow run.
-        maps: seed and number of labels -> map from areas of masks, each fitted once.
         in_place: this process is the one worker of each run (`hands`), without Ray Train.
     """
 
@@ -47,7 +45,6 @@ class Study:
     truth: Truth
     rows: Rows
     run_id: str
-    maps: dict[tuple[int, int], AreaMap | None] = field(default_factory=dict)
     in_place: bool = False
 
     def settings(self, asked: Asked, encoder: str, steps: int = 0, **more: Any) -> RunConfig:

@@ -23,7 +23,6 @@ import torch
 from kmtr import machine, tracking
 from kmtr.config import RunConfig, override
 from kmtr.data.loader.batch import Batch
-from kmtr.evaluate.areas import AreaMap
 from kmtr.evaluate.baselines import lowrank_image
 from kmtr.evaluate.predictions import MEAN_MASK, Name, held_out_words
 from kmtr.evaluate.predictors import Predictor
@@ -184,8 +183,7 @@ def make(study: Study, asked: Asked, done: hands.Done) -> hands.Finished:
     means = study.means(asked.seed, asked.labels)
     labelled = study.labelled(asked)
 
-    areas = area_map(study, asked, own, labelled) if "segmentation" in asked.tasks else None
-    table = predictions(reading, study.dataset, model, labelled, "model", "study", areas)
+    table = predictions(reading, study.dataset, model, labelled, "model", "study", by_areas(study, asked))
     found = values_of(table, study.truth)
     steps = min(own.total_steps, int(outcome.metrics["step"]))
     trained = times(study.config, own, outcome, before) | {"steps": steps, "run": outcome.name}
@@ -207,8 +205,7 @@ def floors(study: Study, asked: Asked) -> hands.Finished:
     own, _, model = model_of(study, ours, pretrained(study, ours))
     reading = override(own, {"seed": study.config.seed})
     labelled = study.labelled(ours)
-    areas = area_map(study, ours, own, labelled) if "segmentation" in asked.tasks else None
-    table = predictions(reading, study.dataset, model, labelled, "floors", "study", areas)
+    table = predictions(reading, study.dataset, model, labelled, "floors", "study", by_areas(study, asked))
     found = values_of(table, study.truth)
     about = scored(study, table, found, study.means(asked.seed, asked.labels)) | made(study, labelled, began)
     return hands.Finished(asked, about, strongest(study.config, found))
@@ -222,15 +219,10 @@ def again(study: Study, asked: Asked, other: Asked, done: hands.Done) -> hands.F
     return hands.Finished(asked, about | {"row_s": 0.0, "as_seed": other.seed}, study.rows.values(other))
 
 
-def area_map(study: Study, asked: Asked, own: RunConfig, labelled: Sequence[int]) -> AreaMap | None:
-    """Map from areas of masks to the study's phenotypes, fitted on true masks of the row's labelled subjects, once for
-    all rows of a seed and number of labels.
-    """
-    key = asked.seed, asked.labels
-    if key not in study.maps:
-        there = [name for name in mappable(study.config) if study.dataset.labels.get(name)]
-        study.maps[key] = AreaMap.fit(own, study.dataset.reader("train", own.data), labelled, there)
-    return study.maps[key]
+def by_areas(study: Study, asked: Asked) -> list[str]:
+    """Phenotypes that maps make of the areas of a row's masks."""
+    there = [name for name in mappable(study.config) if study.dataset.labels.get(name)]
+    return there if "segmentation" in asked.tasks else []
 
 
 def pictured(study: Study, asked: Asked, reading: RunConfig, model: TaskModel, before: Outcome | None) -> Shown:

@@ -1,19 +1,24 @@
-"""Phenotypes by a linear map from areas of masks: closed form, what is unknown, and what the true masks give."""
+"""Phenotypes by a linear map from areas of masks: closed form, what is unknown, and what true masks give."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline, subjects
-from kmtr.data.loader.batch import Wanted
-from kmtr.evaluate.areas import AreaMap, of_predicted, of_truth
+from kmtr.data.loader.batch import Batch, Wanted
+from kmtr.evaluate.areas import AreaMap, areas, fit_maps, slices_of
+from kmtr.evaluate.predictions import Name
 from kmtr.metrics.dense import Pair
 from kmtr.metrics.ridge import Ridge
 from kmtr.tasks.views import views_of
 from kmtr.types import UNLABELLED
+
+SIZE = (8.0, 2.0, 1.5)
+CPU = torch.device("cpu")
 
 
 def cycle(*sizes: int, other: int = 0) -> np.ndarray:
@@ -25,46 +30,67 @@ def cycle(*sizes: int, other: int = 0) -> np.ndarray:
     return mask
 
 
-SIZE = (8.0, 2.0, 1.5)
+def seen(mask: np.ndarray, size: tuple[float, float, float] | None = SIZE) -> dict[str, Pair]:
+    return {"sax": Pair(mask, mask, [1], size)}
 
 
-def test_areas_are_those_of_the_masks_own_extremes_in_mm2() -> None:
-    pair = Pair(cycle(5, 5, 5), cycle(10, 30, 4, other=2), None, SIZE)
-    seen = of_predicted({"sax": pair}, {"sax": 2, "lax_4ch": 1}).reshape(3, 2, 5)
-    np.testing.assert_allclose(seen[0, :, 0], [30 * 3, 4 * 3])
-    np.testing.assert_allclose(seen[0, :, 2], [2 * 3, 2 * 3])
-    assert np.isnan(seen[1:]).all(), "a slice and a view that are not there"
-    assert np.isnan(of_predicted({"sax": Pair(pair.truth, pair.predicted)}, {"sax": 1})).all(), "no size of a pixel"
+def test_areas_are_their_mean_and_harmonics_in_mm2() -> None:
+    """An area of 20 + 8 cos(phase) - 4 sin(2 phase), sampled at 8 frames."""
+    phase = 2 * np.pi * np.arange(8) / 8
+    pixels = 20 + 8 * np.cos(phase) - 4 * np.sin(2 * phase)
+    found = areas(seen(cycle(*np.round(pixels).astype(int), other=2)), {"sax": 2, "lax_4ch": 1}).reshape(3, 5, 5)
+    np.testing.assert_allclose(found[0, :, 0], np.array([20, 4, 0, 0, 2]) * 3, atol=0.4)
+    np.testing.assert_allclose(found[0, :, 2], [2 * 3, 0, 0, 0, 0], atol=1e-12)
+    assert np.isnan(found[1:]).all(), "a slice and a view that are not there"
+    assert np.isnan(areas(seen(cycle(5), None), {"sax": 1})).all(), "no size of a pixel"
+    one = areas(seen(cycle(5)), {"sax": 1}).reshape(5, 5)
+    np.testing.assert_array_equal(one[:, 0], [15, 0, 0, 0, 0], "one frame has no harmonics")
 
 
 def test_what_nobody_knows_is_unknown_and_what_shows_no_heart_is_0() -> None:
-    def truth(mask: np.ndarray, drawn: list[int] | None = None) -> np.ndarray:
-        return of_truth({"sax": Pair(mask, mask, drawn, SIZE)}, {"sax": 1}).reshape(2, 5)
-
     mask = cycle(10, 4)
+    assert not areas(seen(np.zeros_like(mask)), {"sax": 1}).any()
+    ridge = Ridge(np.zeros(20), np.ones(20), np.eye(20)[0] * 2, 7.0, 1.0)
+    one = AreaMap({"sax": 1}, np.arange(25) % 5 != 4, {"lvedv_ml": ridge})
+    assert one(seen(mask)) == {"lvedv_ml": 2 * 7 * 3 + 7.0}
     mask[0, 0, 7, 7] = UNLABELLED
-    assert np.isfinite(truth(mask)).all(), "the frame with fewer labels is not asked"
-    mask[0, 1, 7, 7] = UNLABELLED
-    assert np.isnan(truth(mask)).all()
-    assert not truth(np.zeros_like(mask)).any()
-    assert np.isnan(truth(np.full_like(mask, UNLABELLED))).all()
-    assert np.isfinite(truth(cycle(10, 4), [1, 2])).all(0).tolist() == [True, True, False, False, False]
-    assert np.isnan(truth(np.zeros_like(mask), [3])).all(), "nobody draws the cavity"
-    ridge = Ridge(np.zeros(8), np.ones(8), np.eye(8)[0] * 2, 7.0, 1.0)
-    one = AreaMap({"sax": 1}, np.arange(10) % 5 != 4, {"lvedv_ml": ridge})
-    assert one({"sax": Pair(mask, cycle(10, 4), [1], SIZE)}) == {"lvedv_ml": 2 * 30 + 7.0}
-    assert np.isnan(one({"sax": Pair(mask, mask, None, SIZE)})["lvedv_ml"])
+    assert np.isnan(one(seen(mask))["lvedv_ml"])
+
+
+def test_a_map_undoes_what_masks_get_wrong_alike() -> None:
+    """Masks that show half of the motion: the map knows, as one of true masks would not."""
+    generator = np.random.default_rng(0)
+    beats = generator.integers(2, 20, 40)
+    features = np.stack([areas(seen(cycle(*(30 + b // 2 * np.array([1, 0, -1, 0])))), {"sax": 1}) for b in beats])
+    labels = np.stack([beats - beats % 2, np.full(40, np.nan)], 1).astype(float)
+    found = AreaMap.fit({"sax": 1}, features, labels, ["lvef_pct", "lvm_g"])
+    assert found is not None
+    assert list(found.ridges) == ["lvef_pct"], "of a label that nobody has there is none"
+    assert found.shown.sum() == 1, "areas in which no two subjects differ do not count"
+    said = found(seen(cycle(35, 30, 25, 30)))["lvef_pct"]
+    assert said == pytest.approx(10, abs=0.1)
+    features[3] = np.nan
+    assert AreaMap.fit({"sax": 1}, features, labels, ["lvef_pct"]) is not None, "a subject without counts for nothing"
+    assert AreaMap.fit({"sax": 1}, features[:3], labels[:3], ["lvef_pct"]) is not None
+    assert AreaMap.fit({"sax": 1}, features[2:4], labels[2:4], ["lvef_pct"]) is None
 
 
 def test_true_masks_give_the_volumes_that_they_were_drawn_with(small: RunConfig, reader: Reader) -> None:
     rows, names = range(len(reader)), ("lvedv_ml", "rvedv_ml")
-    fitted = AreaMap.fit(small, reader, rows, names)
-    assert fitted is not None
-    host, *_ = pipeline.read_in_order(reader, list(rows), len(reader), small, Wanted(masks=True))
-    batch = host.to(torch.device("cpu"))
+
+    def true(batch: Batch) -> dict[str, torch.Tensor]:
+        assert batch.masks is not None
+        return {"masks": batch.masks}
+
+    def hosts() -> list:
+        return [*pipeline.read_in_order(reader, list(rows), len(reader), small, Wanted(masks=True))]
+
+    truth, name = subjects.labels_of(reader, rows, names), Name("true masks", "")
+    found = fit_maps(small.data, {name: true}, hosts(), truth, names, CPU)
+    assert fit_maps(small.data, {}, [], truth, names, CPU) == {}
+    batch = hosts()[0].to(CPU)
     assert batch.masks is not None
-    said = [fitted(each) for each in views_of(batch, small.data, batch.masks, batch.masks)]
-    truth = subjects.labels_of(reader, rows, names)
-    for column, name in enumerate(names):
-        assert np.corrcoef([one[name] for one in said], truth[:, column])[0, 1] > 0.9
-    assert AreaMap.fit(small, reader, rows[:2], names) is None
+    assert found[name].slices == slices_of(small.data)
+    said = [found[name](each) for each in views_of(batch, small.data, batch.masks, batch.masks)]
+    for column, target in enumerate(names):
+        assert np.corrcoef([one[target] for one in said], truth[:, column])[0, 1] > 0.9
