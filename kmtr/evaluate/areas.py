@@ -68,6 +68,8 @@ class AreaMap:
         if known.sum() < MIN_LABELLED:
             return None
         shown[shown] = np.ptp(seen[known][:, shown], axis=0) > 0
+        if not shown.any():  # all masks are alike: what is left of a regression is the mean
+            return cls(slices, shown, _means(labels[known], targets))
         return cls(slices, shown, fit_ridges(seen[known][:, shown], labels[known], targets))
 
     def __call__(self, views: Mapping[str, Pair]) -> dict[str, float]:
@@ -98,6 +100,13 @@ def fit_maps(
             seen[name] += [areas(views, slices) for views in views_of(batch, data, masks, masks)]
     fitted = {name: AreaMap.fit(slices, np.stack(some), labels, targets) for name, some in seen.items()}
     return {name: one for name, one in fitted.items() if one is not None}
+
+
+def _means(labels: Float[np.ndarray, "subject target"], targets: Sequence[str]) -> dict[str, Ridge]:
+    """Regressions on nothing."""
+    nothing, enough = np.zeros(0), np.isfinite(labels).sum(0) >= MIN_LABELLED
+    means = {name: np.nanmean(labels[:, i]) for i, name in enumerate(targets) if enough[i]}
+    return {name: Ridge(nothing, nothing, nothing, float(mean), np.inf) for name, mean in means.items()}
 
 
 def slices_of(data: Data) -> dict[str, int]:

@@ -73,6 +73,9 @@ def test_a_map_undoes_what_masks_get_wrong_alike() -> None:
     assert AreaMap.fit({"sax": 1}, features, labels, ["lvef_pct"]) is not None, "a subject without counts for nothing"
     assert AreaMap.fit({"sax": 1}, features[:3], labels[:3], ["lvef_pct"]) is not None
     assert AreaMap.fit({"sax": 1}, features[2:4], labels[2:4], ["lvef_pct"]) is None
+    alike = AreaMap.fit({"sax": 1}, features[[0] * 40], labels, ["lvef_pct", "lvm_g"])
+    assert alike is not None
+    assert alike(seen(cycle(5, 3))) == {"lvef_pct": pytest.approx(labels[:, 0].mean())}, "the mean of all masks alike"
 
 
 def test_true_masks_give_the_volumes_that_they_were_drawn_with(small: RunConfig, reader: Reader) -> None:
