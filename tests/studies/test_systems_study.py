@@ -138,11 +138,11 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
 
     pairs = {(one["measure"], one["b"]) for one in found["differences"]}
     assert {pair for pair in pairs if pair[0] != "masks_lvef_r2"} == {
-        *((measure, FLOORS) for measure in ("r2", "dice", "areas_r2")),
+        *((measure, FLOORS) for measure in ("r2", "dice", "areas_lvef_r2", "areas_r2")),
         *(("r2", name) for name in names[1:] if "unet" not in name),
         *(
             (measure, name)
-            for measure in ("dice", "areas_r2")
+            for measure in ("dice", "areas_lvef_r2", "areas_r2")
             for name in names[1:]
             if name != "kmae" and not name.startswith("resnet50")
         ),
