@@ -24,10 +24,11 @@ from kmtr.evaluate.predictions import (
     MEAN_MASK,
     RIDGE,
     Name,
+    by_areas,
     write,
 )
 from kmtr.evaluate.scores import panel, scores_of
-from kmtr.evaluate.task_predictions import by_split, trained
+from kmtr.evaluate.task_predictions import by_split, mappable, trained
 from kmtr.inference import load_model
 from kmtr.metrics.dense import DICE, IMAGES
 from kmtr.metrics.diseases import detection
@@ -97,7 +98,8 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
         return {"metrics": {}}
     loaded = load_model(model, machine.device(config.train.device))
     chooses = "diseases" in loaded.prepare.tasks and dataset.rows("val") >= probes.MIN_SUBJECTS
-    found = by_split(config, dataset, loaded, ("test", "val") if chooses else ("test",))
+    splits = ("test", "val") if chooses else ("test",)
+    found = by_split(config, dataset, loaded, splits, by_areas=mappable(loaded, dataset))
     files = {"test": folder / FILE, "val": folder / thresholds.FILE}
     files["val"].unlink(missing_ok=True)
     for split, rows in found.items():
@@ -126,7 +128,7 @@ def summary(
         shown += [tables.r2_table(scores, config), tables.error_table(scores)]
         last = max(scores, key=lambda one: one.acceleration)
         asked = last.probes.get(trained(config), last.probes[RIDGE])  # of masks alone more is measured
-        for name, suffix in ((trained(config), ""), (RIDGE, "_ridge")):
+        for name, suffix in ((trained(config), ""), (RIDGE, "_ridge"), (by_areas(trained(config)), "_areas")):
             r2 = {tables.short(t): probe.r2 for t, probe in last.probes.get(name, {}).items() if t in asked}
             metrics |= {f"{target}_r2{suffix}": value for target, value in r2.items()}
             metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}

@@ -276,6 +276,12 @@ def targets_of(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys([*model.prepare.labels, *measured]) if dataset.labels.get(name))
 
 
+def mappable(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
+    """Phenotypes that maps can make of the areas of its masks, as far as the dataset has them."""
+    draws = "segmentation" in model.prepare.tasks
+    return tuple(name for name in targets_of(model, dataset) if name in PHENOTYPES) if draws else ()
+
+
 def scored(held_out: HeldOut, model: TaskModel) -> HeldOut:
     """With the scores of masks and images as targets, which have no truth."""
     names = (*DICE, *DISTANCES) if "segmentation" in model.prepare.tasks else ()

@@ -20,8 +20,9 @@ from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
+from kmtr.evaluate.areas import MOST
 from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
-from kmtr.evaluate.predictions import Name, from_masks, held_out_words, read
+from kmtr.evaluate.predictions import Name, by_areas, from_masks, held_out_words, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.files import write_atomic
 from kmtr.inference import load_model
@@ -73,7 +74,7 @@ def write(
     if html.is_file() and data.is_file() and json.loads(data.read_text()).get("asked") == asked:
         return Written(html, False)
     rows = read(predictions)
-    mine, draws = {ours, from_masks(ours)}, config.evaluate.bootstrap
+    mine, draws = {ours, from_masks(ours), by_areas(ours)}, config.evaluate.bootstrap
     tables = task_tables.tables_of(rows, mine, draws, read(validation) if validation else None)
     chosen = looks.choose(rows, ours)
     seen: list[Look] = []
@@ -113,13 +114,18 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
     held_out = pc.count_distinct(rows.column("subject")).as_py()
     (labels,) = pc.unique(rows.column("labels")).to_pylist()
     begun = "initial weights" if config.task.encoder == "none" else "a pretrained encoder"
+    mapped = (
+        f"\n\nAreas of masks: phenotypes by a linear map from the areas of all classes and slices over the cycle, "
+        f"fitted at each R on the masks that a system predicts of at most {MOST} of the training subjects."
+    )
+    mapped = mapped if "segmentation" in config.task.tasks else ""
     return (
         f"Tasks: {', '.join(config.task.tasks)}. Data: {dataset.source}. Trained on {labels} subjects from {begun}, "
         f"scored on {held_out_words(config, held_out)} at each R; patterns of family {config.sampling.family}. R is "
         f"nominal, true R counts the lines that were really acquired.\n\nFloors need no network: the mean of the "
         f"training labels, a ridge regression on the low-resolution zero-filled image, a logistic regression from "
         f"phenotypes that this one predicts to each disease, the mean mask, a linear map from the temporally shared "
-        f"image to the mask, the zero-filled, the temporally shared and the low-rank + sparse image."
+        f"image to the mask, the zero-filled, the temporally shared and the low-rank + sparse image.{mapped}"
     )
 
 
@@ -127,12 +133,12 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
 
 
 def scores(rows: pa.Table, ours: Name, resamples: int) -> list[Picture]:
-    """Agreement of phenotypes at each R, also of those measured on masks, and ROC of diseases."""
+    """Agreement of phenotypes at each R, also of those measured on masks or made of their areas; ROC of diseases."""
     there = set(pc.unique(rows.column("target")).to_pylist())
     found: list[Picture] = []
     if targets := tuple(name for name in PHENOTYPES if name in there):
         seen = panel(rows, targets=targets)
-        for system in (ours, from_masks(ours)):
+        for system in (ours, from_masks(ours), by_areas(ours)):
             found += agreements(seen, system)
     if targets := tuple(name for name in DISEASES if name in there):
         found += roc_curves(panel(rows, targets=targets), ours, resamples)

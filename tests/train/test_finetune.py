@@ -21,7 +21,7 @@ from kmtr.data.loader import pipeline
 from kmtr.data.loader.collate import collate
 from kmtr.evaluate import finetune
 from kmtr.evaluate.predictions import read
-from kmtr.evaluate.task_predictions import by_split, trained
+from kmtr.evaluate.task_predictions import by_split, mappable, trained
 from kmtr.evaluate.task_tables import tables_of
 from kmtr.exported import MODEL_HEAD as HEAD
 from kmtr.exported import MODEL_WEIGHTS as WEIGHTS
@@ -188,17 +188,18 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     store = client(config.tracking.uri)
     assert [file.path for file in store.list_artifacts(said["run_id"], "report")] == ["report/report.html"]
 
-    few = by_split(override(asked, {"evaluate.dense": 3}), Dataset.open(config.data), kmtr.load_model(said["model"]))
+    model, dataset = kmtr.load_model(said["model"]), Dataset.open(config.data)
+    few = by_split(override(asked, {"evaluate.dense": 3}), dataset, model, by_areas=mappable(model, dataset))
     first, numbers = rows.column("subject").to_pylist()[:3], {*PHENOTYPES, *DISEASES}
     whole = {_key(row): row["value"] for row in rows.to_pylist() if row["subject"] in first or row["target"] in numbers}
     mine = {_key(row): row["value"] for row in few["test"].to_pylist()}
-    measured = {key for key in whole if ", masks" in str(key[1]) and key[0] not in first}
+    measured = {key for key in whole if " masks" in str(key[1]) and key[0] not in first}
     assert measured
     assert mine.keys() == whole.keys() - measured
     for key, value in mine.items():
         assert value == pytest.approx(whole[key], rel=1e-4, abs=1e-6), key
     shown, metrics = finetune.summary(few["test"], asked)
-    assert {"mean_dice", "mean_r2", "dcm_auroc"} <= metrics.keys()
+    assert {"mean_dice", "mean_r2", "mean_r2_areas", "dcm_auroc"} <= metrics.keys()
     dice = next(one for one in tables_of(few["test"], {trained(asked)}, 20) if one.name == "dice")
     assert "3 held-out" in dice.caption
 
