@@ -78,27 +78,36 @@ class AreaMap:
         return {name: float(ridge(seen[None, self.shown])[0]) for name, ridge in self.ridges.items()}
 
 
-def fit_maps(
-    data: Data,
-    predictors: Mapping[Name, Masks],
-    batches: Iterable[HostBatch],
-    labels: Float[np.ndarray, "subject target"],
-    targets: Sequence[str],
-    device: torch.device,
-) -> dict[Name, AreaMap]:
-    """The map of each predictor; none of one whose masks say too little.
+def seen_by(
+    data: Data, predictors: Mapping[Name, Masks], batches: Iterable[HostBatch], device: torch.device
+) -> dict[Name, Float[np.ndarray, "subject feature"]]:
+    """`areas` of the masks of each predictor.
 
     Args:
-        batches: labelled subjects with masks' columns, at one R.
-        labels: of these; NaN: unknown.
+        batches: subjects with masks' columns, at one R.
     """
-    slices, seen = slices_of(data), {name: list[np.ndarray]() for name in predictors}
+    slices, found = slices_of(data), {name: list[np.ndarray]() for name in predictors}
     for host in batches if predictors else ():
         batch = host.to(device)
         for name, predictor in predictors.items():
             masks = predictor(batch)["masks"]
-            seen[name] += [areas(views, slices) for views in views_of(batch, data, masks, masks)]
-    fitted = {name: AreaMap.fit(slices, np.stack(some), labels, targets) for name, some in seen.items()}
+            found[name] += [areas(views, slices) for views in views_of(batch, data, masks, masks)]
+    return {name: np.stack(some) for name, some in found.items() if some}
+
+
+def fit_maps(
+    data: Data,
+    seen: Mapping[Name, Float[np.ndarray, "subject feature"]],
+    labels: Float[np.ndarray, "subject target"],
+    targets: Sequence[str],
+) -> dict[Name, AreaMap]:
+    """The map of each predictor; none of one whose masks say too little.
+
+    Args:
+        seen: of labelled subjects (`seen_by`).
+        labels: NaN: unknown.
+    """
+    fitted = {name: AreaMap.fit(slices_of(data), some, labels, targets) for name, some in seen.items()}
     return {name: one for name, one in fitted.items() if one is not None}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,15 +16,13 @@ from kmtr.config import RunConfig, override
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
-from kmtr.data.loader.order import permutation
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import areas, baselines, from_phenotypes, masks, probes
+from kmtr.evaluate import baselines, from_phenotypes, masks, probes
 from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
+from kmtr.evaluate.mapped import Mapped
 from kmtr.evaluate.predictions import (
     CEILING,
     LOWRANK,
-    MASK_RIDGE,
-    MEAN_MASK,
     READ_OFF,
     RIDGE,
     SHARED,
@@ -89,8 +87,9 @@ def by_split(
     who = trained(config)
     ours = Name(who.system, model.reads or who.input)
     mapped = Mapped.of(config, train, labelled, by_areas)
-    drawing = {ours: model.masks} if systems != "floors" and mapped.targets else {}
-    total = sum(len(one.rows) for one in asked) + (floors.readings * len(labelled) if floors else 0) + len(mapped.rows)
+    drawing = {ours: model.masks} if systems != "floors" else {}
+    total = sum(len(one.rows) for one in asked) + mapped.readings(bool(drawing), bool(floors))
+    total += floors.readings * len(labelled) if floors else 0
     tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
@@ -99,9 +98,7 @@ def by_split(
         about |= {"acceleration": r}
         fitted = floors.numbers(fixed, tell) if floors else {}
         dense = floors.dense(fixed, tell) if floors and any(one.dense for one in asked) else {}
-        maps = mapped.of_masks(
-            fixed, drawing | {name: dense[name] for name in (MASK_RIDGE, MEAN_MASK) if name in dense}, tell
-        )
+        maps = mapped.of_model(fixed, drawing, tell) | (mapped.of_floor(fixed, masks.fit, tell) if floors else {})
         for one in asked:
             own: dict[Name, Predictor] = {}
             if systems != "floors":
@@ -117,39 +114,6 @@ def by_split(
                 values = ceiling(dataset, one, floors.regressions)
                 parts[one.split].append(predictions_of(CEILING, one.held_out, values, **about))
     return {split: joined(tables) for split, tables in parts.items()}
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Phenotypes that maps make of areas of masks, and the labelled training subjects on which these are fitted.
-
-    Attributes:
-        rows: of the subjects; empty: no maps are wanted.
-        known: their labels; NaN: unknown.
-    """
-
-    reader: Reader
-    rows: Sequence[int]
-    targets: tuple[str, ...]
-    known: Float[np.ndarray, "subject target"]
-
-    @classmethod
-    def of(cls, config: RunConfig, reader: Reader, labelled: Sequence[int], targets: Sequence[str]) -> Mapped:
-        """Draw `areas.MOST` of the labelled subjects, and read their labels."""
-        some = sorted(permutation(config.seed, 0, len(labelled))[: areas.MOST]) if targets else []
-        rows = [labelled[i] for i in some]
-        return cls(reader, rows, tuple(targets), subjects.labels_of(reader, rows, targets))
-
-    def of_masks(
-        self, fixed: RunConfig, drawn: Mapping[Name, areas.Masks], tell: probes.Counter
-    ) -> dict[Name, areas.AreaMap]:
-        """The map of each of them, fitted at the R of these settings; `tell` counts the subjects read."""
-        if not self.rows:
-            return {}
-        device = torch.device(machine.device(fixed.train.device))
-        chunk = at_once(fixed, probes.CHUNK)
-        read = tell(pipeline.read_in_order(self.reader, self.rows, chunk, fixed, masks.MASKS, VALIDATION))
-        return areas.fit_maps(fixed.data, drawn, read, self.known, self.targets, device)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
-from kmtr.evaluate.areas import AreaMap, areas, fit_maps, slices_of
-from kmtr.evaluate.predictions import Name
+from kmtr.evaluate import mapped
+from kmtr.evaluate.areas import AreaMap, areas, fit_maps, seen_by, slices_of
+from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, Name
+from kmtr.evaluate.probes import Counter
 from kmtr.metrics.dense import Pair
 from kmtr.metrics.ridge import Ridge
 from kmtr.tasks.views import views_of
@@ -78,6 +80,37 @@ def test_a_map_undoes_what_masks_get_wrong_alike() -> None:
     assert alike(seen(cycle(5, 3))) == {"lvef_pct": pytest.approx(labels[:, 0].mean())}, "the mean of all masks alike"
 
 
+def test_the_linear_map_to_masks_is_asked_of_subjects_that_it_is_not_fitted_on(
+    small: RunConfig, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every labelled subject is seen once, by the floor that is fitted on the other half."""
+    fitted: list[list[int]] = []
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def fit(config: RunConfig, where: Reader, rows: list[int], batches: object) -> dict[Name, object]:
+        fitted.append(list(rows))
+        return {MASK_RIDGE: dict, MEAN_MASK: dict}
+
+    def seen_by(
+        data: object, predictors: dict[Name, object], rows: list[int], device: object
+    ) -> dict[Name, np.ndarray]:
+        assert list(predictors) == [MASK_RIDGE]
+        asked.append((fitted[-1], rows))
+        return {MASK_RIDGE: np.array(rows, float)[:, None]}
+
+    monkeypatch.setattr(mapped.areas, "seen_by", seen_by)
+    kept: dict[Name, np.ndarray] = {}
+    monkeypatch.setattr(mapped.areas, "fit_maps", lambda data, seen, known, targets: kept.update(seen) or {})
+    monkeypatch.setattr(mapped.Mapped, "_read", lambda self, config, rows, tell: list(rows))
+    labelled = [7, 3, 5, 1, 6, 2, 0]
+    mapped.Mapped.of(small, reader, labelled, ("lvedv_ml",)).of_floor(small, fit, Counter(lambda *_: None, 1))
+    assert sorted(row for _, rows in asked for row in rows) == sorted(labelled)
+    assert all(not {*others} & {*rows} for others, rows in asked)
+    np.testing.assert_array_equal(kept.pop(MASK_RIDGE)[:, 0], labelled)
+    mapped.Mapped.of(small, reader, labelled, ()).of_floor(small, fit, Counter(lambda *_: None, 1))
+    assert not kept, "no phenotypes are asked for"
+
+
 def test_true_masks_give_the_volumes_that_they_were_drawn_with(small: RunConfig, reader: Reader) -> None:
     rows, names = range(len(reader)), ("lvedv_ml", "rvedv_ml")
 
@@ -89,8 +122,8 @@ def test_true_masks_give_the_volumes_that_they_were_drawn_with(small: RunConfig,
         return [*pipeline.read_in_order(reader, list(rows), len(reader), small, Wanted(masks=True))]
 
     truth, name = subjects.labels_of(reader, rows, names), Name("true masks", "")
-    found = fit_maps(small.data, {name: true}, hosts(), truth, names, CPU)
-    assert fit_maps(small.data, {}, [], truth, names, CPU) == {}
+    found = fit_maps(small.data, seen_by(small.data, {name: true}, hosts(), CPU), truth, names)
+    assert seen_by(small.data, {}, hosts(), CPU) == fit_maps(small.data, {}, truth, names) == {}
     batch = hosts()[0].to(CPU)
     assert batch.masks is not None
     assert found[name].slices == slices_of(small.data)
