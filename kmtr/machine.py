@@ -31,7 +31,7 @@ def device(setting: str) -> str:
 
 
 def computes_bf16(device: str) -> bool:
-    """Whether a device of this machine multiplies in bf16 faster than in fp32 or nearly so.
+    """True for a device of this machine that multiplies in bf16 about as fast as in fp32, or faster.
 
     x86 CPUs without AVX-512 do not: there PyTorch leaves oneDNN's kernels for its own, in which products took 18 times
     as long as in fp32, and convolutions twice (AVX2, 2026-11-30).
