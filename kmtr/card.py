@@ -78,6 +78,7 @@ def facts(config: RunConfig, head: dict[str, Any]) -> list[tuple[str, str]]:
     labels = ", ".join(f"`{name}` of {count}" for name, count in trained.labels.items())
     slices = f" ({data.sax_slices} short-axis slices)" if "sax" in data.views else ""
     size = f", width {config.model.width}, depth {config.model.depth}" if system(config.task.system).tokens else ""
+    areas = ", ".join(f"`{name}`" for name in (head.get("areas") or {}).get("answers", ()))
     begun = "initial weights" if trained.from_scratch else "a pretrained encoder"
     return [
         ("predicts", ", ".join(outputs) or "see its task"),
@@ -87,5 +88,6 @@ def facts(config: RunConfig, head: dict[str, Any]) -> list[tuple[str, str]]:
         ("R in training", f"{', '.join(map(str, how.accelerations))}, family {how.family}, {how.acs_lines} ACS lines"),
         ("trained on", f"{trained.subjects} subjects, {trained.steps} steps from {begun}"),
         ("labels", labels or "none"),
+        *([("answers by areas of its masks", f"{areas}; its heads all else")] if areas else []),
         ("dataset", f"digest {trained.dataset[:16] or 'not known'}"),
     ]

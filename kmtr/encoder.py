@@ -22,7 +22,7 @@ from torch import Tensor
 from kmtr.config import RunConfig, override
 from kmtr.data.dataset.record import Loaded, schema, to_row
 from kmtr.data.loader import patterns
-from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.batch import NOTHING, Batch, Wanted
 from kmtr.data.loader.collate import collate
 from kmtr.data.loader.device import HostBatch
 from kmtr.exported import HEAD, KSPACE, UNFIT, WEIGHTS, check_weights, read_head, read_weights, system_of
@@ -87,7 +87,7 @@ class KSpaceEncoder:
         return self.embed(batch)[0].float().cpu().numpy()
 
 
-def batch_of(study: Study, config: RunConfig, acceleration: int | None = None) -> HostBatch:
+def batch_of(study: Study, config: RunConfig, acceleration: int | None = None, wanted: Wanted = NOTHING) -> HostBatch:
     """A batch of one study, undersampled or as it is (see `KSpaceEncoder.__call__`).
 
     Raises:
@@ -97,7 +97,7 @@ def batch_of(study: Study, config: RunConfig, acceleration: int | None = None) -
     if wrong := misfit({name: view.kspace.shape for name, view in study.views.items()}, config):
         raise InputError(f"study: {wrong}")
     table = pa.Table.from_pylist([to_row(study, "float32")], schema=schema("float32"))
-    return collate(Loaded(table), config, purpose=sampling.VALIDATION)
+    return collate(Loaded(table), config, wanted=wanted, purpose=sampling.VALIDATION)
 
 
 def undersampled(config: RunConfig, acceleration: int | None) -> RunConfig:

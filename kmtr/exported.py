@@ -25,6 +25,8 @@ KSPACE = "kspace"
 FORMAT = 1
 """Format of an encoder's folder; one of another format is refused."""
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
+AREAS = "areas.safetensors"
+"""Maps beside a model that answers by the areas of its masks (`by_areas`); ``model.json`` says if there are any."""
 MODEL_FORMAT = 4
 """Format of a model's folder; one of another format is refused."""
 _TASK = {"stage"} | {
@@ -144,8 +146,18 @@ def export_model(
     units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
     learnt = {"phenotypes": config.task.targets, "diseases": config.task.diseases}
     wanted = [name for task in config.task.tasks for name in learnt.get(task, ())]
+    (folder / AREAS).unlink(missing_ok=True)  # of an earlier model
     head = {"format": MODEL_FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
     write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head | {"trained": trained or {}})
+
+
+def model_files(head: Mapping[str, Any]) -> list[str]:
+    """Names of the files that make a model.
+
+    Args:
+        head: content of its ``model.json``.
+    """
+    return [MODEL_WEIGHTS, MODEL_HEAD, *([AREAS] if head.get("areas") is not None else [])]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     model = kmtr.load_model("runs/<run>/model")
     model.predict(study)                      # {"lvedv_ml": 142.1, "dcm": 0.03, ...}
 
-A folder of two files that hold no code: ``model.safetensors`` (all weights, normalisation tables, moments of the
-labels) and ``model.json`` (format, the settings that rebuild it, and the unit of each output).
+A folder of files that hold no code: ``model.safetensors`` (all weights, normalisation tables, moments of the labels),
+``model.json`` (format, the settings that rebuild it, and the unit of each output), and ``areas.safetensors`` where the
+model answers labels by the areas of its own masks (`by_areas`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kmtr import by_areas
+from kmtr.by_areas import ByAreas
 from kmtr.config import Data, RunConfig, most_lines
-from kmtr.data.loader.batch import Batch
+from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.encoder import batch_of, misfit, undersampled
-from kmtr.exported import MODEL_FORMAT, MODEL_HEAD, MODEL_WEIGHTS, UNFIT, Trained, check_weights, read_weights, rebuilt
+from kmtr.exported import (
+    MODEL_FORMAT,
+    MODEL_HEAD,
+    MODEL_WEIGHTS,
+    UNFIT,
+    Trained,
+    check_weights,
+    model_files,
+    read_weights,
+    rebuilt,
+)
 from kmtr.inputs import of_images
 from kmtr.tasks import Model, Preparer, Stage, stages_of
 from kmtr.tasks.base import EMBEDDING
+from kmtr.tasks.views import slices_of, views_of
 from kmtr.types import PHENOTYPES, VIEWS, InputError, Study, first_line
 
 Images = Callable[[Batch], Float[Tensor, "batch slice t y x"]]
+UNMEASURED = "areas of masks are not known, since a slice or the size of a pixel is not"
 R_TOLERANCE = 1.1
 """Ratio of a measured R to those of training, within which it counts as one of them: views differ in their lines."""
 
@@ -48,6 +63,7 @@ class TaskModel:
         trained: Trained | None = None,
     ):
         self.config, self.tables, self.device, self.trained = config, tables, device, trained or Trained()
+        self.areas: ByAreas | None = None
         self.module = Model(config).to(device).eval()
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)
@@ -63,7 +79,7 @@ class TaskModel:
             reads: their name in tables.
         """
         other = copy.copy(self)
-        other.images, other.reads = images, reads
+        other.images, other.reads, other.areas = images, reads, None  # which know the errors of other masks
         return other
 
     @property
@@ -81,10 +97,42 @@ class TaskModel:
         """Predictions ``batch`` of every output, fp32, in its unit."""
         return self._predict(batch, self.stage)
 
+    @property
+    def wanted(self) -> Wanted:
+        """Columns of a batch that its answers need beside k-space."""
+        return Wanted(spacing=self.areas is not None)
+
+    @torch.no_grad()
+    def answers(self, batch: Batch) -> tuple[dict[str, Tensor], Bool[Tensor, " batch"]]:
+        """As a call; labels that the model knows better by the areas of its masks are answered by these.
+
+        Returns:
+            The predictions, and for whom the areas are known: of the others (no size of a pixel, a slice missing) all
+            is said by the heads.
+        """
+        said, known = self(batch), torch.ones(len(batch), dtype=torch.bool)
+        if self.areas is None:
+            return said, known
+        true = {r: self._true(r) for r in self.areas.maps}
+        views = views_of(batch, self.config.data, said["masks"], said["masks"])
+        at = [self.areas.at(r, true) for r in batch.true_acceleration.tolist()]
+        measured = [one(each) for one, each in zip(at, views, strict=True)]
+        for name in self.areas.labels:
+            values = torch.tensor([one[name] for one in measured], dtype=torch.float32)
+            known &= values.isfinite()
+            values = values.to(said[name].device)
+            said[name] = torch.where(values.isfinite(), values, said[name])
+        return said, known
+
     @torch.no_grad()
     def numbers(self, batch: Batch) -> dict[str, Tensor]:
         """As a call, of the tasks on labels alone: nothing dense is decoded."""
         return self._predict(batch, self._of([name for name in self.stage.tasks if self.prepare.tasks[name].labels]))
+
+    @torch.no_grad()
+    def measured(self, batch: Batch) -> dict[str, Tensor]:
+        """As a call, without images."""
+        return self._predict(batch, self._of([name for name in self.stage.tasks if name != "reconstruction"]))
 
     @torch.no_grad()
     def masks(self, batch: Batch) -> dict[str, Tensor]:
@@ -112,7 +160,8 @@ class TaskModel:
         """Predictions for one study: numbers in `units`; ``masks`` (uint8) and ``image`` (magnitude, in the study's
         numbers) by view group, ``slice t y x`` on the matrix of the configuration.
 
-        Warns (`warnings`) of an R that the model was not trained for.
+        Warns (`warnings`) of an R that the model was not trained for, and where heads have to answer what the model
+        knows better by the areas of its masks.
 
         Args:
             acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
@@ -122,12 +171,15 @@ class TaskModel:
         """
         if wrong := self.misfit({name: view.kspace.shape for name, view in study.views.items()}, acceleration):
             raise InputError(f"study: {wrong}")
-        batch = batch_of(study, self.config, acceleration).to(self.device, self.readout)
+        batch = batch_of(study, self.config, acceleration, self.wanted).to(self.device, self.readout)
         if warning := self.doubt(acceleration, float(batch.true_acceleration[0])):
             warnings.warn(warning, stacklevel=2)
+        said, measured = self.answers(batch)
+        if self.areas is not None and not measured[0]:
+            warnings.warn(f"{UNMEASURED}: {', '.join(self.areas.labels)} by the model's heads", stacklevel=2)
         return {
             name: values[0].item() if values.ndim == 1 else by_view(self.config.data, batch, values.cpu().numpy(), 0)
-            for name, values in self(batch).items()
+            for name, values in said.items()
         }
 
     def misfit(self, shapes: Mapping[str, Sequence[int]], acceleration: int | None = None) -> str:
@@ -141,10 +193,10 @@ class TaskModel:
         Args:
             acceleration: nominal R that is drawn; None: the study's own lines, of which `true` is R.
         """
-        how, lines = self.config.sampling, self.config.data.matrix[0]
+        how = self.config.sampling
         least, most = min(how.accelerations), max(how.accelerations)
         if acceleration is None:
-            low, high = (lines / most_lines(lines, r, how.acs_lines, how.family) for r in (least, most))
+            low, high = self._true(least), self._true(most)
             inside = low / R_TOLERANCE <= true <= high * R_TOLERANCE
         else:
             inside = least <= acceleration <= most
@@ -153,6 +205,11 @@ class TaskModel:
         got = f"{true:.2f}" if acceleration is None else acceleration
         span = f"{least}" if least == most else f"{least} to {most}"
         return f"R = {got} is not among R = {span}, which the model was trained for"
+
+    def _true(self, acceleration: int) -> float:
+        """True R of the patterns of a nominal one."""
+        how, lines = self.config.sampling, self.config.data.matrix[0]
+        return lines / most_lines(lines, acceleration, how.acs_lines, how.family)
 
 
 def by_view(data: Data, batch: Batch, values: np.ndarray, row: int) -> dict[str, np.ndarray]:
@@ -174,16 +231,13 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
         InputError: no model there, or its files do not fit each other.
     """
     folder = Path(path)
-    for name in (MODEL_WEIGHTS, MODEL_HEAD):
-        if not (folder / name).is_file():
-            raise InputError(
-                f"model: expected a folder with {MODEL_WEIGHTS} and {MODEL_HEAD}, got {folder} without {name}"
-            )
+    _complete(folder, (MODEL_WEIGHTS, MODEL_HEAD))
     try:
         head = json.loads((folder / MODEL_HEAD).read_text())
         written, settings = head["format"], head["settings"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"model: expected JSON with format and settings in {folder / MODEL_HEAD}") from None
+    _complete(folder, model_files(head))
     if written != MODEL_FORMAT:
         raise InputError(f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; fine-tune it anew")
     try:
@@ -196,8 +250,18 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     try:
         config = rebuilt(settings)
         check_weights(lambda: Model(config), weights)
-        return TaskModel(config, weights, tables, torch.device(device), trained)
+        model = TaskModel(config, weights, tables, torch.device(device), trained)
+        drawn = model.units if "segmentation" in model.prepare.tasks else {}
+        model.areas = by_areas.read(folder, head, slices_of(config.data), drawn)
+        return model
     except InputError:
         raise
     except UNFIT as error:
         raise InputError(f"model: {folder} does not hold one: {first_line(error)}") from None
+
+
+def _complete(folder: Path, names: Sequence[str]) -> None:
+    """Refuse a model's folder that lacks one of its files."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"model: expected a folder with {' and '.join(names)}, got {folder} without {name}")

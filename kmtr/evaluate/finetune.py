@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from kmtr import card, machine, tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate import probes, tables, task_report, thresholds
+from kmtr.evaluate import answers, probes, tables, task_report, thresholds
 from kmtr.evaluate.predictions import (
     FILE,
     MASK_RIDGE,
@@ -29,6 +29,7 @@ from kmtr.evaluate.predictions import (
 )
 from kmtr.evaluate.scores import panel, scores_of
 from kmtr.evaluate.task_predictions import by_split, mappable, trained
+from kmtr.exported import AREAS, MODEL_HEAD
 from kmtr.inference import load_model
 from kmtr.metrics.dense import DICE, IMAGES
 from kmtr.metrics.diseases import detection
@@ -97,15 +98,20 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
         print(f"finetune: note: the dataset has {dataset.rows('test')} test subjects, too few to score the model on")
         return {"metrics": {}}
     loaded = load_model(model, machine.device(config.train.device))
-    chooses = "diseases" in loaded.prepare.tasks and dataset.rows("val") >= probes.MIN_SUBJECTS
-    splits = ("test", "val") if chooses else ("test",)
-    found = by_split(config, dataset, loaded, splits, by_areas=mappable(loaded, dataset))
+    areas = mappable(loaded, dataset)
+    chooses = (areas or "diseases" in loaded.prepare.tasks) and dataset.rows("val") >= probes.MIN_SUBJECTS
+    answered = by_split(config, dataset, loaded, ("test", "val") if chooses else ("test",), by_areas=areas)
+    found = answered.tables
     files = {"test": folder / FILE, "val": folder / thresholds.FILE}
     files["val"].unlink(missing_ok=True)
     for split, rows in found.items():
         write(files[split], rows)
     shown, metrics = summary(found["test"], config, found.get("val"))
     text = "\n\n".join(map(text_table, shown))
+    if "val" in found:
+        compared = answers.choose(found["val"], trained(config), loaded.prepare.labels)
+        said = answers.keep(model, answered.maps, answered.mapped, compared)
+        text += f"\n\nfinetune: {said}" if said else ""
     print(text)
     card.write_card(model, shown)
     write_json(kept, {"predictions": str(files["test"]), "metrics": metrics, "text": text})
@@ -156,7 +162,7 @@ def disease_table(table: pa.Table, ours: Name, validation: pa.Table | None = Non
         validation: rows of validation subjects, who choose the thresholds of F1; None: no F1.
     """
     seen = panel(table)
-    limits = thresholds.choose(seen, validation)
+    limits, suffix = thresholds.choose(seen, validation), {ours: "", by_areas(ours): "_areas"}
     rows: list[tuple[Cell, ...]] = []
     metrics: dict[str, float] = {}
     for number, r in enumerate(seen.accelerations):
@@ -168,9 +174,9 @@ def disease_table(table: pa.Table, ours: Name, validation: pa.Table | None = Non
                 scored = detection(seen.truth[:, i], values[number, :, i], limits.values[fit][number, i])
                 f1 = f", F1 {scored.f1:.2f}" if np.isfinite(scored.f1) else ""
                 cells.append(f"{scored.auroc:.3f} (AP {scored.average_precision:.2f} of {scored.prevalence:.2f}{f1})")
-                if fit.name == ours:
-                    metrics |= {f"{target}_auroc": scored.auroc}
-                    metrics |= {f"{target}_f1": scored.f1} if f1 else {}
+                if fit.name in suffix:
+                    metrics |= {f"{target}_auroc{suffix[fit.name]}": scored.auroc}
+                    metrics |= {f"{target}_f1{suffix[fit.name]}": scored.f1} if f1 else {}
             rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))
     title = "AUROC on held-out subjects (average precision; a guess has the prevalence behind it)"
     return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows), limits.note()), metrics
@@ -185,7 +191,8 @@ def _report(
         new: metrics and card are.
     """
     model = Path(outcome.encoder)
-    files = [(model / card.FILE, model.name)] if new else []
+    changed = (name for name in (card.FILE, MODEL_HEAD, AREAS) if (model / name).is_file())  # since training sent them
+    files = [(model / name, model.name) for name in changed] if new else []
     said: dict[str, str] = {}
     if "predictions" in tested:
         title, path = f"k-MTR: {outcome.name}", Path(tested["predictions"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,10 @@ from kmtr.data.loader.device import HostBatch
 from kmtr.evaluate.predictions import HeldOut, Name, by_areas, from_masks, joined, rows
 from kmtr.inputs import known_image
 from kmtr.metrics import Ridge
+from kmtr.metrics.areas import AreaMap
 from kmtr.metrics.dense import mask_distances, mask_scores, masks_phenotypes, reconstruction_scores
+from kmtr.metrics.from_phenotypes import Regressions
 from kmtr.tasks.views import views_of
-
-if TYPE_CHECKING:
-    from kmtr.evaluate.areas import AreaMap
 
 Outputs = Mapping[str, Tensor]
 """Target -> ``batch``, in its unit; a dense output (mask, image) by its name -> ``batch ...``."""
@@ -53,6 +52,20 @@ class Probed:
     def __call__(self, batch: Batch, /) -> Outputs:
         found = self.features(batch)
         return {target: torch.from_numpy(np.asarray(ridge(found))) for target, ridge in self.ridges.items()}
+
+
+@dataclass(frozen=True)
+class ReadOff:
+    """Predictor of diseases from the phenotypes that another predictor says."""
+
+    predictor: Predictor
+    regressions: Regressions
+
+    def __call__(self, batch: Batch, /) -> Outputs:
+        said, diseases = self.predictor(batch), tuple(self.regressions.of)
+        phenotypes = torch.stack([said[name].double().cpu() for name in self.regressions.phenotypes], dim=1)
+        found = torch.from_numpy(self.regressions(phenotypes.numpy(), diseases))
+        return dict(zip(diseases, found.unbind(1), strict=True))
 
 
 @dataclass(frozen=True)
@@ -124,19 +137,20 @@ def numbers(
     """
     own = {target: values for target, values in outputs.items() if values.ndim == 1}
     more: dict[Name, dict[str, Tensor]] = {}
+    if "masks" in outputs and areas is not None:
+        drawn = views_of(batch, data, outputs["masks"], outputs["masks"])
+        more[by_areas(name)] = _stacked([areas(each) for each in drawn])
     if "masks" in outputs and batch.masks is not None:
         views = list(views_of(batch, data, batch.masks, outputs["masks"]))
         own |= _stacked([mask_scores(each) | mask_distances(each) for each in views])
         if measured := _stacked([masks_phenotypes(each) for each in views]):
             more[from_masks(name)] = measured
-        if areas is not None:
-            more[by_areas(name)] = _stacked([areas(each) for each in views])
     if "image" in outputs:
         views = list(views_of(batch, data, known_image(batch, data.matrix), outputs["image"]))
         boxes: list[dict[str, np.ndarray]] = [{} for _ in views]
         if batch.masks is not None:
-            drawn = views_of(batch, data, batch.masks, batch.masks)
-            boxes = [{view: pair.truth for view, pair in each.items()} for each in drawn]
+            true = views_of(batch, data, batch.masks, batch.masks)
+            boxes = [{view: pair.truth for view, pair in each.items()} for each in true]
         own |= _stacked([reconstruction_scores(each, box) for each, box in zip(views, boxes, strict=True)])
     return {name: own, **more}
 

@@ -17,8 +17,7 @@ from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.encoder import KSpaceEncoder
-from kmtr.evaluate import baselines, from_phenotypes, masks, probes
-from kmtr.evaluate.from_phenotypes import ReadOff, Regressions
+from kmtr.evaluate import baselines, masks, probes
 from kmtr.evaluate.mapped import Mapped
 from kmtr.evaluate.predictions import (
     CEILING,
@@ -34,9 +33,12 @@ from kmtr.evaluate.predictions import (
     model_name,
 )
 from kmtr.evaluate.predictions import rows as predictions_of
-from kmtr.evaluate.predictors import Features, Predictor, predict
+from kmtr.evaluate.predictors import Features, Predictor, ReadOff, predict
 from kmtr.inference import TaskModel
+from kmtr.metrics import from_phenotypes
+from kmtr.metrics.areas import AreaMap
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
+from kmtr.metrics.from_phenotypes import Regressions
 from kmtr.physics.sampling import VALIDATION
 from kmtr.progress import Bar
 from kmtr.systems import at_once
@@ -54,7 +56,22 @@ def predictions(
     by_areas: Sequence[str] = (),
 ) -> pa.Table:
     """Rows of the model and of its floors for the test split; arguments as of `by_split`."""
-    return by_split(config, dataset, model, ("test",), labelled, systems, command, by_areas)["test"]
+    return by_split(config, dataset, model, ("test",), labelled, systems, command, by_areas).tables["test"]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What systems say of held-out subjects.
+
+    Attributes:
+        tables: split -> rows.
+        maps: nominal R -> the model's map from areas of its masks.
+        mapped: labelled subjects that it is fitted on.
+    """
+
+    tables: dict[str, pa.Table]
+    maps: dict[int, AreaMap]
+    mapped: int
 
 
 def by_split(
@@ -66,23 +83,23 @@ def by_split(
     systems: Literal["all", "model", "floors"] = "all",
     command: str = "finetune",
     by_areas: Sequence[str] = (),
-) -> dict[str, pa.Table]:
+) -> Answered:
     """Rows of the model and of its floors, all of the same held-out subjects, labels and patterns: for the test split,
-    and of validation subjects on diseases, whose thresholds they choose (`thresholds`).
+    and of validation subjects, who choose thresholds of diseases (`thresholds`), and what a model answers by areas.
 
     Args:
         config: its seed draws the held-out subjects, and the patterns.
         labelled: training subjects that the floors are fitted on; None: those whose labels the run had.
         systems: those that are asked; the ceiling goes with the floors.
         command: for the screen, and for errors.
-        by_areas: phenotypes that maps make of the areas of all masks besides (`evaluate.areas`), fitted on the first of
-            `labelled` as a draw orders them.
+        by_areas: phenotypes that maps make of the areas of all masks besides (`metrics.areas`), fitted on the first of
+            `labelled` as a draw orders them; and diseases that are read off these.
     """
     device = torch.device(machine.device(config.train.device))
     train = probes.readers_of(dataset, config, command)["train"]
     if labelled is None:
         labelled = start.labelled(config, dataset)
-    asked = [one for split in splits for one in asked_of(config, dataset, model, split)]
+    asked = [one for split in splits for one in asked_of(config, dataset, model, split, by_areas)]
     floors = Floors.of(config, dataset, model, train, labelled) if systems != "model" else None
     who = trained(config)
     ours = Name(who.system, model.reads or who.input)
@@ -92,19 +109,22 @@ def by_split(
     total += floors.readings * len(labelled) if floors else 0
     tell = probes.Counter(Bar(f"{command}: subjects"), len(config.evaluate.accelerations) * total)
     parts: dict[str, list[pa.Table]] = {split: [] for split in splits}
+    kept: dict[int, AreaMap] = {}
     about: dict[str, Any] = {"seed": config.seed, "labels": len(labelled)}
     for r in config.evaluate.accelerations:
         fixed = override(config, {"sampling.accelerations": (r,)})
         about |= {"acceleration": r}
         fitted = floors.numbers(fixed, tell) if floors else {}
-        dense = floors.dense(fixed, tell) if floors and any(one.dense for one in asked) else {}
+        dense = floors.dense(fixed, tell) if floors and any(one.of == "all" for one in asked) else {}
         maps = mapped.of_model(fixed, drawing, tell) | (mapped.of_floor(fixed, masks.fit, tell) if floors else {})
+        kept |= {r: maps[ours]} if ours in maps else {}
         for one in asked:
             own: dict[Name, Predictor] = {}
             if systems != "floors":
-                own[ours] = model if one.dense else model.numbers
+                asking: dict[str, Predictor] = {"all": model, "measured": model.measured, "numbers": model.numbers}
+                own[ours] = asking[one.of]
             own |= fitted
-            if one.dense:
+            if one.of == "all":
                 own |= dense
             chunk = at_once(fixed, probes.CHUNK)
             batches = tell(pipeline.read_in_order(one.reader, one.rows, chunk, fixed, one.wanted, VALIDATION))
@@ -113,7 +133,7 @@ def by_split(
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
                 parts[one.split].append(predictions_of(CEILING, one.held_out, values, **about))
-    return {split: joined(tables) for split, tables in parts.items()}
+    return Answered({split: joined(tables) for split, tables in parts.items()}, kept, len(mapped.rows))
 
 
 @dataclass(frozen=True)
@@ -198,32 +218,37 @@ class Asked:
     """Subjects of a split that systems are asked about, and the columns that this takes.
 
     Attributes:
-        dense: masks and images are asked for as well as numbers.
+        of: what they are asked for: numbers alone, also such as are measured on masks, or all, with the scores of masks
+            and images.
     """
 
     split: str
-    dense: bool
+    of: Literal["all", "measured", "numbers"]
     reader: Reader
     rows: list[int]
     held_out: HeldOut
     wanted: Wanted
 
 
-def asked_of(config: RunConfig, dataset: Dataset, model: TaskModel, split: str) -> list[Asked]:
-    """Subjects of a split. Those of the test split are asked for all that the model says, from `evaluate.dense` on for
-    numbers alone; those of another one for diseases.
+def asked_of(
+    config: RunConfig, dataset: Dataset, model: TaskModel, split: str, by_areas: Sequence[str] = ()
+) -> list[Asked]:
+    """Subjects of a split. Those of the test split are asked for all that the model says, those of another one for
+    diseases, and for what there is by areas; from `evaluate.dense` on for numbers alone.
     """
     reader = dataset.reader(split, config.data)
     rows = subjects.held_out(config.seed, len(reader), config.evaluate.subjects)
-    targets = targets_of(model, dataset)
+    targets, whole = targets_of(model, dataset), slice(config.evaluate.dense or None)
     if split == "test":
         held_out = scored(probes.held_out_of(reader, rows, targets), model)
-        whole = slice(config.evaluate.dense or None)
-        found = [Asked(split, True, reader, rows[whole], held_out[whole], Wanted(masks=model.prepare.wanted.masks))]
-        rest = slice(len(found[0].rows), None if model.prepare.labels else 0)
-        return found + ([Asked(split, False, reader, rows[rest], held_out[rest], NOTHING)] if rows[rest] else [])
-    held_out = probes.held_out_of(reader, rows, tuple(name for name in targets if name in DISEASES))
-    return [Asked(split, False, reader, rows, held_out, NOTHING)]
+        found = [Asked(split, "all", reader, rows[whole], held_out[whole], Wanted(masks=model.prepare.wanted.masks))]
+    else:
+        asked = tuple(name for name in targets if name in DISEASES or name in by_areas)
+        held_out, whole = probes.held_out_of(reader, rows, asked), whole if by_areas else slice(0)
+        found = [Asked(split, "measured", reader, rows[whole], held_out[whole], Wanted(spacing=True))]
+    rest = slice(len(found[0].rows), None if model.prepare.labels else 0)
+    found.append(Asked(split, "numbers", reader, rows[rest], held_out[rest], NOTHING))
+    return [one for one in found if one.rows]
 
 
 def sources(model: TaskModel) -> dict[Name, Features]:
@@ -241,9 +266,8 @@ def targets_of(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
 
 
 def mappable(model: TaskModel, dataset: Dataset) -> tuple[str, ...]:
-    """Phenotypes that maps can make of the areas of its masks, as far as the dataset has them."""
-    draws = "segmentation" in model.prepare.tasks
-    return tuple(name for name in targets_of(model, dataset) if name in PHENOTYPES) if draws else ()
+    """Phenotypes that maps can make of the areas of its masks, and its diseases, as far as the dataset has them."""
+    return targets_of(model, dataset) if "segmentation" in model.prepare.tasks else ()
 
 
 def scored(held_out: HeldOut, model: TaskModel) -> HeldOut:

@@ -20,10 +20,11 @@ from kmtr import machine
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
-from kmtr.evaluate.areas import MOST
 from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
+from kmtr.evaluate.mapped import MOST
 from kmtr.evaluate.predictions import Name, by_areas, from_masks, held_out_words, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
+from kmtr.exported import MODEL_HEAD
 from kmtr.files import write_atomic
 from kmtr.inference import load_model
 from kmtr.metrics import Masks, extreme_frames
@@ -84,7 +85,7 @@ def write(
         seen = looks.looks(config, dataset, loaded, chosen.subjects, rs)
     pictures = subjects(chosen, seen, dataset.slice_order) if chosen else ()
     shown = [*scores(rows, ours, config.evaluate.bootstrap), *pictures]
-    about = summary(config, dataset, rows)
+    about = summary(config, dataset, rows, by_own_masks(model))
     now = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC"
     footer = f"run {run}, data {dataset.digest[:12]}, torch {torch.__version__}, {now}"
     data.unlink(missing_ok=True)  # what it speaks of is written anew
@@ -109,14 +110,25 @@ def write_tables(folder: Path, tables: Sequence[IntervalTable]) -> None:
         write_atomic(folder / f"{one.name}.csv", one.csv())
 
 
-def summary(config: RunConfig, dataset: Dataset, rows: pa.Table) -> str:
-    """Data, method and conventions in words."""
+def by_own_masks(model: Path) -> tuple[str, ...]:
+    """Labels that the model in a folder answers by areas of its masks."""
+    return tuple((json.loads((model / MODEL_HEAD).read_text()).get("areas") or {}).get("answers", ()))
+
+
+def summary(config: RunConfig, dataset: Dataset, rows: pa.Table, answers: Sequence[str] = ()) -> str:
+    """Data, method and conventions in words.
+
+    Args:
+        answers: labels that the model answers by areas of its masks.
+    """
     held_out = pc.count_distinct(rows.column("subject")).as_py()
     (labels,) = pc.unique(rows.column("labels")).to_pylist()
     begun = "initial weights" if config.task.encoder == "none" else "a pretrained encoder"
     mapped = (
         f"\n\nAreas of masks: phenotypes by a linear map from the areas of all classes and slices over the cycle, "
-        f"fitted at each R on the masks that a system predicts of at most {MOST} of the training subjects."
+        f"fitted at each R on the masks that a system predicts of at most {MOST} of the training subjects, and "
+        f"diseases by a logistic regression on these. Labels that the model answers so, since validation subjects say "
+        f"that it knows them better than by its heads: {', '.join(answers) or 'none'}."
     )
     mapped = mapped if "segmentation" in config.task.tasks else ""
     return (

@@ -14,7 +14,7 @@ from kmtr.metrics.diseases import (
 from kmtr.metrics.embeddings import effective_rank, embedding_deviation
 from kmtr.metrics.images import ImageScores, heart_box, image_scores, nmse, psnr_db, ssim
 from kmtr.metrics.logistic import Logistic, fit_logistic
-from kmtr.metrics.phenotypes import Agreement, agreement, r2, weighted_mae, weighted_pearson, weighted_r2
+from kmtr.metrics.phenotypes import MIN_LABELLED, Agreement, agreement, r2, weighted_mae, weighted_pearson, weighted_r2
 from kmtr.metrics.resampling import (
     Difference,
     Estimate,
@@ -24,7 +24,7 @@ from kmtr.metrics.resampling import (
     resample,
     weighted_mean,
 )
-from kmtr.metrics.ridge import MIN_LABELLED, RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, fit_ridges, probe
+from kmtr.metrics.ridge import RIDGE_PENALTIES, Kernel, Probe, Ridge, fit_ridge, fit_ridges, probe
 from kmtr.metrics.segmentation import ContourDistance, contour_distance, dice, dice_at, extreme_frames, hd95
 from kmtr.metrics.tables import Cell, Comparison, Score, compare, compare_pairs, score_table
 from kmtr.metrics.volumes import Masks, area_length_ml, length_mm, mask_phenotypes, simpson_ml, volume_curves

@@ -11,6 +11,8 @@ from kmtr.metrics.resampling import labelled, sums, weighted_mean
 
 LEAST_SUBJECTS = 3
 """Subjects below which nothing is said."""
+MIN_LABELLED = 3
+"""Labelled subjects below which nothing is regressed on them."""
 
 _ROUNDING = 1e-12
 """Share of the mean square below which a variance is rounding."""

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from kmtr.metrics.phenotypes import r2
+from kmtr.metrics.phenotypes import MIN_LABELLED, r2
 
 LEAVE_ONE_OUT_OUTPUTS = 1000
-MIN_LABELLED = 3
-"""Labelled subjects, below which there is no probe."""
 RIDGE_PENALTIES = tuple(10.0**e for e in np.arange(-3, 5.1, 0.5))
 
 

@@ -43,3 +43,9 @@ def of_subjects(scores: Sequence[Mapping[str, float]], device: torch.device) -> 
     """Scores of each subject as float32 ``batch``, by their names."""
     names = scores[0] if scores else ()
     return {name: torch.tensor([one[name] for one in scores], dtype=torch.float32, device=device) for name in names}
+
+
+def slices_of(data: Data) -> dict[str, int]:
+    """Slices of each view of the configuration."""
+    names = [VIEWS[view] for view in data.view_types]
+    return {name: names.count(name) for name in dict.fromkeys(names)}

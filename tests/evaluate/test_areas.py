@@ -11,12 +11,13 @@ from kmtr.data.dataset.reader import Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.evaluate import mapped
-from kmtr.evaluate.areas import AreaMap, areas, fit_maps, seen_by, slices_of
+from kmtr.evaluate.mapped import fit_maps, seen_by
 from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, Name
 from kmtr.evaluate.probes import Counter
+from kmtr.metrics.areas import AreaMap, areas
 from kmtr.metrics.dense import Pair
 from kmtr.metrics.ridge import Ridge
-from kmtr.tasks.views import views_of
+from kmtr.tasks.views import slices_of, views_of
 from kmtr.types import UNLABELLED
 
 SIZE = (8.0, 2.0, 1.5)
@@ -98,9 +99,9 @@ def test_the_linear_map_to_masks_is_asked_of_subjects_that_it_is_not_fitted_on(
         asked.append((fitted[-1], rows))
         return {MASK_RIDGE: np.array(rows, float)[:, None]}
 
-    monkeypatch.setattr(mapped.areas, "seen_by", seen_by)
+    monkeypatch.setattr(mapped, "seen_by", seen_by)
     kept: dict[Name, np.ndarray] = {}
-    monkeypatch.setattr(mapped.areas, "fit_maps", lambda data, seen, known, targets: kept.update(seen) or {})
+    monkeypatch.setattr(mapped, "fit_maps", lambda data, seen, *more: kept.update(seen) or {})
     monkeypatch.setattr(mapped.Mapped, "_read", lambda self, config, rows, tell: list(rows))
     labelled = [7, 3, 5, 1, 6, 2, 0]
     mapped.Mapped.of(small, reader, labelled, ("lvedv_ml",)).of_floor(small, fit, Counter(lambda *_: None, 1))

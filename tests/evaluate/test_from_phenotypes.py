@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kmtr.data.loader.batch import Batch
-from kmtr.evaluate import from_phenotypes, task_tables
-from kmtr.evaluate.from_phenotypes import ReadOff
+from kmtr.evaluate import task_tables
 from kmtr.evaluate.predictions import CEILING, FINETUNED, MEAN, READ_OFF, RIDGE, HeldOut, Name, joined, rows
-from kmtr.metrics import fit_logistic
+from kmtr.evaluate.predictors import ReadOff
+from kmtr.metrics import fit_logistic, from_phenotypes
 
 RNG = np.random.default_rng(2)
 VOLUME = RNG.normal(150, 30, 60)

@@ -241,6 +241,7 @@ def test_dense_outputs_are_tables_and_nifti_files(
         "subjects": 4,
         "refused": [],
         "outside": 0,
+        "by_heads": 0,
         "dense": 4 * 2 * 2,
         "unplaced": 2 * 2 * 2,  # one subject without geometry: views, R, outputs
     }

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from cohort import simulated, write
@@ -16,15 +17,18 @@ from forked_workers import instead_of_ray_train
 
 import kmtr
 from kmtr.config import RunConfig, override
+from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.collate import collate
-from kmtr.evaluate import finetune
-from kmtr.evaluate.predictions import read
+from kmtr.evaluate import answers, finetune
+from kmtr.evaluate.predictions import by_areas, read
 from kmtr.evaluate.task_predictions import by_split, mappable, trained
 from kmtr.evaluate.task_tables import tables_of
+from kmtr.exported import AREAS
 from kmtr.exported import MODEL_HEAD as HEAD
 from kmtr.exported import MODEL_WEIGHTS as WEIGHTS
+from kmtr.inference import TaskModel
 from kmtr.tasks import Model, Preparer, stages_of
 from kmtr.tasks.phenotypes import over_known
 from kmtr.tracking.store import client
@@ -164,6 +168,7 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
 ) -> None:
     tasks = "phenotypes,diseases,segmentation,reconstruction"
     asked = override(on_labels(config, tasks=tasks, frames=1, patch=(8, 8), channels=8), {"train.workers": 1})
+    monkeypatch.setattr(answers, "MIN_KNOWN", 2)  # there are 8 validation subjects
     said = finetune.run(asked)
     folder, report = Path(said["folder"]), Path(said["report"])
     assert report == folder / "report.html"
@@ -189,7 +194,12 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     assert [file.path for file in store.list_artifacts(said["run_id"], "report")] == ["report/report.html"]
 
     model, dataset = kmtr.load_model(said["model"]), Dataset.open(config.data)
-    few = by_split(override(asked, {"evaluate.dense": 3}), dataset, model, by_areas=mappable(model, dataset))
+    assert model.areas is not None, "6 steps leave heads that areas of masks are better than, at one label at least"
+    assert list(model.areas.maps) == [2, 4]
+    _answers_as_chosen(model, asked, rows)
+    sent = {file.path for file in store.list_artifacts(said["run_id"], "model")}
+    assert {f"model/{name}" for name in (AREAS, HEAD, WEIGHTS)} <= sent
+    few = by_split(override(asked, {"evaluate.dense": 3}), dataset, model, by_areas=mappable(model, dataset)).tables
     first, numbers = rows.column("subject").to_pylist()[:3], {*PHENOTYPES, *DISEASES}
     whole = {_key(row): row["value"] for row in rows.to_pylist() if row["subject"] in first or row["target"] in numbers}
     mine = {_key(row): row["value"] for row in few["test"].to_pylist()}
@@ -211,6 +221,21 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     assert finetune.run(asked)["report"] == str(report)
     again = json.loads((folder / "report.json").read_text())
     assert (again["tables"], again["figures"]) == (data["tables"], data["figures"])
+
+
+def _answers_as_chosen(model: TaskModel, asked: RunConfig, rows: pa.Table) -> None:
+    """By areas of its masks the labels that validation subjects chose, by its heads all others."""
+    assert model.areas is not None
+    reader = Dataset.open(asked.data).reader("test", asked.data)
+    study = record.to_study(reader.read([3]))
+    table = {_key(row): row["value"] for row in rows.to_pylist()}
+    ours = trained(asked)
+    for r in (2, 4):
+        said = model.predict(study, acceleration=r)
+        for label in model.units:
+            who = by_areas(ours) if label in model.areas.labels else ours
+            wanted = table[study.subject_id, who.system, who.input, r, label]
+            assert said[label] == pytest.approx(wanted, rel=1e-4, abs=1e-6), (r, label)
 
 
 def _key(row: dict[str, object]) -> tuple[object, ...]:

@@ -20,6 +20,7 @@ class Wanted:
     Attributes:
         labels: of `kmtr.types.LABELS`, in this order.
         masks: segmentation, the classes that its source draws, and spacing.
+        spacing: goes without masks too.
 
     Raises:
         InputError: there is no such label.
@@ -27,6 +28,7 @@ class Wanted:
 
     labels: tuple[str, ...] = ()
     masks: bool = False
+    spacing: bool = False
 
     def __post_init__(self) -> None:
         for name in self.labels:

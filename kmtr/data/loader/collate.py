@@ -20,7 +20,7 @@ from kmtr.data.loader import patterns
 from kmtr.data.loader.batch import NOTHING, Wanted
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.device import HostBatch
-from kmtr.data.loader.masks import read_masks
+from kmtr.data.loader.masks import read_masks, spacing_mm
 from kmtr.data.loader.samples import Samples
 from kmtr.data.loader.shapes import choose, full_shape, places_of, slots_of
 from kmtr.physics import sampling
@@ -77,6 +77,8 @@ def collate(
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     if wanted.masks:
         tensors |= read_masks(samples, data, shape, pin)
+    if wanted.masks or wanted.spacing:
+        tensors["spacing_mm"] = spacing_mm(samples, data, shape)
     return HostBatch(config, filled.tensor, tensors, shape, size if real is None else real, purpose)
 
 

@@ -21,7 +21,7 @@ from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
 
 def read_masks(samples: Samples, data: Data, shape: Shape, pin: bool = False) -> dict[str, Tensor]:
-    """``masks``, ``contoured`` and ``spacing_mm`` of samples in a batch of this shape, as `Batch` has them.
+    """``masks`` and ``contoured`` of samples in a batch of this shape, as `Batch` has them.
 
     Args:
         pin: page-locked memory for the masks.
@@ -30,7 +30,6 @@ def read_masks(samples: Samples, data: Data, shape: Shape, pin: bool = False) ->
     size, slices = len(samples.meta), views[-1][1].stop
     masks = torch.empty((size, slices, shape[2], *data.matrix), dtype=torch.uint8, pin_memory=pin).fill_(UNLABELLED)
     contoured = torch.zeros((size, slices, len(SEGMENTATION_CLASSES)), dtype=torch.bool)
-    spacing = torch.full((size, slices, 3), torch.nan)
     reads: list[Callable[[], None]] = []
     for view, slots in views:
         column = {kind: samples.meta.column(f"{kind}_{view}").to_pylist() for kind in _COLUMNS}
@@ -38,15 +37,34 @@ def read_masks(samples: Samples, data: Data, shape: Shape, pin: bool = False) ->
             stored = {kind: values[row] for kind, values in column.items()}
             if stored["shape"] is None:
                 continue
-            where = slice(slots.start, slots.start + min(stored["shape"][0], slots.stop - slots.start))
-            if stored["spacing_mm"] is not None:
-                spacing[row, where] = torch.tensor(chosen_spacing_mm(stored, data, where.stop - where.start))
+            where = _there(stored["shape"], slots)
             reads.append(partial(_fill, samples, data, (row, view), stored, masks[row, where], contoured[row, where]))
     run_many(reads, samples.in_flight)
-    return {"masks": masks, "contoured": contoured, "spacing_mm": spacing}
+    return {"masks": masks, "contoured": contoured}
 
 
-_COLUMNS = ("shape", "acquired", "contoured", "spacing_mm")
+_COLUMNS = ("shape", "acquired", "contoured")
+
+
+def spacing_mm(samples: Samples, data: Data, shape: Shape) -> Tensor:
+    """``spacing_mm`` of samples in a batch of this shape, as `Batch` has it."""
+    views = list(places_of(data, shape))
+    found = torch.full((len(samples.meta), views[-1][1].stop, 3), torch.nan)
+    for view, slots in views:
+        column = {
+            kind: samples.meta.column(f"{kind}_{view}").to_pylist() for kind in ("shape", "acquired", "spacing_mm")
+        }
+        for row in range(len(found)):
+            stored = {kind: values[row] for kind, values in column.items()}
+            if stored["shape"] is not None and stored["spacing_mm"] is not None:
+                where = _there(stored["shape"], slots)
+                found[row, where] = torch.tensor(chosen_spacing_mm(stored, data, where.stop - where.start))
+    return found
+
+
+def _there(shape: list[int], slots: slice) -> slice:
+    """Slots of a view that a subject of this shape fills."""
+    return slice(slots.start, slots.start + min(shape[0], slots.stop - slots.start))
 
 
 def _fill(

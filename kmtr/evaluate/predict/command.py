@@ -20,8 +20,8 @@ from kmtr.data.sources import optional
 from kmtr.evaluate.predict import parts
 from kmtr.evaluate.predict.parts import PREDICTIONS, Done, Job
 from kmtr.evaluate.predict.ray import predicted, workers_of
-from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
-from kmtr.inference import TaskModel, load_model
+from kmtr.exported import MODEL_HEAD, model_files
+from kmtr.inference import UNMEASURED, TaskModel, load_model
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.train.room import refuse_missing_gpu, uses_gpus
@@ -65,7 +65,8 @@ def opened(asked: str, config: RunConfig) -> tuple[TaskModel, dict[str, bytes]]:
             folder = tracking.fetch(tracking.tracking_uri(config), asked, Path(place))
         else:
             folder = Path(asked)
-        return load_model(folder), {name: (folder / name).read_bytes() for name in (MODEL_WEIGHTS, MODEL_HEAD)}
+        model, head = load_model(folder), json.loads((folder / MODEL_HEAD).read_text())
+        return model, {name: (folder / name).read_bytes() for name in model_files(head)}
 
 
 def job_of(config: RunConfig, model: TaskModel, dataset: Dataset) -> Job:
@@ -193,6 +194,8 @@ def finish(job: Job, done: Sequence[Done]) -> dict[str, Any]:
             print(f"  {line}")
     if outside := sum(one.outside for one in done):
         print(f"predict: note: {outside} subjects have an R that the model was not trained for")
+    if by_heads := sum(one.by_heads for one in done):
+        print(f"predict: note: of {by_heads} subjects {UNMEASURED}: the model's heads answer all of them")
     if unplaced := sum(one.unplaced for one in done):
         print(f"predict: note: no NIfTI file of {unplaced} views, the size of whose pixels the source does not tell")
     if job.masks and not any(one.dense for one in done):

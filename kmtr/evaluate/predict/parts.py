@@ -93,6 +93,7 @@ class Done:
         refused: of each other ``subject`` (pseudonym, or number of the row where not even that can be read) and
             ``reason``.
         outside: subjects whose own R the model was not trained for.
+        by_heads: subjects for whom heads answer what the model knows better by the areas of its masks.
         dense: arrays written, of masks and images.
         unplaced: views without NIfTI files, since the size of a pixel is not known.
     """
@@ -100,6 +101,7 @@ class Done:
     subjects: int
     refused: list[dict[str, str]] = field(default_factory=list)
     outside: int = 0
+    by_heads: int = 0
     dense: int = 0
     unplaced: int = 0
 
@@ -122,6 +124,7 @@ class _Said:
     dense: dict[str, np.ndarray]
     vectors: Float[np.ndarray, "subject channel"] | None
     true: Float[np.ndarray, " subject"]
+    measured: Bool[np.ndarray, " subject"]
 
     def of(self, chosen: Bool[np.ndarray, " subject"]) -> _Said:
         """Those of some of the subjects."""
@@ -130,6 +133,7 @@ class _Said:
             {name: values[chosen] for name, values in self.dense.items()},
             None if self.vectors is None else self.vectors[chosen],
             self.true[chosen],
+            self.measured[chosen],
         )
 
     @property
@@ -183,7 +187,9 @@ class PartWriter:
                 kept.append(replace(answers, said={r: replace(said, dense={}) for r, said in answers.said.items()}))
         self._write(number, reader, kept)
         names = [name for answers in kept for name in answers.names]
-        done = Done(len(names), refused, self._outside(kept), tables.written, tables.unplaced)
+        measured = [np.all([said.measured for said in one.said.values()], axis=0) for one in kept if one.rows]
+        by_heads = sum(int((~one).sum()) for one in measured)
+        done = Done(len(names), refused, self._outside(kept), by_heads, tables.written, tables.unplaced)
         self._put(f"{MARKS}/{number:05d}.json", json.dumps(asdict(done), indent=1).encode())
         return done
 
@@ -226,7 +232,8 @@ class PartWriter:
     def _collated(self, reader: Reader, rows: list[int]) -> HostBatch | None:
         if not rows:
             return None
-        return collate(reader.samples(rows), self.configs[self.job.accelerations[0]], purpose=VALIDATION)
+        config = self.configs[self.job.accelerations[0]]
+        return collate(reader.samples(rows), config, wanted=self.model.wanted, purpose=VALIDATION)
 
     def _damage(self, reader: Reader, row: int) -> str:
         try:
@@ -253,13 +260,15 @@ class PartWriter:
 
     def _said(self, host: HostBatch) -> _Said:
         batch = host.to(self.model.device, self.model.readout)
-        outputs = {name: value.cpu() for name, value in self.model(batch).items()}
+        said, measured = self.model.answers(batch)
+        outputs = {name: value.cpu() for name, value in said.items()}
         vectors = self.model.embed(batch).float().cpu().numpy() if self.job.embeddings else None
         return _Said(
             {name: value.double().numpy() for name, value in outputs.items() if value.ndim == 1},
             {name: value.numpy() for name, value in outputs.items() if value.ndim > 1 and self.job.masks},
             vectors,
             true_accelerations(batch),
+            measured.numpy(),
         )
 
     def _outside(self, kept: Sequence[_Answers]) -> int:

@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
-from kmtr.data.loader.batch import Batch
-from kmtr.evaluate.predictors import Outputs, Predictor
-from kmtr.metrics import MIN_LABELLED, Logistic, fit_logistic
+from kmtr.metrics.logistic import Logistic, fit_logistic
+from kmtr.metrics.phenotypes import MIN_LABELLED
 
 
 @dataclass(frozen=True)
@@ -59,17 +57,3 @@ def fit(
         if 0 < truth[known].sum() < known.sum() and np.isfinite(features[known]).any(0).all():
             found[disease] = fit_logistic(features[known], truth[known])
     return Regressions(names, found)
-
-
-@dataclass(frozen=True)
-class ReadOff:
-    """Predictor of diseases from the phenotypes that another predictor says."""
-
-    predictor: Predictor
-    regressions: Regressions
-
-    def __call__(self, batch: Batch, /) -> Outputs:
-        said, diseases = self.predictor(batch), tuple(self.regressions.of)
-        phenotypes = torch.stack([said[name].double().cpu() for name in self.regressions.phenotypes], dim=1)
-        found = torch.from_numpy(self.regressions(phenotypes.numpy(), diseases))
-        return dict(zip(diseases, found.unbind(1), strict=True))

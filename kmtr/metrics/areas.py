@@ -1,4 +1,5 @@
-"""Phenotypes from masks by a linear map: what masks are worth where formulas of volumes ask too much of them.
+"""Phenotypes from masks by a linear map, and diseases from these: what masks are worth where formulas of volumes ask
+too much of them.
 
 The map is fitted on the masks that a system predicts of labelled subjects, at the R at which it is asked: so it knows
 how they err. A formula takes every error of a mask as it is, and the ejection fraction the difference of two; masks
@@ -7,45 +8,39 @@ from few lines are blurred in time, all in the same direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
 
-from kmtr.config import Data
-from kmtr.data.loader.batch import Batch
-from kmtr.data.loader.device import HostBatch
-from kmtr.evaluate.predictions import Name
 from kmtr.metrics.dense import Pair
-from kmtr.metrics.ridge import MIN_LABELLED, Ridge, fit_ridges
-from kmtr.tasks.views import views_of
-from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED, VIEWS
+from kmtr.metrics.from_phenotypes import Regressions
+from kmtr.metrics.phenotypes import MIN_LABELLED
+from kmtr.metrics.ridge import Ridge, fit_ridges
+from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
-MOST = 200
-"""Labelled subjects that it is fitted on at most: masks of all frames take long."""
 HARMONICS = 2
 """Harmonics of the cycle that count beside the mean over it."""
 CLASSES = np.arange(1, len(SEGMENTATION_CLASSES))
-
-Masks = Callable[[Batch], Mapping[str, Tensor]]
-"""Batch -> ``masks`` uint8 ``batch slice t y x`` among other outputs."""
+NO_DISEASES = Regressions((), {})
 
 
 @dataclass(frozen=True)
 class AreaMap:
-    """Ridge regressions from areas of classes in every slice over the cycle.
+    """Ridge regressions from areas of classes in every slice over the cycle, and what their answers say of diseases.
 
     Attributes:
         slices: view -> slices of it that the configuration has.
         shown: features that count: those that most of the labelled subjects have, and in which they differ.
+        ridges: by phenotype.
+        diseases: from true phenotypes, asked with those that the ridges say.
     """
 
     slices: Mapping[str, int]
     shown: Bool[np.ndarray, " feature"]
     ridges: Mapping[str, Ridge]
+    diseases: Regressions = NO_DISEASES
 
     @classmethod
     def fit(
@@ -54,6 +49,7 @@ class AreaMap:
         seen: Float[np.ndarray, "subject feature"],
         labels: Float[np.ndarray, "subject target"],
         targets: Sequence[str],
+        diseases: Regressions = NO_DISEASES,
     ) -> AreaMap | None:
         """On labelled subjects; None where fewer than 3 have all that counts.
 
@@ -61,6 +57,7 @@ class AreaMap:
             seen: `areas` of their predicted masks.
             labels: NaN: unknown.
             targets: names of the labels, which it is to say.
+            diseases: on phenotypes among these.
         """
         there = np.isfinite(seen)
         shown = there.mean(0) >= 0.5
@@ -69,46 +66,19 @@ class AreaMap:
             return None
         shown[shown] = np.ptp(seen[known][:, shown], axis=0) > 0
         if not shown.any():  # all masks are alike: what is left of a regression is the mean
-            return cls(slices, shown, _means(labels[known], targets))
-        return cls(slices, shown, fit_ridges(seen[known][:, shown], labels[known], targets))
+            return cls(slices, shown, _means(labels[known], targets), diseases)
+        return cls(slices, shown, fit_ridges(seen[known][:, shown], labels[known], targets), diseases)
 
     def __call__(self, views: Mapping[str, Pair]) -> dict[str, float]:
-        """Phenotypes of one subject by its predicted masks; NaN where an area that counts is unknown."""
-        seen = areas(views, self.slices)
-        return {name: float(ridge(seen[None, self.shown])[0]) for name, ridge in self.ridges.items()}
-
-
-def seen_by(
-    data: Data, predictors: Mapping[Name, Masks], batches: Iterable[HostBatch], device: torch.device
-) -> dict[Name, Float[np.ndarray, "subject feature"]]:
-    """`areas` of the masks of each predictor.
-
-    Args:
-        batches: subjects with masks' columns, at one R.
-    """
-    slices, found = slices_of(data), {name: list[np.ndarray]() for name in predictors}
-    for host in batches if predictors else ():
-        batch = host.to(device)
-        for name, predictor in predictors.items():
-            masks = predictor(batch)["masks"]
-            found[name] += [areas(views, slices) for views in views_of(batch, data, masks, masks)]
-    return {name: np.stack(some) for name, some in found.items() if some}
-
-
-def fit_maps(
-    data: Data,
-    seen: Mapping[Name, Float[np.ndarray, "subject feature"]],
-    labels: Float[np.ndarray, "subject target"],
-    targets: Sequence[str],
-) -> dict[Name, AreaMap]:
-    """The map of each predictor; none of one whose masks say too little.
-
-    Args:
-        seen: of labelled subjects (`seen_by`).
-        labels: NaN: unknown.
-    """
-    fitted = {name: AreaMap.fit(slices_of(data), some, labels, targets) for name, some in seen.items()}
-    return {name: one for name, one in fitted.items() if one is not None}
+        """Phenotypes of one subject in their units, and probabilities of diseases, by its predicted masks; NaN where an
+        area that counts is unknown.
+        """
+        seen = areas(views, self.slices)[self.shown]
+        found = {name: float(ridge(seen[None])[0]) for name, ridge in self.ridges.items()}
+        if not np.isfinite(seen).all():
+            return found | dict.fromkeys(self.diseases.of, float("nan"))
+        phenotypes = np.array([[found.get(name, np.nan) for name in self.diseases.phenotypes]])
+        return found | {name: float(one(phenotypes)[0]) for name, one in self.diseases.of.items()}
 
 
 def _means(labels: Float[np.ndarray, "subject target"], targets: Sequence[str]) -> dict[str, Ridge]:
@@ -118,10 +88,9 @@ def _means(labels: Float[np.ndarray, "subject target"], targets: Sequence[str]) 
     return {name: Ridge(nothing, nothing, nothing, float(mean), np.inf) for name, mean in means.items()}
 
 
-def slices_of(data: Data) -> dict[str, int]:
-    """Slices of each view of the configuration."""
-    names = [VIEWS[view] for view in data.view_types]
-    return {name: names.count(name) for name in dict.fromkeys(names)}
+def features_of(slices: Mapping[str, int]) -> int:
+    """Number of features that `areas` gives."""
+    return sum(slices.values()) * (1 + 2 * HARMONICS) * len(CLASSES)
 
 
 def areas(views: Mapping[str, Pair], slices: Mapping[str, int]) -> Float[np.ndarray, " feature"]:

@@ -1,0 +1,230 @@
+"""Labels that a model answers by areas of its masks: who chooses, what is said everywhere, files that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import safetensors.numpy
+import torch
+from cohort import simulated, write
+from exported import TARGETS, model_folder
+from one_process import predicted_here
+from torch import Tensor
+
+import kmtr
+from kmtr import by_areas, served
+from kmtr.by_areas import ByAreas
+from kmtr.config import RunConfig
+from kmtr.data.dataset.reader import Reader
+from kmtr.data.loader import pipeline, subjects
+from kmtr.data.loader.batch import Wanted
+from kmtr.encoder import batch_of
+from kmtr.evaluate import answers, predictions
+from kmtr.evaluate.mapped import fit_maps, seen_by
+from kmtr.evaluate.predict import command
+from kmtr.evaluate.predictions import FINETUNED, HeldOut, Name, joined, read, rows
+from kmtr.exported import AREAS, MODEL_HEAD
+from kmtr.metrics import from_phenotypes
+from kmtr.metrics.areas import AreaMap
+from kmtr.metrics.dense import Pair
+from kmtr.tasks.views import slices_of, views_of
+from kmtr.types import InputError, Study
+
+CPU = torch.device("cpu")
+OURS = Name("ours", "")
+
+
+@pytest.fixture(scope="module")
+def model(
+    small: RunConfig, tables: dict[str, Tensor], reader: Reader, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model whose maps at R = 2 and 4 answer the volume, its head the ejection fraction."""
+    folder = tmp_path_factory.mktemp("answers") / "model"
+    model_folder(folder, small, tables, ("phenotypes", "segmentation"))
+    loaded, maps = kmtr.load_model(folder), dict[int, AreaMap]()
+    truth = subjects.labels_of(reader, range(len(reader)), TARGETS)
+    ill = (truth[:, 0] > np.median(truth[:, 0])).astype(float)
+    diseases = from_phenotypes.fit({"lvedv_ml": truth[:, 0]}, {"dcm": ill})
+    for r in (2, 4):
+        fixed = kmtr.config.override(small, {"sampling.accelerations": (r,)})
+        batches = pipeline.read_in_order(reader, range(len(reader)), 8, fixed, Wanted(spacing=True))
+        seen = seen_by(small.data, {OURS: loaded.masks}, batches, CPU)
+        maps[r] = fit_maps(small.data, seen, truth, TARGETS, diseases)[OURS]
+    by_areas.export(folder, ByAreas(maps, ("lvedv_ml",), len(reader)))
+    return folder
+
+
+def measured(model: Path, study: Study, r: int, at: int) -> float:
+    """The volume of a study by the map of `at`, from the masks at R = `r`."""
+    loaded = kmtr.load_model(model)
+    assert loaded.areas is not None
+    batch = batch_of(study, loaded.config, r, loaded.wanted).to(CPU)
+    masks = loaded.masks(batch)["masks"]
+    (views,) = views_of(batch, loaded.config.data, masks, masks)
+    return loaded.areas.maps[at](views)["lvedv_ml"]
+
+
+def test_each_path_answers_by_the_map_of_the_nearest_r(
+    model: Path, small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies = [simulated(i, small) for i in range(3)]
+    loaded, heads = kmtr.load_model(model), kmtr.load_model(model)
+    heads.areas = None
+    alone = loaded.predict(studies[0], acceleration=4)
+    assert alone["lvedv_ml"] == pytest.approx(measured(model, studies[0], 4, 4), rel=1e-6)
+    assert alone["lvedv_ml"] != pytest.approx(measured(model, studies[0], 4, 2), rel=1e-4), (
+        "another map, another volume"
+    )
+    before = heads.predict(studies[0], acceleration=4)
+    assert before["lvedv_ml"] != pytest.approx(alone["lvedv_ml"], rel=1e-4)
+    assert before["lvef_pct"] == alone["lvef_pct"]
+    with pytest.warns(UserWarning, match=r"R = 1\.00 is not among"):
+        assert loaded.predict(studies[0])["lvedv_ml"] == pytest.approx(measured(model, studies[0], 1, 2), rel=1e-6), (
+            "of all lines the nearest R is the lowest"
+        )
+
+    predicted_here(monkeypatch)
+    write(tmp_path / "data", {"train": studies}, "float32")
+    words = [str(model), f"data.root={tmp_path}/data", f"predict.out={tmp_path}/out", "predict.accelerations=2,4"]
+    said = command.run(words)
+    table = {
+        (row["subject"], row["acceleration"], row["target"]): row["value"]
+        for row in read(Path(said["predictions"])).to_pylist()
+    }
+    for study in studies:
+        for r in (2, 4):
+            one = loaded.predict(study, acceleration=r)
+            for target in TARGETS:
+                assert table[study.subject_id, r, target] == pytest.approx(one[target], rel=1e-5)
+
+    monkeypatch.setattr(served, "read", lambda path: studies[int(path)])
+    asked = pd.DataFrame({"path": ["0", "2"], "acceleration": [4, 4]})
+    answered = served._load_pyfunc(str(model)).predict(asked)
+    assert answered["lvedv_ml"].tolist() == [loaded.predict(studies[i], acceleration=4)["lvedv_ml"] for i in (0, 2)]
+
+
+def test_where_areas_are_unknown_the_heads_answer_and_it_is_said(
+    model: Path, small: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = simulated(0, small)
+    flat = replace(study, views={name: replace(view, spacing_mm=None) for name, view in study.views.items()})
+    loaded, heads = kmtr.load_model(model), kmtr.load_model(model)
+    heads.areas = None
+    with pytest.warns(UserWarning, match="size of a pixel is not: lvedv_ml by the model's heads"):
+        assert loaded.predict(flat, acceleration=4)["lvedv_ml"] == heads.predict(flat, acceleration=4)["lvedv_ml"]
+    predicted_here(monkeypatch)
+    write(tmp_path / "data", {"train": [simulated(1, small), flat]}, "float32")
+    command.run([str(model), f"data.root={tmp_path}/data", f"predict.out={tmp_path}/out", "predict.accelerations=2,4"])
+    assert "of 1 subjects areas of masks are not known" in capsys.readouterr().out
+
+
+def test_a_model_on_reconstructions_has_other_masks_and_so_no_maps(model: Path) -> None:
+    loaded = kmtr.load_model(model)
+    assert loaded.after(lambda batch: batch.kspace.abs()[:, :, 0], "images").areas is None
+    assert loaded.areas is not None
+
+
+def test_maps_are_read_as_they_were_written_and_nothing_else_is(model: Path, small: RunConfig, tmp_path: Path) -> None:
+    head = json.loads((model / MODEL_HEAD).read_text())
+    found = by_areas.read(model, head, slices_of(small.data), TARGETS)
+    assert found is not None
+    assert (list(found.maps), found.labels) == ([2, 4], ("lvedv_ml",))
+    mask = np.random.default_rng(0).integers(0, 5, (2, 4, 32, 32), dtype=np.uint8)
+    views = {
+        name: Pair(mask[:count], mask[:count], None, (8.0, 2.0, 2.0)) for name, count in slices_of(small.data).items()
+    }
+    again = tmp_path / "again"
+    shutil.copytree(model, again)
+    by_areas.export(again, found)
+    other = by_areas.read(again, json.loads((again / MODEL_HEAD).read_text()), slices_of(small.data), TARGETS)
+    assert other is not None
+    for r in (2, 4):
+        assert found.maps[r](views) == other.maps[r](views)
+        assert {"lvedv_ml", "lvef_pct", "dcm"} == found.maps[r](views).keys()
+
+    tensors = safetensors.numpy.load_file(again / AREAS)
+    for spoil in (
+        {"2.shown": tensors["2.shown"][1:]},
+        {"4.lvedv_ml.weights": np.append(tensors["4.lvedv_ml.weights"], 0.0)},
+        {"4.lvedv_ml.mean": tensors["4.lvedv_ml.mean"] * np.nan},
+    ):
+        safetensors.numpy.save_file(tensors | spoil, again / AREAS)
+        with pytest.raises(InputError, match="does not hold one") as error:
+            kmtr.load_model(again)
+        assert "\n" not in str(error.value)
+    safetensors.numpy.save_file(tensors, again / AREAS)
+    head["areas"]["answers"] = ["rvedv_ml"]
+    (again / MODEL_HEAD).write_text(json.dumps(head))
+    with pytest.raises(InputError, match="expected answers that model and maps have"):
+        kmtr.load_model(again)
+    (again / AREAS).unlink()
+    with pytest.raises(InputError, match=f"without {AREAS}"):
+        kmtr.load_model(again)
+
+
+def validation(label: str, truth: np.ndarray, said: dict[Name, np.ndarray]) -> pa.Table:
+    held_out = HeldOut(tuple(f"s{i}" for i in range(len(truth))), (label,), truth[:, None])
+    parts = []
+    for r in (2, 4):
+        parts += [rows(name, held_out, v[:, None], acceleration=r, seed=0, labels=9) for name, v in said.items()]
+    return joined(parts)
+
+
+def test_validation_subjects_choose_label_by_label() -> None:
+    noise = np.random.default_rng(3).standard_normal((2, 60))
+    truth = np.linspace(-1, 1, 60)
+    areas = truth + 0.1 * noise[0]
+    areas[5] = np.nan  # no size of a pixel: left out of both
+    said = {FINETUNED: truth + 0.5 * noise[1], predictions.by_areas(FINETUNED): areas}
+    ill, rare = (truth > 0.3).astype(float), (np.arange(60) < 3).astype(float)
+    table = joined(
+        [
+            validation("lvedv_ml", truth, said),
+            validation("dcm", ill, {FINETUNED: truth, predictions.by_areas(FINETUNED): noise[0]}),
+            validation("hcm", rare, {FINETUNED: noise[0], predictions.by_areas(FINETUNED): truth}),
+            validation("lvm_g", truth, {FINETUNED: truth}),
+        ]
+    )
+    by_label = {
+        one.label: one for one in answers.choose(table, FINETUNED, ("lvedv_ml", "dcm", "hcm", "lvm_g", "lvef_pct"))
+    }
+    assert set(by_label) == {"lvedv_ml", "dcm", "hcm"}, "of other labels there are no areas"
+    volume = by_label["lvedv_ml"]
+    known = np.isfinite(areas)
+    r2 = 1 - np.sum((areas - truth)[known] ** 2) / np.sum((truth[known] - truth[known].mean()) ** 2)
+    assert (volume.subjects, volume.by_areas) == (59, True)
+    assert volume.areas == pytest.approx(r2)
+    assert (by_label["dcm"].head, by_label["dcm"].by_areas) == (1.0, False)
+    assert np.isnan(by_label["hcm"].areas), "three diseased subjects choose nothing"
+    assert not by_label["hcm"].by_areas
+    assert by_label["hcm"].compared == "too few subjects to compare"
+
+
+def test_what_was_chosen_is_said_and_a_model_that_is_not_better_by_areas_stays_as_it_is(
+    model: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "model"
+    shutil.copytree(model, plain)
+    head = json.loads((plain / MODEL_HEAD).read_text())
+    del head["areas"]
+    (plain / MODEL_HEAD).write_text(json.dumps(head))
+    (plain / AREAS).unlink()
+    loaded = kmtr.load_model(model)
+    assert loaded.areas is not None
+    worse = answers.Choice("lvef_pct", 30, 0.5, 0.25)
+    assert answers.keep(plain, loaded.areas.maps, 24, []) == ""
+    said = answers.keep(plain, loaded.areas.maps, 24, [worse])
+    assert said.startswith("its heads answer lvef_pct (0.25, 0.50) (R2 or AUROC of 30 validation subjects")
+    assert not (plain / AREAS).exists()
+    said = answers.keep(plain, loaded.areas.maps, 24, [answers.Choice("lvedv_ml", 30, 0.5, 0.75), worse])
+    assert said.startswith("areas of its masks answer lvedv_ml (0.75, 0.50); its heads answer lvef_pct (0.25, 0.50)")
+    kept = kmtr.load_model(plain).areas
+    assert kept is not None
+    assert kept.labels == ("lvedv_ml",)
