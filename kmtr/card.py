@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from kmtr.config import RunConfig
-from kmtr.exported import MODEL_HEAD, Trained, rebuilt
+from kmtr.exported import AREAS, MODEL_HEAD, MODEL_WEIGHTS, Trained, model_files, rebuilt
 from kmtr.files import write_atomic
 from kmtr.report.html import Table, markdown_table
 from kmtr.systems import input_of, system
 
 FILE = "README.md"
 DENSE = {"segmentation": "`masks` (a class for every pixel)", "reconstruction": "`image` (magnitude of every pixel)"}
+FILES = {
+    MODEL_WEIGHTS: "weights",
+    MODEL_HEAD: "what rebuilds it",
+    AREAS: "linear maps from the areas of its masks to what it answers by these",
+}
 UNSCORED = "Not scored: no test split was at hand, or it had too few subjects."
 
 
@@ -38,11 +43,12 @@ def card(head: dict[str, Any], scored: Sequence[Table] = ()) -> str:
     config = rebuilt(head["settings"])
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts(config, head))
     metrics = "\n\n".join(map(markdown_table, scored)) or UNSCORED
+    files = ", ".join(f"`{name}` ({FILES[name]})" for name in model_files(head))
     return f"""\
 # A k-MTR model: {", ".join(config.task.tasks)}
 
 **A research model, not a medical device.** It reads cardiac MRI k-space and was made by kmtr
-(`jobs/finetune.py`). Its files hold no code: `model.safetensors` (weights), `model.json` (what rebuilds it).
+(`jobs/finetune.py`). Its files hold no code: {files}.
 
 | | |
 |---|---|

@@ -26,9 +26,9 @@ FORMAT = 1
 """Format of an encoder's folder; one of another format is refused."""
 MODEL_WEIGHTS, MODEL_HEAD = "model.safetensors", "model.json"
 AREAS = "areas.safetensors"
-"""Maps beside a model that answers by the areas of its masks (`by_areas`); ``model.json`` says if there are any."""
-MODEL_FORMAT = 4
-"""Format of a model's folder; one of another format is refused."""
+"""Maps beside a model that answers by the areas of its masks (`area_maps`); ``model.json`` says if there are any."""
+MODEL_FORMAT, AREAS_FORMAT = 4, 5
+"""Formats of a model's folder, of one with maps; one of another format is refused."""
 _TASK = {"stage"} | {
     f"task.{name}"
     for name in (
@@ -146,7 +146,8 @@ def export_model(
     units = {name: PHENOTYPES.get(name, "probability") for name in (*PHENOTYPES, *DISEASES)}
     learnt = {"phenotypes": config.task.targets, "diseases": config.task.diseases}
     wanted = [name for task in config.task.tasks for name in learnt.get(task, ())]
-    (folder / AREAS).unlink(missing_ok=True)  # of an earlier model
+    for name in (MODEL_HEAD, AREAS):  # of an earlier model
+        (folder / name).unlink(missing_ok=True)
     head = {"format": MODEL_FORMAT, "settings": settings, "units": {name: units[name] for name in wanted}}
     write_folder(folder, (MODEL_WEIGHTS, MODEL_HEAD), weights, tables, head | {"trained": trained or {}})
 

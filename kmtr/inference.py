@@ -5,7 +5,7 @@
 
 A folder of files that hold no code: ``model.safetensors`` (all weights, normalisation tables, moments of the labels),
 ``model.json`` (format, the settings that rebuild it, and the unit of each output), and ``areas.safetensors`` where the
-model answers labels by the areas of its own masks (`by_areas`).
+model answers labels by the areas of its own masks (`area_maps`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kmtr import by_areas
-from kmtr.by_areas import ByAreas
+from kmtr import area_maps
+from kmtr.area_maps import AreaMaps
 from kmtr.config import Data, RunConfig, most_lines
 from kmtr.data.loader.batch import Batch, Wanted
 from kmtr.encoder import batch_of, misfit, undersampled
 from kmtr.exported import (
+    AREAS_FORMAT,
     MODEL_FORMAT,
     MODEL_HEAD,
     MODEL_WEIGHTS,
@@ -63,7 +65,7 @@ class TaskModel:
         trained: Trained | None = None,
     ):
         self.config, self.tables, self.device, self.trained = config, tables, device, trained or Trained()
-        self.areas: ByAreas | None = None
+        self.areas: AreaMaps | None = None
         self.module = Model(config).to(device).eval()
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)
@@ -79,7 +81,7 @@ class TaskModel:
             reads: their name in tables.
         """
         other = copy.copy(self)
-        other.images, other.reads, other.areas = images, reads, None  # which know the errors of other masks
+        other.images, other.reads, other.areas = images, reads, None  # maps of areas were fitted on other masks
         return other
 
     @property
@@ -94,7 +96,7 @@ class TaskModel:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Predictions ``batch`` of every output, fp32, in its unit."""
+        """Predictions ``batch`` of every output by its head, fp32, in its unit."""
         return self._predict(batch, self.stage)
 
     @property
@@ -113,9 +115,8 @@ class TaskModel:
         said, known = self(batch), torch.ones(len(batch), dtype=torch.bool)
         if self.areas is None:
             return said, known
-        true = {r: self._true(r) for r in self.areas.maps}
         views = views_of(batch, self.config.data, said["masks"], said["masks"])
-        at = [self.areas.at(r, true) for r in batch.true_acceleration.tolist()]
+        at = [self.areas.at(r) for r in batch.true_acceleration.tolist()]
         measured = [one(each) for one, each in zip(at, views, strict=True)]
         for name in self.areas.labels:
             values = torch.tensor([one[name] for one in measured], dtype=torch.float32)
@@ -196,7 +197,8 @@ class TaskModel:
         how = self.config.sampling
         least, most = min(how.accelerations), max(how.accelerations)
         if acceleration is None:
-            low, high = self._true(least), self._true(most)
+            lines = self.config.data.matrix[0]
+            low, high = (lines / most_lines(lines, r, how.acs_lines, how.family) for r in (least, most))
             inside = low / R_TOLERANCE <= true <= high * R_TOLERANCE
         else:
             inside = least <= acceleration <= most
@@ -205,11 +207,6 @@ class TaskModel:
         got = f"{true:.2f}" if acceleration is None else acceleration
         span = f"{least}" if least == most else f"{least} to {most}"
         return f"R = {got} is not among R = {span}, which the model was trained for"
-
-    def _true(self, acceleration: int) -> float:
-        """True R of the patterns of a nominal one."""
-        how, lines = self.config.sampling, self.config.data.matrix[0]
-        return lines / most_lines(lines, acceleration, how.acs_lines, how.family)
 
 
 def by_view(data: Data, batch: Batch, values: np.ndarray, row: int) -> dict[str, np.ndarray]:
@@ -238,8 +235,8 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     except (ValueError, KeyError, TypeError):
         raise InputError(f"model: expected JSON with format and settings in {folder / MODEL_HEAD}") from None
     _complete(folder, model_files(head))
-    if written != MODEL_FORMAT:
-        raise InputError(f"model: expected format {MODEL_FORMAT}, got {written}, in {folder}; fine-tune it anew")
+    if written not in (MODEL_FORMAT, AREAS_FORMAT):
+        raise InputError(f"model: expected format {AREAS_FORMAT}, got {written}, in {folder}; fine-tune it anew")
     try:
         trained = Trained(**head.get("trained", {}))
     except TypeError:
@@ -252,11 +249,11 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
         check_weights(lambda: Model(config), weights)
         model = TaskModel(config, weights, tables, torch.device(device), trained)
         drawn = model.units if "segmentation" in model.prepare.tasks else {}
-        model.areas = by_areas.read(folder, head, slices_of(config.data), drawn)
+        model.areas = area_maps.read(folder, head, slices_of(config.data), drawn)
         return model
     except InputError:
         raise
-    except UNFIT as error:
+    except (*UNFIT, OSError, safetensors.SafetensorError) as error:
         raise InputError(f"model: {folder} does not hold one: {first_line(error)}") from None
 
 

@@ -250,6 +250,11 @@ class Study(Section):
         "",
         description="study.py tasks, systems: folder of finished rows, small enough to commit; empty: in storage.root",
     )
+    validated: tuple[int, ...] = Field(
+        (),
+        description="study.py tasks, systems: R at which runs are validated, where rows are scored at other R "
+        "(evaluate.accelerations): those of an earlier study, whose runs are then used; empty: the same",
+    )
     systems: tuple[str, ...] = Field(
         (), description="study.py systems: those that are compared (kmtr/studies/contenders.py); empty: all"
     )

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kmtr import by_areas
+from kmtr import area_maps
+from kmtr.area_maps import AreaMaps
 from kmtr.evaluate import predictions
 from kmtr.evaluate.predictions import Name
 from kmtr.evaluate.scores import panel
@@ -40,12 +41,15 @@ class Choice:
 
     @property
     def by_areas(self) -> bool:
-        return self.areas > self.head
+        """True where areas are better than the head, and than saying the same of everybody."""
+        return self.areas > max(self.head, 0.5 if self.label in DISEASES else 0.0)
 
     @property
     def compared(self) -> str:
         """Both scores in words."""
-        return f"{self.areas:.2f}, {self.head:.2f}" if np.isfinite(self.areas) else "too few subjects to compare"
+        if not np.isfinite(self.areas):
+            return f"{self.subjects} subjects, too few to compare"
+        return f"{self.areas:.2f}, {self.head:.2f} of {self.subjects}"
 
 
 def choose(validation: pa.Table, ours: Name, labels: Sequence[str]) -> list[Choice]:
@@ -82,24 +86,25 @@ def _score(label: str, truth: np.ndarray, said: np.ndarray) -> float:
     return float(1 - np.mean(np.sum((said - truth) ** 2, axis=1)) / spread) if spread > 0 else float("nan")
 
 
-def keep(model: Path, maps: Mapping[int, AreaMap], fitted: int, choices: Sequence[Choice]) -> str:
-    """Put the maps beside a model where they answer any label; a line about who answers what, empty where none was
-    compared.
+def keep(model: Path, maps: Mapping[int, AreaMap], validation: pa.Table, ours: Name, labels: Sequence[str]) -> str:
+    """Put the maps beside a model where they answer any label; a line about who answers what, empty where there is
+    nothing to compare.
 
     Args:
         maps: of each nominal R.
-        fitted: labelled subjects that they are fitted on.
+        validation, ours, labels: as of `choose`.
     """
+    choices = choose(validation, ours, labels)
     if not choices:
         return ""
-    better = [one for one in choices if one.by_areas]
-    if better:
-        by_areas.export(model, by_areas.ByAreas(maps, tuple(one.label for one in better), fitted))
-    heads = [one for one in choices if not one.by_areas]
+    areas, heads = ([one for one in choices if one.by_areas is better] for better in (True, False))
+    if areas:
+        seen = panel(validation, tuple(maps))
+        true = {r: seen.true_acceleration_at(number) for number, r in enumerate(seen.accelerations)}
+        area_maps.export(model, AreaMaps(maps, true, tuple(one.label for one in areas)))
     parts = [
         f"{who} {', '.join(f'{one.label} ({one.compared})' for one in some)}"
-        for who, some in (("areas of its masks answer", better), ("its heads answer", heads))
+        for who, some in (("areas of its masks answer", areas), ("its heads answer", heads))
         if some
     ]
-    most = max(one.subjects for one in choices)
-    return f"{'; '.join(parts)} (R2 or AUROC of {most} validation subjects, mean over R: by areas, by head)"
+    return f"{'; '.join(parts)} (R2 or AUROC of validation subjects, mean over R: by areas, by head)"

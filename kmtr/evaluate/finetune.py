@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kmtr import card, machine, tracking
+from kmtr import area_maps, card, machine, tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import answers, probes, tables, task_report, thresholds
@@ -40,7 +40,8 @@ from kmtr.train.folder import Outcome, write_json
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, KmtrError
 
-RESULT = "test.json"
+RESULT, SENT = "test.json", "test-sent.json"
+"""Files in a run's folder: scores of the test split, and that they are with MLflow, or kept for it."""
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -68,9 +69,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"finetune: {name} is finished, reused (run.fresh=true starts anew)")
     else:
         print(f"finetune: {name} finished in {time.perf_counter() - began:.0f} s")
-    unscored = not (folder / RESULT).is_file()
     tested = score(config, dataset, Path(outcome.encoder), folder)
-    tested |= _report(config, dataset, outcome, tested, not outcome.reused or (unscored and "predictions" in tested))
+    tested |= _report(config, dataset, outcome, tested)
     chosen, said = choice.shown(outcome.metrics, config)
     print(f"  model     {outcome.encoder}\n            {chosen}")
     print(f"  tracking  {tracking.where(config.tracking.uri)}, run {outcome.run_id}")
@@ -97,9 +97,12 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     if dataset.rows("test") < probes.MIN_SUBJECTS:
         print(f"finetune: note: the dataset has {dataset.rows('test')} test subjects, too few to score the model on")
         return {"metrics": {}}
+    area_maps.remove(model)  # of a scoring that was interrupted
+    (folder / SENT).unlink(missing_ok=True)
     loaded = load_model(model, machine.device(config.train.device))
     areas = mappable(loaded, dataset)
-    chooses = (areas or "diseases" in loaded.prepare.tasks) and dataset.rows("val") >= probes.MIN_SUBJECTS
+    chooses = loaded.prepare.labels and (areas or "diseases" in loaded.prepare.tasks)
+    chooses = chooses and dataset.rows("val") >= probes.MIN_SUBJECTS
     answered = by_split(config, dataset, loaded, ("test", "val") if chooses else ("test",), by_areas=areas)
     found = answered.tables
     files = {"test": folder / FILE, "val": folder / thresholds.FILE}
@@ -109,8 +112,7 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     shown, metrics = summary(found["test"], config, found.get("val"))
     text = "\n\n".join(map(text_table, shown))
     if "val" in found:
-        compared = answers.choose(found["val"], trained(config), loaded.prepare.labels)
-        said = answers.keep(model, answered.maps, answered.mapped, compared)
+        said = answers.keep(model, answered.maps, found["val"], trained(config), loaded.prepare.labels)
         text += f"\n\nfinetune: {said}" if said else ""
     print(text)
     card.write_card(model, shown)
@@ -167,52 +169,52 @@ def disease_table(table: pa.Table, ours: Name, validation: pa.Table | None = Non
     metrics: dict[str, float] = {}
     for number, r in enumerate(seen.accelerations):
         for fit, values in seen.values.items():
-            if fit.name == MEAN:
+            if fit.name == MEAN or not np.isfinite(values[number]).any():
                 continue
             cells: list[Cell] = []
             for i, target in enumerate(seen.targets):
-                scored = detection(seen.truth[:, i], values[number, :, i], limits.values[fit][number, i])
+                said = np.isfinite(values[number, :, i]) | (not fit.name.measured)  # areas of masks may lack subjects
+                truth, score = seen.truth[said, i], values[number, said, i]
+                scored = detection(truth, score, limits.values[fit][number, i])
                 f1 = f", F1 {scored.f1:.2f}" if np.isfinite(scored.f1) else ""
+                f1 += "" if said.all() else f", {said.sum()} subjects"
                 cells.append(f"{scored.auroc:.3f} (AP {scored.average_precision:.2f} of {scored.prevalence:.2f}{f1})")
                 if fit.name in suffix:
                     metrics |= {f"{target}_auroc{suffix[fit.name]}": scored.auroc}
-                    metrics |= {f"{target}_f1{suffix[fit.name]}": scored.f1} if f1 else {}
+                    metrics |= {f"{target}_f1{suffix[fit.name]}": scored.f1} if np.isfinite(scored.f1) else {}
             rows.append((r, f"{seen.true_acceleration_at(number):.2f}", fit.name.title, *cells))
     title = "AUROC on held-out subjects (average precision; a guess has the prevalence behind it)"
     return Table(title, ("R", "true R", "system", *seen.targets), tuple(rows), limits.note()), metrics
 
 
-def _report(
-    config: RunConfig, dataset: Dataset, outcome: Outcome, tested: Mapping[str, Any], new: bool
-) -> dict[str, str]:
-    """Write the report, where there are predictions to make it of, and send what is new to MLflow: ``report``.
-
-    Args:
-        new: metrics and card are.
-    """
-    model = Path(outcome.encoder)
-    changed = (name for name in (card.FILE, MODEL_HEAD, AREAS) if (model / name).is_file())  # since training sent them
-    files = [(model / name, model.name) for name in changed] if new else []
-    said: dict[str, str] = {}
-    if "predictions" in tested:
-        title, path = f"k-MTR: {outcome.name}", Path(tested["predictions"])
-        report = task_report.write(config, dataset, path, model, title=title, ours=trained(config), run=outcome.run_id)
-        files += [(report.html, "report")] if report.new else []
-        said["report"] = str(report.html)
-        print(f"  report    {report.html}")
-    if files:
-        _send(config, outcome, files, tested["metrics"] if new else {})
-    return said
+def _report(config: RunConfig, dataset: Dataset, outcome: Outcome, tested: Mapping[str, Any]) -> dict[str, str]:
+    """Write the report, where there are predictions to make it of, and send what is new to MLflow: ``report``."""
+    model, folder = Path(outcome.encoder), Path(outcome.folder)
+    if not outcome.reused or ("predictions" in tested and not (folder / SENT).is_file()):
+        # Behind the maps the head that names them: what training sent stays whole until then.
+        changed = (name for name in (card.FILE, AREAS, MODEL_HEAD) if (model / name).is_file())
+        _send(config, outcome, [(model / name, model.name) for name in changed], tested["metrics"])
+        write_json(folder / SENT, {"metrics": sorted(tested["metrics"])})
+    if "predictions" not in tested:
+        return {}
+    title, path = f"k-MTR: {outcome.name}", Path(tested["predictions"])
+    report = task_report.write(config, dataset, path, model, title=title, ours=trained(config), run=outcome.run_id)
+    if report.new:
+        _send(config, outcome, [(report.html, "report")], {})
+    print(f"  report    {report.html}")
+    return {"report": str(report.html)}
 
 
 def _send(config: RunConfig, outcome: Outcome, files: Sequence[tuple[Path, str]], metrics: Mapping[str, float]) -> None:
-    """Metrics, the card and the report to the run in MLflow; of the predictions nothing, since they name subjects.
+    """Metrics, the model's changed files and the report to the run in MLflow; of the predictions nothing, since they
+    name subjects.
 
     Args:
         files: each with its folder there.
     """
     folder, step = Path(outcome.folder), int(outcome.metrics["step"])
-    spool = tracking.Spool(folder / "test-spool", config.tracking.uri, outcome.run_id)
+    first = tracking.unsent(folder / driver.SPOOL)  # the model as training left it: it must not arrive behind this one
+    spool = tracking.Spool(folder / "test-spool", config.tracking.uri, outcome.run_id, ships=not first)
     for file, there in files:
         spool.artifact(file, there)
     spool.metrics(step, {f"test/{name}": value for name, value in metrics.items() if np.isfinite(value)})

@@ -97,7 +97,7 @@ class Mapped:
         found: dict[Name, np.ndarray] = {}
         for half in (0, 1) if self.rows else ():
             others = self.labelled[1 - half :: 2]
-            fitted = fit(fixed, self.reader, others, self._read(fixed, others, tell))
+            fitted = fit(fixed, self.reader, others, self._read(fixed, others, tell, Wanted(masks=True)))
             linear = {name: floor for name, floor in fitted.items() if name == MASK_RIDGE}
             mine = [i for i, place in enumerate(self.places) if place % 2 == half]
             for name, seen in self._seen(fixed, linear, [self.rows[i] for i in mine], tell).items():
@@ -108,11 +108,11 @@ class Mapped:
         self, fixed: RunConfig, predictors: Mapping[Name, Masks], rows: Sequence[int], tell: probes.Counter
     ) -> dict[Name, Float[np.ndarray, "subject feature"]]:
         device = torch.device(machine.device(fixed.train.device))
-        return seen_by(fixed.data, predictors, self._read(fixed, rows, tell), device)
+        return seen_by(fixed.data, predictors, self._read(fixed, rows, tell, Wanted(spacing=True)), device)
 
-    def _read(self, fixed: RunConfig, rows: Sequence[int], tell: probes.Counter) -> Iterator[HostBatch]:
+    def _read(self, fixed: RunConfig, rows: Sequence[int], tell: probes.Counter, wanted: Wanted) -> Iterator[HostBatch]:
         chunk = at_once(fixed, probes.CHUNK)
-        return tell(pipeline.read_in_order(self.reader, rows, chunk, fixed, Wanted(masks=True), VALIDATION))
+        return tell(pipeline.read_in_order(self.reader, rows, chunk, fixed, wanted, VALIDATION))
 
 
 def seen_by(
@@ -121,7 +121,7 @@ def seen_by(
     """`metrics.areas` of the masks of each predictor.
 
     Args:
-        batches: subjects with masks' columns, at one R.
+        batches: subjects with the size of their pixels, at one R.
     """
     slices, found = slices_of(data), {name: list[np.ndarray]() for name in predictors}
     for host in batches if predictors else ():

@@ -119,7 +119,9 @@ def from_masks(name: Name) -> Name:
 
 
 def by_areas(name: Name) -> Name:
-    """Name of the phenotypes that a linear map makes of the areas of a system's masks (`areas`)."""
+    """Name of the phenotypes that a linear map makes of the areas of a system's masks (`metrics.areas`), and of the
+    diseases that are read off these.
+    """
     return Name(f"{name.system}{_BY_AREAS}", name.input)
 
 

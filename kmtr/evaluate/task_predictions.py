@@ -66,12 +66,10 @@ class Answered:
     Attributes:
         tables: split -> rows.
         maps: nominal R -> the model's map from areas of its masks.
-        mapped: labelled subjects that it is fitted on.
     """
 
     tables: dict[str, pa.Table]
     maps: dict[int, AreaMap]
-    mapped: int
 
 
 def by_split(
@@ -133,7 +131,7 @@ def by_split(
             if floors:
                 values = ceiling(dataset, one, floors.regressions)
                 parts[one.split].append(predictions_of(CEILING, one.held_out, values, **about))
-    return Answered({split: joined(tables) for split, tables in parts.items()}, kept, len(mapped.rows))
+    return Answered({split: joined(tables) for split, tables in parts.items()}, kept)
 
 
 @dataclass(frozen=True)

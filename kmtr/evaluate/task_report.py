@@ -127,8 +127,9 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table, answers: Sequen
     mapped = (
         f"\n\nAreas of masks: phenotypes by a linear map from the areas of all classes and slices over the cycle, "
         f"fitted at each R on the masks that a system predicts of at most {MOST} of the training subjects, and "
-        f"diseases by a logistic regression on these. Labels that the model answers so, since validation subjects say "
-        f"that it knows them better than by its heads: {', '.join(answers) or 'none'}."
+        f"diseases by a logistic regression, fitted on true phenotypes, on what it says. Labels that the model answers "
+        f"so, since validation subjects say that it knows them better than by its heads: "
+        f"{', '.join(answers) or 'none'}."
     )
     mapped = mapped if "segmentation" in config.task.tasks else ""
     return (

@@ -136,7 +136,8 @@ def diseases(
             " The ceiling reads each disease off the subject's true phenotypes, which no input says: it is no floor."
         )
     table = IntervalTable("diseases", _caption("Diseases", seen, draws), columns, tuple(rows), note)
-    return [table, *differences("diseases", "AUROC", auroc, seen, ours)]
+    again = partial(scored, metric="auroc", resamples=draws)
+    return [table, *differences("diseases", "AUROC", auroc, seen, ours, again=again)]
 
 
 def segmentation(seen: Panel, ours: Collection[Name], resamples: int) -> list[IntervalTable]:

@@ -55,7 +55,7 @@ class Thresholds:
         if enough:
             found += [
                 "F1: at the threshold with the highest F1 on validation subjects (the lowest of several), for each "
-                f"system, R and disease; diseased of validation subjects: {', '.join(enough)}."
+                f"system that says it of these, R and disease; diseased of validation subjects: {', '.join(enough)}."
             ]
         if few:
             found += [
@@ -85,8 +85,10 @@ def choose(seen: Panel, validation: pa.Table | None) -> Thresholds:
     found = Thresholds({fit: none.copy() for fit in seen.values}, diseased, known)
     for fit in seen.values.keys() & held_out.values.keys():
         for r, i in np.ndindex(shape):
+            truth, score = held_out.truth[:, i], held_out.values[fit][r, :, i]
+            said = np.isfinite(score) | (not fit.name.measured)  # areas of masks may lack subjects
             if found.chosen(seen.targets[i]):
-                found.values[fit][r, i] = best_f1_threshold(held_out.truth[:, i], held_out.values[fit][r, :, i])
+                found.values[fit][r, i] = best_f1_threshold(truth[said], score[said])
     return found
 
 

@@ -115,7 +115,13 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
         steps: of its training; 0: as the study's settings say.
         more: changes of other settings.
     """
-    changes = {"seed": asked.seed, "stage": "task", "task.tasks": asked.tasks, "task.labels": asked.labels}
+    changes: dict[str, Any] = {
+        "seed": asked.seed,
+        "stage": "task",
+        "task.tasks": asked.tasks,
+        "task.labels": asked.labels,
+        **validated(config),
+    }
     row = CONTENDERS[CONTENDERS[asked.start].then or asked.start]
     changes |= row.changes
     if row.bound:
@@ -132,7 +138,12 @@ def pretraining(config: RunConfig, asked: Asked) -> RunConfig:
     has = masked.steps and masked.image_weight and not config.align.train_image_encoder
     if changes.get("task.system") == "image" and has:
         changes = {}
-    return named(config, {"seed": asked.seed, **changes})
+    return named(config, {"seed": asked.seed, **validated(config), **changes})
+
+
+def validated(config: RunConfig) -> dict[str, Any]:
+    """Changed settings of the runs of a study whose rows are scored at other R than these are validated at."""
+    return {"evaluate.accelerations": config.study.validated} if config.study.validated else {}
 
 
 def bound_settings(config: RunConfig) -> dict[str, Any]:
@@ -207,7 +218,7 @@ def digest(config: RunConfig, dataset: Dataset, truth: Truth) -> str:
     counts = [dataset.rows(split) for split in ("train", "val", "test")]
     labels = {name: np.round(values, 3).tolist() for name, values in truth.values.items()}
     data = f"{dataset.source} {counts} {labels} {patterns.digest(config.sampling)}"
-    same: dict[str, Any] = {"seed": 0, "run.name": ""}
+    same: dict[str, Any] = {"seed": 0, "run.name": "", **validated(config)}
     task = same | {"stage": "task", "task.encoder": start.NONE, "task.labels": 0}
     runs = [override(config, changes).run_name(data) for changes in (same, task)]
     reading = config.evaluate.model_dump_json(include={"accelerations", "subjects", "dense"})

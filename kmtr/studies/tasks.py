@@ -179,7 +179,7 @@ def make(study: Study, asked: Asked, done: hands.Done) -> hands.Finished:
     before, row = pretrained(study, asked), contender(asked.start)
     began = time.perf_counter()
     own, outcome, model = model_of(study, asked, before)
-    reading = override(own, {"seed": study.config.seed})
+    reading = scoring(study, own)
     means = study.means(asked.seed, asked.labels)
     labelled = study.labelled(asked)
 
@@ -203,7 +203,7 @@ def floors(study: Study, asked: Asked) -> hands.Finished:
     """The row of what no trained network is needed for, beside k-MTR's of the same labels."""
     began, ours = time.perf_counter(), asked._replace(start=PRETRAINED)
     own, _, model = model_of(study, ours, pretrained(study, ours))
-    reading = override(own, {"seed": study.config.seed})
+    reading = scoring(study, own)
     labelled = study.labelled(ours)
     table = predictions(reading, study.dataset, model, labelled, "floors", "study", by_areas(study, asked))
     found = values_of(table, study.truth)
@@ -217,6 +217,12 @@ def again(study: Study, asked: Asked, other: Asked, done: hands.Done) -> hands.F
     """
     about: dict[str, Any] = {k: v for k, v in done[other].items() if k not in {"digest", *Asked._fields}}
     return hands.Finished(asked, about | {"row_s": 0.0, "as_seed": other.seed}, study.rows.values(other))
+
+
+def scoring(study: Study, own: RunConfig) -> RunConfig:
+    """Settings of a run with which its row is scored: held-out subjects, patterns and R are the study's."""
+    r = study.config.evaluate.accelerations
+    return override(own, {"seed": study.config.seed, "evaluate.accelerations": r})
 
 
 def by_areas(study: Study, asked: Asked) -> list[str]:

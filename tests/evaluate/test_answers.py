@@ -14,25 +14,18 @@ import pytest
 import safetensors.numpy
 import torch
 from cohort import simulated, write
-from exported import TARGETS, model_folder
+from exported import TARGETS, maps_of, model_folder
 from one_process import predicted_here
 from torch import Tensor
 
 import kmtr
-from kmtr import by_areas, served
-from kmtr.by_areas import ByAreas
+from kmtr import area_maps, served
 from kmtr.config import RunConfig
-from kmtr.data.dataset.reader import Reader
-from kmtr.data.loader import pipeline, subjects
-from kmtr.data.loader.batch import Wanted
 from kmtr.encoder import batch_of
 from kmtr.evaluate import answers, predictions
-from kmtr.evaluate.mapped import fit_maps, seen_by
 from kmtr.evaluate.predict import command
 from kmtr.evaluate.predictions import FINETUNED, HeldOut, Name, joined, read, rows
 from kmtr.exported import AREAS, MODEL_HEAD
-from kmtr.metrics import from_phenotypes
-from kmtr.metrics.areas import AreaMap
 from kmtr.metrics.dense import Pair
 from kmtr.tasks.views import slices_of, views_of
 from kmtr.types import InputError, Study
@@ -42,22 +35,11 @@ OURS = Name("ours", "")
 
 
 @pytest.fixture(scope="module")
-def model(
-    small: RunConfig, tables: dict[str, Tensor], reader: Reader, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def model(small: RunConfig, tables: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose maps at R = 2 and 4 answer the volume, its head the ejection fraction."""
     folder = tmp_path_factory.mktemp("answers") / "model"
     model_folder(folder, small, tables, ("phenotypes", "segmentation"))
-    loaded, maps = kmtr.load_model(folder), dict[int, AreaMap]()
-    truth = subjects.labels_of(reader, range(len(reader)), TARGETS)
-    ill = (truth[:, 0] > np.median(truth[:, 0])).astype(float)
-    diseases = from_phenotypes.fit({"lvedv_ml": truth[:, 0]}, {"dcm": ill})
-    for r in (2, 4):
-        fixed = kmtr.config.override(small, {"sampling.accelerations": (r,)})
-        batches = pipeline.read_in_order(reader, range(len(reader)), 8, fixed, Wanted(spacing=True))
-        seen = seen_by(small.data, {OURS: loaded.masks}, batches, CPU)
-        maps[r] = fit_maps(small.data, seen, truth, TARGETS, diseases)[OURS]
-    by_areas.export(folder, ByAreas(maps, ("lvedv_ml",), len(reader)))
+    area_maps.export(folder, maps_of(small, ("lvedv_ml",)))
     return folder
 
 
@@ -95,14 +77,16 @@ def test_each_path_answers_by_the_map_of_the_nearest_r(
     words = [str(model), f"data.root={tmp_path}/data", f"predict.out={tmp_path}/out", "predict.accelerations=2,4"]
     said = command.run(words)
     table = {
-        (row["subject"], row["acceleration"], row["target"]): row["value"]
+        (row["subject"], row["acceleration"], row["target"]): (row["value"], row["system"])
         for row in read(Path(said["predictions"])).to_pylist()
     }
     for study in studies:
         for r in (2, 4):
             one = loaded.predict(study, acceleration=r)
             for target in TARGETS:
-                assert table[study.subject_id, r, target] == pytest.approx(one[target], rel=1e-5)
+                value, system = table[study.subject_id, r, target]
+                assert value == pytest.approx(one[target], rel=1e-5)
+                assert system == ("k-MTR from scratch" + (", areas of masks" if target == "lvedv_ml" else ""))
 
     monkeypatch.setattr(served, "read", lambda path: studies[int(path)])
     asked = pd.DataFrame({"path": ["0", "2"], "acceleration": [4, 4]})
@@ -123,6 +107,13 @@ def test_where_areas_are_unknown_the_heads_answer_and_it_is_said(
     write(tmp_path / "data", {"train": [simulated(1, small), flat]}, "float32")
     command.run([str(model), f"data.root={tmp_path}/data", f"predict.out={tmp_path}/out", "predict.accelerations=2,4"])
     assert "of 1 subjects areas of masks are not known" in capsys.readouterr().out
+    who = {
+        row["subject"]: row["system"]
+        for row in read(tmp_path / "out" / "predictions").to_pylist()
+        if row["target"] == "lvedv_ml"
+    }
+    assert who[flat.subject_id] == "k-MTR from scratch"
+    assert set(who.values()) == {"k-MTR from scratch", "k-MTR from scratch, areas of masks"}
 
 
 def test_a_model_on_reconstructions_has_other_masks_and_so_no_maps(model: Path) -> None:
@@ -133,7 +124,7 @@ def test_a_model_on_reconstructions_has_other_masks_and_so_no_maps(model: Path) 
 
 def test_maps_are_read_as_they_were_written_and_nothing_else_is(model: Path, small: RunConfig, tmp_path: Path) -> None:
     head = json.loads((model / MODEL_HEAD).read_text())
-    found = by_areas.read(model, head, slices_of(small.data), TARGETS)
+    found = area_maps.read(model, head, slices_of(small.data), TARGETS)
     assert found is not None
     assert (list(found.maps), found.labels) == ([2, 4], ("lvedv_ml",))
     mask = np.random.default_rng(0).integers(0, 5, (2, 4, 32, 32), dtype=np.uint8)
@@ -142,8 +133,8 @@ def test_maps_are_read_as_they_were_written_and_nothing_else_is(model: Path, sma
     }
     again = tmp_path / "again"
     shutil.copytree(model, again)
-    by_areas.export(again, found)
-    other = by_areas.read(again, json.loads((again / MODEL_HEAD).read_text()), slices_of(small.data), TARGETS)
+    area_maps.export(again, found)
+    other = area_maps.read(again, json.loads((again / MODEL_HEAD).read_text()), slices_of(small.data), TARGETS)
     assert other is not None
     for r in (2, 4):
         assert found.maps[r](views) == other.maps[r](views)
@@ -173,7 +164,11 @@ def validation(label: str, truth: np.ndarray, said: dict[Name, np.ndarray]) -> p
     held_out = HeldOut(tuple(f"s{i}" for i in range(len(truth))), (label,), truth[:, None])
     parts = []
     for r in (2, 4):
-        parts += [rows(name, held_out, v[:, None], acceleration=r, seed=0, labels=9) for name, v in said.items()]
+        true = np.full(len(truth), r * 7 / 8)
+        parts += [
+            rows(name, held_out, v[:, None], acceleration=r, seed=0, labels=9, true_acceleration=true)
+            for name, v in said.items()
+        ]
     return joined(parts)
 
 
@@ -204,27 +199,48 @@ def test_validation_subjects_choose_label_by_label() -> None:
     assert (by_label["dcm"].head, by_label["dcm"].by_areas) == (1.0, False)
     assert np.isnan(by_label["hcm"].areas), "three diseased subjects choose nothing"
     assert not by_label["hcm"].by_areas
-    assert by_label["hcm"].compared == "too few subjects to compare"
+    assert by_label["hcm"].compared == "60 subjects, too few to compare"
 
 
 def test_what_was_chosen_is_said_and_a_model_that_is_not_better_by_areas_stays_as_it_is(
-    model: Path, tmp_path: Path
+    model: Path, small: RunConfig, tmp_path: Path
 ) -> None:
     plain = tmp_path / "model"
     shutil.copytree(model, plain)
-    head = json.loads((plain / MODEL_HEAD).read_text())
-    del head["areas"]
-    (plain / MODEL_HEAD).write_text(json.dumps(head))
-    (plain / AREAS).unlink()
-    loaded = kmtr.load_model(model)
-    assert loaded.areas is not None
-    worse = answers.Choice("lvef_pct", 30, 0.5, 0.25)
-    assert answers.keep(plain, loaded.areas.maps, 24, []) == ""
-    said = answers.keep(plain, loaded.areas.maps, 24, [worse])
-    assert said.startswith("its heads answer lvef_pct (0.25, 0.50) (R2 or AUROC of 30 validation subjects")
+    area_maps.remove(plain)
     assert not (plain / AREAS).exists()
-    said = answers.keep(plain, loaded.areas.maps, 24, [answers.Choice("lvedv_ml", 30, 0.5, 0.75), worse])
-    assert said.startswith("areas of its masks answer lvedv_ml (0.75, 0.50); its heads answer lvef_pct (0.25, 0.50)")
+    assert kmtr.load_model(plain).areas is None
+    maps = maps_of(small, ()).maps
+    truth, noise = np.linspace(-1, 1, 60), np.random.default_rng(0).standard_normal(60)
+    said = {FINETUNED: truth, predictions.by_areas(FINETUNED): noise}
+    worse = validation("lvef_pct", truth, said)
+    assert answers.keep(plain, maps, worse, FINETUNED, ()) == ""
+    text = answers.keep(plain, maps, worse, FINETUNED, TARGETS)
+    assert text.startswith("its heads answer lvef_pct (-")
+    assert ", 1.00 of 60) (R2 or AUROC of validation subjects" in text
+    assert not (plain / AREAS).exists()
+    both = joined([worse, validation("lvedv_ml", truth, dict(zip(said, [noise, truth], strict=True)))])
+    text = answers.keep(plain, maps, both, FINETUNED, TARGETS)
+    assert text.startswith("areas of its masks answer lvedv_ml (1.00, -")
+    assert "; its heads answer lvef_pct (-" in text
     kept = kmtr.load_model(plain).areas
     assert kept is not None
     assert kept.labels == ("lvedv_ml",)
+    assert kept.true == pytest.approx({2: 1.75, 4: 3.5})
+
+
+def test_a_map_that_says_the_same_of_everybody_answers_nothing() -> None:
+    truth = np.linspace(-1, 1, 60)
+    said = {FINETUNED: -truth, predictions.by_areas(FINETUNED): np.full(60, 0.1)}
+    (volume,) = answers.choose(validation("lvedv_ml", truth, said), FINETUNED, TARGETS)
+    (ill,) = answers.choose(validation("dcm", (truth > 0).astype(float), said), FINETUNED, ("dcm",))
+    assert volume.head < volume.areas < 0
+    assert (ill.head, ill.areas) == (0.0, 0.5)
+    assert not volume.by_areas
+    assert not ill.by_areas
+
+
+def test_the_nearest_map_is_that_of_the_nearest_true_r(small: RunConfig) -> None:
+    maps = replace(maps_of(small, (), (2, 4, 8)), true={2: 1.6, 4: 2.5, 8: 3.6})
+    for r, nearest in ((1.0, 2), (1.9, 2), (2.1, 4), (3.1, 8), (16.0, 8), (float("inf"), 8)):
+        assert maps.at(r) is maps.maps[nearest], r

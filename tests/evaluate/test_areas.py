@@ -102,7 +102,7 @@ def test_the_linear_map_to_masks_is_asked_of_subjects_that_it_is_not_fitted_on(
     monkeypatch.setattr(mapped, "seen_by", seen_by)
     kept: dict[Name, np.ndarray] = {}
     monkeypatch.setattr(mapped, "fit_maps", lambda data, seen, *more: kept.update(seen) or {})
-    monkeypatch.setattr(mapped.Mapped, "_read", lambda self, config, rows, tell: list(rows))
+    monkeypatch.setattr(mapped.Mapped, "_read", lambda self, config, rows, tell, wanted: list(rows))
     labelled = [7, 3, 5, 1, 6, 2, 0]
     mapped.Mapped.of(small, reader, labelled, ("lvedv_ml",)).of_floor(small, fit, Counter(lambda *_: None, 1))
     assert sorted(row for _, rows in asked for row in rows) == sorted(labelled)

@@ -8,8 +8,19 @@ import pytest
 import torch
 
 from kmtr.data.loader.batch import Batch
-from kmtr.evaluate import task_tables
-from kmtr.evaluate.predictions import CEILING, FINETUNED, MEAN, READ_OFF, RIDGE, HeldOut, Name, joined, rows
+from kmtr.evaluate import finetune, task_tables
+from kmtr.evaluate.predictions import (
+    CEILING,
+    FINETUNED,
+    MEAN,
+    READ_OFF,
+    RIDGE,
+    HeldOut,
+    Name,
+    by_areas,
+    joined,
+    rows,
+)
 from kmtr.evaluate.predictors import ReadOff
 from kmtr.metrics import fit_logistic, from_phenotypes
 
@@ -71,3 +82,19 @@ def test_the_strongest_floor_may_be_read_off_phenotypes_and_is_never_the_ceiling
     assert shown["ceiling, disease on true phenotypes"] == 1.0
     assert shown[READ_OFF.title] < 1
     assert "it is no floor" in tables["diseases"].note
+
+
+def test_what_areas_say_of_some_subjects_is_scored_and_compared_on_these(predicted: pa.Table) -> None:
+    """Of 40 of 60 subjects: the strongest floor is asked of the same 40, and nothing is NaN."""
+    areas = np.where(np.arange(60) < 40, SICK + 0.1, np.nan)
+    table = joined([predicted, said(by_areas(FINETUNED), areas)])
+    tables = {
+        one.name: one.json()["rows"] for one in task_tables.tables_of(table, {FINETUNED, by_areas(FINETUNED)}, 200)
+    }
+    (gain,) = (row for row in tables["diseases_gain"] if row["system"] == by_areas(FINETUNED).title)
+    assert (gain["strongest floor"], gain["subjects"]) == ("phenotypes then disease on low-res image", 40)
+    shown, metrics = finetune.disease_table(table, FINETUNED, table)
+    assert metrics["dcm_auroc_areas"] == 1.0
+    assert metrics["dcm_f1_areas"] == 1.0, "the threshold is that of validation subjects whose areas are known"
+    (row,) = (row for row in shown.rows if row[2] == by_areas(FINETUNED).title)
+    assert row[3] == f"1.000 (AP 1.00 of {SICK[:40].mean():.2f}, F1 1.00, 40 subjects)"

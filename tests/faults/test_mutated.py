@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exported import model_folder
+from exported import maps_of, model_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kmtr import area_maps
+from kmtr.card import FILES
 from kmtr.config import RunConfig, flatten, parse, typed
 from kmtr.config.recipes import RECIPES, tiny
 from kmtr.data.dataset.reader import Dataset
@@ -257,15 +259,17 @@ def exported(small: RunConfig, tables: dict[str, torch.Tensor], tmp_path_factory
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(0)
     export_encoder(folder / "encoder", small, line_encoder(small.data, small.model).state_dict(), tables)
-    model_folder(folder / "model", small, tables)
+    model_folder(folder / "model", small, tables, ("phenotypes", "segmentation"))
+    area_maps.export(folder / "model", maps_of(small, ("lvedv_ml",)))
     return folder
+
+
+EXPORTED = ("encoder/encoder.json", "encoder/encoder.safetensors", *(f"model/{name}" for name in FILES))
 
 
 @many
 @given(
-    name=st.sampled_from(
-        ["encoder/encoder.json", "encoder/encoder.safetensors", "model/model.json", "model/model.safetensors"]
-    ),
+    name=st.sampled_from(EXPORTED),
     change=bytes_changed,
     value=st.one_of(st.none(), value_changed),
 )

@@ -177,6 +177,23 @@ def test_r2_of_rows_is_that_of_the_formula_against_the_mean_of_each_seed(made: C
     assert gain["difference"] == pytest.approx(np.mean(each))
 
 
+def test_rows_are_scored_at_other_r_by_the_models_that_there_are(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_for(config, single_labels=())
+    monkeypatch.setattr(driver, "_fit", None)  # what trains a run that is not finished
+    other = override(config, {"evaluate.accelerations": (2, 3, 4), "study.rows": str(tmp_path / "more")})
+    said = asked_for(other, single_labels=(), validated=(2, 4))
+    assert (said["rows"], said["missing"]) == (2, 0)
+    few, more = ([json.loads(line) for line in lines(folder)] for folder in (tmp_path / "rows", tmp_path / "more"))
+    for one, two in zip(few, more, strict=True):
+        assert one["digest"] != two["digest"]
+        assert one.get("run") == two.get("run")
+        assert list(two["R"]) == ["2", "3", "4"]
+        for r in ("2", "4"):
+            assert one["R"][r]["measures"] == two["R"][r]["measures"]
+
+
 def test_floors_from_all_labels_are_made_once_for_all_seeds(
     made: Callable[..., Study], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ class Wanted:
     Attributes:
         labels: of `kmtr.types.LABELS`, in this order.
         masks: segmentation, the classes that its source draws, and spacing.
-        spacing: goes without masks too.
+        spacing: for those who want no masks.
 
     Raises:
         InputError: there is no such label.

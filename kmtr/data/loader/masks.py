@@ -63,7 +63,12 @@ def spacing_mm(samples: Samples, data: Data, shape: Shape) -> Tensor:
 
 
 def _there(shape: list[int], slots: slice) -> slice:
-    """Slots of a view that a subject of this shape fills."""
+    """Slice slots of a view that hold data of a subject.
+
+    Args:
+        shape: ``slice coil t ky kx`` of its view.
+        slots: of the view in the batch.
+    """
     return slice(slots.start, slots.start + min(shape[0], slots.stop - slots.start))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -289,7 +290,8 @@ class PartWriter:
             values = [np.concatenate([one.numbers[target] for one in said]) for target in targets]
             if targets:
                 held_out = HeldOut(names, targets, truth_of(reader, rows, targets))
-                parts.append(self._rows(held_out, np.stack(values, axis=1), r, true))
+                measured = np.concatenate([one.measured for one in said])
+                parts.append(self._rows(held_out, np.stack(values, axis=1), r, true, measured))
             found = [one.vectors for one in said if one.vectors is not None]
             if found:
                 vectors.append(vector_table(names, r or 1, true, np.concatenate(found)))
@@ -297,16 +299,20 @@ class PartWriter:
         if vectors:
             self._put(f"{EMBEDDINGS}/part-{number:05d}.parquet", dense.parquet(pa.concat_tables(vectors)))
 
-    def _rows(self, held_out: HeldOut, values: np.ndarray, r: int | None, true: np.ndarray) -> pa.Table:
-        trained = self.model.trained
-        return predictions.rows(
-            predictions.model_name(self.model.config, trained.from_scratch),
-            held_out,
-            values,
-            acceleration=r or 1,
-            seed=self.model.config.seed,
-            labels=trained.subjects,
-            true_acceleration=true,
+    def _rows(
+        self, held_out: HeldOut, values: np.ndarray, r: int | None, true: np.ndarray, measured: np.ndarray
+    ) -> pa.Table:
+        """Rows of the heads, and under a name of their own of what areas of masks answer."""
+        trained, areas = self.model.trained, self.model.areas
+        name = predictions.model_name(self.model.config, trained.from_scratch)
+        theirs = np.array([areas is not None and target in areas.labels for target in held_out.targets])
+        by_areas = measured[:, None] & theirs
+        about: dict[str, Any] = {"acceleration": r or 1, "seed": self.model.config.seed, "labels": trained.subjects}
+        return predictions.joined(
+            [
+                predictions.rows(who, held_out, np.where(mine, values, np.nan), true_acceleration=true, **about)
+                for who, mine in ((name, ~by_areas), (predictions.by_areas(name), by_areas))
+            ]
         )
 
     def _put(self, name: str, content: bytes) -> None:

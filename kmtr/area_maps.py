@@ -17,45 +17,49 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from kmtr.exported import AREAS, MODEL_HEAD
+from kmtr.exported import AREAS, AREAS_FORMAT, MODEL_FORMAT, MODEL_HEAD
 from kmtr.files import replacing, write_atomic
 from kmtr.metrics.areas import AreaMap, features_of
 from kmtr.metrics.from_phenotypes import Regressions
 from kmtr.metrics.logistic import Logistic
 from kmtr.metrics.ridge import Ridge
 
+MOST_R = 1e6
+"""R that counts for any higher one, such as that of a subject without a line."""
 _ARRAYS = ("mean", "scale", "weights")
 
 
 @dataclass(frozen=True)
-class ByAreas:
+class AreaMaps:
     """Maps of a model, and what they answer.
 
     Attributes:
         maps: nominal R that they were fitted at -> map, of the same phenotypes and diseases each.
+        true: nominal R -> true R of its patterns.
         labels: those that they answer in place of the model's heads.
-        subjects: labelled subjects that they were fitted on.
     """
 
     maps: Mapping[int, AreaMap]
+    true: Mapping[int, float]
     labels: tuple[str, ...]
-    subjects: int
 
-    def at(self, true_acceleration: float, true: Mapping[int, float]) -> AreaMap:
-        """The map of the R that is nearest in its logarithm.
-
-        Args:
-            true: nominal R -> true R of its patterns.
-        """
-        return self.maps[min(self.maps, key=lambda r: abs(math.log(true[r] / true_acceleration)))]
+    def at(self, true_acceleration: float) -> AreaMap:
+        """The map of the R that is nearest in its logarithm."""
+        asked = math.log(min(true_acceleration, MOST_R))
+        return self.maps[min(self.maps, key=lambda r: abs(math.log(self.true[r]) - asked))]
 
 
-def export(folder: Path, found: ByAreas) -> None:
-    """Put the maps beside the model in a folder; `read` finds them whole or not at all."""
-    maps = list(found.maps.values())
+def remove(folder: Path) -> None:
+    """Let the heads of the model in a folder answer all."""
     head = json.loads((folder / MODEL_HEAD).read_text())
-    head.pop("areas", None)
-    write_atomic(folder / MODEL_HEAD, json.dumps(head, indent=2))  # maps of an earlier model are none of this one
+    if head.pop("areas", None) is not None:
+        write_atomic(folder / MODEL_HEAD, json.dumps(head | {"format": MODEL_FORMAT}, indent=2))
+    (folder / AREAS).unlink(missing_ok=True)
+
+
+def export(folder: Path, found: AreaMaps) -> None:
+    """Put the maps beside the model in a folder; a command that is killed meanwhile leaves a model without."""
+    remove(folder)
     tensors: dict[str, np.ndarray] = {}
     for r, one in found.maps.items():
         tensors[f"{r}.shown"] = np.asarray(one.shown)
@@ -65,18 +69,20 @@ def export(folder: Path, found: ByAreas) -> None:
             tensors[f"{r}.{name}.bias"] = np.array(fitted.bias, np.float64)
     with replacing(folder / AREAS) as temporary:
         safetensors.numpy.save_file(tensors, temporary)
-    head["areas"] = {
+    first = next(iter(found.maps.values()))
+    areas = {
         "accelerations": list(found.maps),
+        "true": [found.true[r] for r in found.maps],
         "answers": list(found.labels),
-        "subjects": found.subjects,
-        "phenotypes": list(maps[0].ridges),
-        "diseases": list(maps[0].diseases.of),
-        "seen": list(maps[0].diseases.phenotypes),
+        "phenotypes": list(first.ridges),
+        "diseases": list(first.diseases.of),
+        "seen": list(first.diseases.phenotypes),
     }
+    head = json.loads((folder / MODEL_HEAD).read_text()) | {"format": AREAS_FORMAT, "areas": areas}
     write_atomic(folder / MODEL_HEAD, json.dumps(head, indent=2))
 
 
-def read(folder: Path, head: Mapping[str, Any], slices: Mapping[str, int], said: Collection[str]) -> ByAreas | None:
+def read(folder: Path, head: Mapping[str, Any], slices: Mapping[str, int], said: Collection[str]) -> AreaMaps | None:
     """The maps beside a model; None: it has none.
 
     Args:
@@ -100,16 +106,17 @@ def read(folder: Path, head: Mapping[str, Any], slices: Mapping[str, int], said:
     labels, seen = (tuple(map(str, about[kind])) for kind in ("answers", "seen"))
     if not {*labels} <= {*phenotypes, *diseases} & {*said}:
         raise ValueError(f"areas: expected answers that model and maps have, got {', '.join(labels)}")
+    true = dict(zip(map(int, about["accelerations"]), map(float, about["true"]), strict=True))
+    if not true or not all(1 <= r <= MOST_R for r in true.values()):
+        raise ValueError(f"areas: expected a true R of each map, got {list(true.values())}")
     maps = {}
-    for r in map(int, about["accelerations"]):
+    for r in true:
         shown = _array(tensors, f"{r}.shown", (features_of(slices),), "b")
         count = int(shown.sum())
         ridges = {name: Ridge(**fitted(r, name, count), penalty=math.nan) for name in phenotypes}
         of = {name: Logistic(**fitted(r, name, len(seen))) for name in diseases}
         maps[r] = AreaMap(dict(slices), shown, ridges, Regressions(seen, of))
-    if not maps or min(maps) < 1:
-        raise ValueError(f"areas: expected maps of one R at least, got {list(maps)}")
-    return ByAreas(maps, labels, int(about["subjects"]))
+    return AreaMaps(maps, true, labels)
 
 
 def _array(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], kind: str = "f") -> np.ndarray:
