@@ -74,6 +74,12 @@ class Evaluate(Section):
     dense: int = Field(
         0, ge=0, description="of these, subjects at most whose masks and images are scored, the first drawn; 0: all"
     )
+    mapped: int = Field(
+        200,
+        gt=0,
+        description="labelled subjects at most whose masks are predicted too, for the maps from areas of masks to "
+        "phenotypes; more of them make better ones of LVEF",
+    )
     bootstrap: int = Field(2000, gt=0, description="resamples of the held-out subjects for intervals")
 
 

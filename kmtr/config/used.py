@@ -12,6 +12,8 @@ from kmtr.config.core import keys
 from kmtr.config.whole import READ_BESIDES, RUN_SECTIONS, RunConfig
 
 _TRAINING = RUN_SECTIONS | READ_BESIDES
+_SCORING = {f"evaluate.{name}" for name in ("subjects", "dense", "mapped", "bootstrap")}
+"""What scoring a model of tasks reads besides."""
 
 USED: dict[str, set[str]] = {
     "simulate": {"data.root", "data.views", "data.sax_slices", "data.frames", "data.matrix", "shards", "simulate"},
@@ -19,14 +21,14 @@ USED: dict[str, set[str]] = {
     "verify": {"seed", "data", "plan", "sampling", "model.patch", "evaluate.accelerations", "storage", "verify"},
     "doctor": _TRAINING,
     "pretrain": _TRAINING - {"task"},
-    "finetune": (_TRAINING - {"stage"}) | {"evaluate.subjects", "evaluate.dense", "evaluate.bootstrap"},
+    "finetune": (_TRAINING - {"stage"}) | _SCORING,
     "evaluate": (RUN_SECTIONS - {"train"}) | {"train.device", "train.bf16", "evaluate"},  # of train: the run's identity
     "demo": (_TRAINING - {"stage"}) | {"evaluate", "shards", "simulate"},
     "predict": {"data.root", "data.verify_pages", "data.cache", "data.cache_gib", "train.device", "predict"}
     | {"storage.root", "tracking.uri"},  # of a model in MLflow's registry: the store
     "export": {"seed", "data", "sampling", "export"},
     "send": {"storage.root", "tracking.uri"},
-    "study": _TRAINING | {"evaluate.subjects", "evaluate.dense", "evaluate.bootstrap", "study"},
+    "study": _TRAINING | _SCORING | {"study"},
     "search": _TRAINING | {"search"},
     "bench": (RUN_SECTIONS - {"run", "tracking"}) | {"shards", "bench"},
 }

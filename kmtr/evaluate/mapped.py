@@ -27,9 +27,6 @@ from kmtr.systems import at_once
 from kmtr.tasks.views import slices_of, views_of
 from kmtr.types import DISEASES, PHENOTYPES
 
-MOST = 200
-"""Labelled subjects that a map is fitted on at most: masks of all frames take long."""
-
 Masks = Callable[[Batch], Mapping[str, Tensor]]
 """Batch -> ``masks`` uint8 ``batch slice t y x`` among other outputs."""
 
@@ -58,13 +55,13 @@ class Mapped:
 
     @classmethod
     def of(cls, config: RunConfig, reader: Reader, labelled: Sequence[int], labels: Sequence[str]) -> Mapped:
-        """Draw `MOST` of the labelled subjects, and read the labels.
+        """Draw `evaluate.mapped` of the labelled subjects, and read the labels.
 
         Args:
             labels: phenotypes and diseases that are wanted; where there are none of the former, nothing is.
         """
         targets = tuple(name for name in labels if name in PHENOTYPES)
-        some = sorted(map(int, permutation(config.seed, 0, len(labelled))[:MOST])) if targets else []
+        some = sorted(map(int, permutation(config.seed, 0, len(labelled))[: config.evaluate.mapped])) if targets else []
         known = subjects.labels_of(reader, [labelled[i] for i in some], targets)
         ill = tuple(name for name in labels if name in DISEASES) if targets else ()
         diseases = NO_DISEASES

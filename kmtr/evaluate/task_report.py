@@ -21,7 +21,6 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
 from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
-from kmtr.evaluate.mapped import MOST
 from kmtr.evaluate.predictions import Name, by_areas, from_masks, held_out_words, read
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.exported import MODEL_HEAD
@@ -126,9 +125,9 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table, answers: Sequen
     begun = "initial weights" if config.task.encoder == "none" else "a pretrained encoder"
     mapped = (
         f"\n\nAreas of masks: phenotypes by a linear map from the areas of all classes and slices over the cycle, "
-        f"fitted at each R on the masks that a system predicts of at most {MOST} of the training subjects, and "
-        f"diseases by a logistic regression, fitted on true phenotypes, on what it says. Labels that the model answers "
-        f"so, since validation subjects say that it knows them better than by its heads: "
+        f"fitted at each R on the masks that a system predicts of at most {config.evaluate.mapped} of the training "
+        "subjects, and diseases by a logistic regression, fitted on true phenotypes, on what it says. Labels that the "
+        "model answers so, since validation subjects say that it knows them better than by its heads: "
         f"{', '.join(answers) or 'none'}."
     )
     mapped = mapped if "segmentation" in config.task.tasks else ""

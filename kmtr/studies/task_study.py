@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kmtr.config import RunConfig, override
+from kmtr.config import Evaluate, RunConfig, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import patterns, subjects
 from kmtr.evaluate import baselines
@@ -221,6 +221,7 @@ def digest(config: RunConfig, dataset: Dataset, truth: Truth) -> str:
     same: dict[str, Any] = {"seed": 0, "run.name": "", **validated(config)}
     task = same | {"stage": "task", "task.encoder": start.NONE, "task.labels": 0}
     runs = [override(config, changes).run_name(data) for changes in (same, task)]
-    reading = config.evaluate.model_dump_json(include={"accelerations", "subjects", "dense"})
+    names, scoring = {"accelerations", "subjects", "dense"}, config.evaluate
+    reading = scoring.model_dump_json(include=names | ({"mapped"} if scoring.mapped != Evaluate().mapped else set()))
     said = f"{VERSION} {baselines.VERSION} {runs} {reading} {config.seed}"
     return hashlib.sha256(said.encode()).hexdigest()[:8]
