@@ -1,4 +1,4 @@
-"""What a model answers by the areas of its own masks, beside its files: ``areas.safetensors``, described in
+"""What a model answers with the areas of its own masks, beside its files: ``areas.safetensors``, described in
 ``model.json``.
 
 A model that draws masks often knows phenotypes better by these than by its head. The maps (`metrics.areas`) are fitted
@@ -20,6 +20,7 @@ import safetensors.numpy
 from kmtr.exported import AREAS, AREAS_FORMAT, MODEL_FORMAT, MODEL_HEAD
 from kmtr.files import replacing, write_atomic
 from kmtr.metrics.areas import AreaMap, features_of
+from kmtr.metrics.dense import Pair
 from kmtr.metrics.from_phenotypes import Regressions
 from kmtr.metrics.logistic import Logistic
 from kmtr.metrics.ridge import Ridge
@@ -37,16 +38,33 @@ class AreaMaps:
         maps: nominal R that they were fitted at -> map, of the same phenotypes and diseases each.
         true: nominal R -> true R of its patterns.
         labels: those that they answer in place of the model's heads.
+        blends: nominal R -> phenotype -> regression from what the map and the head say.
     """
 
     maps: Mapping[int, AreaMap]
     true: Mapping[int, float]
     labels: tuple[str, ...]
+    blends: Mapping[int, Mapping[str, Ridge]]
 
-    def at(self, true_acceleration: float) -> AreaMap:
-        """The map of the R that is nearest in its logarithm."""
+    def nearest(self, true_acceleration: float) -> int:
+        """The nominal R whose true one is nearest in its logarithm."""
         asked = math.log(min(true_acceleration, MOST_R))
-        return self.maps[min(self.maps, key=lambda r: abs(math.log(self.true[r]) - asked))]
+        return min(self.maps, key=lambda r: abs(math.log(self.true[r]) - asked))
+
+    def __call__(
+        self, views: Mapping[str, Pair], true_acceleration: float, heads: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Answers for one subject in their units; NaN where an area that counts is unknown.
+
+        Args:
+            views: its predicted masks.
+            heads: label -> what its head says.
+        """
+        r = self.nearest(true_acceleration)
+        found = self.maps[r](views)
+        for label, both in self.blends[r].items():
+            found[label] = float(both(np.array([[found[label], heads[label]]]))[0])
+        return {label: found[label] for label in self.labels}
 
 
 def remove(folder: Path) -> None:
@@ -65,8 +83,9 @@ def export(folder: Path, found: AreaMaps) -> None:
         tensors[f"{r}.shown"] = np.asarray(one.shown)
         linear: dict[str, Ridge | Logistic] = {**one.ridges, **one.diseases.of}
         for name, fitted in linear.items():
-            tensors |= {f"{r}.{name}.{key}": np.ascontiguousarray(getattr(fitted, key), np.float64) for key in _ARRAYS}
-            tensors[f"{r}.{name}.bias"] = np.array(fitted.bias, np.float64)
+            tensors |= _tensors(f"{r}.{name}", fitted)
+        for name, both in found.blends[r].items():
+            tensors |= _tensors(f"{r}.both.{name}", both)
     with replacing(folder / AREAS) as temporary:
         safetensors.numpy.save_file(tensors, temporary)
     first = next(iter(found.maps.values()))
@@ -74,6 +93,7 @@ def export(folder: Path, found: AreaMaps) -> None:
         "accelerations": list(found.maps),
         "true": [found.true[r] for r in found.maps],
         "answers": list(found.labels),
+        "both": list(next(iter(found.blends.values()))),
         "phenotypes": list(first.ridges),
         "diseases": list(first.diseases.of),
         "seen": list(first.diseases.phenotypes),
@@ -98,25 +118,32 @@ def read(folder: Path, head: Mapping[str, Any], slices: Mapping[str, int], said:
         return None
     tensors = safetensors.numpy.load_file(folder / AREAS)
 
-    def fitted(r: int, name: str, features: int) -> dict[str, Any]:
-        arrays = {key: _array(tensors, f"{r}.{name}.{key}", (features,)) for key in _ARRAYS}
-        return arrays | {"bias": float(_array(tensors, f"{r}.{name}.bias", ()))}
+    def fitted(name: str, features: int) -> dict[str, Any]:
+        arrays = {key: _array(tensors, f"{name}.{key}", (features,)) for key in _ARRAYS}
+        return arrays | {"bias": float(_array(tensors, f"{name}.bias", ()))}
 
     phenotypes, diseases = ([str(name) for name in about[kind]] for kind in ("phenotypes", "diseases"))
-    labels, seen = (tuple(map(str, about[kind])) for kind in ("answers", "seen"))
-    if not {*labels} <= {*phenotypes, *diseases} & {*said}:
+    labels, seen, both = (tuple(map(str, about[kind])) for kind in ("answers", "seen", "both"))
+    if not {*labels} <= {*phenotypes, *diseases} & {*said} or not {*both} <= {*labels} & {*phenotypes}:
         raise ValueError(f"areas: expected answers that model and maps have, got {', '.join(labels)}")
     true = dict(zip(map(int, about["accelerations"]), map(float, about["true"]), strict=True))
     if not true or not all(1 <= r <= MOST_R for r in true.values()):
         raise ValueError(f"areas: expected a true R of each map, got {list(true.values())}")
-    maps = {}
+    maps, blends = {}, {}
     for r in true:
         shown = _array(tensors, f"{r}.shown", (features_of(slices),), "b")
         count = int(shown.sum())
-        ridges = {name: Ridge(**fitted(r, name, count), penalty=math.nan) for name in phenotypes}
-        of = {name: Logistic(**fitted(r, name, len(seen))) for name in diseases}
+        ridges = {name: Ridge(**fitted(f"{r}.{name}", count), penalty=math.nan) for name in phenotypes}
+        of = {name: Logistic(**fitted(f"{r}.{name}", len(seen))) for name in diseases}
         maps[r] = AreaMap(dict(slices), shown, ridges, Regressions(seen, of))
-    return AreaMaps(maps, true, labels)
+        blends[r] = {name: Ridge(**fitted(f"{r}.both.{name}", 2), penalty=math.nan) for name in both}
+    return AreaMaps(maps, true, labels, blends)
+
+
+def _tensors(name: str, fitted: Ridge | Logistic) -> dict[str, np.ndarray]:
+    """A regression as arrays of a file."""
+    arrays = {f"{name}.{key}": np.ascontiguousarray(getattr(fitted, key), np.float64) for key in _ARRAYS}
+    return arrays | {f"{name}.bias": np.array(fitted.bias, np.float64)}
 
 
 def _array(tensors: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...], kind: str = "f") -> np.ndarray:

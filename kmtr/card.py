@@ -18,7 +18,7 @@ DENSE = {"segmentation": "`masks` (a class for every pixel)", "reconstruction": 
 FILES = {
     MODEL_WEIGHTS: "weights",
     MODEL_HEAD: "what rebuilds it",
-    AREAS: "linear maps from the areas of its masks to what it answers by these",
+    AREAS: "linear maps from the areas of its masks to what it answers with these",
 }
 UNSCORED = "Not scored: no test split was at hand, or it had too few subjects."
 
@@ -94,6 +94,6 @@ def facts(config: RunConfig, head: dict[str, Any]) -> list[tuple[str, str]]:
         ("R in training", f"{', '.join(map(str, how.accelerations))}, family {how.family}, {how.acs_lines} ACS lines"),
         ("trained on", f"{trained.subjects} subjects, {trained.steps} steps from {begun}"),
         ("labels", labels or "none"),
-        *([("answers by areas of its masks", f"{areas}; its heads all else")] if areas else []),
+        *([("answers with areas of its masks", f"{areas}; its heads all else")] if areas else []),
         ("dataset", f"digest {trained.dataset[:16] or 'not known'}"),
     ]

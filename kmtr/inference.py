@@ -106,7 +106,7 @@ class TaskModel:
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> tuple[dict[str, Tensor], Bool[Tensor, " batch"]]:
-        """As a call; labels that the model knows better by the areas of its masks are answered by these.
+        """As a call; labels that the model knows better with the areas of its masks are answered with these.
 
         Returns:
             The predictions, and for whom the areas are known: of the others (no size of a pixel, a slice missing) all
@@ -116,8 +116,11 @@ class TaskModel:
         if self.areas is None:
             return said, known
         views = views_of(batch, self.config.data, said["masks"], said["masks"])
-        at = [self.areas.at(r) for r in batch.true_acceleration.tolist()]
-        measured = [one(each) for one, each in zip(at, views, strict=True)]
+        heads = {name: said[name].tolist() for name in self.areas.labels}
+        measured = [
+            self.areas(each, r, {name: values[row] for name, values in heads.items()})
+            for row, (each, r) in enumerate(zip(views, batch.true_acceleration.tolist(), strict=True))
+        ]
         for name in self.areas.labels:
             values = torch.tensor([one[name] for one in measured], dtype=torch.float32)
             known &= values.isfinite()

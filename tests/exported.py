@@ -42,7 +42,9 @@ def model_folder(
 
 
 def maps_of(config: RunConfig, labels: tuple[str, ...], accelerations: tuple[int, ...] = (2, 4)) -> AreaMaps:
-    """Maps from all areas to `TARGETS`, and from these to DCM, with weights that nobody fitted."""
+    """Maps from all areas to `TARGETS`, and from these to DCM, with weights that nobody fitted; phenotypes among the
+    labels are answered with the head.
+    """
     draws, slices = np.random.default_rng(0), slices_of(config.data)
     count = features_of(slices)
     maps = {}
@@ -51,4 +53,6 @@ def maps_of(config: RunConfig, labels: tuple[str, ...], accelerations: tuple[int
         ridges = {name: Ridge(mean, scale, weights * (1 + i), 100.0 + r, 1.0) for i, name in enumerate(TARGETS)}
         ill = Logistic(np.full(2, 100.0), np.full(2, 50.0), np.array([1.0, -1.0]), -2.0)
         maps[r] = AreaMap(slices, np.ones(count, bool), ridges, Regressions(TARGETS, {"dcm": ill}))
-    return AreaMaps(maps, {r: float(r) for r in maps}, labels)
+    both = Ridge(np.array([90.0, 110.0]), np.array([40.0, 20.0]), np.array([30.0, 5.0]), 120.0, 1.0)
+    blends = {r: {name: both for name in labels if name in TARGETS} for r in maps}
+    return AreaMaps(maps, {r: float(r) for r in maps}, labels, blends)

@@ -25,6 +25,8 @@ from kmtr.evaluate.predictions import (
     RIDGE,
     Name,
     by_areas,
+    joined,
+    together,
     write,
 )
 from kmtr.evaluate.scores import panel, scores_of
@@ -105,15 +107,16 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     chooses = chooses and dataset.rows("val") >= probes.MIN_SUBJECTS
     answered = by_split(config, dataset, loaded, ("test", "val") if chooses else ("test",), by_areas=areas)
     found = answered.tables
+    choices = answers.choose(found["val"], trained(config), loaded.prepare.labels) if "val" in found else []
+    found["test"] = joined([found["test"], answers.rows(found["test"], trained(config), choices)])
     files = {"test": folder / FILE, "val": folder / thresholds.FILE}
     files["val"].unlink(missing_ok=True)
     for split, rows in found.items():
         write(files[split], rows)
     shown, metrics = summary(found["test"], config, found.get("val"))
     text = "\n\n".join(map(text_table, shown))
-    if "val" in found:
-        said = answers.keep(model, answered.maps, found["val"], trained(config), loaded.prepare.labels)
-        text += f"\n\nfinetune: {said}" if said else ""
+    if choices:
+        text += f"\n\nfinetune: {answers.keep(model, answered.maps, found['val'], choices)}"
     print(text)
     card.write_card(model, shown)
     write_json(kept, {"predictions": str(files["test"]), "metrics": metrics, "text": text})
@@ -136,7 +139,9 @@ def summary(
         shown += [tables.r2_table(scores, config), tables.error_table(scores)]
         last = max(scores, key=lambda one: one.acceleration)
         asked = last.probes.get(trained(config), last.probes[RIDGE])  # of masks alone more is measured
-        for name, suffix in ((trained(config), ""), (RIDGE, "_ridge"), (by_areas(trained(config)), "_areas")):
+        ours = trained(config)
+        more = (RIDGE, "_ridge"), (by_areas(ours), "_areas"), (together(ours), "_together")
+        for name, suffix in ((ours, ""), *more):
             r2 = {tables.short(t): probe.r2 for t, probe in last.probes.get(name, {}).items() if t in asked}
             metrics |= {f"{target}_r2{suffix}": value for target, value in r2.items()}
             metrics |= {f"mean_r2{suffix}": float(np.mean(list(r2.values())))} if r2 else {}

@@ -52,7 +52,7 @@ KEY = ("subject", "acceleration", "system", "input", "seed", "labels", "target")
 """Columns that name a row: no two rows have the same."""
 
 LINES, NOTHING, TRUE_PHENOTYPES = "acquired lines", "nothing", "true phenotypes"
-_ON_MASKS, _BY_AREAS = ", masks", ", areas of masks"
+_ON_MASKS, _BY_AREAS, _TOGETHER = ", masks", ", areas of masks", ", areas and head"
 
 
 class Name(NamedTuple):
@@ -69,7 +69,7 @@ class Name(NamedTuple):
     @property
     def measured(self) -> bool:
         """True for what was measured on a system's masks, which may not be possible of every subject."""
-        return self.system.endswith((_ON_MASKS, _BY_AREAS))
+        return self.system.endswith((_ON_MASKS, _BY_AREAS, _TOGETHER))
 
 
 TRAINED, UNTRAINED = Name("k-MTR encoder", LINES), Name("untrained encoder", LINES)
@@ -123,6 +123,11 @@ def by_areas(name: Name) -> Name:
     diseases that are read off these.
     """
     return Name(f"{name.system}{_BY_AREAS}", name.input)
+
+
+def together(name: Name) -> Name:
+    """Name of the phenotypes that a regression makes of what areas of a system's masks and its head say (`answers`)."""
+    return Name(f"{name.system}{_TOGETHER}", name.input)
 
 
 @dataclass(frozen=True)

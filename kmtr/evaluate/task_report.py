@@ -21,7 +21,7 @@ from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate import looks, task_tables, thresholds
 from kmtr.evaluate.looks import OTHERS, PREDICTED, Chosen, Look
-from kmtr.evaluate.predictions import Name, by_areas, from_masks, held_out_words, read
+from kmtr.evaluate.predictions import Name, by_areas, from_masks, held_out_words, read, together
 from kmtr.evaluate.scores import MIN_KNOWN, Panel, panel
 from kmtr.exported import MODEL_HEAD
 from kmtr.files import write_atomic
@@ -74,7 +74,7 @@ def write(
     if html.is_file() and data.is_file() and json.loads(data.read_text()).get("asked") == asked:
         return Written(html, False)
     rows = read(predictions)
-    mine, draws = {ours, from_masks(ours), by_areas(ours)}, config.evaluate.bootstrap
+    mine, draws = {ours, from_masks(ours), by_areas(ours), together(ours)}, config.evaluate.bootstrap
     tables = task_tables.tables_of(rows, mine, draws, read(validation) if validation else None)
     chosen = looks.choose(rows, ours)
     seen: list[Look] = []
@@ -126,9 +126,9 @@ def summary(config: RunConfig, dataset: Dataset, rows: pa.Table, answers: Sequen
     mapped = (
         f"\n\nAreas of masks: phenotypes by a linear map from the areas of all classes and slices over the cycle, "
         f"fitted at each R on the masks that a system predicts of at most {config.evaluate.mapped} of the training "
-        "subjects, and diseases by a logistic regression, fitted on true phenotypes, on what it says. Labels that the "
-        "model answers so, since validation subjects say that it knows them better than by its heads: "
-        f"{', '.join(answers) or 'none'}."
+        "subjects, and diseases by a logistic regression, fitted on true phenotypes, on what it says. Areas and head: "
+        "a regression of phenotypes from both, fitted on validation subjects. With areas the model answers what those "
+        f"subjects say that it knows better so than by its heads alone: {', '.join(answers) or 'nothing'}."
     )
     mapped = mapped if "segmentation" in config.task.tasks else ""
     return (
@@ -150,7 +150,7 @@ def scores(rows: pa.Table, ours: Name, resamples: int) -> list[Picture]:
     found: list[Picture] = []
     if targets := tuple(name for name in PHENOTYPES if name in there):
         seen = panel(rows, targets=targets)
-        for system in (ours, from_masks(ours), by_areas(ours)):
+        for system in (ours, from_masks(ours), by_areas(ours), together(ours)):
             found += agreements(seen, system)
     if targets := tuple(name for name in DISEASES if name in there):
         found += roc_curves(panel(rows, targets=targets), ours, resamples)

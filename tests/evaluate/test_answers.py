@@ -44,13 +44,14 @@ def model(small: RunConfig, tables: dict[str, Tensor], tmp_path_factory: pytest.
 
 
 def measured(model: Path, study: Study, r: int, at: int) -> float:
-    """The volume of a study by the map of `at`, from the masks at R = `r`."""
+    """The volume of a study by the map of `at` from the masks at R = `r`, and by the head (`maps_of` weighs them)."""
     loaded = kmtr.load_model(model)
     assert loaded.areas is not None
     batch = batch_of(study, loaded.config, r, loaded.wanted).to(CPU)
-    masks = loaded.masks(batch)["masks"]
-    (views,) = views_of(batch, loaded.config.data, masks, masks)
-    return loaded.areas.maps[at](views)["lvedv_ml"]
+    said = loaded(batch)
+    (views,) = views_of(batch, loaded.config.data, said["masks"], said["masks"])
+    area, head = loaded.areas.maps[at](views)["lvedv_ml"], float(said["lvedv_ml"])
+    return 120 + 30 * (area - 90) / 40 + 5 * (head - 110) / 20
 
 
 def test_each_path_answers_by_the_map_of_the_nearest_r(
@@ -86,7 +87,7 @@ def test_each_path_answers_by_the_map_of_the_nearest_r(
             for target in TARGETS:
                 value, system = table[study.subject_id, r, target]
                 assert value == pytest.approx(one[target], rel=1e-5)
-                assert system == ("k-MTR from scratch" + (", areas of masks" if target == "lvedv_ml" else ""))
+                assert system == ("k-MTR from scratch" + (", areas and head" if target == "lvedv_ml" else ""))
 
     monkeypatch.setattr(served, "read", lambda path: studies[int(path)])
     asked = pd.DataFrame({"path": ["0", "2"], "acceleration": [4, 4]})
@@ -113,7 +114,7 @@ def test_where_areas_are_unknown_the_heads_answer_and_it_is_said(
         if row["target"] == "lvedv_ml"
     }
     assert who[flat.subject_id] == "k-MTR from scratch"
-    assert set(who.values()) == {"k-MTR from scratch", "k-MTR from scratch, areas of masks"}
+    assert set(who.values()) == {"k-MTR from scratch", "k-MTR from scratch, areas and head"}
 
 
 def test_a_model_on_reconstructions_has_other_masks_and_so_no_maps(model: Path) -> None:
@@ -139,12 +140,16 @@ def test_maps_are_read_as_they_were_written_and_nothing_else_is(model: Path, sma
     for r in (2, 4):
         assert found.maps[r](views) == other.maps[r](views)
         assert {"lvedv_ml", "lvef_pct", "dcm"} == found.maps[r](views).keys()
+        said = found(views, float(r), {"lvedv_ml": 150.0})
+        assert said == other(views, float(r), {"lvedv_ml": 150.0})
+        assert set(said) == {"lvedv_ml"}
 
     tensors = safetensors.numpy.load_file(again / AREAS)
     for spoil in (
         {"2.shown": tensors["2.shown"][1:]},
         {"4.lvedv_ml.weights": np.append(tensors["4.lvedv_ml.weights"], 0.0)},
         {"4.lvedv_ml.mean": tensors["4.lvedv_ml.mean"] * np.nan},
+        {"2.both.lvedv_ml.scale": np.ones(3)},
     ):
         safetensors.numpy.save_file(tensors | spoil, again / AREAS)
         with pytest.raises(InputError, match="does not hold one") as error:
@@ -193,9 +198,18 @@ def test_validation_subjects_choose_label_by_label() -> None:
     assert set(by_label) == {"lvedv_ml", "dcm", "hcm"}, "of other labels there are no areas"
     volume = by_label["lvedv_ml"]
     known = np.isfinite(areas)
-    r2 = 1 - np.sum((areas - truth)[known] ** 2) / np.sum((truth[known] - truth[known].mean()) ** 2)
+    r2 = [
+        1 - np.sum((one - truth)[known] ** 2) / np.sum((truth[known] - truth[known].mean()) ** 2)
+        for one in (areas, said[FINETUNED])
+    ]
     assert (volume.subjects, volume.by_areas) == (59, True)
-    assert volume.areas == pytest.approx(r2)
+    assert volume.head == pytest.approx(r2[1])
+    assert volume.areas > max(r2), "together they are better than each"
+    together = answers.rows(table, FINETUNED, [*by_label.values()]).to_pylist()
+    assert {(row["system"], row["target"]) for row in together} == {(f"{FINETUNED.system}, areas and head", "lvedv_ml")}
+    assert len(together) == 2 * 59
+    error = sum((row["value"] - row["truth"]) ** 2 for row in together if row["acceleration"] == 4)
+    assert 1 - error / np.sum((truth[known] - truth[known].mean()) ** 2) == pytest.approx(volume.areas)
     assert (by_label["dcm"].head, by_label["dcm"].by_areas) == (1.0, False)
     assert np.isnan(by_label["hcm"].areas), "three diseased subjects choose nothing"
     assert not by_label["hcm"].by_areas
@@ -213,16 +227,16 @@ def test_what_was_chosen_is_said_and_a_model_that_is_not_better_by_areas_stays_a
     maps = maps_of(small, ()).maps
     truth, noise = np.linspace(-1, 1, 60), np.random.default_rng(0).standard_normal(60)
     said = {FINETUNED: truth, predictions.by_areas(FINETUNED): noise}
-    worse = validation("lvef_pct", truth, said)
-    assert answers.keep(plain, maps, worse, FINETUNED, ()) == ""
-    text = answers.keep(plain, maps, worse, FINETUNED, TARGETS)
-    assert text.startswith("its heads answer lvef_pct (-")
+    worse = validation("dcm", (truth > 0).astype(float), said)
+    assert answers.keep(plain, maps, worse, []) == ""
+    text = answers.keep(plain, maps, worse, answers.choose(worse, FINETUNED, (*TARGETS, "dcm")))
+    assert text.startswith("its heads alone answer dcm (0.")
     assert ", 1.00 of 60) (R2 or AUROC of validation subjects" in text
     assert not (plain / AREAS).exists()
     both = joined([worse, validation("lvedv_ml", truth, dict(zip(said, [noise, truth], strict=True)))])
-    text = answers.keep(plain, maps, both, FINETUNED, TARGETS)
-    assert text.startswith("areas of its masks answer lvedv_ml (1.00, -")
-    assert "; its heads answer lvef_pct (-" in text
+    text = answers.keep(plain, maps, both, answers.choose(both, FINETUNED, (*TARGETS, "dcm")))
+    assert text.startswith("areas of its masks help to answer lvedv_ml (1.00, -")
+    assert "; its heads alone answer dcm (0." in text
     kept = kmtr.load_model(plain).areas
     assert kept is not None
     assert kept.labels == ("lvedv_ml",)
@@ -234,13 +248,13 @@ def test_a_map_that_says_the_same_of_everybody_answers_nothing() -> None:
     said = {FINETUNED: -truth, predictions.by_areas(FINETUNED): np.full(60, 0.1)}
     (volume,) = answers.choose(validation("lvedv_ml", truth, said), FINETUNED, TARGETS)
     (ill,) = answers.choose(validation("dcm", (truth > 0).astype(float), said), FINETUNED, ("dcm",))
-    assert volume.head < volume.areas < 0
+    assert volume.head < 0 < volume.areas, "the head is wrong alone, and right turned round"
+    assert volume.by_areas
     assert (ill.head, ill.areas) == (0.0, 0.5)
-    assert not volume.by_areas
     assert not ill.by_areas
 
 
 def test_the_nearest_map_is_that_of_the_nearest_true_r(small: RunConfig) -> None:
     maps = replace(maps_of(small, (), (2, 4, 8)), true={2: 1.6, 4: 2.5, 8: 3.6})
     for r, nearest in ((1.0, 2), (1.9, 2), (2.1, 4), (3.1, 8), (16.0, 8), (float("inf"), 8)):
-        assert maps.at(r) is maps.maps[nearest], r
+        assert maps.nearest(r) == nearest, r

@@ -22,7 +22,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.data.loader import pipeline
 from kmtr.data.loader.collate import collate
 from kmtr.evaluate import answers, finetune
-from kmtr.evaluate.predictions import by_areas, read
+from kmtr.evaluate.predictions import by_areas, read, together
 from kmtr.evaluate.task_predictions import by_split, mappable, trained
 from kmtr.evaluate.task_tables import tables_of
 from kmtr.exported import AREAS
@@ -170,6 +170,7 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     asked = override(on_labels(config, tasks=tasks, frames=1, patch=(8, 8), channels=8), {"train.workers": 1})
     chosen = ("lvedv_ml", "dcm")  # 8 validation subjects, who would choose, choose nothing
     monkeypatch.setattr(answers.Choice, "by_areas", property(lambda one: one.label in chosen))
+    monkeypatch.setattr(answers, "MIN_KNOWN", 2)
     said = finetune.run(asked)
     folder, report = Path(said["folder"]), Path(said["report"])
     assert report == folder / "report.html"
@@ -202,7 +203,9 @@ def test_all_tasks_end_with_a_report_that_names_nobody_and_is_made_anew_from_pre
     assert {f"model/{name}" for name in (AREAS, HEAD, WEIGHTS)} <= sent
     few = by_split(override(asked, {"evaluate.dense": 3}), dataset, model, by_areas=mappable(model, dataset)).tables
     first, numbers = rows.column("subject").to_pylist()[:3], {*PHENOTYPES, *DISEASES}
-    whole = {_key(row): row["value"] for row in rows.to_pylist() if row["subject"] in first or row["target"] in numbers}
+    every = {_key(row): row for row in rows.to_pylist() if row["system"] != together(trained(asked)).system}
+    whole = {key: row["value"] for key, row in every.items() if row["subject"] in first or row["target"] in numbers}
+    assert len(every) == len(rows) - 2 * 8, "areas and head together say one phenotype of 8 subjects at two R"
     mine = {_key(row): row["value"] for row in few["test"].to_pylist()}
     measured = {key for key in whole if " masks" in str(key[1]) and key[0] not in first}
     assert measured
@@ -234,7 +237,8 @@ def _answers_as_chosen(model: TaskModel, asked: RunConfig, rows: pa.Table) -> No
     for r in (2, 4):
         said = model.predict(study, acceleration=r)
         for label in model.units:
-            who = by_areas(ours) if label in model.areas.labels else ours
+            blended = together(ours) if label in model.areas.blends[r] else by_areas(ours)
+            who = blended if label in model.areas.labels else ours
             wanted = table[study.subject_id, who.system, who.input, r, label]
             assert said[label] == pytest.approx(wanted, rel=1e-4, abs=1e-6), (r, label)
 

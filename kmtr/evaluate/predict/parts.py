@@ -302,18 +302,19 @@ class PartWriter:
     def _rows(
         self, held_out: HeldOut, values: np.ndarray, r: int | None, true: np.ndarray, measured: np.ndarray
     ) -> pa.Table:
-        """Rows of the heads, and under a name of their own of what areas of masks answer."""
+        """Rows of the heads, and under names of their own of what areas of masks answer, alone or with the head."""
         trained, areas = self.model.trained, self.model.areas
         name = predictions.model_name(self.model.config, trained.from_scratch)
-        theirs = np.array([areas is not None and target in areas.labels for target in held_out.targets])
-        by_areas = measured[:, None] & theirs
+        named = dict.fromkeys(areas.labels if areas else (), predictions.by_areas(name))
+        named |= dict.fromkeys(next(iter(areas.blends.values())) if areas else (), predictions.together(name))
+        whose = [named.get(target, name) for target in held_out.targets]
         about: dict[str, Any] = {"acceleration": r or 1, "seed": self.model.config.seed, "labels": trained.subjects}
-        return predictions.joined(
-            [
-                predictions.rows(who, held_out, np.where(mine, values, np.nan), true_acceleration=true, **about)
-                for who, mine in ((name, ~by_areas), (predictions.by_areas(name), by_areas))
-            ]
-        )
+        parts = []
+        for who in dict.fromkeys((name, *named.values())):
+            mine = np.array([[who == (one if known else name) for one in whose] for known in measured])
+            said = np.where(mine, values, np.nan)
+            parts.append(predictions.rows(who, held_out, said, true_acceleration=true, **about))
+        return predictions.joined(parts)
 
     def _put(self, name: str, content: bytes) -> None:
         put(self.job.out, name, content)
