@@ -115,7 +115,12 @@ CONTENDERS: dict[str, Contender] = {
     "linet": Contender(
         "LI-Net-style", {"task.system": "linet", "task.learning_rate": 3e-3}, ("segmentation",), style=(3, "-.")
     ),
-    "xf": Contender("x-f U-Net with data consistency", {"task.system": "xf"}, ("reconstruction",), style=(2, "-.")),
+    "xf": Contender(
+        "x-f U-Net with data consistency",
+        {"task.system": "xf", "task.learning_rate": 2e-3},
+        ("reconstruction",),
+        style=(2, "-."),
+    ),
     "kgin": Contender("k-GIN", {"task.system": "kgin"}, ("reconstruction",), style=(1, "-.")),
     **_on_reconstructions("unet", "nnU-Net topology", "segmentation"),
     **_on_reconstructions("resnet50", "ResNet-50", "phenotypes", "diseases"),
