@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from kmtr import machine
 from kmtr.config import RunConfig, override
 from kmtr.ray_start import described, start_ray
 from kmtr.train import room
@@ -90,8 +91,11 @@ class Hand:
 
     def make(self, function: Make, asked: Asked, done: Done) -> Finished:
         """A row; what is printed meanwhile goes to the study's screen, behind the row's name."""
-        with contextlib.redirect_stdout(_Lines(lambda line: self.sender.say(f"[{asked.title}] {line}"))):
-            return function(self.study, asked, done)
+        try:
+            with contextlib.redirect_stdout(_Lines(lambda line: self.sender.say(f"[{asked.title}] {line}"))):
+                return function(self.study, asked, done)
+        finally:
+            machine.give_back_memory()
 
     def _listen(self) -> None:
         while not (self.sender.beat(self.number, 0, "") or {}).get("stop"):
