@@ -21,6 +21,7 @@ from kmtr.config import RunConfig, override
 from kmtr.ray_start import described, start_ray
 from kmtr.train import room
 from kmtr.train.progress import STOP_S, Display, Sender
+from kmtr.train.room import no_memory
 from kmtr.train.watch import BEAT_S
 from kmtr.types import KmtrError, StoppedError
 
@@ -159,7 +160,7 @@ def side_by_side(
     """
     start_ray()
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
     number = min(at_once(study), len(rows))
     threads = max(1, int(ray.cluster_resources().get("CPU", 1) // number))
@@ -187,16 +188,17 @@ def side_by_side(
                     yield ray.get(first)
                 except RayTaskError as error:
                     raise error.cause if isinstance(error.cause, KmtrError) else error from None
-                except RayActorError:
+                except (RayActorError, OutOfMemoryError) as error:
                     lost += 1
+                    why = "was killed, since its node had no memory left" if no_memory(error) else "is gone"
                     if display.stopping:
                         raise StoppedError(STOPPED) from None
                     if lost > study.config.train.max_failures:
                         raise KmtrError(
-                            f"study: the process of a row was lost {lost} times, expected at most "
+                            f"study: the process of a row {why}; {lost} were lost, expected at most "
                             f"train.max_failures={study.config.train.max_failures}"
                         ) from None
-                    display.line(f"[{asked.title}] lost: its process is gone; it goes on from its last checkpoint")
+                    display.line(f"[{asked.title}] lost: its process {why}; it goes on from its last checkpoint")
                     waiting.insert(0, asked)
                     hand = kind.remote(study, number + lost, threads, progress)
                     hands.append(hand)

@@ -53,3 +53,10 @@ def reserved(config: RunConfig, workers: int, *, gpus: bool) -> Resources:
 def lacking(wanted: Resources, have: Resources) -> list[str]:
     """Resources of which there are too few."""
     return [kind for kind, number in wanted.items() if number > have.get(kind, 0) + 1e-6]
+
+
+def no_memory(error: BaseException) -> bool:
+    """True if Ray killed a process since its node had no memory left."""
+    from ray.exceptions import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError) or "low on memory" in str(error)

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.core.generated import gcs_pb2
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
@@ -152,7 +152,7 @@ def lost(failures: dict[int, Exception]) -> str:
         return "the workers"
     ranks = ", ".join(map(str, sorted(said)))
     first = _inner(said[min(said)])
-    if any(isinstance(_inner(error), OutOfMemoryError) or "low on memory" in str(error) for error in said.values()):
+    if any(room.no_memory(_inner(error)) or room.no_memory(error) for error in said.values()):
         return f"worker {ranks}: killed, since its node had no memory left"
     if dead:
         return f"worker {ranks}: {'its process or node is' if len(dead) == 1 else 'their processes or nodes are'} gone"
@@ -166,6 +166,11 @@ def reason(error: Any) -> str:
         error: ray.train.TrainingFailedError.
     """
     failures = getattr(error, "worker_failures", None)
+    if not failures and room.no_memory(_inner(error)):
+        return (
+            "Ray killed a process of the run, since its node had no memory left: it needs more, or less other work "
+            "beside it; the same command goes on from the last checkpoint"
+        )
     if not failures:
         return last_line(_inner(error))
     return f"{lost(failures)}, once more than train.max_failures; the same command goes on from the last checkpoint"

@@ -86,6 +86,15 @@ def test_who_was_lost_is_said_in_words(failures: dict[int, Exception], said: str
         assert "once more than train.max_failures" in told
 
 
+def test_a_process_that_is_killed_for_memory_is_said_without_ray_s_advice() -> None:
+    advice = "2 worker(s) were killed due to the node running low on memory.\nRefer to the documentation on how"
+    for error in (OutOfMemoryError(advice), RuntimeError(advice)):
+        told = trainer.reason(error)
+        assert told.startswith("Ray killed a process of the run, since its node had no memory left")
+        assert "\n" not in told
+    assert trainer.reason(RuntimeError("a traceback\nthe reason")) == "the reason"
+
+
 def test_losses_are_told_and_counted_and_a_wait_for_room_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     now = [100.0]
