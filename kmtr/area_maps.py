@@ -1,4 +1,4 @@
-"""What a model answers with the areas of its own masks, beside its files: ``areas.safetensors``, described in
+"""Maps from the areas of a model's own masks to its answers, beside its files: ``areas.safetensors``, described in
 ``model.json``.
 
 A model that draws masks often knows phenotypes better by these than by its head. The maps (`metrics.areas`) are fitted

@@ -13,7 +13,7 @@ from kmtr.config.whole import READ_BESIDES, RUN_SECTIONS, RunConfig
 
 _TRAINING = RUN_SECTIONS | READ_BESIDES
 _SCORING = {f"evaluate.{name}" for name in ("subjects", "dense", "mapped", "bootstrap")}
-"""What scoring a model of tasks reads besides."""
+"""Settings that scoring a model of tasks reads besides."""
 
 USED: dict[str, set[str]] = {
     "simulate": {"data.root", "data.views", "data.sax_slices", "data.frames", "data.matrix", "shards", "simulate"},

@@ -1,5 +1,5 @@
-"""Which labels a fine-tuned model answers with the areas of its own masks: those that it so tells better than by its
-heads alone, on validation subjects.
+"""Choice of the labels that a fine-tuned model answers with the areas of its own masks: those that it so tells better
+than by its heads alone, on validation subjects.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Choice:
 
 
 def choose(validation: pa.Table, ours: Name, labels: Sequence[str]) -> list[Choice]:
-    """Compare both for each label that areas say at all. Of phenotypes areas and head are stacked (Wolpert 1992): the
+    """Compare both for each label that areas say at all. For a phenotype areas and head are stacked (Wolpert 1992): the
     masks know volumes, the head what their blur in time hides.
 
     Args:

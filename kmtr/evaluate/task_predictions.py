@@ -61,7 +61,7 @@ def predictions(
 
 @dataclass(frozen=True)
 class Answered:
-    """What systems say of held-out subjects.
+    """Predictions of systems for held-out subjects.
 
     Attributes:
         tables: split -> rows.

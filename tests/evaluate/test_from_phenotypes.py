@@ -85,7 +85,7 @@ def test_the_strongest_floor_may_be_read_off_phenotypes_and_is_never_the_ceiling
 
 
 def test_what_areas_say_of_some_subjects_is_scored_and_compared_on_these(predicted: pa.Table) -> None:
-    """Of 40 of 60 subjects: the strongest floor is asked of the same 40, and nothing is NaN."""
+    """Areas of 40 of 60 subjects: the strongest floor is asked of the same 40, and nothing is NaN."""
     areas = np.where(np.arange(60) < 40, SICK + 0.1, np.nan)
     table = joined([predicted, said(by_areas(FINETUNED), areas)])
     tables = {
