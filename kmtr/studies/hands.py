@@ -40,6 +40,8 @@ class Finished:
     shown: Shown | None = None
 
 
+LOOK_S = 5.0
+"""Seconds after which an idle hand looks again whether a row can be made."""
 STOPPED = "study: stopped; the same command goes on, each row from its last checkpoint"
 
 Done = Mapping["Asked", Mapping[str, Any]]
@@ -182,10 +184,13 @@ def side_by_side(
                     busy.append(asked)
                     hand = idle.pop(0)
                     running[hand.make.remote(make, asked, study.rows.read())] = asked, hand
-                (first, *_), _ = ray.wait(list(running))
-                asked, hand = running.pop(first)
+                # What keeps a row back may be there long before the row that makes it has ended.
+                ended, _ = ray.wait(list(running), timeout=LOOK_S if idle and waiting else None)
+                if not ended:
+                    continue
+                asked, hand = running.pop(ended[0])
                 try:
-                    yield ray.get(first)
+                    yield ray.get(ended[0])
                 except RayTaskError as error:
                     raise error.cause if isinstance(error.cause, KmtrError) else error from None
                 except (RayActorError, OutOfMemoryError) as error:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,6 +104,30 @@ def interrupt_after_checkpoints(root: Path) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+class Plain:
+    """A hand without a screen, of a study that is no more than its settings."""
+
+    def __init__(self, study: Study, number: int, threads: int, progress: str):
+        self.study = study
+
+    def make(self, function: Any, asked: Asked, done: Done) -> Finished:
+        found: Finished = function(self.study, asked, done)
+        return found
+
+
+def meeting(study: Study, asked: Asked, done: Done) -> Finished:
+    """A row that makes what the other one needs too, and goes on once that one is being made."""
+    root = Path(study.config.storage.root)
+    (root / "shared").touch()
+    (root / asked.start).touch()
+    until = time.monotonic() + 60
+    while len([*root.glob("[ab]")]) < 2:
+        if time.monotonic() > until:
+            raise KmtrError("the other row was not begun")
+        time.sleep(0.1)
+    return Finished(asked, {}, {})
+
+
 def made_by(config: RunConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
     """Rows of a study without times, and their files of values."""
     own = override(config, {"storage.root": str(folder / "runs"), "study.rows": str(folder / "rows")})
@@ -121,6 +146,23 @@ def config(cluster: None, small: RunConfig, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes can't import tests
     return override(small, SMALL)
+
+
+@pytest.mark.ray
+def test_a_row_is_begun_as_soon_as_what_it_needs_is_there_not_when_the_row_that_made_it_ends(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hands, "LOOK_S", 0.2)
+    study: Any = SimpleNamespace(
+        config=override(config, {"storage.root": str(tmp_path)}), rows=SimpleNamespace(read=dict)
+    )
+    monkeypatch.setattr(hands, "Hand", Plain)
+
+    def needs(asked: Asked) -> Needs:
+        return Needs(makes=frozenset() if (tmp_path / "shared").exists() else frozenset(["shared"]))
+
+    ended = [one.asked for one in hands.side_by_side(study, [A, B], meeting, needs)]
+    assert sorted(ended) == [A, B]
 
 
 @pytest.mark.slow
