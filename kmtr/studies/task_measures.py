@@ -13,7 +13,17 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from kmtr.config import RunConfig
-from kmtr.evaluate.predictions import MASK_RIDGE, MEAN_MASK, READ_OFF, RIDGE, SHARED, Name, by_areas, from_masks
+from kmtr.evaluate.predictions import (
+    LOWRANK,
+    MASK_RIDGE,
+    MEAN_MASK,
+    READ_OFF,
+    RIDGE,
+    SHARED,
+    Name,
+    by_areas,
+    from_masks,
+)
 from kmtr.evaluate.scores import MIN_KNOWN, panel
 from kmtr.evaluate.task_tables import MEAN_DICE, scored, with_mean_dice, with_truth
 from kmtr.metrics import Estimate, estimate, resample, weighted_auroc, weighted_mean, weighted_r2
@@ -37,8 +47,7 @@ class Measure(NamedTuple):
 
     Attributes:
         gain: what a difference of it is called.
-        floor: systems that stand for the floors, the first that there is: the strongest of them, but that of images
-            low-rank + sparse is stronger.
+        floor: systems that stand for the floors, the first that there is: the strongest of them.
         nothing: what it is of an answer that does not look at the subject; NaN: nothing fixed.
     """
 
@@ -56,7 +65,7 @@ MEASURES = {
     "areas_r2": Measure("mean R2 by areas of masks", "segmentation", "R2", (MASK_RIDGE, MEAN_MASK), 0.0),
     "auroc": Measure("macro AUROC of diseases", "diseases", "AUROC", (READ_OFF, RIDGE), 0.5),
     "dice": Measure("mean Dice", "segmentation", "Dice", (MASK_RIDGE, MEAN_MASK)),
-    "ssim": Measure("SSIM", "reconstruction", "SSIM", (SHARED,)),
+    "ssim": Measure("SSIM", "reconstruction", "SSIM", (LOWRANK, SHARED)),
 }
 """Measures of tables, figure and comparisons, in their order."""
 
