@@ -117,9 +117,17 @@ def fit(config: RunConfig, dataset: Dataset, parent: str, what: str, in_place: b
     return driver.fit(config, parent_id=parent, in_place=in_place)
 
 
-def rate(outcome: runs.Outcome, first: int, last: int) -> float:
+def clock(*outcomes: runs.Outcome) -> str:
+    """Metric by which the speeds of runs are compared: by the processor's time where all logged that (on CPUs, where
+    other work would slow down one run and not the other), else by the clock.
+    """
+    logged = (runs.speeds(Path(one.folder), runs.SPEED_CPU) for one in outcomes)
+    return runs.SPEED_CPU if all(logged) else runs.SPEED
+
+
+def rate(outcome: runs.Outcome, first: int, last: int, metric: str = runs.SPEED) -> float:
     """Subjects/s that a run logged in steps ]first, last]: the median; NaN: nothing was logged there."""
-    values = sorted(value for step, value in runs.speeds(Path(outcome.folder)) if first < step <= last)
+    values = sorted(value for step, value in runs.speeds(Path(outcome.folder), metric) if first < step <= last)
     return values[len(values) // 2] if values else float("nan")
 
 

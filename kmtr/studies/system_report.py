@@ -103,7 +103,8 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
         f"R = {', '.join(map(str, config.evaluate.accelerations))} (nominal, family {config.sampling.family}). Seeds "
         f"{', '.join(map(str, config.study.seeds))}. All have the same labels, augmentation, validation subjects and "
         f"start at the training split's mean mask. k-MTR trains {config.task.steps} steps of all tasks at once; each "
-        f"opponent as many seconds, by the speed of both on this machine, for its own tasks alone. Patches in place of "
+        f"opponent as many seconds (on CPUs of the processor), by the speed of both on this machine, for its own tasks "
+        f"alone. Patches in place of "
         f"lines change nothing else: the low-resolution image and the decoder's temporally shared one stay. A bound "
         f"sees what was not acquired; it trains until validation has not improved {config.study.bound_patience} times, "
         f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: the network of that title as trained on "
@@ -218,7 +219,12 @@ def cost_table(rows: Rows) -> Table:
         where = ", ".join(sorted({row["device"] for row in some}))
         cells.append((title_of(name), len(some), some[0]["parameters"], *means, converged, where))
     names = ("system", "seeds", "weights", "steps", "training (s)", "pretraining (s)", "best step", "converged")
-    return Table("Cost of a row: seconds of its steps, mean over seeds", (*names, "device"), tuple(cells), digits=0)
+    return Table(
+        "Cost of a row: seconds of its steps (on CPUs of the processor), mean over seeds",
+        (*names, "device"),
+        tuple(cells),
+        digits=0,
+    )
 
 
 def _mean(values: Sequence[Any]) -> float | None:

@@ -34,7 +34,7 @@ from kmtr.owner import owning
 from kmtr.ray_start import start_ray
 from kmtr.studies import hands, pictures, task_report
 from kmtr.studies.contenders import CONTENDERS, LOWRANK, contender, decided
-from kmtr.studies.running import finished, fit, open_run, rate
+from kmtr.studies.running import clock, finished, fit, open_run, rate
 from kmtr.studies.task_measures import MEAN, MEASURES, headline, kept, mappable, scores_of, targets_of, values_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked, Rows, Shown, Values
 from kmtr.studies.task_study import (
@@ -298,19 +298,22 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
     if asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound:
         return 0
 
-    def speed(one: Asked, begun: str) -> float:
+    def trial(one: Asked, begun: str) -> Outcome:
         own = speed_run(study, one, begun)
-        outcome = fit(own, study.dataset, study.run_id, f"speed of {one.start}", study.in_place)
-        return rate(outcome, TRIAL_EVERY, TRIAL)
+        return fit(own, study.dataset, study.run_id, f"speed of {one.start}", study.in_place)
 
-    ours, steps = speed(our_own(study, asked), start.NONE), float(study.config.task.steps)
+    ours, steps = trial(our_own(study, asked), start.NONE), float(study.config.task.steps)
     if contender(asked.start).long:
         before = pretrained(study, asked._replace(start=PRETRAINED))
         assert before is not None
-        return round(steps + (pretraining_s(study.config, before) or 0.0) * ours / study.config.data.global_batch)
+        by = clock(ours, before)
+        seconds_before = pretraining_s(study.config, before, by) or 0.0
+        return round(steps + seconds_before * rate(ours, TRIAL_EVERY, TRIAL, by) / study.config.data.global_batch)
     first = study.config.study.seeds[0]
-    paced = asked._replace(seed=first, start=contender(asked.start).paced or asked.start)
-    return max(1, round(steps * speed(paced, encoder) / ours))
+    paced = trial(asked._replace(seed=first, start=contender(asked.start).paced or asked.start), encoder)
+    by = clock(ours, paced)
+    theirs, own = (rate(one, TRIAL_EVERY, TRIAL, by) for one in (paced, ours))
+    return max(1, round(steps * theirs / own))
 
 
 def our_own(study: Study, asked: Asked) -> Asked:
@@ -348,28 +351,28 @@ def scored(study: Study, table: pa.Table, found: Mapping[Name, Values], means: M
 
 def times(config: RunConfig, own: RunConfig, outcome: Outcome, before: Outcome | None) -> dict[str, Any]:
     """Seconds of the steps of a training and of its pretraining, by the speed that they logged (a run may have been
-    killed and resumed); None: nothing was logged, or there was no pretraining.
+    killed and resumed), on CPUs of the processor; None: nothing was logged, or there was no pretraining.
     """
-    trained = seconds(config, outcome, 0, min(own.total_steps, int(outcome.metrics["step"])))
+    trained = seconds(config, outcome, 0, min(own.total_steps, int(outcome.metrics["step"])), clock(outcome))
     said: dict[str, Any] = {"training_s": trained}
     if before is not None:
-        said["pretraining_s"] = pretraining_s(config, before)
+        said["pretraining_s"] = pretraining_s(config, before, clock(before))
         if "align_stopped" in before.metrics:
             said["guard_stopped_at"] = before.metrics["align_stopped"]
     best = {name: outcome.metrics[name] for name in ("best_step", "best_score") if name in outcome.metrics}
     return said | best
 
 
-def pretraining_s(config: RunConfig, before: Outcome) -> float | None:
+def pretraining_s(config: RunConfig, before: Outcome, metric: str) -> float | None:
     """Seconds of the steps of a pretraining; None: nothing was logged."""
     stages = [(0, config.masked_steps), (config.masked_steps, config.total_steps)]
-    parts = [seconds(config, before, first, last) for first, last in stages if last > first]
+    parts = [seconds(config, before, first, last, metric) for first, last in stages if last > first]
     return sum(part for part in parts if part is not None) if any(parts) else None
 
 
-def seconds(config: RunConfig, done: Outcome, first: int, last: int) -> float | None:
+def seconds(config: RunConfig, done: Outcome, first: int, last: int, metric: str) -> float | None:
     """Seconds of the steps ]first, last] of a run by its median speed; None: nothing was logged."""
-    speed = rate(done, first, last)
+    speed = rate(done, first, last, metric)
     return round((last - first) * config.data.global_batch / speed, 1) if speed > 0 else None
 
 

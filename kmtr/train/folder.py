@@ -19,6 +19,8 @@ from kmtr.types import InputError
 RESULT, IDENTITY = "result.json", "identity.json"
 SPEED, SPEED_BEFORE = "speed/subjects_per_s", "subjects_per_s"
 """Metric of a run, subjects/s over all workers, and its name until 2026-11."""
+SPEED_CPU = "speed/subjects_per_cpu_s"
+"""The same by the processor's time of a worker, on CPUs: other work on the machine changes it little."""
 MASKED_ENCODER = "encoder-masked"
 """Encoder of the end of masked pretraining, in a run's folder."""
 IMAGE_ENCODER = "encoder-image"
@@ -97,10 +99,14 @@ def finish(outcome: Outcome) -> None:
     write_json(Path(outcome.folder) / RESULT, asdict(outcome))
 
 
-def speeds(folder: Path) -> list[tuple[int, float]]:
-    """(step, subjects/s over all workers) that a run logged, in order."""
+def speeds(folder: Path, metric: str = SPEED) -> list[tuple[int, float]]:
+    """(step, subjects/s over all workers) that a run logged, in order.
+
+    Args:
+        metric: `SPEED` or `SPEED_CPU`.
+    """
     logged = tracking.history(folder / "spool")
-    return logged.get(SPEED) or logged.get(SPEED_BEFORE, [])
+    return logged.get(metric) or (logged.get(SPEED_BEFORE, []) if metric == SPEED else [])
 
 
 def by_setting(text: str, folder: Path) -> str:

@@ -29,7 +29,7 @@ from kmtr.train import checkpoint, choice, guard, heads, validation, watch
 from kmtr.train.agreed import SAVE, STOP, together, together_wishing
 from kmtr.train.checkpoint import Progress, layout_of
 from kmtr.train.engine import ShardedEngine
-from kmtr.train.folder import MASKED_ENCODER, SPEED, by_setting
+from kmtr.train.folder import MASKED_ENCODER, SPEED, SPEED_CPU, by_setting
 from kmtr.train.handed import taken
 from kmtr.train.progress import Sender
 from kmtr.train.step import Report, TrainingStep
@@ -442,6 +442,7 @@ class _Watch:
 
     def reset(self) -> None:
         self.began = self.mark = time.perf_counter()
+        self.processor = time.process_time()
         self.wait_s, self.steps, self.bytes, self.data = 0.0, 0, 0, 0.0
         self.lines: Tensor | int = 0
         self.existing: Tensor | int = 0
@@ -460,8 +461,8 @@ class _Watch:
         self.mark = time.perf_counter()
 
     def rates(self, config: RunConfig, world: int, device: torch.device) -> dict[str, float]:
-        """subjects/s and acquired lines/s over all workers, share of time waiting for data, true R, share of
-        the batches that is padding, peak memory in GiB.
+        """subjects/s (on CPUs also by the processor's time) and acquired lines/s over all workers, share of time
+        waiting for data, true R, share of the batches that is padding, peak memory in GiB.
         """
         seconds, lines = time.perf_counter() - self.began, int(self.lines)
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else machine.peak()
@@ -473,5 +474,7 @@ class _Watch:
             "data/padding_fraction": 1 - self.data / max(self.bytes, 1),
             "speed/memory_gib": peak / 2**30,
         }
+        if device.type == "cpu":
+            rates[SPEED_CPU] = self.steps * config.data.global_batch / (time.process_time() - self.processor)
         self.reset()
         return rates

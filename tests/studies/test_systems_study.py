@@ -23,8 +23,10 @@ from kmtr.studies.systems import order
 from kmtr.studies.task_measures import headline
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows
 from kmtr.studies.task_study import Study, held_out
+from kmtr.tracking.spool import Spool
 from kmtr.train import driver
-from kmtr.train.folder import Outcome
+from kmtr.train.folder import SPEED as SPEED_WALL
+from kmtr.train.folder import SPEED_CPU, Outcome
 from kmtr.types import InputError
 
 SMALL = {
@@ -58,7 +60,7 @@ def config(small: RunConfig, tmp_path: Path, without_ray: None, monkeypatch: pyt
     return override(small, SMALL | {"storage.root": str(tmp_path / "runs"), "study.rows": str(tmp_path / "rows")})
 
 
-def speed(outcome: Outcome, first: int, last: int) -> float:
+def speed(outcome: Outcome, *_: object) -> float:
     """Subjects/s: the opponents' twice those of k-MTR."""
     own = from_json((Path(outcome.folder) / "config.json").read_text())
     ours = (own.task.system, own.model.encoder_inputs) == ("kspace", "kspace")
@@ -198,6 +200,33 @@ def test_from_scratch_for_pretraining_s_seconds_too(
     assert tasks.equal_steps(one, long._replace(start="unet-shared"), "none") == config.task.steps
     assert tasks.needs(one, long).makes > tasks.needs(one, own).makes != frozenset()
     assert tasks.needs(one, own._replace(start=FLOORS)).after == {own}
+
+
+def test_speeds_are_compared_by_the_processor_s_time_where_all_have_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that was twice as busy while the second of two equal networks was measured."""
+    dataset = Dataset.open(config.data)
+    one = Study(config, dataset, held_out(config, dataset)[0], Rows(tmp_path / "made", "0" * 8, (2, 4), ()), "")
+    folders: dict[str, Path] = {}
+
+    def fit(own: RunConfig, *_: object) -> Outcome:
+        return Outcome("", "", str(folders[own.task.system]), "", {})
+
+    def logged(name: str, values: dict[str, float]) -> Path:
+        spool = Spool(tmp_path / name / "spool", "", "0" * 32, ships=False)
+        for step in (2, 4):
+            spool.metrics(step, values)
+        spool.close()
+        return tmp_path / name
+
+    monkeypatch.setattr(tasks, "fit", fit)
+    asked = Asked(0, "unet-shared", ("segmentation",), 0)
+    folders |= {"kspace": logged("ours", {SPEED_WALL: 10.0, SPEED_CPU: 12.0})}
+    folders |= {"unet": logged("busy", {SPEED_WALL: 5.0, SPEED_CPU: 12.0})}
+    assert tasks.equal_steps(one, asked, "none") == config.task.steps
+    folders |= {"unet": logged("before", {SPEED_WALL: 5.0})}
+    assert tasks.equal_steps(one, asked, "none") == config.task.steps // 2, "by the clock, as of before 2026-12"
 
 
 def test_making_the_image_that_a_network_sees_costs_it_no_steps(
