@@ -4,6 +4,7 @@ code.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ _TASK = {"stage"} | {
 _SHAPES = {f"data.{name}" for name in ("views", "sax_slices", "frames", "matrix", "coils", "crop")}
 
 
+SIZE_TOLERANCE = 1.1
+"""Ratio of the size of a pixel to those of training, within which it counts as one of them."""
 UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, ZeroDivisionError, OverflowError, MemoryError)
 """Errors of building from settings, weights and tables that do not fit each other."""
 
@@ -47,14 +50,21 @@ UNFIT = (RuntimeError, KeyError, IndexError, TypeError, ValueError, ZeroDivision
 def write_folder(
     folder: Path, names: tuple[str, str], weights: dict[str, Tensor], tables: dict[str, Tensor], head: dict[str, Any]
 ) -> None:
-    """Weights and tables, and their description as JSON, under these names; whole or not at all."""
+    """Weights and tables, and their description as JSON with their ``sha256``, under these names, whole or not."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {f"weights.{k}": v.contiguous() for k, v in weights.items()}
     content |= {f"tables.{k}": torch.view_as_real(v) if v.is_complex() else v for k, v in tables.items()}
     (folder / names[1]).unlink(missing_ok=True)  # written last: a folder that has it is whole
     with replacing(folder / names[0]) as temporary:
         safetensors.torch.save_file({k: v.contiguous() for k, v in content.items()}, temporary)
-    write_atomic(folder / names[1], json.dumps(head, indent=2))
+        digest = sha256(Path(temporary))
+    write_atomic(folder / names[1], json.dumps(head | {"sha256": digest}, indent=2))
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_weights(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -170,6 +180,8 @@ class Trained:
         labels: label -> training subjects that have it.
         shapes: view -> [least, greatest] ``slice coil t ky kx`` of the training subjects, axis by axis.
         dataset: digest of the data.
+        spacing_mm: view -> [least, greatest] distance of slices, height and width of a pixel on the model's matrix.
+        slice_order: of the short axis, in words.
         from_scratch: it began with initial weights, not with a pretrained encoder.
         steps: of the optimizer, on labels.
     """
@@ -178,22 +190,43 @@ class Trained:
     labels: dict[str, int] = field(default_factory=dict)
     shapes: dict[str, list[list[int]]] = field(default_factory=dict)
     dataset: str = ""
+    spacing_mm: dict[str, list[list[float]]] = field(default_factory=dict)
+    slice_order: str = ""
     from_scratch: bool = False
     steps: int = 0
 
-    def misfit(self, shapes: Mapping[str, Sequence[int]], crop: bool) -> str:
+    def misfit(self, shapes: Mapping[str, Sequence[int]], crop: bool, frames: int) -> str:
         """Reason why a subject is not of the kind that was trained on, in one line; empty: it is.
 
         Args:
             shapes: view -> ``slice coil t ky kx``.
             crop: the matrix is made that of the model, whatever it was.
+            frames: that the model looks at; a subject that has so many may have fewer than those of training.
         """
         for view, (least, most) in self.shapes.items():
+            if (there := shapes[view][2]) < (few := min(least[2], frames)):
+                return f"{view}: expected at least {few} frames, as the model was trained on, got {there}"
             for what, first, last in (("coils", 1, 2), *(() if crop else (("a matrix", 3, 5),))):
                 low, got, high = (tuple(shape[first:last]) for shape in (least, shapes[view], most))
                 if not all(a <= b <= c for a, b, c in zip(low, got, high, strict=True)):
                     span = f"{_typed(low)}" if low == high else f"{_typed(low)} to {_typed(high)}"
                     return f"{view}: expected {what} of {span}, as the model was trained on, got {_typed(got)}"
+        return ""
+
+    def misplaced(self, spacing: Mapping[str, Sequence[float]]) -> str:
+        """Warning about pixels of another size than those of training, in one line; empty: they are alike, or unknown.
+
+        Args:
+            spacing: view -> distance of slices, height and width of a pixel on the model's matrix.
+        """
+        for view, (least, most) in self.spacing_mm.items():
+            got = spacing.get(view)
+            if got is None:
+                continue
+            span = range(1, 3)  # in the plane: from slices, which views of one have not, no size is read off
+            if not all(least[i] / SIZE_TOLERANCE <= got[i] <= most[i] * SIZE_TOLERANCE for i in span):
+                sizes = [" x ".join(f"{size[i]:.2f}" for i in span) for size in (least, most, got)]
+                return f"{view}: the model was trained on pixels of {sizes[0]} to {sizes[1]} mm, these have {sizes[2]}"
         return ""
 
 

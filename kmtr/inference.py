@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import safetensors
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +41,7 @@ from kmtr.exported import (
     model_files,
     read_weights,
     rebuilt,
+    sha256,
 )
 from kmtr.inputs import of_images
 from kmtr.tasks import Model, Preparer, Stage, stages_of
@@ -102,7 +104,7 @@ class TaskModel:
     @property
     def wanted(self) -> Wanted:
         """Columns of a batch that its answers need beside k-space."""
-        return Wanted(spacing=self.areas is not None)
+        return Wanted(spacing=True)
 
     @torch.no_grad()
     def answers(self, batch: Batch) -> tuple[dict[str, Tensor], Bool[Tensor, " batch"]]:
@@ -162,34 +164,48 @@ class TaskModel:
 
     def predict(self, study: Study, acceleration: int | None = None) -> dict[str, Any]:
         """Predictions for one study: numbers in `units`; ``masks`` (uint8) and ``image`` (magnitude, in the study's
-        numbers) by view group, ``slice t y x`` on the matrix of the configuration.
+        numbers) by view group, ``slice t y x`` on the matrix of the configuration, with ``spacing_mm`` of their voxels
+        (between slices, height, width) by view group, where it is known.
 
-        Warns (`warnings`) of an R that the model was not trained for, and where heads have to answer what the model
-        knows better by the areas of its masks.
+        Warns (`warnings`) of an R or of pixels that the model was not trained for, and where heads have to answer what
+        the model knows better by the areas of its masks.
 
         Args:
             acceleration: undersample by a pattern of the configured family; None: use every line that the study has.
 
         Raises:
-            InputError: the study lacks a view, or its matrix or coils are not those that the model was trained on.
+            InputError: the study lacks a view, or its matrix, coils or frames are not those that the model was trained
+                on.
         """
         if wrong := self.misfit({name: view.kspace.shape for name, view in study.views.items()}, acceleration):
             raise InputError(f"study: {wrong}")
         batch = batch_of(study, self.config, acceleration, self.wanted).to(self.device, self.readout)
-        if warning := self.doubt(acceleration, float(batch.true_acceleration[0])):
+        for warning in filter(None, (self.doubts(batch, acceleration)[0], self.sizes(batch)[0])):
             warnings.warn(warning, stacklevel=2)
         said, measured = self.answers(batch)
         if self.areas is not None and not measured[0]:
             warnings.warn(f"{UNMEASURED}: {', '.join(self.areas.labels)} by the model's heads", stacklevel=2)
-        return {
+        found = {
             name: values[0].item() if values.ndim == 1 else by_view(self.config.data, batch, values.cpu().numpy(), 0)
             for name, values in said.items()
         }
+        dense = [value for value in found.values() if isinstance(value, dict)]
+        return found | ({"spacing_mm": spacing_of(self.config.data, batch, 0)} if dense else {})
 
     def misfit(self, shapes: Mapping[str, Sequence[int]], acceleration: int | None = None) -> str:
         """Reason why the model refuses a subject of these shapes (view -> ``slice coil t ky kx``); empty: it fits."""
         reason = misfit(shapes, undersampled(self.config, acceleration))
-        return reason or self.trained.misfit(shapes, self.config.data.crop)
+        return reason or self.trained.misfit(shapes, self.config.data.crop, self.config.data.frames)
+
+    def doubts(self, batch: Batch, acceleration: int | None) -> list[str]:
+        """`doubt` about each subject of a batch; of one that is undersampled already, about the R that it has."""
+        own = ~(batch.complete | batch.padded).flatten(1).all(1)
+        true = batch.true_acceleration.tolist()
+        return [self.doubt(None if mine else acceleration, r) for mine, r in zip(own.tolist(), true, strict=True)]
+
+    def sizes(self, batch: Batch) -> list[str]:
+        """Warning about the size of each subject's pixels, in one line; empty: as in training, or unknown."""
+        return [self.trained.misplaced(spacing_of(self.config.data, batch, row)) for row in range(len(batch))]
 
     def doubt(self, acceleration: int | None, true: float = 1.0) -> str:
         """Warning about an R that the model was not trained for, in one line; empty: it was.
@@ -224,6 +240,17 @@ def by_view(data: Data, batch: Batch, values: np.ndarray, row: int) -> dict[str,
     return found
 
 
+def spacing_of(data: Data, batch: Batch, row: int) -> dict[str, tuple[float, float, float]]:
+    """View group -> distance of slices, height and width of a pixel of one subject in mm, where they are known."""
+    if batch.spacing_mm is None:
+        return {}
+    found: dict[str, tuple[float, float, float]] = {}
+    for slot, (between, height, width) in zip(batch.slots, batch.spacing_mm[row].tolist(), strict=True):
+        if np.isfinite([between, height, width]).all():
+            found.setdefault(VIEWS[data.view_types[slot]], (between, height, width))
+    return found
+
+
 def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     """The model in a folder that `export_model` wrote.
 
@@ -240,9 +267,14 @@ def load_model(path: str | Path, device: str = "cpu") -> TaskModel:
     _complete(folder, model_files(head))
     if written not in (MODEL_FORMAT, AREAS_FORMAT):
         raise InputError(f"model: expected format {AREAS_FORMAT}, got {written}, in {folder}; fine-tune it anew")
+    if head.get("sha256", digest := sha256(folder / MODEL_WEIGHTS)) != digest:
+        raise InputError(
+            f"model: expected the {MODEL_WEIGHTS} that was exported with {MODEL_HEAD}, got a damaged one or another "
+            f"model's in {folder}; copy the folder anew"
+        )
     try:
-        trained = Trained(**head.get("trained", {}))
-    except TypeError:
+        trained = pydantic.TypeAdapter(Trained).validate_python(head.get("trained", {}))
+    except pydantic.ValidationError:
         raise InputError(
             f"model: expected facts on its training in {folder / MODEL_HEAD}, got others; fine-tune it anew"
         ) from None

@@ -138,14 +138,15 @@ class Phenotypes(OnVector):
     def score(
         self, truth: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray], reference: Mapping[str, float]
     ) -> dict[str, float]:
-        """R2 and MAE of each phenotype, and the mean R2."""
+        """R2 and MAE of each phenotype, and the mean R2 of those that validation subjects have."""
         found: dict[str, float] = {}
         r2 = []
         for name in self.labels:
             scored = agreement(truth[name], predicted[name], reference[name])
             found |= {f"{name.rsplit('_', 1)[0]}_r2": scored.r2, f"{name.rsplit('_', 1)[0]}_mae": scored.mae}
             r2.append(scored.r2)
-        return found | {SCORE: float(np.mean(r2))}
+        known = [value for value in r2 if np.isfinite(value)]
+        return found | {SCORE: float(np.mean(known)) if known else float("nan")}
 
 
 def over_known(error: Float[Tensor, "batch target"], truth: Float[Tensor, "batch target"]) -> Float[Tensor, " batch"]:

@@ -17,7 +17,9 @@ from kmtr.data.dataset import storage
 from kmtr.data.dataset.reader import Dataset, Reader
 from kmtr.data.loader import pipeline, subjects
 from kmtr.data.loader.batch import Batch, Wanted
+from kmtr.data.loader.masks import spacing_mm
 from kmtr.data.loader.order import permutation
+from kmtr.data.loader.shapes import full_shape, places_of
 from kmtr.data.loader.subjects import MIN_KNOWN
 from kmtr.exported import HEAD, KSPACE, WEIGHTS, Trained, read_head, read_weights, rebuilds, system_of
 from kmtr.systems import Imaging, Mapped, input_of, system
@@ -168,11 +170,16 @@ def trained_on(config: RunConfig, dataset: Dataset) -> Trained:
             for view in set(config.data.views) & set(subject):
                 least, most = shapes.get(view, [subject[view], subject[view]])
                 shapes[view] = [list(map(min, least, subject[view])), list(map(max, most, subject[view]))]
+    spacing = spacing_mm(reader.samples(chosen), config.data, full_shape(config.data))
+    sizes = {view: spacing[:, at.start] for view, at in places_of(config.data, full_shape(config.data))}
+    known = {view: size[size.isfinite().all(1)] for view, size in sizes.items()}
     return Trained(
         subjects=len(chosen),
         labels=dict(zip(names, counts, strict=True)),
         shapes={view: shapes[view] for view in config.data.views if view in shapes},
         dataset=dataset.digest,
+        spacing_mm={view: [v.amin(0).tolist(), v.amax(0).tolist()] for view, v in known.items() if len(v)},
+        slice_order=dataset.slice_order if "sax" in config.data.views else "",
         from_scratch=config.task.encoder == NONE,
         steps=config.task.steps,
     )

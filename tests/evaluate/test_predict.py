@@ -244,6 +244,7 @@ def test_dense_outputs_are_tables_and_nifti_files(
         "by_heads": 0,
         "dense": 4 * 2 * 2,
         "unplaced": 2 * 2 * 2,  # one subject without geometry: views, R, outputs
+        "resized": 0,
     }
     table = pq.read_table(out / "masks" / "part-00000.parquet")
     assert table.schema.metadata[b"kmtr.dtype"] == b"uint8"
@@ -257,6 +258,8 @@ def test_dense_outputs_are_tables_and_nifti_files(
     assert masks.shape == (3, 4, 32, 32)
     assert len(np.unique(masks)) > 1
     assert (masks[:2] == alone["masks"]["sax"]).mean() > 0.999
+    sizes = alone["spacing_mm"]["lax_4ch"][1:], studies[0].views["lax_4ch"].spacing_mm[1:]  # type: ignore[index]
+    assert sizes[0] == pytest.approx(sizes[1])
     floats = pq.read_table(out / "image").to_pylist()[0]
     image = np.frombuffer(floats["values"], np.float32).reshape(floats["shape"])
     np.testing.assert_allclose(image[2:], alone["image"]["lax_4ch"], rtol=1e-4, atol=1e-4 * np.nanmax(image))
@@ -272,6 +275,56 @@ def test_dense_outputs_are_tables_and_nifti_files(
     np.testing.assert_allclose(file.header.get_zooms(), (x, y, z, view.frame_time_s), rtol=1e-5)
     command.run(asked(drawing, tmp_path / "data", tmp_path / "b", *words))
     assert content(out) == content(tmp_path / "b")
+
+
+def test_masks_of_a_part_whose_last_subjects_are_refused_and_of_names_that_no_file_may_have(
+    small: RunConfig, tables: dict[str, Tensor], tmp_path: Path, in_process: list[int]
+) -> None:
+    drawing = model_folder(tmp_path / "model", small, tables, ("segmentation",))
+    named = [replace(simulated(i, small), subject_id=f"sub.{i}") for i in range(4)]
+    coils = simulated(4, override(small, {"simulate.coils": 2}))
+    write(tmp_path / "data", {"train": [*named, coils]}, "float32")
+    words = [f"data.root={tmp_path / 'data'}", f"predict.out={tmp_path / 'out'}", "predict.accelerations=4"]
+    said = command.run([str(drawing), *words, "predict.masks=true", "predict.batch=2"])
+    assert (said["subjects"], said["refused"]) == (4, 1)
+    files = sorted(path.name for path in (tmp_path / "out" / "nifti").iterdir())
+    assert files == sorted(f"part-00000-{i}_R4_{view}_masks.nii.gz" for i in range(4) for view in ("sax", "lax_4ch"))
+
+
+def test_what_differs_from_training_is_said(model: Path, small: RunConfig, recwarn: Any) -> None:
+    """Pixels of twice the size, an R of the source's own, a cycle cut short, and a file of another model."""
+    loaded, study = kmtr.load_model(model), simulated(0, small)
+    assert loaded.trained.slice_order == Dataset.open(small.data).slice_order
+    sax = study.views["sax"]
+    assert sax.spacing_mm is not None
+    wide = replace(sax, spacing_mm=(sax.spacing_mm[0], 2 * sax.spacing_mm[1], 2 * sax.spacing_mm[2]))
+    with pytest.warns(UserWarning, match=r"sax: the model was trained on pixels of .* mm, these have"):
+        loaded.predict(replace(study, views={**study.views, "sax": wide}), acceleration=4)
+    few = np.zeros(sax.kspace.shape[:1] + sax.kspace.shape[2:4], bool)
+    few[..., ::16] = True
+    thinned = {
+        name: replace(
+            view, sampled=np.broadcast_to(few[:1, :, :], (len(view.kspace), *few.shape[1:])), segmentation=None
+        )
+        for name, view in study.views.items()
+    }
+    with pytest.warns(UserWarning, match=r"R = 16\.00 is not among R = 2 to 4"):
+        loaded.predict(replace(study, views=thinned), acceleration=4)
+    short = {name: replace(view, kspace=view.kspace[:, :, :1], segmentation=None) for name, view in study.views.items()}
+    with pytest.raises(InputError, match="sax: expected at least 4 frames, as the model was trained on, got 1"):
+        loaded.predict(replace(study, views=short), acceleration=4)
+
+
+def test_a_damaged_file_of_weights_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    content = bytearray((folder / MODEL_WEIGHTS).read_bytes())
+    content[-100] ^= 1
+    (folder / MODEL_WEIGHTS).write_bytes(content)
+    with pytest.raises(InputError, match="got a damaged one or another model's"):
+        kmtr.load_model(folder)
+    spoiled(model, tmp_path / "facts", lambda head: head["trained"].update(shapes=5))
+    with pytest.raises(InputError, match="expected facts on its training"):
+        kmtr.load_model(tmp_path / "facts")
 
 
 def test_nobody_left_is_a_failure(

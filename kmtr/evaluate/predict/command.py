@@ -106,6 +106,9 @@ def job_of(config: RunConfig, model: TaskModel, dataset: Dataset) -> Job:
     for r in asked.accelerations:
         if said := model.doubt(r):
             print(f"predict: note: {said}")
+    order = model.trained.slice_order
+    if order and order != dataset.slice_order:
+        print(f"predict: note: the model was trained on short-axis slices {order}, these are {dataset.slice_order}")
     if own := sorted(dataset.undersampled & set(views)):
         print(
             f"predict: note: subjects whose {', '.join(own)} is undersampled keep their own lines, whatever R is asked"
@@ -194,6 +197,8 @@ def finish(job: Job, done: Sequence[Done]) -> dict[str, Any]:
             print(f"  {line}")
     if outside := sum(one.outside for one in done):
         print(f"predict: note: {outside} subjects have an R that the model was not trained for")
+    if resized := sum(one.resized for one in done):
+        print(f"predict: note: {resized} subjects have pixels of another size than the model was trained on")
     if by_heads := sum(one.by_heads for one in done):
         print(f"predict: note: of {by_heads} subjects {UNMEASURED}: the model's heads answer all of them")
     if unplaced := sum(one.unplaced for one in done):

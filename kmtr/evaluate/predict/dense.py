@@ -51,11 +51,13 @@ class Tables:
         acceleration: int,
         true: Float[np.ndarray, " subject"],
         outputs: Mapping[str, Shaped[np.ndarray, "subject slice t y x"]],
+        before: int = 0,
     ) -> None:
         """Write the outputs for some subjects.
 
         Args:
             meta: their rows in the dataset, without payloads.
+            before: subjects of the part that were written earlier.
         """
         for output, arrays in outputs.items():
             columns = {
@@ -76,7 +78,7 @@ class Tables:
             self._writers[output].write_table(table)
             self.written += len(arrays)
             for i, array in enumerate(arrays):
-                stem = f"{_file_name(names[i], self.number, i)}_R{acceleration}"
+                stem = f"{_file_name(names[i], self.number, before + i)}_R{acceleration}"
                 for view, content in self._volumes(array, meta, i):
                     self._put(f"{NIFTI}/{stem}_{view}_{output}.nii.gz", content)
 

@@ -97,6 +97,7 @@ class Done:
         by_heads: subjects for whom heads answer what the model knows better by the areas of its masks.
         dense: arrays written, of masks and images.
         unplaced: views without NIfTI files, since the size of a pixel is not known.
+        resized: subjects whose pixels have another size than those of training.
     """
 
     subjects: int
@@ -105,6 +106,7 @@ class Done:
     by_heads: int = 0
     dense: int = 0
     unplaced: int = 0
+    resized: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class _Said:
     vectors: Float[np.ndarray, "subject channel"] | None
     true: Float[np.ndarray, " subject"]
     measured: Bool[np.ndarray, " subject"]
+    outside: Bool[np.ndarray, " subject"]
+    resized: Bool[np.ndarray, " subject"]
 
     def of(self, chosen: Bool[np.ndarray, " subject"]) -> _Said:
         """Those of some of the subjects."""
@@ -135,6 +139,8 @@ class _Said:
             None if self.vectors is None else self.vectors[chosen],
             self.true[chosen],
             self.measured[chosen],
+            self.outside[chosen],
+            self.resized[chosen],
         )
 
     @property
@@ -181,16 +187,20 @@ class PartWriter:
             for chunk in self._chunks(reader, part):
                 answers, unsaid = self._answers(chunk)
                 refused += chunk.refused + unsaid
-                if self.job.masks:
-                    meta = reader.samples(answers.rows).meta
+                if self.job.masks and answers.rows:
+                    meta, before = reader.samples(answers.rows).meta, sum(len(one.rows) for one in kept)
                     for r, said in answers.said.items():
-                        tables.add(answers.names, meta, r or 1, said.true, said.dense)
+                        tables.add(answers.names, meta, r or 1, said.true, said.dense, before)
                 kept.append(replace(answers, said={r: replace(said, dense={}) for r, said in answers.said.items()}))
         self._write(number, reader, kept)
         names = [name for answers in kept for name in answers.names]
         measured = [np.all([said.measured for said in one.said.values()], axis=0) for one in kept if one.rows]
         by_heads = sum(int((~one).sum()) for one in measured)
-        done = Done(len(names), refused, self._outside(kept), by_heads, tables.written, tables.unplaced)
+        outside, resized = (
+            sum(int(np.any([getattr(said, what) for said in one.said.values()], axis=0).sum()) for one in kept)
+            for what in ("outside", "resized")
+        )
+        done = Done(len(names), refused, outside, by_heads, tables.written, tables.unplaced, resized)
         self._put(f"{MARKS}/{number:05d}.json", json.dumps(asdict(done), indent=1).encode())
         return done
 
@@ -247,7 +257,7 @@ class PartWriter:
         """What the model says of those subjects for whom all numbers are finite, and the others."""
         if chunk.host is None:
             return _Answers([], [], {}), []
-        said = {r: self._said(replace(chunk.host, config=config)) for r, config in self.configs.items()}
+        said = {r: self._said(replace(chunk.host, config=config), r) for r, config in self.configs.items()}
         finite = np.all([one.finite for one in said.values()], axis=0)
         good = np.flatnonzero(finite)
         reason = "expected finite predictions, got others; the subject's k-space may be damaged"
@@ -259,8 +269,9 @@ class PartWriter:
         )
         return answers, others
 
-    def _said(self, host: HostBatch) -> _Said:
+    def _said(self, host: HostBatch, acceleration: int | None) -> _Said:
         batch = host.to(self.model.device, self.model.readout)
+        known = "" if acceleration is None else self.model.doubt(acceleration)  # the command says it of all
         said, measured = self.model.answers(batch)
         outputs = {name: value.cpu() for name, value in said.items()}
         vectors = self.model.embed(batch).float().cpu().numpy() if self.job.embeddings else None
@@ -270,12 +281,9 @@ class PartWriter:
             vectors,
             true_accelerations(batch),
             measured.numpy(),
+            np.array([doubt not in ("", known) for doubt in self.model.doubts(batch, acceleration)]),
+            np.array([bool(warning) for warning in self.model.sizes(batch)]),
         )
-
-    def _outside(self, kept: Sequence[_Answers]) -> int:
-        """Subjects whose own lines have an R that the model was not trained for."""
-        true = [r for answers in kept if ALL_LINES in answers.said for r in answers.said[ALL_LINES].true.tolist()]
-        return sum(bool(self.model.doubt(None, r)) for r in true)
 
     def _write(self, number: int, reader: Reader, kept: Sequence[_Answers]) -> None:
         """The tables of predictions and of vectors: R by R, subjects in their order."""
