@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kmtr.metrics.images import heart_box, image_scores
-from kmtr.metrics.segmentation import CLASSES, contour_distance, contoured_classes, dice, extreme_frames
+from kmtr.metrics.segmentation import CLASSES, contour_distance, contoured_classes, dice, extreme_frames, told
 from kmtr.metrics.volumes import Masks, mask_phenotypes
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
 
@@ -47,21 +47,27 @@ def mask_scores(views: Mapping[str, Pair]) -> dict[str, float]:
     """`DICE` at the truth's end-diastole and end-systole of each view, over the pixels of all views together.
 
     Returns:
-        NaN: no view draws the class, or it is in neither truth nor prediction; 0: in one of them only.
+        NaN: no view draws the class, or it is in neither truth nor prediction; 0: in one of them only. A view with one
+        labelled frame has no end-systole.
     """
-    seen = [(pair, extreme_frames(pair.truth)) for pair in views.values()]
+    seen = [(pair, told(pair.truth, pair.predicted), phases(pair.truth)) for pair in views.values()]
     found = dict.fromkeys(DICE, float("nan"))
     for number, phase in enumerate(PHASES):
         for value, name in zip(CLASSES, NAMES, strict=True):
             at = [
-                (pair.truth[:, frames[number]].ravel(), pair.predicted[:, frames[number]].ravel())
-                for pair, frames in seen
-                if frames is not None and value in contoured_classes(pair.contoured)
+                (truth[:, frames[number]].ravel(), predicted[:, frames[number]].ravel())
+                for pair, (truth, predicted), frames in seen
+                if number < len(frames) and value in contoured_classes(pair.contoured)
             ]
             if at:
                 truth, predicted = (np.concatenate(parts)[None] for parts in zip(*at, strict=True))
                 found[f"dice_{name}_{phase}"] = float(dice(truth, predicted, value + 1)[0, -1])
     return found
+
+
+def phases(truth: np.ndarray) -> tuple[int, ...]:
+    """Frames of the truth's `PHASES`: both, end-diastole alone where one frame is labelled, or none."""
+    return tuple(dict.fromkeys(extreme_frames(truth) or ()))
 
 
 def mask_distances(views: Mapping[str, Pair]) -> dict[str, float]:
@@ -72,13 +78,14 @@ def mask_distances(views: Mapping[str, Pair]) -> dict[str, float]:
     total, compared, missed, spurious = (np.zeros(shape) for _ in range(4))
     drawn = np.zeros(shape, bool)
     for pair in views.values():
-        frames = extreme_frames(pair.truth)
-        if frames is None or pair.spacing_mm is None:
+        frames = phases(pair.truth)
+        if not frames or pair.spacing_mm is None:
             continue
-        one = contour_distance(pair.truth, pair.predicted, frames, pair.spacing_mm, pair.contoured)
-        total += np.where(one.compared > 0, one.hd95_mm * one.compared, 0.0)
-        compared, missed, spurious = compared + one.compared, missed + one.missed, spurious + one.spurious
-        drawn[:, [value - 1 for value in contoured_classes(pair.contoured)]] = True
+        one, some = contour_distance(pair.truth, pair.predicted, frames, pair.spacing_mm, pair.contoured), len(frames)
+        total[:some] += np.where(one.compared > 0, one.hd95_mm * one.compared, 0.0)
+        for counted, more in ((compared, one.compared), (missed, one.missed), (spurious, one.spurious)):
+            counted[:some] += more
+        drawn[:some, [value - 1 for value in contoured_classes(pair.contoured)]] = True
     mean = np.divide(total, compared, out=np.full(shape, np.nan), where=compared > 0)
     counts = [np.where(drawn, count, np.nan) for count in (missed, spurious)]
     return dict(

@@ -44,18 +44,52 @@ def dice(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
     return scores
 
 
-def extreme_frames(truth: Integer[np.ndarray, "slice t y x"], cavity: int = LV_CAVITY) -> tuple[int, int] | None:
-    """Frames of end-diastole and end-systole in the truth: the largest and the smallest cavity.
+CHAMBERS = (LV_CAVITY, RV, LA, RA)
 
-    Only frames that show the cavity and are labelled as far as any (the fewest pixels UNLABELLED) are asked. With one
-    such frame both are that one; None without any.
+
+def extreme_frames(
+    truth: Integer[np.ndarray, "slice t y x"], chambers: Sequence[int] = CHAMBERS
+) -> tuple[int, int] | None:
+    """Frames of end-diastole and end-systole in the truth, by the first of `chambers` that it shows: a ventricle is
+    largest and smallest there, an atrium smallest and largest.
+
+    Only frames that show the chamber and are labelled as far as any (the fewest pixels UNLABELLED, see `told`) are
+    asked; of a source that labels two frames, both, although at end-systole fewer slices show a cavity. With one such
+    frame both are that one; None without any.
     """
+    truth, _ = told(truth, truth)
     unknown = (truth == UNLABELLED).sum((0, 2, 3))
-    size = (truth == cavity).sum((0, 2, 3))
-    frames = np.flatnonzero((unknown == unknown.min(initial=truth.size)) & (size > 0))
-    if not len(frames):
-        return None
-    return int(frames[size[frames].argmax()]), int(frames[size[frames].argmin()])
+    for chamber in chambers:
+        size = (truth == chamber).sum((0, 2, 3))
+        frames = np.flatnonzero(size)
+        if len(frames) > 2:
+            frames = frames[unknown[frames] == unknown.min()]
+        if len(frames):
+            largest, smallest = int(frames[size[frames].argmax()]), int(frames[size[frames].argmin()])
+            return (smallest, largest) if chamber in (LA, RA) else (largest, smallest)
+    return None
+
+
+def told(
+    truth: Integer[np.ndarray, "slice t y x"], predicted: Integer[np.ndarray, "slice t y x"]
+) -> tuple[Integer[np.ndarray, "slice t y x"], Integer[np.ndarray, "slice t y x"]]:
+    """Both with all that the truth says of frames in which not everything was contoured (`kmtr.tasks.losses.told`).
+
+    In an image whose truth has classes but no background, UNLABELLED pixels are of none of these classes: they become
+    background. Of other classes nothing is known there: what is predicted of them counts as background. So a cavity
+    that is missed or found too large counts where it alone was drawn.
+    """
+    shown = np.stack([(truth == value).any((2, 3)) for value in range(len(SEGMENTATION_CLASSES))], axis=2)
+    partly = shown.any(2) & ~shown[..., 0] & (truth == UNLABELLED).any((2, 3))
+    if not partly.any():
+        return truth, predicted
+    z, t = np.ogrid[: truth.shape[0], : truth.shape[1]]
+    of_shown = shown[z[..., None, None], t[..., None, None], np.minimum(predicted, len(SEGMENTATION_CLASSES) - 1)]
+    here = partly[..., None, None]
+    return (
+        np.where(here & (truth == UNLABELLED), 0, truth).astype(truth.dtype),
+        np.where(here & ~of_shown & (predicted != UNLABELLED), 0, predicted).astype(predicted.dtype),
+    )
 
 
 def dice_at(
@@ -77,6 +111,7 @@ def dice_at(
         InputError: shapes differ.
     """
     _check_shapes(truth, predicted)
+    truth, predicted = told(truth, predicted)
     at = list(frames)
     scores = dice(
         np.moveaxis(truth[:, at], 1, 0), np.moveaxis(predicted[:, at], 1, 0), classes=len(SEGMENTATION_CLASSES)
@@ -120,6 +155,7 @@ def contour_distance(
         InputError: shapes differ, or a pixel size that is not above 0.
     """
     _check_shapes(truth, predicted)
+    truth, predicted = told(truth, predicted)
     shape = (len(frames), len(CLASSES))
     total = np.zeros(shape)
     compared, missed, spurious = (np.zeros(shape, dtype=np.int64) for _ in range(3))

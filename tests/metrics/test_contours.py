@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from scipy.spatial.distance import cdist
 
 from kmtr.metrics import contour_distance, dice_at, extreme_frames, hd95
+from kmtr.metrics.dense import Pair, mask_distances, mask_scores
 from kmtr.metrics.segmentation import CLASSES, LA, LV_CAVITY, LV_MYOCARDIUM, RA, RV
 from kmtr.types import UNLABELLED, InputError
 
@@ -120,6 +121,8 @@ def test_missed_and_spurious_slices_are_counted_beside_the_mean() -> None:
 def test_what_is_predicted_where_nobody_labelled_changes_nothing(
     truth: np.ndarray, predicted: np.ndarray, unknown: np.ndarray, other: int
 ) -> None:
+    """Where the background is known in part, so that frames are not those of sources that draw contours alone."""
+    unknown[..., 0, 0], truth[..., 0, 0] = False, 0
     truth[unknown] = UNLABELLED
     changed = np.where(unknown, other, predicted).astype(np.uint8)
     np.testing.assert_array_equal(dice_at(truth, predicted, [0, 2]), dice_at(truth, changed, [0, 2]))
@@ -154,8 +157,8 @@ def test_frames_of_the_extremes_are_of_labelled_frames() -> None:
     assert extreme_frames(truth) == (1, 3)
     truth[:, 3][truth[:, 3] == 0] = UNLABELLED  # as a frame is stored in which something was not contoured
     truth[:, 1] = UNLABELLED
-    assert extreme_frames(truth) == (0, 2)
-    assert extreme_frames(truth, RV) is None
+    assert extreme_frames(truth) == (0, 3), "the cavity alone is drawn in frame 3: what it is not is known"
+    assert extreme_frames(truth, (RV,)) is None
     assert extreme_frames(np.full_like(truth, UNLABELLED)) is None
     assert extreme_frames(truth[:, :1]) == (0, 0)
 
@@ -180,3 +183,53 @@ def test_dice_and_hd95_are_those_of_monai() -> None:
         assert hd95(a, b, (1.5, 2.5)) == pytest.approx(float(theirs), rel=1e-5)
         overlap = monai.DiceMetric(include_background=True)(one, other)
         assert dice_at(one_frame(a), one_frame(b), [0])[0, 0] == pytest.approx(float(overlap))
+
+
+def test_views_of_atria_alone_have_phases_too() -> None:
+    """As in UK Biobank's long axes: the atrium is smallest at end-diastole."""
+    truth = np.zeros((1, 4, 8, 8), np.uint8)
+    for frame, size in enumerate((2, 4, 6, 3)):
+        truth[:, frame, :size, :4] = LA
+        truth[:, frame, :2, 6:] = RA
+    assert extreme_frames(truth) == (0, 2)
+    scores = mask_scores({"lax_4ch": Pair(truth, truth, (LA, RA), SPACING)})
+    assert [scores[f"dice_{name}_{phase}"] for name in ("la", "ra") for phase in ("ed", "es")] == [1.0] * 4
+    nothing = mask_distances({"lax_4ch": Pair(truth, np.zeros_like(truth), (LA, RA), SPACING)})
+    assert [nothing[f"missed_{name}_{phase}"] for name in ("la", "ra") for phase in ("ed", "es")] == [1.0] * 4
+
+
+def test_a_frame_in_which_the_cavity_alone_is_drawn_scores_the_cavity() -> None:
+    """As in the Sunnybrook data: at end-systole the outer contour is not drawn, so neither is the background."""
+    whole = np.zeros((1, 2, 8, 8), np.uint8)
+    whole[:, 0, 1:7, 1:7] = LV_MYOCARDIUM
+    whole[:, 0, 2:6, 2:6] = LV_CAVITY
+    whole[:, 1, 2:7, 2:7] = LV_MYOCARDIUM
+    whole[:, 1, 3:5, 3:5] = LV_CAVITY
+    truth = whole.copy()
+    truth[:, 1][truth[:, 1] != LV_CAVITY] = UNLABELLED
+    assert extreme_frames(truth) == (0, 1)
+    own = mask_scores({"sax": Pair(truth, whole, (LV_CAVITY, LV_MYOCARDIUM))})
+    assert own["dice_lv_cavity_es"] == 1.0
+    assert np.isnan(own["dice_lv_myocardium_es"]), "nothing is known of it, so nothing of it counts as found"
+    everywhere = mask_scores({"sax": Pair(truth, np.full_like(whole, LV_CAVITY), (LV_CAVITY, LV_MYOCARDIUM))})
+    assert everywhere["dice_lv_cavity_es"] == 2 * 4 / (4 + 64)
+    missed = np.where(whole == LV_CAVITY, 0, whole)
+    assert mask_scores({"sax": Pair(truth, missed, (LV_CAVITY, LV_MYOCARDIUM))})["dice_lv_cavity_es"] == 0.0
+    assert contour_distance(truth, missed, [1], SPACING, (LV_CAVITY,)).missed[0, LV_CAVITY - 1] == 1
+
+
+def test_the_second_of_two_labelled_frames_may_show_the_cavity_in_fewer_slices() -> None:
+    truth = np.full((3, 5, 8, 8), UNLABELLED, np.uint8)
+    truth[:, 1] = truth[:2, 3] = 0
+    truth[:, 1, :4], truth[:2, 3, :2] = LV_CAVITY, LV_CAVITY
+    assert extreme_frames(truth) == (1, 3)
+
+
+def test_one_labelled_frame_has_no_end_systole() -> None:
+    truth = np.full((1, 3, 8, 8), UNLABELLED, np.uint8)
+    truth[:, 1] = 0
+    truth[:, 1, :4] = LV_CAVITY
+    scores = mask_scores({"sax": Pair(truth, np.where(truth == UNLABELLED, 0, truth))})
+    assert (scores["dice_lv_cavity_ed"], np.isnan(scores["dice_lv_cavity_es"])) == (1.0, True)
+    counts = mask_distances({"sax": Pair(truth, np.zeros_like(truth), None, SPACING)})
+    assert (counts["missed_lv_cavity_ed"], np.isnan(counts["missed_lv_cavity_es"])) == (1.0, True)
