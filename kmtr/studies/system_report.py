@@ -18,7 +18,7 @@ from kmtr.studies import pictures, system_figures
 from kmtr.studies.contenders import CONTENDERS, contender
 from kmtr.studies.paired import ALL, Drawn, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import MEAN, MEASURES, measures, replicates, targets_of
+from kmtr.studies.task_measures import FLOOR_SAID, MEAN, MEASURES, measures, replicates, targets_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from kmtr.studies.task_study import Study
 
-FLOOR = "strongest floor"
+FLOOR = "floor"
 
 Rows = Mapping[Asked, Mapping[str, Any]]
 Scores = Mapping[tuple[str, str], Mapping[Any, Interval]]
@@ -110,7 +110,7 @@ def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) ->
         f"at most {config.study.bound_steps} steps. Reconstruct, then analyse: the network of that title as trained on "
         f"full images, on reconstructions, with nothing more trained. Pretraining is not counted in those seconds and "
         f"told apart. R2 by areas of masks: phenotypes by a linear map fitted on a system's own masks of labelled "
-        f"training subjects.{absent}"
+        f"training subjects. {FLOOR_SAID}{absent}"
     )
 
 

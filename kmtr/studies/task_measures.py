@@ -47,7 +47,7 @@ class Measure(NamedTuple):
 
     Attributes:
         gain: what a difference of it is called.
-        floor: systems that stand for the floors, the first that there is: the strongest of them.
+        floor: systems that stand for the floors, the first that there is.
         nothing: what it is of an answer that does not look at the subject; NaN: nothing fixed.
     """
 
@@ -68,6 +68,11 @@ MEASURES = {
     "ssim": Measure("SSIM", "reconstruction", "SSIM", (LOWRANK, SHARED)),
 }
 """Measures of tables, figure and comparisons, in their order."""
+FLOOR_SAID = (
+    "Floor: a ridge on the low-resolution image (phenotypes), diseases read off what it says, a linear map from the "
+    "temporally shared image (masks), low-rank + sparse (images)."
+)
+"""The first of `Measure.floor`."""
 
 
 def measures(config: RunConfig) -> list[str]:

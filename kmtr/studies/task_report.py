@@ -14,7 +14,7 @@ from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies.paired import ALL, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import MEASURES, measures
+from kmtr.studies.task_measures import FLOOR_SAID, MEASURES, measures
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ KINDS = {
     "pretrained": "all tasks, pretrained",
     "scratch": "all tasks, from scratch",
     "alone": "each task alone, pretrained",
-    "floor": "strongest floor",
+    "floor": "floor",
 }
 """Kinds of rows in the order of the tables."""
 STYLES = {
@@ -69,7 +69,7 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
         "scores": nested(scores),
         "differences": compared,
     }
-    caption = "Each task's measure against the number of labels, mean over R; bars: SD over seeds."
+    caption = f"Each task's measure against the number of labels, mean over R; bars: SD over seeds. {FLOOR_SAID}"
     about = summary_of(study, rows, len(asked), missing)
     figure, curves = figure_of(study, rows, scores), curves_of(study, rows, scores)
     last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves)
@@ -124,7 +124,7 @@ def scores_of(study: Study, rows: Rows) -> Scores:
 
 
 def _score(row: Mapping[str, Any], r: str, measure: str) -> float:
-    """A measure of a row; of floors that of the strongest. NaN: it has none."""
+    """A measure of a row; of floors that of `Measure.floor`. NaN: it has none."""
     systems = row["R"][r]["measures"]
     names = [name.title for name in MEASURES[measure].floor] if row["start"] == FLOORS else list(systems)
     known = [systems[name][measure][0] for name in names if measure in systems.get(name, {})]

@@ -54,7 +54,7 @@ from kmtr.train.folder import Outcome
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError
 
-TRIAL, TRIAL_EVERY = 20, 5
+TRIAL, TRIAL_EVERY = 60, 10
 """Steps of a run that measures a speed, and between its measurements."""
 KIND = Kind("tasks", order, task_report.report)
 
@@ -208,7 +208,7 @@ def floors(study: Study, asked: Asked) -> hands.Finished:
     table = predictions(reading, study.dataset, model, labelled, "floors", "study", by_areas(study, asked))
     found = values_of(table, study.truth)
     about = scored(study, table, found, study.means(asked.seed, asked.labels)) | made(study, labelled, began)
-    return hands.Finished(asked, about, strongest(study.config, found))
+    return hands.Finished(asked, about, standing(study.config, found))
 
 
 def again(study: Study, asked: Asked, other: Asked, done: hands.Done) -> hands.Finished:
@@ -326,8 +326,8 @@ def speed_run(study: Study, asked: Asked, encoder: str) -> RunConfig:
     return study.settings(asked, encoder, TRIAL, **{"train.log_every": TRIAL_EVERY, "train.eval_every": TRIAL})
 
 
-def strongest(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
-    """Values of the strongest floor of each measure (`Measure.floor`), and of its images; also the mean mask's Dice:
+def standing(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
+    """Values of the floor that stands for each measure (`Measure.floor`), and of its images; also the mean mask's Dice:
     masks that do not beat it have failed.
     """
     values: dict[str, np.ndarray] = {}
