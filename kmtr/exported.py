@@ -33,7 +33,7 @@ MODEL_FORMAT, AREAS_FORMAT = 4, 5
 _TASK = {"stage"} | {
     f"task.{name}"
     for name in (
-        *("tasks", "system", "input", "unet_width", "cascades", "targets", "diseases", "begin"),
+        *("tasks", "system", "input", "unet_width", "unet_motion", "cascades", "targets", "diseases", "begin"),
         *("patch", "queries", "channels", "data_consistency"),
     )
 }

@@ -253,6 +253,10 @@ class Task(Section):
         le=512,
         description="channels of unet, linet and xf at full resolution, twice as many at each lower one up to 512",
     )
+    unet_motion: bool = Field(
+        False,
+        description="unet sees of each frame its slice's mean over the cycle and what moves too, as three channels",
+    )
     cascades: int = Field(
         3, gt=0, le=12, description="times that xf lets a network change the image and puts the acquired lines back"
     )

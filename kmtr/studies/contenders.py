@@ -92,6 +92,13 @@ CONTENDERS: dict[str, Contender] = {
     # Rates of opponents are those that learnt most in trials (RESULTS.md): at the stage's 5e-4 this one would still be
     # at the mean mask where 3e-3 has half of the loss, and ResNet-50 would learn nothing.
     **_on_images("unet", "nnU-Net topology", [*IMAGES], "segmentation", **{"task.learning_rate": 3e-3}),
+    # What k-MTR's decoder of masks sees beside its tokens, without the tokens.
+    "unet-motion": Contender(
+        "nnU-Net topology, temporally shared image, its mean and motion",
+        {"task.system": "unet", "task.input": "shared", "task.unet_motion": True, "task.learning_rate": 3e-3},
+        ("segmentation",),
+        style=(2, ":"),
+    ),
     # A regression on its first vectors is soon worse than none, since they change faster than it can follow.
     **_on_images(
         "resnet50",

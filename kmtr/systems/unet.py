@@ -84,12 +84,12 @@ class PlainUNet(nn.Module):
         net = networks(system).DynUNet(2, channels, 1, [3] * len(strides), strides, strides[1:], filters=widths)
         self.first, self.down, self.bottom, self.up = net.input_block, net.downsamples, net.bottleneck, net.upsamples
 
-    def forward(self, images: Float[Tensor, "cell y x"], cells: Lengths) -> Maps:
+    def forward(self, images: Float[Tensor, "cell channel y x"], cells: Lengths) -> Maps:
         """Maps of each image by itself."""
         count = len(images)
         if not count:  # all weights get a gradient, as on the other workers
-            images = images.new_zeros(1, *self.matrix)
-        levels, deepest = self.maps(images[:, None])
+            images = images.new_zeros(1, *images.shape[1:])
+        levels, deepest = self.maps(images)
         return Maps(tuple(level[:count] for level in levels[:-1]), deepest[:count], cells)
 
     def maps(self, images: Float[Tensor, "image channel y x"]) -> tuple[list[Tensor], Tensor]:
@@ -110,12 +110,13 @@ class SliceReader:
 
     Args:
         name: of the input.
+        motion: each has two more channels, of its slice's mean over the cycle and of what moves.
     """
 
     readout = None
 
-    def __init__(self, config: RunConfig, name: str):
-        self.matrix, self.name = config.data.matrix, name
+    def __init__(self, config: RunConfig, name: str, motion: bool = False):
+        self.matrix, self.name, self.motion = config.data.matrix, name, motion
 
     def __call__(
         self,
@@ -131,9 +132,25 @@ class SliceReader:
             cells = gather(chosen, lengths[0])
             images = standardised(self.name, batch, self.matrix)
             place = (cells.lengths.subject, *cells.index.unbind(-1))
-            return Reading("unet", (images[place], cells.lengths), learns)
+            channels = [images, *(moving(images, ~batch.padded) if self.motion else ())]
+            return Reading("unet", (torch.stack([one[place] for one in channels], dim=1), cells.lengths), learns)
 
         return Pending((chosen,), make)
+
+
+def moving(
+    images: Float[Tensor, "batch slice t y x"], present: Bool[Tensor, "batch slice t"]
+) -> tuple[Float[Tensor, "batch slice t y x"], Float[Tensor, "batch slice t y x"]]:
+    """Mean of each slice over the frames that are there, and what moves, the image less the mean, of variance 1 over
+    each subject: it has a tenth of the SD of the image, and ejection fraction is all in it.
+    """
+    there = present[..., None, None]
+    count = there.sum(2, keepdim=True).clamp(min=1)
+    still = ((images * there).sum(2, keepdim=True) / count).expand_as(images) * there
+    moves, axes = (images - still) * there, (1, 2, 3, 4)
+    pixels = there.expand_as(images).sum(axes, keepdim=True).clamp(min=1)
+    sd = (moves.square().sum(axes, keepdim=True) / pixels).sqrt().clamp(min=torch.finfo(images.dtype).tiny)
+    return still, moves / sd
 
 
 class UNet:
@@ -142,7 +159,7 @@ class UNet:
     inputs, tokens = ("zerofilled", "shared", "lowrank", "full"), False
 
     def module(self, config: RunConfig) -> nn.Module:
-        return PlainUNet(config.data.matrix, config.task.unet_width)
+        return PlainUNet(config.data.matrix, config.task.unet_width, channels=3 if config.task.unet_motion else 1)
 
     def channels(self, config: RunConfig) -> int:
         return plan(config.data.matrix, config.task.unet_width)[0][-1]
@@ -151,4 +168,4 @@ class UNet:
         return tuple(plan(config.data.matrix, config.task.unet_width)[0][:-2])
 
     def reader(self, config: RunConfig, tables: Mapping[str, Tensor], device: torch.device) -> SliceReader:
-        return SliceReader(config, config.task.input or self.inputs[0])
+        return SliceReader(config, config.task.input or self.inputs[0], config.task.unet_motion)

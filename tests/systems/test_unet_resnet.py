@@ -121,7 +121,7 @@ def test_its_maps_are_those_of_dyn_unet() -> None:
     ):
         getattr(whole, theirs).load_state_dict(getattr(ours, mine).state_dict())
     images = torch.randn(2, 128, 128)
-    found = ours(images, Lengths((2,), torch.tensor([2])))
+    found = ours(images[:, None], Lengths((2,), torch.tensor([2])))
     torch.testing.assert_close(found.levels[0], whole.skip_layers(images[:, None]), rtol=1e-4, atol=1e-5)
     assert [(m.shape[1], m.shape[2]) for m in found.levels] == [(32, 128), (64, 64), (128, 32), (256, 16)]
     assert found.deepest.shape == (2, 512, 4, 4)
@@ -179,11 +179,28 @@ def of_the_mean_mask(known: Any, levels: int) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", ["unet", "linet"])
+def test_motion_is_the_frame_less_its_mean_over_the_cycle(config: RunConfig, batch: Batch) -> None:
+    """At a scale of its own; the mean is over the frames that are there, and nothing comes of lines not acquired."""
+    batch = replace(batch, padded=batch.padded.clone())
+    batch.padded[0, :, -1] = True
+    images = standardised("shared", batch, (16, 16))
+    still, moves = unet.moving(images, ~batch.padded)
+    torch.testing.assert_close(still[0, :, 0], images[0, :, :-1].mean(1))
+    assert not moves[0, :, -1].any()
+    for row, there in enumerate(~batch.padded):
+        torch.testing.assert_close(moves[row][there].square().mean(), torch.tensor(1.0))
+        apart = (images - still)[row][there]
+        torch.testing.assert_close(moves[row][there] * apart.square().mean().sqrt(), apart, rtol=1e-4, atol=1e-5)
+    asked = override(config, {"task.unet_motion": True, "task.input": "shared"})
+    first = system("unet").module(asked).first
+    assert first.conv1.conv.in_channels == 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "motion"), [("unet", False), ("unet", True), ("linet", False)])
 def test_a_worker_without_anything_to_learn_from_has_all_gradients(
-    name: str, config: RunConfig, tables: dict[str, Tensor]
+    name: str, motion: bool, config: RunConfig, tables: dict[str, Tensor]
 ) -> None:
-    model, prepare, stage, reader = ready(override(config, {"task.system": name}), tables)
+    model, prepare, stage, reader = ready(override(config, {"task.system": name, "task.unet_motion": motion}), tables)
     batch = batch_of(config, reader, prepare)
     assert batch.masks is not None
     empty = replace(batch, masks=torch.full_like(batch.masks, UNLABELLED), epoch=torch.zeros_like(batch.key))
