@@ -38,6 +38,7 @@ class Table:
         note: below the table; empty: nothing.
         best: pairs of column and "max" or "min": its best numbers are set bold (a star in a terminal).
         digits: digits after the point of floats.
+        strong: (row, column) of other cells that are set so.
     """
 
     caption: str
@@ -46,6 +47,7 @@ class Table:
     note: str = ""
     best: tuple[tuple[str, Literal["max", "min"]], ...] = ()
     digits: int = 3
+    strong: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -59,7 +61,8 @@ class Table:
 def text_table(table: Table) -> str:
     """The table for a terminal: caption, aligned columns, a star behind the best values, note; no final line end."""
     best, right = _best_cells(table), _right_columns(table)
-    room = [" " if name in dict(table.best) else "" for name in table.columns]  # for the star, to keep digits aligned
+    starred = {table.columns[j] for _, j in table.strong} | {*dict(table.best)}
+    room = [" " if name in starred else "" for name in table.columns]  # for the star, to keep digits aligned
     body = [
         [text + ("*" if (i, j) in best else room[j]) for j, text in enumerate(row)]
         for i, row in enumerate(_texts(table))
@@ -194,8 +197,8 @@ def _right_columns(table: Table) -> list[bool]:
 
 
 def _best_cells(table: Table) -> set[tuple[int, int]]:
-    """(row, column) of the best values; what is shown as the same number is equally good."""
-    found = set()
+    """(row, column) of the best values and of `strong`; what is shown as the same number is equally good."""
+    found = {*table.strong}
     texts = _texts(table)
     for name, direction in table.best:
         j = table.columns.index(name)

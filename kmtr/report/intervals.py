@@ -42,6 +42,7 @@ class IntervalTable:
     Attributes:
         name: of its file, without ending.
         caption: one sentence.
+        strong: (row, column) of cells that are set bold, in a terminal with a star.
     """
 
     name: str
@@ -49,6 +50,7 @@ class IntervalTable:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Value, ...], ...]
     note: str = ""
+    strong: frozenset[tuple[int, int]] = frozenset()
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -60,7 +62,7 @@ class IntervalTable:
         rows = tuple(
             tuple(_shown(cell, column) for cell, column in zip(row, self.columns, strict=True)) for row in self.rows
         )
-        return Table(self.caption, tuple(column.name for column in self.columns), rows, self.note)
+        return Table(self.caption, tuple(column.name for column in self.columns), rows, self.note, strong=self.strong)
 
     def csv(self) -> str:
         """The table as CSV, in full precision: a column with intervals is three, ``x``, ``x low`` and ``x high``."""

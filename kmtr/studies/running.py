@@ -22,6 +22,7 @@ from kmtr.owner import owning
 from kmtr.progress import Bar
 from kmtr.ray_start import start_ray
 from kmtr.report.html import Table, png, text_table, write_report
+from kmtr.report.intervals import IntervalTable
 from kmtr.train import folder as runs
 from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import KmtrError, StoppedError
@@ -136,7 +137,7 @@ def publish(
     folder: Path,
     name: str,
     run_id: str,
-    tables: Sequence[Table],
+    tables: Sequence[Table | IntervalTable],
     figure: Figure,
     caption: str,
     summary: str,
@@ -144,8 +145,10 @@ def publish(
     curves: Mapping[int, Mapping[str, float]],
     more: Mapping[str, tuple[str, Figure]] = MappingProxyType({}),
     files: Sequence[Path] = (),
+    details: Sequence[IntervalTable] = (),
 ) -> dict[str, Any]:
-    """Print the tables, keep them with the figure, the results and a report, and tell MLflow.
+    """Print the tables, keep them (those of intervals as CSV too) with the figure, the results and a report, and tell
+    MLflow.
 
     A study goes on under its name with more seeds or questions, and says its numbers anew where they have changed.
 
@@ -155,24 +158,28 @@ def publish(
         curves: step (number of labels, or R) -> metrics of the MLflow run.
         more: name of the file -> caption and figure, which come after the first one.
         files: others of the folder, for MLflow.
+        details: tables that are not printed.
 
     Returns:
         MLflow run, report and results, for the last line.
     """
-    text = "\n\n".join(map(text_table, tables))
+    text = "\n\n".join(text_table(_readable(one)) for one in tables)
     print(f"\n{text}")
     uri = config.tracking.uri
     pictures = {where: (told, png(drawn)) for where, (told, drawn) in {"figure.png": (caption, figure), **more}.items()}
     for where, (_, picture) in pictures.items():
         (folder / where).write_bytes(picture)
     (folder / "tables.txt").write_text(text)
+    sheets = {f"{one.name}.csv": one.csv() for one in (*tables, *details) if isinstance(one, IntervalTable)}
+    for where, content in sheets.items():
+        write_atomic(folder / where, content)
     write_atomic(folder / "results.json", json.dumps(known(results), indent=1, allow_nan=False))
     data = Dataset.open(config.data)
     report = write_report(
         folder / "report.html",
         title=f"k-MTR: {name}",
         summary=summary,
-        tables=tables,
+        tables=[_readable(one) for one in (*tables, *details)],
         figures=[*pictures.values()],
         footer=f"run {run_id}, data {data.digest[:12]}, torch {torch.__version__}, "
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
@@ -181,12 +188,16 @@ def publish(
     spool = tracking.Spool(folder / f"spool-{said}", uri, run_id)  # one spool says each (name, step) once
     for step, metrics in curves.items():
         spool.metrics(step, metrics)
-    for path in (report, folder / "results.json", *(folder / where for where in pictures), *files):
+    for path in (report, folder / "results.json", *(folder / where for where in (*pictures, *sheets)), *files):
         spool.artifact(path, "study")
     if spool.close(30.0):
         print(f"tracking: not everything could be sent yet; kept in {spool.folder}")
     print(f"report: {report}\nMLflow: {tracking.where(uri)}")
     return {"run_id": run_id, "report": str(report), "results": str(folder / "results.json")}
+
+
+def _readable(table: Table | IntervalTable) -> Table:
+    return table.table() if isinstance(table, IntervalTable) else table
 
 
 def known(value: Any) -> Any:

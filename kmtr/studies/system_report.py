@@ -16,6 +16,7 @@ from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies import pictures, system_figures
 from kmtr.studies.contenders import CONTENDERS, contender
+from kmtr.studies.metric_tables import metric_tables
 from kmtr.studies.paired import ALL, Drawn, Pair, gains
 from kmtr.studies.running import publish
 from kmtr.studies.task_measures import FLOOR_SAID, MEAN, MEASURES, measures, replicates, targets_of
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from kmtr.studies.task_study import Study
 
 FLOOR = "floor"
+LEVEL = 0.05
+"""Of p after Holm's correction, below which a mean over R counts as won."""
 
 Rows = Mapping[Asked, Mapping[str, Any]]
 Scores = Mapping[tuple[str, str], Mapping[Any, Interval]]
@@ -39,10 +42,10 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     missing = [one.title for one in asked if one not in rows]
     drawn = Drawn(study, study.config.evaluate.bootstrap)
     scores, compared = scores_of(study, rows, drawn), differences(study, rows)
-    tables = [
-        *(score_table(study, rows, scores, measure).table() for measure in measures(study.config)),
-        *(target_table(study, rows, drawn, measure).table() for measure in _of_several(study)),
-        difference_table(compared).table(),
+    tables: list[Table | IntervalTable] = [
+        *(score_table(study, rows, scores, measure) for measure in measures(study.config)),
+        *(target_table(study, rows, drawn, measure) for measure in _of_several(study)),
+        difference_table(compared),
         bound_table(study, rows, drawn),
         cost_table(rows),
     ]
@@ -65,7 +68,11 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     more = system_figures.pictures_of(study, rows, seen, who)
     turned = system_figures.write_interactive(study, rows, folder)
     files = [turned] if turned else []
-    last = publish(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files)
+    details = metric_tables(rows, study.config.task.targets, study.config.task.diseases, title_of)
+    last = publish(
+        *(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files),
+        details=details,
+    )
     print(f"study: {said['rows']} of {len(asked)} rows are reported; {len(missing)} are missing; {seconds:.0f} s")
     return last | {"rows": said["rows"], "missing": len(missing), "kept": str(study.rows.folder)}
 
@@ -253,6 +260,7 @@ def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:
     for one in compared:
         low, high = one["interval"]
         wins = "k-MTR" if low > 0 else title_of(one["b"]) if high < 0 else "tie" if low <= 0 <= high else None
+        wins = "tie" if wins and (one.get("p_holm") or 0.0) >= LEVEL else wins
         head = (MEASURES[one["measure"]].title, title_of(one["b"]), str(one["R"]))
         rows.append((*head, Interval(one["difference"], low, high), one.get("p_holm"), wins))
     columns = (
@@ -269,8 +277,10 @@ def difference_table(compared: Sequence[Mapping[str, Any]]) -> IntervalTable:
         f"Paired differences on the same held-out subjects, 95 % bootstrap intervals ({draws:,} draws of subjects)",
         columns,
         tuple(rows),
-        note="Seeds are averaged, then subjects drawn. Who wins does so beyond the interval. p by the bootstrap, "
-        "corrected by Holm over all means over R; single R have their intervals alone.",
+        note="Seeds are averaged, then subjects drawn. Who wins does so beyond the interval, on the mean over R after "
+        "Holm's correction too. p by the bootstrap, corrected over all means over R; single R have their intervals "
+        "alone.",
+        strong=frozenset((i, len(columns) - 1) for i, row in enumerate(rows) if row[-1] not in ("tie", None)),
     )
 
 

@@ -56,9 +56,9 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     missing = [one.title for one in asked if one not in rows]
     scores = scores_of(study, rows)
     compared = differences(study, rows)
-    tables = [
+    tables: list[Table | IntervalTable] = [
         score_table(study, scores),
-        difference_table(compared).table(),
+        difference_table(compared),
         floor_table(study, rows),
         cost_table(study, rows),
     ]

@@ -18,6 +18,7 @@ from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
 from kmtr.studies import pictures, system_figures, system_report, task_measures, task_rows, tasks
 from kmtr.studies.contenders import CONTENDERS, decided
+from kmtr.studies.metric_tables import metric_tables
 from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
 from kmtr.studies.task_measures import headline
@@ -287,6 +288,10 @@ def test_who_wins_does_so_beyond_the_interval_and_no_share_is_taken_of_an_unfini
     wins = {(str(row[1]), str(row[2])): row[-1] for row in table.rows}
     assert wins[CONTENDERS["unet-shared"].title, "mean"] == "k-MTR"
     assert wins[CONTENDERS["unet-full"].title, "mean"] == CONTENDERS["unet-full"].title
+    assert {row for row, _ in table.strong} == {i for i, row in enumerate(table.rows) if row[-1] != "tie"}
+    doubtful = [one | {"p_holm": 0.2} if one["R"] == "mean" else one for one in compared.values()]
+    after = {row[2]: row[-1] for row in system_report.difference_table(doubtful).rows}
+    assert after["mean"] == "tie", "beyond the interval, but not after Holm's correction"
     drawn = Drawn(made, 100)
     (unfinished,) = system_report.bound_table(made, rows, drawn).rows
     assert unfinished[2:] == ("not converged", "not converged")
@@ -294,6 +299,35 @@ def test_who_wins_does_so_beyond_the_interval_and_no_share_is_taken_of_an_unfini
     (share,) = system_report.bound_table(made, told, drawn).rows
     assert [float(str(value).split()[0]) for value in share[2:]] == pytest.approx([100 * 0.6 / 0.7] * 2, abs=3)
     assert "not who wins" in system_report.summary_of(made, rows, 6, [])
+
+
+def test_all_metrics_of_rows_are_tables_with_what_a_system_answers_by() -> None:
+    def said(*values: float | None) -> dict[str, Any]:
+        return {"mae": {"lvef_pct": [*values]}, "r2": {"lvef_pct": [0.5, 0.4, 0.6]}}
+
+    head, areas = "k-MTR fine-tuned", "k-MTR fine-tuned, areas of masks"
+    rows: dict[Asked, Any] = {
+        Asked(seed, PRETRAINED, BOTH, 0): {
+            "R": {"4": {"metrics": {head: said(4.0 + seed, 3.0, 5.0), areas: said(2, 1, 3)}}}
+        }
+        for seed in (0, 1)
+    }
+    rows[Asked(0, FLOORS, BOTH, 0)] = {
+        "R": {"4": {"metrics": {"mean": said(6, 5, 7) | {"average_precision": {"dcm": [0.1, 0.1, 0.1]}}}}}
+    }
+    found = {
+        table.name: table for table in metric_tables(rows, ("lvef_pct", "lvm_g"), ("dcm",), system_report.title_of)
+    }
+    assert set(found) == {"phenotypes-mae", "phenotypes-r2", "diseases-precision"}, "nothing of metrics that nobody has"
+    mae = found["phenotypes-mae"]
+    assert [column.name for column in mae.columns] == ["system", "R", "lvef_pct (%)", "lvm_g (g)"]
+    assert [row[:3] for row in mae.rows] == [
+        ("k-MTR", "4", (4.5, 3.0, 5.0)),
+        ("k-MTR, areas of masks", "4", (2.0, 1.0, 3.0)),
+        ("mean", "4", (6.0, 5.0, 7.0)),
+    ]
+    assert [row[3] for row in mae.rows] == [None] * 3
+    assert mae.csv().splitlines()[1] == "k-MTR,4,4.5,3.0,5.0,"
 
 
 def test_masks_have_failed_where_their_interval_reaches_the_mean_masks(made: Study) -> None:

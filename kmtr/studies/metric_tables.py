@@ -1,0 +1,88 @@
+"""Tables of all metrics that the rows of a study hold: of every system, target and R, floors and ceilings too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX
+from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.studies.task_rows import FLOORS, Asked
+from kmtr.types import PHENOTYPES
+
+Rows = Mapping[Asked, Mapping[str, Any]]
+BY = (", areas of masks", ", masks")
+"""Parts of a system's name that say by what it answers, where not by a head."""
+
+
+class _Kind(NamedTuple):
+    """A table: its file, caption, metric, targets, and digits after the point."""
+
+    name: str
+    caption: str
+    metric: str
+    targets: Sequence[str]
+    digits: int = 3
+    note: str = ""
+
+
+def metric_tables(
+    rows: Rows, targets: Sequence[str], diseases: Sequence[str], title: Callable[[str], str]
+) -> list[IntervalTable]:
+    """A table for each metric that any row has, a line per system and R.
+
+    Args:
+        rows: with all labels.
+        targets, diseases: of the study.
+        title: name of a contender -> its title.
+    """
+    hd95, missed, spurious = np.split(np.array(DISTANCES), 3)
+    kinds = (
+        _Kind("phenotypes-mae", "Mean absolute error of phenotypes, each in its unit", "mae", targets, 2),
+        _Kind("phenotypes-r2", "R2 of phenotypes", "r2", targets),
+        _Kind("diseases-auroc", "AUROC of diseases", "auroc", diseases),
+        _Kind(
+            *("diseases-precision", "Average precision of diseases", "average_precision", diseases),
+            note="That of the mean is the prevalence.",
+        ),
+        _Kind("masks-dice", "Dice of masks at end-diastole and end-systole", "score", DICE),
+        _Kind("masks-hd95", "95 % Hausdorff distance of masks", "score", hd95.tolist(), 1),
+        _Kind("masks-missed", "Slices of a subject in which a structure was missed", "score", missed.tolist(), 2),
+        _Kind("masks-spurious", "Slices in which one was found that is not there", "score", spurious.tolist(), 2),
+        _Kind("images", "Reconstructed images, and the heart's box of them", "score", (*IMAGES, *IN_BOX)),
+    )
+    return [table for kind in kinds if (table := _table(rows, kind, title)).rows]
+
+
+def _table(rows: Rows, kind: _Kind, title: Callable[[str], str]) -> IntervalTable:
+    found: dict[tuple[str, str], list[Mapping[str, Sequence[float]]]] = {}
+    for asked in sorted(rows, key=lambda one: (one.start == FLOORS, one.seed)):
+        for r, scored in rows[asked]["R"].items():
+            for system, metrics in scored["metrics"].items():
+                said = metrics.get(kind.metric, {})
+                if any(target in said for target in kind.targets):
+                    found.setdefault((_titled(asked.start, system, title), r), []).append(said)
+    lines: list[tuple[Value, ...]] = []
+    for (system, r), seeds in found.items():
+        lines.append((system, r, *(_mean([one[target] for one in seeds if target in one]) for target in kind.targets)))
+    names = [f"{target} ({PHENOTYPES[target]})" if kind.metric == "mae" else target for target in kind.targets]
+    columns = (Column("system"), Column("R"), *(Column(name, kind.digits) for name in names))
+    note = f"Values and 95 % bootstrap intervals over held-out subjects, mean over seeds. {kind.note}".strip()
+    return IntervalTable(kind.name, kind.caption, columns, tuple(lines), note)
+
+
+def _titled(start: str, system: str, title: Callable[[str], str]) -> str:
+    """Title of a system of a row: the contender's, and by what it answers; floors have names of their own."""
+    if start == FLOORS:
+        return system
+    return title(start) + next((part for part in BY if part in system), "")
+
+
+def _mean(seeds: Sequence[Sequence[float | None]]) -> Interval | None:
+    """Mean over seeds of values and of the ends of their intervals; None: no seed has it."""
+    if not seeds:
+        return None
+    values = np.array(seeds, float)
+    return Interval(*values.mean(0).tolist())
