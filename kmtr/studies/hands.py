@@ -42,6 +42,8 @@ class Finished:
 
 LOOK_S = 5.0
 """Seconds after which an idle hand looks again whether a row can be made."""
+ROOM_S = 30.0
+"""Seconds after which it is said that the cluster has no room for a hand yet."""
 STOPPED = "study: stopped; the same command goes on, each row from its last checkpoint"
 
 Done = Mapping["Asked", Mapping[str, Any]]
@@ -92,6 +94,9 @@ class Hand:
         self.number, self.sender = number, Sender(progress)
         threading.Thread(target=self._listen, name="kmtr-hand", daemon=True).start()
 
+    def here(self) -> None:
+        """Answers once the cluster had room for it."""
+
     def make(self, function: Make, asked: Asked, done: Done) -> Finished:
         """A row; what is printed meanwhile goes to the study's screen, behind the row's name."""
         try:
@@ -138,6 +143,14 @@ def at_once(study: Study) -> int:
     return max(1, int(min(have.get(kind, 0) / number for kind, number in wanted.items() if number)))
 
 
+def threads_of(study: Study) -> int:
+    """Threads of a hand: the same however many rows are left, and no more than the cores of a node."""
+    import ray
+
+    cores = max((node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]), default=1)
+    return max(1, int(min(ray.cluster_resources().get("CPU", 1) // max(1, at_once(study)), cores)))
+
+
 def _reserved(config: RunConfig) -> tuple[room.Resources, float]:
     """Resources of a hand, and CPUs that Ray Data's readers of its run need beside it. Without a GPU it computes on a
     core of its own, however little a worker of a run reserves.
@@ -164,8 +177,7 @@ def side_by_side(
     import ray
     from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
-    number = min(at_once(study), len(rows))
-    threads = max(1, int(ray.cluster_resources().get("CPU", 1) // number))
+    number, threads = min(at_once(study), len(rows)), threads_of(study)
     progress = f"hands-{os.getpid()}-{time.time_ns()}"
     one, _ = _reserved(study.config)
     kind = ray.remote(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0))(Hand)
@@ -174,7 +186,8 @@ def side_by_side(
     print(f"study: {len(rows)} row(s), {number} at once; the cluster has {described()}", flush=True)
     with Display(progress, len(rows)) as display:
         hands = [kind.remote(study, place, threads, progress) for place in range(number)]
-        idle = list(hands)
+        coming, idle = {hand.here.remote(): hand for hand in hands}, list[Any]()
+        began, told = time.monotonic(), False
         try:
             while waiting or running:
                 busy = [asked for asked, _ in running.values()]
@@ -185,28 +198,31 @@ def side_by_side(
                     hand = idle.pop(0)
                     running[hand.make.remote(make, asked, study.rows.read())] = asked, hand
                 # What keeps a row back may be there long before the row that makes it has ended.
-                ended, _ = ray.wait(list(running), timeout=LOOK_S if idle and waiting else None)
-                if not ended:
+                if (ended := _ended(running, coming, idle, waiting)) is None:
+                    if waiting and coming and not told and time.monotonic() - began > ROOM_S:
+                        told = True
+                        display.line(f"study: the cluster has no room yet for {len(coming)} of {number} processes")
                     continue
-                asked, hand = running.pop(ended[0])
+                asked, hand = running.pop(ended)
                 try:
-                    yield ray.get(ended[0])
+                    yield ray.get(ended)
                 except RayTaskError as error:
+                    if running:
+                        display.line(f"[{asked.title}] failed; the rows under way are saved, and go on next time")
+                        display.stop()
                     raise error.cause if isinstance(error.cause, KmtrError) else error from None
                 except (RayActorError, OutOfMemoryError) as error:
                     lost += 1
                     why = "was killed, since its node had no memory left" if no_memory(error) else "is gone"
                     if display.stopping:
                         raise StoppedError(STOPPED) from None
-                    if lost > study.config.train.max_failures:
-                        raise KmtrError(
-                            f"study: the process of a row {why}; {lost} were lost, expected at most "
-                            f"train.max_failures={study.config.train.max_failures}"
-                        ) from None
+                    _refuse_more(study, lost, why)
                     display.line(f"[{asked.title}] lost: its process {why}; it goes on from its last checkpoint")
                     waiting.insert(0, asked)
                     hand = kind.remote(study, number + lost, threads, progress)
                     hands.append(hand)
+                    coming[hand.here.remote()] = hand
+                    continue
                 idle.append(hand)
         except KeyboardInterrupt:
             raise StoppedError(STOPPED) from None
@@ -215,3 +231,27 @@ def side_by_side(
                 ray.wait(list(running), num_returns=len(running), timeout=STOP_S)
             for hand in hands:
                 ray.kill(hand)
+
+
+def _refuse_more(study: Study, lost: int, why: str) -> None:
+    """End a study that has lost too many hands."""
+    if lost > (most := study.config.train.max_failures):
+        raise KmtrError(
+            f"study: the process of a row {why}; {lost} were lost, expected at most train.max_failures={most}"
+        ) from None
+
+
+def _ended(running: Mapping[Any, Any], coming: dict[Any, Any], idle: list[Any], waiting: Sequence[Asked]) -> Any | None:
+    """What stands for a row that ended; None: a hand has come, which is idle now, or nothing happened for a while.
+
+    Args:
+        running, coming: what stands for a row, or for an answer of a hand that the cluster had no room for yet.
+    """
+    import ray
+
+    expected = [*running, *(coming if waiting else ())]
+    ended, _ = ray.wait(expected, timeout=LOOK_S if waiting and (idle or coming) else None)
+    if ended and ended[0] in coming:
+        idle.append(coming.pop(ended[0]))
+        return None
+    return ended[0] if ended else None

@@ -239,6 +239,10 @@ class Display:
         """The command was asked to stop."""
         return self._asked.is_set()
 
+    def stop(self) -> None:
+        """As if the command was asked to stop."""
+        self._asked.set()
+
     def line(self, text: str) -> None:
         """A line of the driver's own."""
         if not self.quiet:

@@ -20,6 +20,7 @@ from kmtr.studies import hands, tasks
 from kmtr.studies.hands import Done, Finished, Needs, ready
 from kmtr.studies.task_rows import FILE, FLOORS, PRETRAINED, SCRATCH, Asked
 from kmtr.studies.task_study import Study
+from kmtr.train.progress import Sender
 from kmtr.types import KmtrError, StoppedError
 
 ROWS = [Asked(0, name, ("segmentation",), 0) for name in ("a", "b", "c")]
@@ -110,6 +111,9 @@ class Plain:
     def __init__(self, study: Study, number: int, threads: int, progress: str):
         self.study = study
 
+    def here(self) -> None:
+        pass
+
     def make(self, function: Any, asked: Asked, done: Done) -> Finished:
         found: Finished = function(self.study, asked, done)
         return found
@@ -126,6 +130,34 @@ def meeting(study: Study, asked: Asked, done: Done) -> Finished:
             raise KmtrError("the other row was not begun")
         time.sleep(0.1)
     return Finished(asked, {}, {})
+
+
+def failing_beside(study: Study, asked: Asked, done: Done) -> Finished:
+    """The second row fails once the first one is under way; that one goes on until it is told to stop."""
+    root = Path(study.config.storage.root)
+    (root / asked.start).touch()
+    while len([*root.glob("[ab]")]) < 2:
+        time.sleep(0.1)
+    if asked.start == "b":
+        raise KmtrError("row b: no more")
+    while not (root / "told").exists():
+        time.sleep(0.1)
+    (root / "saved").touch()
+    return Finished(asked, {}, {})
+
+
+class Listening(Plain):
+    """A hand that hears when the study is to stop."""
+
+    def __init__(self, study: Study, number: int, threads: int, progress: str):
+        super().__init__(study, number, threads, progress)
+        self.sender = Sender(progress)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while not (self.sender.beat(0, 0, "") or {}).get("stop"):
+            time.sleep(0.2)
+        (Path(self.study.config.storage.root) / "told").touch()
 
 
 def made_by(config: RunConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[str, bytes]]:
@@ -163,6 +195,20 @@ def test_a_row_is_begun_as_soon_as_what_it_needs_is_there_not_when_the_row_that_
 
     ended = [one.asked for one in hands.side_by_side(study, [A, B], meeting, needs)]
     assert sorted(ended) == [A, B]
+
+
+@pytest.mark.ray
+def test_rows_under_way_are_saved_when_another_one_fails(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study: Any = SimpleNamespace(
+        config=override(config, {"storage.root": str(tmp_path)}), rows=SimpleNamespace(read=dict)
+    )
+    monkeypatch.setattr(hands, "Hand", Listening)
+    with pytest.raises(KmtrError, match="row b: no more"):
+        list(hands.side_by_side(study, [A, B], failing_beside, lambda _: Needs()))
+    assert (tmp_path / "saved").exists()
+    assert f"[{B.title}] failed; the rows under way are saved" in capsys.readouterr().out
 
 
 @pytest.mark.slow
