@@ -25,6 +25,7 @@ class Contender:
         bound: sees what nobody has at R: trained until validation stops improving, and no opponent.
         first, then: reconstruct, then analyse: the contender (or `LOWRANK`) whose images the trained model of another
             one, of full images, is given. Nothing is trained for it.
+        once: of the first seed alone: its row says how it compares, not how seeds differ.
         style: place in the figures' colours, and line style.
     """
 
@@ -37,6 +38,7 @@ class Contender:
     bound: bool = False
     first: str = ""
     then: str = ""
+    once: bool = False
     style: tuple[int, str] = (5, ":")
 
     def learns(self, config: RunConfig) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ def _on_reconstructions(system: str, title: str, *tasks: str) -> dict[str, Conte
     firsts = {LOWRANK: ("low-rank + sparse", (4, "-.")), "xf": ("x-f U-Net", (4, ":")), "kgin": ("k-GIN", (1, ":"))}
     return {
         f"{first}-{system}": Contender(
-            f"{name}, then {title}", tasks=tasks, first=first, then=f"{system}-full", style=style
+            f"{name}, then {title}", tasks=tasks, first=first, then=f"{system}-full", once=True, style=style
         )
         for first, (name, style) in firsts.items()
     }
@@ -82,7 +84,7 @@ def _on_reconstructions(system: str, title: str, *tasks: str) -> dict[str, Conte
 CONTENDERS: dict[str, Contender] = {
     PRETRAINED: Contender("k-MTR", pretrained=True, style=(0, "-")),
     SCRATCH: Contender("k-MTR from scratch", style=(0, "--")),
-    "scratch-long": Contender("k-MTR from scratch, with pretraining's seconds", long=True, style=(0, ":")),
+    "scratch-long": Contender("k-MTR from scratch, with pretraining's seconds", long=True, once=True, style=(0, ":")),
     "tokens-zerofilled": Contender(
         "k-MTR on zero-filled patches in place of lines",
         {"model.encoder_inputs": "zerofilled"},
@@ -97,6 +99,7 @@ CONTENDERS: dict[str, Contender] = {
         "nnU-Net topology, temporally shared image, its mean and motion",
         {"task.system": "unet", "task.input": "shared", "task.unet_motion": True, "task.learning_rate": 3e-3},
         ("segmentation",),
+        once=True,
         style=(2, ":"),
     ),
     # A regression on its first vectors is soon worse than none, since they change faster than it can follow.
@@ -109,7 +112,11 @@ CONTENDERS: dict[str, Contender] = {
         **{"task.begin": "mean", "task.learning_rate": 1e-4},
     ),
     "kmae": Contender(
-        "KMAE-style (k-GIN's encoder, pooled)", {"task.system": "kmae"}, ("phenotypes", "diseases"), style=(1, ":")
+        "KMAE-style (k-GIN's encoder, pooled)",
+        {"task.system": "kmae"},
+        ("phenotypes", "diseases"),
+        once=True,
+        style=(1, ":"),
     ),
     "image-full": Contender(
         "image encoder, full image (bound)",
@@ -120,16 +127,23 @@ CONTENDERS: dict[str, Contender] = {
         style=(3, "--"),
     ),
     "linet": Contender(
-        "LI-Net-style", {"task.system": "linet", "task.learning_rate": 3e-3}, ("segmentation",), style=(3, "-.")
+        "LI-Net-style",
+        {"task.system": "linet", "task.learning_rate": 3e-3},
+        ("segmentation",),
+        once=True,
+        style=(3, "-."),
     ),
     "xf": Contender(
         "x-f U-Net with data consistency",
         # It computes all frames of a subject, so that learning from all costs it nothing; so does k-GIN.
         {"task.system": "xf", "task.learning_rate": 2e-3, "task.frames": 0},
         ("reconstruction",),
+        once=True,
         style=(2, "-."),
     ),
-    "kgin": Contender("k-GIN", {"task.system": "kgin", "task.frames": 0}, ("reconstruction",), style=(1, "-.")),
+    "kgin": Contender(
+        "k-GIN", {"task.system": "kgin", "task.frames": 0}, ("reconstruction",), once=True, style=(1, "-.")
+    ),
     **_on_reconstructions("unet", "nnU-Net topology", "segmentation"),
     **_on_reconstructions("resnet50", "ResNet-50", "phenotypes", "diseases"),
 }

@@ -15,7 +15,8 @@ from kmtr.types import InputError
 
 
 def order(config: RunConfig) -> list[Asked]:
-    """All rows, seed by seed in the order of `CONTENDERS`; those who learn none of the study's tasks are left out.
+    """All rows, seed by seed in the order of `CONTENDERS`, of later seeds those that are not of the first alone; who
+    learns none of the study's tasks is left out.
 
     Raises:
         InputError: `study.systems` names one that there is not, or leaves out k-MTR, or one that another one needs.
@@ -35,7 +36,12 @@ def order(config: RunConfig) -> list[Asked]:
                 f"study.systems: expected {missing[0]} among them, whose model {name} takes, got {','.join(asked)}"
             )
     names = [name for name in CONTENDERS if name in asked]
-    rows = [Asked(seed, name, CONTENDERS[name].learns(config), 0) for seed in config.study.seeds for name in names]
+    rows = [
+        Asked(seed, name, CONTENDERS[name].learns(config), 0)
+        for seed in config.study.seeds
+        for name in names
+        if seed == config.study.seeds[0] or not CONTENDERS[name].once
+    ]
     return [one for one in rows if one.tasks]
 
 

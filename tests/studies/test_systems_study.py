@@ -175,6 +175,7 @@ def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> No
         for seed in (0, 1)
         for name in CONTENDERS
         if {*name.split("-")}.isdisjoint(("unet", "linet", "xf", "kgin"))
+        if seed == 0 or name not in ("scratch-long", "kmae", "lowrank-resnet50")
     ]
     for asked, line in (
         ("unet-shared", f"study.systems: expected {PRETRAINED} among them"),
