@@ -68,7 +68,8 @@ class TaskModel:
     ):
         self.config, self.tables, self.device, self.trained = config, tables, device, trained or Trained()
         self.areas: AreaMaps | None = None
-        self.module = Model(config).to(device).eval()
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten, the caller's state stays
+            self.module = Model(config).to(device).eval()
         self.module.load_state_dict(weights)
         self.prepare = Preparer(config, tables, device)
         (self.stage,) = stages_of(config)

@@ -5,6 +5,7 @@ The mean mask needs no input; a linear map from the temporally shared image to e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from kmtr.metrics.segmentation import extreme_frames
 from kmtr.tasks import priors
 from kmtr.train import start
 from kmtr.types import SEGMENTATION_CLASSES, UNLABELLED
+
+log = logging.getLogger(__name__)
 
 CHUNK = 32
 """Subjects in memory at once."""
@@ -151,6 +154,11 @@ def fit(config: RunConfig, reader: Reader, rows: Sequence[int], batches: Iterabl
     if len(images) >= MIN_CONTOURED:
         rows_of = np.concatenate(images[:most]), np.concatenate(masks[:most])
         found[MASK_RIDGE] = MaskRidge(*rows_of, config.data.matrix)
+    elif contoured:
+        log.warning(
+            "masks: no linear map among the floors: %d training subjects are contoured in all slices at both extremes",
+            len(images),
+        )
     return found
 
 
