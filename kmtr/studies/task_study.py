@@ -23,6 +23,10 @@ from kmtr.train import start
 from kmtr.train.resolve import resolve
 from kmtr.types import DISEASES, PHENOTYPES, InputError
 
+UNENDED = {"optimizer.schedule": "plateau", "optimizer.ema": 0.99}
+"""Settings of a run that validation ends: under a cosine the score rises up to the last step whatever was learnt, and
+one that ends early has not been annealed. An average of the weights is like annealing at every step.
+"""
 VERSION = 5
 """Version of the study; rows of another one are left out."""
 TASKS = ("phenotypes", "diseases", "segmentation", "reconstruction")
@@ -126,7 +130,7 @@ def settings(config: RunConfig, asked: Asked, encoder: str, steps: int = 0, **mo
     changes |= row.changes
     if row.bound:
         changes |= {"task.steps": config.study.bound_steps, "task.patience": config.study.bound_patience}
-        changes |= {"task.keep": "best"}
+        changes |= {"task.keep": "best", **UNENDED}
     elif steps:
         changes |= {"task.steps": steps}
     return named(config, changes | {"task.encoder": encoder} | dict(more))
@@ -150,7 +154,7 @@ def bound_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide when a bound stops, beside those in `digest`."""
     names = ("eval_every", "eval_subjects", "eval_seed")
     found = {f"train.{name}": getattr(config.train, name) for name in names}
-    return found | {"steps": config.study.bound_steps, "patience": config.study.bound_patience}
+    return found | UNENDED | {"steps": config.study.bound_steps, "patience": config.study.bound_patience}
 
 
 def check_settings(config: RunConfig) -> None:

@@ -23,7 +23,7 @@ from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
 from kmtr.studies.task_measures import headline
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows
-from kmtr.studies.task_study import Study, held_out
+from kmtr.studies.task_study import Study, bound_settings, held_out, settings
 from kmtr.tracking.spool import Spool
 from kmtr.train import driver
 from kmtr.train.folder import SPEED as SPEED_WALL
@@ -166,6 +166,15 @@ def test_contenders_are_trained_for_equal_seconds_and_rows_alone_make_the_report
     (tmp_path / "rows" / task_rows.FILE).write_text("")
     with pytest.raises(InputError, match=r"study\.train: expected rows to report"):
         asked_for(override(config, {"study.train": False}))
+
+
+def test_a_bound_learns_at_one_rate_until_validation_ends_it_and_others_are_annealed(config: RunConfig) -> None:
+    bound, other = (
+        settings(config, Asked(0, name, ("segmentation",), 0), "none") for name in ("unet-full", "unet-shared")
+    )
+    assert (bound.optimizer.schedule, bound.optimizer.ema, bound.task.patience) == ("plateau", 0.99, 1)
+    assert (other.optimizer.schedule, other.optimizer.ema, other.task.patience) == ("cosine", 0.0, 0)
+    assert bound_settings(config)["optimizer.schedule"] == "plateau", "bounds of another schedule are made anew"
 
 
 def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> None:
