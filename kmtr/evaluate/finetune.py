@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from kmtr import area_maps, card, machine, tracking
 from kmtr.config import RunConfig
 from kmtr.data.dataset.reader import Dataset
-from kmtr.evaluate import answers, probes, tables, task_report, thresholds
+from kmtr.evaluate import answers, probes, tables, task_report, task_tables, thresholds
 from kmtr.evaluate.predictions import (
     FILE,
     MASK_RIDGE,
@@ -118,7 +118,7 @@ def score(config: RunConfig, dataset: Dataset, model: Path, folder: Path) -> dic
     if choices:
         text += f"\n\nfinetune: {answers.keep(model, answered.maps, found['val'], choices)}"
     print(text)
-    card.write_card(model, shown)
+    card.write_card(model, [*shown, *of_the_model(found["test"], config, found.get("val"))])
     write_json(kept, {"predictions": str(files["test"]), "metrics": metrics, "text": text})
     return {"predictions": str(files["test"]), "metrics": metrics}
 
@@ -159,6 +159,15 @@ def summary(
     if names & set(IMAGES):
         shown.append(tables.image_table(table))
     return shown, metrics
+
+
+def of_the_model(table: pa.Table, config: RunConfig, validation: pa.Table | None = None) -> list[Table]:
+    """All metrics of the model with their intervals; of its floors the mean alone, which R2 compares with."""
+    ours = trained(config)
+    mine = {ours, by_areas(ours), together(ours)}
+    rows = table.filter(pc.is_in(table.column("system"), pa.array([one.system for one in (*mine, MEAN)])))
+    made = task_tables.tables_of(rows, mine, config.evaluate.bootstrap, validation)
+    return [one.table() for one in made if not one.name.endswith(task_tables.GAIN)]
 
 
 def disease_table(table: pa.Table, ours: Name, validation: pa.Table | None = None) -> tuple[Table, dict[str, float]]:

@@ -37,6 +37,8 @@ may be undefined on a draw.
 MEAN_DICE = tuple(f"dice_mean_{phase}" for phase in PHASES)
 CONDITIONS = (Column("R"), Column("true R", 2), Column("system"))
 FLOOR = "strongest floor"
+GAIN = "_gain"
+"""End of the name of a table of differences."""
 _PAIRED = (
     "Differences: the model less its strongest floor, on the same draws of the same subjects; p by the bootstrap, "
     "corrected by Holm over all rows."
@@ -355,7 +357,7 @@ def differences(
     columns += (Column("p, Holm", 4),)
     note = f"{_PAIRED} NMSE: below 0 the model wins." if lower else f"{_PAIRED} Above 0 the model wins."
     caption = f"{name.capitalize()}: gain over the strongest floor ({metric})"
-    return [IntervalTable(f"{name}_gain", caption, columns, rows, note)] if rows else []
+    return [IntervalTable(f"{name}{GAIN}", caption, columns, rows, note)] if rows else []
 
 
 def draws_for(seen: Panel, ours: Collection[Name], resamples: int) -> int:

@@ -110,6 +110,8 @@ def test_it_ends_with_tables_a_model_and_predictions(
     card = (Path(str(tuned["model"])) / "README.md").read_text()
     for said in ("24 subjects, 6 steps from a pretrained encoder", "`lvef_pct` of 18", "K-MTR Fine-Tuned", "| Mean |"):
         assert said.lower() in card.lower()
+    for whole in ("Phenotypes on 8 held-out subjects, 95 % bootstrap intervals", "Diseases on 8 held-out subjects"):
+        assert whole in card
     again = finetune.run(on_labels(config, encoder=str(Path(str(tuned["folder"])).parent / _encoder_of(config))))
     assert again["reused"]
     assert again["metrics"] == metrics
