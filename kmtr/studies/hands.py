@@ -242,10 +242,10 @@ def _refuse_more(study: Study, lost: int, why: str) -> None:
 
 
 def _ended(running: Mapping[Any, Any], coming: dict[Any, Any], idle: list[Any], waiting: Sequence[Asked]) -> Any | None:
-    """What stands for a row that ended; None: a hand has come, which is idle now, or nothing happened for a while.
+    """Reference of a row that ended; None: a hand has come, which is idle now, or nothing happened for a while.
 
     Args:
-        running, coming: what stands for a row, or for an answer of a hand that the cluster had no room for yet.
+        running, coming: references of rows, or of answers of a hand that the cluster had no room for yet.
     """
     import ray
 

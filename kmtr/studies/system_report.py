@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FLOOR = "floor"
 LEVEL = 0.05
-"""Of p after Holm's correction, below which a mean over R counts as won."""
+"""Level of p after Holm's correction, below which a mean over R counts as won."""
 
 Rows = Mapping[Asked, Mapping[str, Any]]
 Scores = Mapping[tuple[str, str], Mapping[Any, Interval]]
