@@ -156,6 +156,8 @@ class View:
         frame_time_s: time between two frames in s; None: unknown.
         contoured: the classes that the source draws, ascending, of 1 to 5; a class that is not among them may be
             anywhere in the background. None: all that the view shows.
+        affine: float64, 4x4; voxel (x, y, slice) of the image -> mm in the scanner's right-anterior-superior
+            coordinates, as NIfTI has it; None: unknown.
     """
 
     kspace: np.ndarray
@@ -164,6 +166,7 @@ class View:
     spacing_mm: tuple[float, float, float] | None = None
     frame_time_s: float | None = None
     contoured: tuple[int, ...] | None = None
+    affine: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         k = self.kspace
@@ -176,6 +179,8 @@ class View:
         ):
             if array is not None and (array.shape != shape or array.dtype != dtype):
                 raise InputError(f"{name}: expected {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
+        if self.affine is not None and not (self.affine.shape == (4, 4) and np.isfinite(self.affine).all()):
+            raise InputError(f"affine: expected 4 x 4 finite numbers, got {self.affine.shape}")
         drawn = range(1, len(SEGMENTATION_CLASSES))
         if self.contoured is not None and (
             list(self.contoured) != sorted(set(self.contoured)) or not set(self.contoured) <= set(drawn)

@@ -98,6 +98,11 @@ def test_slices_by_position_and_frames_by_trigger_time(tmp_path: Path) -> None:
     assert view.spacing_mm == pytest.approx((8.0, 1.5, 1.25), rel=1e-4)
     assert view.frame_time_s == pytest.approx(0.04)
     assert view.segmentation is None
+    # x grows with the column, y with the row, slices from the base; left and posterior are right and anterior.
+    assert view.affine is not None
+    right = np.array([-1, -1, 1])[:, None]
+    columns = np.stack([1.25 * SHORT[0], 1.5 * SHORT[1], -8.0 * np.cross(*SHORT), (1, 2, 3)], 1)
+    np.testing.assert_allclose(view.affine[:3], right * columns, atol=1e-3)
     assert (study.vendor, study.field_strength_t) == ("Siemens", 1.5)
     assert study.subject_id == pseudonym("P7", b"kmtr")
 

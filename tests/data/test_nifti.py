@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kmtr.config import RunConfig, override
+from kmtr.data.affine import flipped
 from kmtr.data.dataset.ingest import ingested, table_of
 from kmtr.data.sources import Options, discover, read
 from kmtr.data.sources.cine import WANTED, orientation, segmentation
@@ -133,6 +134,55 @@ def test_any_storage_of_a_view_reads_alike(tmp_path: Path, view: str) -> None:
     other = read(save(tmp_path / "a" / "1" / f"{stem}.nii", array[::-1].transpose(1, 0, 2, 3), turned)).views[view]
     np.testing.assert_array_equal(one.kspace, other.kspace)
     assert one.spacing_mm == pytest.approx(other.spacing_mm)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("matrix", [None, (7, 14), (16, 5)])
+def test_affines_find_every_voxel_in_the_file_again(tmp_path: Path, view: str, matrix: tuple[int, int] | None) -> None:
+    """Through any flip and exchange, and a crop or padding of odd or even sizes."""
+    array, wanted = cine(3 if view == "sax" else 1, 3), affine_of(view)
+    for turn in range(8):
+        turned = array
+        affine = wanted
+        for axis in range(3):
+            if turn >> axis & 1:
+                turned, affine = np.flip(turned, axis), flipped(affine, axis, array.shape[axis])
+        if turn % 2:  # x and y exchanged
+            turned, affine = turned.transpose(1, 0, 2, 3), affine[:, [1, 0, 2, 3]]
+        stem = {"sax": "sa", "lax_2ch": "la_2ch", "lax_3ch": "la_3ch", "lax_4ch": "la_4ch"}[view]
+        path = save(tmp_path / f"{turn}" / "1" / f"{stem}.nii", turned, affine)
+        found = read(path, Options(matrix=matrix)).views[view]
+        assert found.affine is not None
+        stored, image = nibabel.load(path), np.abs(ifft2c(found.kspace))[:, 0]
+        voxels = np.stack(np.meshgrid(*(range(n) for n in image.transpose(3, 2, 0, 1).shape[:3]), indexing="ij"), -1)
+        voxels = voxels.reshape(-1, 3)
+        places = (np.linalg.inv(stored.affine) @ found.affine @ np.c_[voxels, np.ones(len(voxels))].T)[:3].T
+        np.testing.assert_allclose(places, places.round(), atol=1e-4)
+        inside = ((places.round() >= 0) & (places.round() < turned.shape[:3])).all(1)
+        assert inside.sum() == array[..., 0].size if matrix is None else inside.any()
+        x, y, z = voxels[inside].T
+        at = tuple(places[inside].round().astype(int).T)
+        np.testing.assert_allclose(image[z, :, y, x], np.asarray(stored.dataobj)[at], atol=1e-2)
+
+
+def test_affines_that_nobody_wrote_or_believes_are_unknown(tmp_path: Path) -> None:
+    """A library makes one up where the header has none; in metres it is one of millimetres."""
+    array, affine = cine(3, 0), affine_of("sax")
+    assert read(save(tmp_path / "1" / "sa.nii", array, affine)).views["sax"].affine is not None
+    image = nibabel.Nifti1Image(array, affine)
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)
+    image.header.set_zooms((1.5, 1.25, 8.0, 0.03))
+    nibabel.save(image, tmp_path / "1" / "sa.nii")
+    alone = read(tmp_path / "1" / "sa.nii").views["sax"]
+    assert (alone.affine, alone.spacing_mm) == (None, pytest.approx((8.0, 1.25, 1.5), rel=1e-4))
+    image = nibabel.Nifti1Image(array, np.diag([1e-3, 1e-3, 1e-3, 1]) @ affine)
+    image.header.set_xyzt_units("meter", "sec")
+    image.header.set_zooms((*image.header.get_zooms()[:3], 0.03))
+    nibabel.save(image, tmp_path / "1" / "sa.nii")
+    in_metres = read(tmp_path / "1" / "sa.nii").views["sax"].affine
+    assert in_metres is not None
+    np.testing.assert_allclose(in_metres, affine, rtol=1e-5)
 
 
 def test_a_class_that_a_source_never_draws_is_unknown() -> None:

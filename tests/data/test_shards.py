@@ -61,14 +61,19 @@ def test_float32_is_exact_and_so_is_all_beside_k_space(study: Study) -> None:
     assert sax.segmentation is not None
     segmentation = sax.segmentation.copy()
     segmentation[:, 1] = UNLABELLED
-    views = study.views | {"sax": replace(sax, sampled=sampled, segmentation=segmentation, contoured=(1, 3))}
+    affine = np.vstack([np.random.default_rng(1).normal(size=(3, 4)), (0, 0, 0, 1)])
+    views = study.views | {
+        "sax": replace(sax, sampled=sampled, segmentation=segmentation, contoured=(1, 3), affine=affine)
+    }
     given = replace(study, views=views, vendor="Acme", field_strength_t=1.5)
     for dtype in ("float32", "float16"):
         back = record.to_study(table_of(given, dtype))
         np.testing.assert_array_equal(back.views["sax"].sampled, sampled)
         np.testing.assert_array_equal(back.views["sax"].segmentation, segmentation)
         assert back.views["sax"].contoured == (1, 3)
-        assert (back.views["lax_4ch"].sampled, back.views["lax_4ch"].contoured) == (None, None)
+        np.testing.assert_array_equal(back.views["sax"].affine, affine)
+        long = back.views["lax_4ch"]
+        assert (long.sampled, long.contoured, long.affine) == (None, None, None)
         assert back.views["sax"].spacing_mm == sax.spacing_mm
         assert back.views["sax"].frame_time_s == sax.frame_time_s
         assert (back.vendor, back.field_strength_t) == ("Acme", 1.5)
@@ -206,7 +211,7 @@ def test_the_digest_follows_the_data_alone(tmp_path: Path) -> None:
     [
         (lambda m: "{", "invalid content"),
         (lambda m: json.dumps({k: v for k, v in m.items() if k != "digest"}), "invalid content"),
-        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1 to 3, got 99"),
+        (lambda m: json.dumps(m | {"schema_version": 99}), "expected schema version 1 to 4, got 99"),
         (lambda m: json.dumps(m | {"surprise": 1}), "invalid content"),
         (lambda m: json.dumps(m | {"shards": m["shards"][1:]}), "digest does not match"),
     ],
@@ -335,8 +340,10 @@ def test_a_writer_killed_while_it_writes_leaves_no_file_that_looks_whole(tmp_pat
 
 def as_version(root: Path, version: int) -> None:
     """What that version wrote: without what came later, in the files and in the manifest."""
-    later = [name for name in record.schema("float32").names if name.startswith("contoured_")]
-    later += ["wall_thickness_max_mm", "thickening_min_pct", "gcs_pct", "dilated_atria", *COVARIATES]
+    later = [name for name in record.schema("float32").names if name.startswith("affine_")]
+    if version < 3:
+        later += [name for name in record.schema("float32").names if name.startswith("contoured_")]
+        later += ["wall_thickness_max_mm", "thickening_min_pct", "gcs_pct", "dilated_atria", *COVARIATES]
     content = json.loads((root / "manifest.json").read_text())
     for shard in content["shards"]:
         path = root / shard["name"]
@@ -355,10 +362,10 @@ def as_version(root: Path, version: int) -> None:
     (root / "manifest.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Path, version: int) -> None:
     new = tmp_path / "new"
-    view = replace(one_view().views["sax"], contoured=(1, 2))
+    view = replace(one_view().views["sax"], contoured=(1, 2), affine=np.eye(4))
     study = Study("p-new", {"sax": view}, {"gcs_pct": -18.0, "male": 1.0})
     part = shards.write_shard(str(new), "train-0", "train", [study], "float32")
     write_manifest(str(new), [part], "float32", "test")
@@ -374,11 +381,12 @@ def test_earlier_versions_are_read_and_mix_with_today_s(copy: Path, tmp_path: Pa
     reader.columns = None
     old, today = (record.to_study(reader.read([row])) for row in (0, 4))
     assert old.views["sax"].contoured is None
+    assert (old.views["sax"].affine, today.views["sax"].affine is None) == (None, False)
     assert (today.views["sax"].contoured, today.labels) == ((1, 2), study.labels)
     np.testing.assert_array_equal(old.views["sax"].kspace, ONES)
     meta = reader.samples([0, 4]).meta
     assert meta.column("male").to_pylist() == [None, 1.0]
-    assert meta.schema.metadata[b"kmtr.schema_version"] == b"3"
+    assert meta.schema.metadata[b"kmtr.schema_version"] == str(SCHEMA_VERSION).encode()
 
 
 def test_a_label_that_is_no_number_is_refused() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hearts
 import nibabel
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,7 +29,7 @@ from kmtr.evaluate.predict import command
 from kmtr.evaluate.predictions import read
 from kmtr.exported import MODEL_HEAD, MODEL_WEIGHTS
 from kmtr.inference import TaskModel
-from kmtr.types import InputError, KmtrError
+from kmtr.types import UNLABELLED, InputError, KmtrError
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,7 @@ def test_dense_outputs_are_tables_and_nifti_files(
     assert len(list((out / "nifti").iterdir())) == 3 * 2 * 2 * 2
     content_of = (out / "nifti" / f"{studies[0].subject_id}_R2_sax_masks.nii.gz").read_bytes()
     file = nibabel.Nifti1Image.from_bytes(gzip.decompress(content_of))
+    assert (int(file.header["sform_code"]), int(file.header["qform_code"])) == (0, 0)  # simulated hearts lie nowhere
     np.testing.assert_array_equal(np.asarray(file.dataobj), masks[:2].transpose(3, 2, 0, 1))
     view = studies[0].views["sax"]
     assert view.spacing_mm is not None
@@ -275,6 +277,39 @@ def test_dense_outputs_are_tables_and_nifti_files(
     np.testing.assert_allclose(file.header.get_zooms(), (x, y, z, view.frame_time_s), rtol=1e-5)
     command.run(asked(drawing, tmp_path / "data", tmp_path / "b", *words))
     assert content(out) == content(tmp_path / "b")
+
+
+def test_nifti_files_lie_where_the_source_does(
+    small: RunConfig, tables: dict[str, Tensor], tmp_path: Path, in_process: list[int]
+) -> None:
+    """On all of its slices, of which the model sees some at uneven distances, and on the pixels of its matrix."""
+    drawing = model_folder(
+        tmp_path / "model", override(small, {"data.crop": True}), tables, ("segmentation", "reconstruction")
+    )
+    affine, words = hearts.affine(), ["predict.accelerations=4", "predict.masks=true"]
+    for ny, nx in ((24, 20), (40, 36)):
+        wide = simulated(0, override(small, {"data.matrix": (ny, nx), "data.sax_slices": 5, "model.patch": (2, 4, 4)}))
+        placed = {name: replace(view, affine=affine, spacing_mm=(8.0, 1.5, 1.4)) for name, view in wide.views.items()}
+        data, out = tmp_path / f"data-{ny}", tmp_path / f"out-{ny}"
+        write(data, {"train": [replace(wide, views=placed)]}, "float32")
+        command.run([str(drawing), f"data.root={data}", f"predict.out={out}", *words])
+        masks, image = (
+            nibabel.load(out / "nifti" / f"{wide.subject_id}_R4_sax_{output}.nii.gz") for output in ("masks", "image")
+        )
+        table = pq.read_table(out / "masks").to_pylist()[0]
+        drawn = np.frombuffer(table["values"], np.uint8).reshape(table["shape"])
+        values = np.asarray(masks.dataobj)
+        assert values.shape == (32, 32, 5, 4)
+        np.testing.assert_array_equal(values[:, :, [1, 3]], drawn[:2].transpose(3, 2, 0, 1))
+        assert (values[:, :, [0, 2, 4]] == UNLABELLED).all()
+        assert not np.asarray(image.dataobj)[:, :, [0, 2, 4]].any()
+        for file in (masks, image):
+            assert (int(file.header["sform_code"]), int(file.header["qform_code"])) == (1, 1)
+            np.testing.assert_allclose(file.get_qform(), file.affine, atol=1e-3)
+            middle = affine @ (nx // 2, ny // 2, 3, 1)
+            np.testing.assert_allclose(file.affine @ (16, 16, 3, 1), middle, atol=1e-4)
+            np.testing.assert_allclose(file.affine[:3, :3], affine[:3, :3], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(file.header.get_zooms()[:3], (1.4, 1.5, 8.0), rtol=1e-5)
 
 
 def test_masks_of_a_part_whose_last_subjects_are_refused_and_of_names_that_no_file_may_have(

@@ -140,6 +140,8 @@ def test_sunnybrook_by_nifti_and_by_dicom_is_the_same(from_dicom: Study) -> None
     assert np.abs(stored[0] - stored[0].round()).max() < 0.01  # so the integers of the files are back, exactly
     np.testing.assert_array_equal(stored[0].round(), stored[1].round())
     assert one.spacing_mm == pytest.approx(other.spacing_mm, rel=1e-5)
+    assert one.affine is not None
+    np.testing.assert_allclose(one.affine, other.affine, atol=0.01)
     assert one.frame_time_s == pytest.approx(other.frame_time_s, rel=2e-3)  # trigger times are whole milliseconds
     assert from_dicom.vendor == "GE"
     assert from_dicom.field_strength_t == 1.5

@@ -151,7 +151,9 @@ def read_manifest(root: str) -> Manifest:
             raise InputError(f"{path}: expected schema version 1 to {SCHEMA_VERSION}, got {version}; update kmtr")
         if version == 1:
             content = _from_version_1(root, content)
-        content["schema_version"] = SCHEMA_VERSION  # what version 3 added is in the shards alone (`record.current`)
+        content["schema_version"] = (
+            SCHEMA_VERSION  # what versions 3 and 4 added is in the shards alone (`record.current`)
+        )
         if unknown := sorted(content.keys() - Manifest.__dataclass_fields__.keys()):
             raise ValueError(f"unknown {unknown[0]}")
         manifest = _MANIFEST.validate_python(content)

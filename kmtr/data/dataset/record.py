@@ -31,6 +31,7 @@ def schema(dtype: str) -> pa.Schema:
             pa.field(f"contoured_{view}", pa.list_(pa.uint8())),
             pa.field(f"spacing_mm_{view}", pa.list_(pa.float64())),
             pa.field(f"frame_time_s_{view}", pa.float64()),
+            pa.field(f"affine_{view}", pa.list_(pa.float64())),
         ]
     fields += [pa.field(name, pa.float64()) for name in LABELS]
     fields += [
@@ -52,7 +53,7 @@ def current(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
         return table
     wanted = schema(metadata.get(b"kmtr.dtype", b"").decode())
     for column in wanted:
-        added = column.name in LABELS or column.name.startswith("contoured_")
+        added = column.name in LABELS or column.name.startswith(("contoured_", "affine_"))
         if added and column.name not in table.column_names and (columns is None or column.name in columns):
             table = table.append_column(column, pa.nulls(len(table), column.type))
     ours = [name for name in wanted.names if name in table.column_names]
@@ -111,6 +112,7 @@ def to_row(study: Study, dtype: str) -> dict[str, Any]:
         row[f"contoured_{name}"] = None if view.contoured is None else list(view.contoured)
         row[f"spacing_mm_{name}"] = None if view.spacing_mm is None else list(view.spacing_mm)
         row[f"frame_time_s_{name}"] = view.frame_time_s
+        row[f"affine_{name}"] = None if view.affine is None else view.affine[:3].ravel().tolist()
     return row
 
 
@@ -127,6 +129,7 @@ def to_study(table: pa.Table, row: int = 0) -> Study:
         packed = _value(table, f"acquired_{name}", row)
         spacing = _value(table, f"spacing_mm_{name}", row)
         contoured = _value(table, f"contoured_{name}", row)
+        affine = _value(table, f"affine_{name}", row)
         views[name] = View(
             kspace=kspace,
             sampled=None if packed is None else unpack(packed, (slices, frames, ny)),
@@ -134,6 +137,7 @@ def to_study(table: pa.Table, row: int = 0) -> Study:
             spacing_mm=None if spacing is None else (spacing[0], spacing[1], spacing[2]),
             frame_time_s=_value(table, f"frame_time_s_{name}", row),
             contoured=None if contoured is None else tuple(contoured),
+            affine=None if affine is None else affine_of(affine),
         )
     labels = {n: v for n in LABELS if n in table.column_names and (v := _value(table, n, row)) is not None}
     return Study(
@@ -181,6 +185,11 @@ def stored_dtype(schema: pa.Schema) -> np.dtype:
 def unpack(packed: bytes, shape: tuple[int, int, int]) -> np.ndarray:
     """bool ``slice t ky`` from its stored bits."""
     return np.unpackbits(np.frombuffer(packed, np.uint8), count=math.prod(shape)).astype(bool).reshape(shape)
+
+
+def affine_of(stored: Sequence[float]) -> np.ndarray:
+    """4x4 from its stored first three rows."""
+    return np.vstack([np.reshape(stored, (3, 4)), (0.0, 0.0, 0.0, 1.0)])
 
 
 def _value(table: pa.Table, column: str, row: int) -> Any:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kmtr.config import Data
+from kmtr.data.affine import Affine, resized
 from kmtr.data.dataset.files import run_many
+from kmtr.data.dataset.record import affine_of
 from kmtr.data.loader.buckets import Shape
 from kmtr.data.loader.samples import Samples
 from kmtr.data.loader.shapes import choose, places_of
@@ -115,3 +117,17 @@ def chosen_spacing_mm(stored: dict[str, Any], data: Data, chosen: int) -> tuple[
         for size, n, want, cropped in zip(pixel, (ny, nx), data.matrix, _cropped(data, stored), strict=True)
     )
     return between * slices / chosen, height, width
+
+
+def grid_affine(stored: dict[str, Any], data: Data) -> Affine | None:
+    """Affine of all slices of the source on the pixels of the configuration's matrix; None: unknown.
+
+    Args:
+        stored: ``shape``, ``acquired`` and ``affine`` of the view, as its row has them.
+    """
+    if stored["affine"] is None:
+        return None
+    found, (*_, ny, nx) = affine_of(stored["affine"]), stored["shape"]
+    for axis, n, want, cropped in zip((1, 0), (ny, nx), data.matrix, _cropped(data, stored), strict=True):
+        found = resized(found, axis, n, want, cropped=cropped)
+    return found

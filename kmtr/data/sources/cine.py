@@ -29,8 +29,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kmtr.data.affine import flipped, resized
 from kmtr.data.sources import Options, anatomy
 from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, RV
+from kmtr.data.sources.geometry import AGREE
 from kmtr.physics.fourier import crop_or_pad
 from kmtr.simulation.acquisition import acquire
 from kmtr.types import MYOCARDIAL_DENSITY_G_ML, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
@@ -69,6 +71,7 @@ class Cine:
         classes: uint8, ``slice t y x``; of SEGMENTATION_CLASSES, background where nothing is drawn. None: no contours.
         spacing_mm: (z, y, x); None: unknown.
         frame_time_s: None: unknown.
+        affine: as `View.affine`; None: unknown.
         notes: as `Study.notes`.
     """
 
@@ -76,6 +79,7 @@ class Cine:
     classes: np.ndarray | None = None
     spacing_mm: tuple[float, float, float] | None = None
     frame_time_s: float | None = None
+    affine: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +90,7 @@ def oriented(
     view: str,
     zooms: tuple[float, float, float] | None,
     frame_time_s: float | None,
+    placed: bool = True,
 ) -> Cine:
     """A cine from arrays as files store them.
 
@@ -93,6 +98,7 @@ def oriented(
         stored, classes: magnitudes and classes, both ``x y z t``.
         affine: see `orientation`.
         zooms: distance between voxels along x, y, z in mm; None: unknown.
+        placed: the affine is where the scanner had the voxels, as no affine is that a library made up.
     """
     (z, y, x), flips = orientation(affine, view)
     flipped = tuple(axis for axis, flip in zip((0, 2, 3), flips, strict=True) if flip)
@@ -101,7 +107,8 @@ def oriented(
         return np.ascontiguousarray(np.flip(array.transpose(z, 3, y, x), flipped))
 
     spacing = None if zooms is None else (zooms[z], zooms[y], zooms[x])
-    return Cine(turn(stored), None if classes is None else turn(classes), spacing, frame_time_s)
+    where = _turned(affine, stored.shape, (z, y, x), flips, zooms) if placed and zooms is not None else None
+    return Cine(turn(stored), None if classes is None else turn(classes), spacing, frame_time_s, where)
 
 
 def orientation(affine: np.ndarray, view: str = "sax") -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
@@ -123,6 +130,33 @@ def orientation(affine: np.ndarray, view: str = "sax") -> tuple[tuple[int, int, 
     order = max(orders, key=lambda order: np.abs((wanted * directions[:, order].T).sum(1)).sum())
     z, y, x = (bool(wanted[n] @ directions[:, order[n]] < 0) for n in range(3))
     return order, (z, y, x)
+
+
+def _turned(
+    affine: np.ndarray,
+    shape: tuple[int, ...],
+    order: tuple[int, int, int],
+    flips: tuple[bool, bool, bool],
+    zooms: tuple[float, float, float],
+) -> np.ndarray | None:
+    """`Cine.affine`; None where the affine's sizes are not those that are believed.
+
+    Args:
+        shape: stored, ``x y z t``.
+        order, flips: `orientation`.
+        zooms: along the stored axes in mm: an affine in other units is scaled to them.
+    """
+    columns = np.linalg.norm(affine[:3, :3], axis=0)
+    if not columns.all() or not np.isfinite(affine).all():
+        return None
+    scales = np.divide(zooms, columns)
+    if np.ptp(scales) > AGREE * scales.max():
+        return None
+    found = np.diag((scales[0],) * 3 + (1.0,)) @ affine
+    for axis, flip in zip(order, flips, strict=True):
+        found = flipped(found, axis, shape[axis]) if flip else found
+    z, y, x = order
+    return np.ascontiguousarray(found[:, [x, y, z, 3]])
 
 
 def plausible_frame_time(seconds: float) -> float | None:
@@ -225,8 +259,10 @@ def segmentation(
 
 
 def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:
-    magnitude, matrix = cine.magnitude, options.matrix
+    magnitude, matrix, affine = cine.magnitude, options.matrix, cine.affine
     if matrix is not None:
+        for axis, have, want in zip((1, 0), magnitude.shape[-2:], matrix, strict=True):
+            affine = None if affine is None else resized(affine, axis, have, want, cropped=True)
         magnitude = crop_or_pad(magnitude, matrix, (-2, -1))
     subject = int(subject_id.removeprefix("p-"), 16)
     kspace = np.empty((magnitude.shape[0], 1, *magnitude.shape[1:]), np.complex64)
@@ -241,7 +277,7 @@ def _view(cine: Cine, view: str, subject_id: str, options: Options) -> View:
             slice_index=VIEWS.index(view) * SLICES_OF_A_VIEW + index,
         )
     classes, contoured = (None, None) if cine.classes is None else segmentation(cine.classes, matrix)
-    return View(kspace, None, classes, cine.spacing_mm, cine.frame_time_s, contoured)
+    return View(kspace, None, classes, cine.spacing_mm, cine.frame_time_s, contoured, affine)
 
 
 def _ventricle(name: str, edv: float, esv: float) -> dict[str, float]:

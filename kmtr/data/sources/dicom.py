@@ -373,6 +373,7 @@ def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, opti
     by_row, by_column = first.spacing_mm
     affine = np.eye(4)
     affine[:3, :3] = np.stack([first.axes[0] * by_column, first.axes[1] * by_row, step], 1)
+    affine[:3, 3] = first.position
     affine[:2] *= -1  # left, posterior -> right, anterior
     zooms = None if between_mm is None else (by_column, by_row, between_mm)
     triggers = [frame.times[0] for frame in slices[0]]
@@ -386,7 +387,8 @@ def _step(slices: list[list[series.Frame]], view: str, where: str) -> tuple[np.n
     """From one slice to the next: vector and distance in mm (None: unknown)."""
     first, last = slices[0][0], slices[-1][0]
     if len(slices) == 1:
-        return first.normal, first.thickness_mm if first.thickness_mm > 0 else None
+        thickness = first.thickness_mm if first.thickness_mm > 0 else None
+        return first.normal * (thickness or 1.0), thickness
     gaps = np.diff([frames[0].position @ first.normal for frames in slices])
     if np.ptp(gaps) > series.IRREGULAR * np.median(gaps):
         shown = ", ".join(f"{gap:g}" for gap in np.unique(gaps.round(1)))

@@ -349,7 +349,8 @@ def _oriented(
     if not options.axes:
         check_time(magnitude, where)
     frame_time_s, notes = _frame_time_s(geometry.frame_step, unit_of_time(image.header))
-    cine = oriented(magnitude, codes, geometry.affine, view, geometry.spacing_mm, frame_time_s)
+    placed_in_space = bool(int(image.header["sform_code"]) or int(image.header["qform_code"]))
+    cine = oriented(magnitude, codes, geometry.affine, view, geometry.spacing_mm, frame_time_s, placed=placed_in_space)
     if cine.classes is not None:
         told, note = _meaning(cine.classes, layout, view, where, options)
         table = np.zeros(256, np.uint8)

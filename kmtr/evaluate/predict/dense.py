@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Shaped
 
 from kmtr.config import Data
+from kmtr.data.affine import Affine
 from kmtr.data.dataset import storage
-from kmtr.data.loader.masks import chosen_spacing_mm
-from kmtr.data.loader.shapes import full_shape, places_of
+from kmtr.data.loader.masks import chosen_spacing_mm, grid_affine
+from kmtr.data.loader.shapes import choose, full_shape, places_of
 from kmtr.data.sources import optional
+from kmtr.types import UNLABELLED
 
 NIFTI = "nifti"
 _SAFE = re.compile(r"\w[\w-]{0,99}")
@@ -89,37 +91,48 @@ class Tables:
         for view, slots in places_of(self.data, full_shape(self.data)):
             stored: dict[str, Any] = {
                 kind: meta.column(f"{kind}_{view}")[row].as_py()
-                for kind in ("shape", "acquired", "spacing_mm", "frame_time_s")
+                for kind in ("shape", "acquired", "spacing_mm", "frame_time_s", "affine")
             }
             if stored["shape"] is None:
                 continue
             if stored["spacing_mm"] is None:
                 self.unplaced += 1
                 continue
-            slices = min(stored["shape"][0], slots.stop - slots.start)
             frames = min(stored["shape"][2], array.shape[1])
-            spacing = chosen_spacing_mm(stored, self.data, slices)
+            every = _on_all_slices(array[slots][:, :frames], stored["shape"][0])
+            spacing = chosen_spacing_mm(stored, self.data, len(every))
             frame_time_s = (stored["frame_time_s"] or 0.0) * stored["shape"][2] / frames
-            yield view, nifti(array[slots][:slices, :frames], spacing, frame_time_s)
+            yield view, nifti(every, spacing, frame_time_s, grid_affine(stored, self.data))
 
     def _put(self, name: str, content: bytes) -> None:
         with storage.writing(self.out, name) as sink:
             sink.write(content)
 
 
+def _on_all_slices(values: Shaped[np.ndarray, "chosen t y x"], slices: int) -> Shaped[np.ndarray, "slice t y x"]:
+    """Values on all slices of the source, of which the model saw some: those may be at uneven distances, which no
+    geometry of a file can say. The others are UNLABELLED in masks, 0 in images.
+    """
+    chosen = choose(slices, len(values), centred=True)
+    fill = UNLABELLED if values.dtype == np.uint8 else 0
+    found = np.full((slices, *values.shape[1:]), fill, values.dtype)
+    found[chosen] = values[: len(chosen)]
+    return found
+
+
 def nifti(
     values: Shaped[np.ndarray, "slice t y x"],
     spacing_mm: tuple[float, float, float],
     frame_time_s: float,
+    affine: Affine | None = None,
     still: bool = False,
 ) -> bytes:
     """A compressed NIfTI-1 file with axes x y slice t; the same bytes for the same values.
 
-    It has no orientation (qform and sform codes 0): a dataset keeps the size of a pixel alone.
-
     Args:
         spacing_mm: between slices, height and width of a pixel.
         frame_time_s: 0: unknown.
+        affine: as `View.affine`; None: unknown, and the file says so (codes of qform and sform 0).
         still: the only frame, without an axis of its own.
 
     Raises:
@@ -131,6 +144,9 @@ def nifti(
     between, height, width = spacing_mm
     image.header.set_zooms((width, height, between, frame_time_s)[: array.ndim])
     image.header.set_xyzt_units("mm", "sec")
+    if affine is not None:
+        image.set_sform(affine, "scanner")
+        image.set_qform(affine, "scanner")
     return gzip.compress(image.to_bytes(), 6, mtime=0)
 
 
