@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from kmtr.config import RunConfig
-from kmtr.studies.task_rows import PRETRAINED, SCRATCH
+from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Contender:
 
 
 LOWRANK = "lowrank"
+FLOOR = "floor"
 IMAGES = {
     "zerofilled": ("zero-filled image", (1, "-")),
     "shared": ("temporally shared image", (2, "-")),
@@ -160,6 +161,16 @@ def decided(name: str) -> dict[str, Any]:
     if LOWRANK in (row.first, row.changes.get("task.input")):
         every[LOWRANK] = {"momentum": True}  # those of before 2026-12-01 had images of 20 steps without
     return {"changes": every} if every else {}
+
+
+def title_of(name: str) -> str:
+    return FLOOR if name == FLOORS else contender(name).title
+
+
+def names_of(rows: Iterable[Asked]) -> list[str]:
+    """Contenders that have rows, in their order, then the floor."""
+    there = {one.start for one in rows}
+    return [name for name in (*CONTENDERS, FLOORS) if name in there]
 
 
 def contender(name: str) -> Contender:

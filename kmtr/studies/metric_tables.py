@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kmtr.evaluate.scores import MIN_KNOWN
+from kmtr.metrics import resample, weighted_pearson
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.studies.aims import interval_of
+from kmtr.studies.contenders import title_of
+from kmtr.studies.task_measures import AREAS
 from kmtr.studies.task_rows import FLOORS, Asked
 from kmtr.types import PHENOTYPES
+
+if TYPE_CHECKING:
+    from kmtr.studies.task_study import Study
 
 Rows = Mapping[Asked, Mapping[str, Any]]
 BY = (", areas of masks", ", masks")
@@ -28,16 +37,19 @@ class _Kind(NamedTuple):
     note: str = ""
 
 
-def metric_tables(
-    rows: Rows, targets: Sequence[str], diseases: Sequence[str], title: Callable[[str], str]
-) -> list[IntervalTable]:
+def metric_tables(study: Study, rows: Rows) -> list[IntervalTable]:
     """A table for each metric that any row has, a line per system and R.
 
     Args:
         rows: with all labels.
-        targets, diseases: of the study.
-        title: name of a contender -> its title.
     """
+    config = study.config
+    tables = [*told(rows, config.task.targets, config.task.diseases), correlations(study, rows)]
+    return [table for table in tables if table.rows]
+
+
+def told(rows: Rows, targets: Sequence[str], diseases: Sequence[str]) -> list[IntervalTable]:
+    """Of the metrics that rows hold."""
     hd95, missed, spurious = np.split(np.array(DISTANCES), 3)
     kinds = (
         _Kind("phenotypes-mae", "Mean absolute error of phenotypes, each in its unit", "mae", targets, 2),
@@ -53,17 +65,17 @@ def metric_tables(
         _Kind("masks-spurious", "Slices in which one was found that is not there", "score", spurious.tolist(), 2),
         _Kind("images", "Reconstructed images, and the heart's box of them", "score", (*IMAGES, *IN_BOX)),
     )
-    return [table for kind in kinds if (table := _table(rows, kind, title)).rows]
+    return [table for kind in kinds if (table := _table(rows, kind)).rows]
 
 
-def _table(rows: Rows, kind: _Kind, title: Callable[[str], str]) -> IntervalTable:
+def _table(rows: Rows, kind: _Kind) -> IntervalTable:
     found: dict[tuple[str, str], list[Mapping[str, Sequence[float]]]] = {}
     for asked in sorted(rows, key=lambda one: (one.start == FLOORS, one.seed)):
         for r, scored in rows[asked]["R"].items():
             for system, metrics in scored["metrics"].items():
                 said = metrics.get(kind.metric, {})
                 if any(target in said for target in kind.targets):
-                    found.setdefault((_titled(asked.start, system, title), r), []).append(said)
+                    found.setdefault((_titled(asked.start, system), r), []).append(said)
     lines: list[tuple[Value, ...]] = []
     for (system, r), seeds in found.items():
         lines.append((system, r, *(_mean([one[target] for one in seeds if target in one]) for target in kind.targets)))
@@ -73,11 +85,34 @@ def _table(rows: Rows, kind: _Kind, title: Callable[[str], str]) -> IntervalTabl
     return IntervalTable(kind.name, kind.caption, columns, tuple(lines), note)
 
 
-def _titled(start: str, system: str, title: Callable[[str], str]) -> str:
+def correlations(study: Study, rows: Rows) -> IntervalTable:
+    """Pearson's r of each system's phenotypes, by its head and by areas of its masks: of values that rows keep."""
+    targets, truth, draws = study.config.task.targets, study.truth.values, study.config.evaluate.bootstrap
+    found: dict[tuple[str, str], dict[str, list[np.ndarray]]] = {}
+    for asked in sorted(rows, key=lambda one: (one.start == FLOORS, one.seed)):
+        values = study.rows.values(asked)
+        for by, prefix in (("", ""), (BY[0], AREAS)):
+            for target in (one for one in targets if prefix + one in values):
+                for r, said in zip(study.config.evaluate.accelerations, values[prefix + target], strict=True):
+                    known = np.where(np.isfinite(said), truth[target], np.nan)
+                    if np.isfinite(known).sum() >= MIN_KNOWN:
+                        each = resample([partial(weighted_pearson, known, said)], len(known), draws)[:, 0]
+                        cells = found.setdefault((title_of(asked.start) + by, str(r)), {})
+                        cells.setdefault(target, []).append(each)
+    lines: list[tuple[Value, ...]] = [
+        (*head, *(interval_of(np.mean(cells[one], axis=0)) if one in cells else None for one in targets))
+        for head, cells in found.items()
+    ]
+    columns = (Column("system"), Column("R"), *map(Column, targets))
+    note = "Values and 95 % bootstrap intervals over held-out subjects, seeds averaged within each draw."
+    return IntervalTable("phenotypes-r", "Pearson's r of phenotypes", columns, tuple(lines), note)
+
+
+def _titled(start: str, system: str) -> str:
     """Title of a system of a row: the contender's, and by what it answers; floors have names of their own."""
     if start == FLOORS:
         return system
-    return title(start) + next((part for part in BY if part in system), "")
+    return title_of(start) + next((part for part in BY if part in system), "")
 
 
 def _mean(seeds: Sequence[Sequence[float | None]]) -> Interval | None:

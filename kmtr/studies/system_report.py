@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kmtr.evaluate.predictions import held_out_words
-from kmtr.metrics import estimate
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies import pictures, system_figures
-from kmtr.studies.contenders import CONTENDERS, contender
+from kmtr.studies.aims import aims_table, bound_table, interval_of
+from kmtr.studies.contenders import contender, names_of, title_of
 from kmtr.studies.metric_tables import metric_tables
-from kmtr.studies.paired import ALL, Drawn, Pair, gains
+from kmtr.studies.paired import ALL, LEVEL, Drawn, Pair, gains, rows_of
 from kmtr.studies.running import publish
 from kmtr.studies.task_measures import FLOOR_SAID, MEAN, MEASURES, measures, replicates, targets_of
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from kmtr.studies.task_study import Study
-
-FLOOR = "floor"
-LEVEL = 0.05
-"""Level of p after Holm's correction, below which a mean over R counts as won."""
 
 Rows = Mapping[Asked, Mapping[str, Any]]
 Scores = Mapping[tuple[str, str], Mapping[Any, Interval]]
@@ -46,6 +42,7 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
         *(score_table(study, rows, scores, measure) for measure in measures(study.config)),
         *(target_table(study, rows, drawn, measure) for measure in _of_several(study)),
         difference_table(compared),
+        aims_table(study, rows, drawn, compared),
         bound_table(study, rows, drawn),
         cost_table(rows),
     ]
@@ -68,7 +65,7 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
     more = system_figures.pictures_of(study, rows, seen, who)
     turned = system_figures.write_interactive(study, rows, folder)
     files = [turned] if turned else []
-    details = metric_tables(rows, study.config.task.targets, study.config.task.diseases, title_of)
+    details = metric_tables(study, rows)
     last = publish(
         *(study.config, folder, name, study.run_id, tables, figure, caption, about, said, curves, more, files),
         details=details,
@@ -80,21 +77,6 @@ def report(study: Study, name: str, folder: Path, asked: Sequence[Asked], second
 def _wanted(study: Study, asked: Sequence[Asked]) -> set[Asked]:
     """The rows that are asked for, and the floors of their seeds."""
     return {*asked, *(Asked(seed, FLOORS, study.config.task.tasks, 0) for seed in study.config.study.seeds)}
-
-
-def title_of(name: str) -> str:
-    return FLOOR if name == FLOORS else contender(name).title
-
-
-def names_of(rows: Rows) -> list[str]:
-    """Contenders that have rows, in their order, then the floor."""
-    there = {one.start for one in rows}
-    return [name for name in (*CONTENDERS, FLOORS) if name in there]
-
-
-def _of(rows: Rows, name: str, measure: str) -> dict[int, Asked]:
-    """Seed -> row of a contender that learns the measure's task."""
-    return {one.seed: one for one in sorted(rows) if one.start == name and MEASURES[measure].task in one.tasks}
 
 
 def summary_of(study: Study, rows: Rows, wanted: int, missing: Sequence[str]) -> str:
@@ -129,19 +111,14 @@ def scores_of(study: Study, rows: Rows, drawn: Drawn) -> Scores:
     found: dict[tuple[str, str], dict[Any, Interval]] = {}
     for measure in measures(study.config):
         for name in names_of(rows):
-            each = [drawn(asked, measure) for asked in _of(rows, name, measure).values()]
+            each = [drawn(asked, measure) for asked in rows_of(rows, name, measure).values()]
             there = [one for one in each if one is not None]
             if not there:
                 continue
             mean = np.mean(there, axis=0)
             of = zip((*study.config.evaluate.accelerations, ALL), (*mean, mean.mean(0)), strict=True)
-            found[measure, name] = {r: _interval(values) for r, values in of}
+            found[measure, name] = {r: interval_of(values) for r, values in of}
     return found
-
-
-def _interval(values: np.ndarray) -> Interval:
-    one = estimate(values[:, None])
-    return Interval(one.value, one.low, one.high)
 
 
 def score_table(study: Study, rows: Rows, scores: Scores, measure: str) -> IntervalTable:
@@ -151,7 +128,7 @@ def score_table(study: Study, rows: Rows, scores: Scores, measure: str) -> Inter
     for name in names_of(rows):
         if (measure, name) in scores:
             by_r = scores[measure, name]
-            cells.append((title_of(name), str(len(_of(rows, name, measure))), *(by_r[r] for r in rs)))
+            cells.append((title_of(name), str(len(rows_of(rows, name, measure))), *(by_r[r] for r in rs)))
     columns = (Column("system"), Column("seeds"), *(Column(f"R = {r}" if r != ALL else "mean over R") for r in rs))
     caption = f"{MEASURES[measure].title[0].upper()}{MEASURES[measure].title[1:]}, 95 % bootstrap intervals"
     return IntervalTable(f"scores-{measure}", caption, columns, tuple(cells), note=_true_r(study, rows))
@@ -167,12 +144,12 @@ def target_table(study: Study, rows: Rows, drawn: Drawn, measure: str) -> Interv
     targets = targets_of(measure, study.config)
     cells: list[tuple[Value, ...]] = []
     for name in names_of(rows):
-        each = [drawn.targets(asked, measure) for asked in _of(rows, name, measure).values()]
+        each = [drawn.targets(asked, measure) for asked in rows_of(rows, name, measure).values()]
         there = [one for one in each if one]
         for i, r in enumerate(study.config.evaluate.accelerations if there else ()):
             known = [[one[target][i] for one in there if target in one] for target in targets]
             cells.append(
-                (title_of(name), str(r), *(_interval(np.mean(some, axis=0)) if some else None for some in known))
+                (title_of(name), str(r), *(interval_of(np.mean(some, axis=0)) if some else None for some in known))
             )
     nothing = MEASURES[measure].nothing
     caption = f"{MEASURES[measure].title[0].upper()}{MEASURES[measure].title[1:]}, each target by itself"
@@ -188,30 +165,6 @@ def _true_r(study: Study, rows: Rows) -> str:
         return ""
     said = (f"{r}: {row['R'][str(r)]['true_R']:.2f}" for r in study.config.evaluate.accelerations)
     return f"True R (all lines over acquired ones) of nominal R: {', '.join(said)}."
-
-
-def bound_table(study: Study, rows: Rows, drawn: Drawn) -> Table:
-    """Share of each bound that k-MTR reaches at each R, over the seeds that both have; of one that did not converge no
-    share is taken, nor of a bound that is not above 0.
-    """
-    rs = study.config.evaluate.accelerations
-    cells: list[tuple[Cell, ...]] = []
-    for measure in measures(study.config):
-        ours = _of(rows, PRETRAINED, measure)
-        for name in names_of(rows):
-            theirs = _of(rows, name, measure) if contender(name).bound else {}
-            seeds = [seed for seed in theirs if seed in ours]
-            both = [[drawn(of[seed], measure) for seed in seeds] for of in (ours, theirs)]
-            there = [[one[:, 0] for one in some if one is not None] for some in both]
-            if not seeds or min(map(len, there)) < len(seeds):
-                continue
-            mean, bound = (np.mean(some, axis=0) for some in there)
-            converged = all(rows[theirs[seed]].get("converged") for seed in seeds)
-            shares = [f"{100 * m / b:.1f} %" if b > 0 else None for m, b in zip(mean, bound, strict=True)]
-            told = shares if converged else ["not converged"] * len(rs)
-            cells.append((MEASURES[measure].title, title_of(name), *told))
-    columns = ("measure", "bound", *(f"R = {r}" for r in rs))
-    return Table("k-MTR as a share of the bound that sees the full image", columns, tuple(cells))
 
 
 def cost_table(rows: Rows) -> Table:
@@ -246,10 +199,12 @@ def differences(study: Study, rows: Rows) -> list[dict[str, Any]]:
     """`paired.gains` of k-MTR over each other one, of the seeds that both have."""
     pairs = []
     for measure in measures(study.config):
-        ours = _of(rows, PRETRAINED, measure)
+        ours = rows_of(rows, PRETRAINED, measure)
         for name in names_of(rows):
             if name != PRETRAINED:
-                both = {seed: (ours[seed], other) for seed, other in _of(rows, name, measure).items() if seed in ours}
+                both = {
+                    seed: (ours[seed], other) for seed, other in rows_of(rows, name, measure).items() if seed in ours
+                }
                 pairs.append(Pair({"a": PRETRAINED, "b": name}, measure, both))
     return gains(study, pairs)
 
@@ -295,12 +250,12 @@ def worthless_masks(study: Study, rows: Rows) -> dict[str, list[int]]:
     floors = Asked(seed, FLOORS, study.config.task.tasks, 0)
     mean = study.rows.values(floors) if floors in rows and "dice" in measures(study.config) else {}
     for name in names_of(rows) if any(target.startswith(MEAN) for target in mean) else ():
-        one = _of(rows, name, "dice").get(seed)
+        one = rows_of(rows, name, "dice").get(seed)
         said = study.rows.values(one) if one else {}
         over = {t: said[t] - mean[MEAN + t] for t in targets_of("dice", study.config) if t in said and MEAN + t in mean}
         for number, r in enumerate(study.config.evaluate.accelerations) if over else ():
             drawn = replicates("dice", study.config, over, number, study.truth, {}, study.config.evaluate.bootstrap)
-            if drawn and _interval(np.mean([*drawn.values()], axis=0)).low <= 0:
+            if drawn and interval_of(np.mean([*drawn.values()], axis=0)).low <= 0:
                 found.setdefault(name, []).append(r)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from jobs import study
 from kmtr.config import RunConfig, from_json, override
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
-from kmtr.studies import pictures, system_figures, system_report, task_measures, task_rows, tasks
+from kmtr.report.intervals import Interval
+from kmtr.studies import aims, metric_tables, pictures, system_figures, system_report, task_measures, task_rows, tasks
 from kmtr.studies.contenders import CONTENDERS, decided
-from kmtr.studies.metric_tables import metric_tables
 from kmtr.studies.paired import Drawn
 from kmtr.studies.systems import order
-from kmtr.studies.task_measures import headline
+from kmtr.studies.task_measures import AREAS, headline
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked, Rows
 from kmtr.studies.task_study import Study, bound_settings, held_out, settings
 from kmtr.tracking.spool import Spool
@@ -303,12 +304,72 @@ def test_who_wins_does_so_beyond_the_interval_and_no_share_is_taken_of_an_unfini
     after = {row[2]: row[-1] for row in system_report.difference_table(doubtful).rows}
     assert after["mean"] == "tie", "beyond the interval, but not after Holm's correction"
     drawn = Drawn(made, 100)
-    (unfinished,) = system_report.bound_table(made, rows, drawn).rows
+    (unfinished,) = aims.bound_table(made, rows, drawn).rows
     assert unfinished[2:] == ("not converged", "not converged")
     told = {one: row | ({"converged": True} if "converged" in row else {}) for one, row in rows.items()}
-    (share,) = system_report.bound_table(made, told, drawn).rows
-    assert [float(str(value).split()[0]) for value in share[2:]] == pytest.approx([100 * 0.6 / 0.7] * 2, abs=3)
+    (share,) = aims.bound_table(made, told, drawn).rows
+    for value in share[2:]:
+        assert isinstance(value, Interval)
+        assert value.low < value.value < value.high
+        assert value.value == pytest.approx(100 * 0.6 / 0.7, abs=3)
     assert "not who wins" in system_report.summary_of(made, rows, 6, [])
+
+
+def test_aims_are_met_missed_tied_or_open(made: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aims, "BOUND_R", 2)
+    monkeypatch.setattr(aims, "FAR_R", 4)
+    rows, drawn = made.rows.read(), Drawn(made, 100)
+    told = {one: row | ({"converged": True} if "converged" in row else {}) for one, row in rows.items()}
+    compared = system_report.differences(made, rows)
+
+    def verdicts(some: dict[Asked, Any], differences: list[dict[str, Any]]) -> dict[str, Any]:
+        return {str(row[0]): row[-1] for row in aims.aims_table(made, some, drawn, differences).rows}
+
+    bound, opponent = f"95% of the strongest bound: {CONTENDERS['unet-full'].title}", CONTENDERS["unet-shared"].title
+    found = verdicts(told, compared)
+    assert found[bound] == "missed", "86 % of it"
+    assert found["90% of its own at R = 2"] == "met"
+    assert found[f"beaten at equal seconds: {opponent}"] == "met"
+    assert found[f"at least tied at equal seconds: {CONTENDERS['tokens-zerofilled'].title}"] == "open: no row"
+    assert verdicts(rows, compared)["95% of the strongest bound"] == "open: no bound that converged"
+    doubtful = [one | {"p_holm": 0.2} for one in compared]
+    assert verdicts(told, doubtful)[f"beaten at equal seconds: {opponent}"] == "tie"
+
+
+@pytest.mark.parametrize(
+    ("number", "tie", "said"),
+    [
+        ((0.2, 0.1, 0.3), False, "met"),
+        ((0.2, -0.1, 0.3), False, "met, within the interval"),
+        ((-0.1, -0.2, 0.1), False, "missed, within the interval"),
+        ((-0.2, -0.3, -0.1), False, "missed"),
+        ((0.2, 0.1, 0.3), True, "met"),
+        ((-0.1, -0.2, 0.1), True, "tie"),
+        ((-0.2, -0.3, -0.1), True, "missed"),
+        ((math.nan, math.nan, math.nan), False, "not defined"),
+    ],
+)
+def test_verdicts(number: tuple[float, float, float], tie: bool, said: str) -> None:
+    assert aims.verdict(aims.Aim("", "dice", "8", Interval(*number), 0.0, tie)) == said
+
+
+def test_correlations_are_those_of_the_values_that_rows_keep(made: Study) -> None:
+    told = override(made.config, {"task.tasks": ("phenotypes", "segmentation")})
+    study = replace(made, config=told)
+    target = told.task.targets[0]
+    truth = study.truth.values[target]
+    known, rs = np.isfinite(truth), told.evaluate.accelerations
+    noise = np.random.default_rng(0).normal(0, np.nanstd(truth), (len(rs), len(truth)))
+    asked, values = Asked(0, "scratch", ("phenotypes",), 0), truth + noise
+    study.rows.add(
+        asked, {"R": {}}, {target: values, AREAS + target: np.where(known, truth, np.nan)[None].repeat(2, 0)}
+    )
+    table = metric_tables.correlations(study, {asked: {}})
+    title = CONTENDERS["scratch"].title
+    assert [row[:2] for row in table.rows] == [(title + by, str(r)) for by in ("", ", areas of masks") for r in rs]
+    for row, of in zip(table.rows, [*values, truth, truth], strict=True):
+        assert isinstance(row[2], Interval)
+        assert row[2].value == pytest.approx(np.corrcoef(truth[known], of[known])[0, 1], abs=1e-3)  # kept in few digits
 
 
 def test_all_metrics_of_rows_are_tables_with_what_a_system_answers_by() -> None:
@@ -325,9 +386,7 @@ def test_all_metrics_of_rows_are_tables_with_what_a_system_answers_by() -> None:
     rows[Asked(0, FLOORS, BOTH, 0)] = {
         "R": {"4": {"metrics": {"mean": said(6, 5, 7) | {"average_precision": {"dcm": [0.1, 0.1, 0.1]}}}}}
     }
-    found = {
-        table.name: table for table in metric_tables(rows, ("lvef_pct", "lvm_g"), ("dcm",), system_report.title_of)
-    }
+    found = {table.name: table for table in metric_tables.told(rows, ("lvef_pct", "lvm_g"), ("dcm",))}
     assert set(found) == {"phenotypes-mae", "phenotypes-r2", "diseases-precision"}, "nothing of metrics that nobody has"
     mae = found["phenotypes-mae"]
     assert [column.name for column in mae.columns] == ["system", "R", "lvef_pct (%)", "lvm_g (g)"]
