@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from kmtr.metrics import estimate
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies.contenders import contender, names_of, title_of
-from kmtr.studies.paired import ALL, LEVEL, Drawn, rows_of
-from kmtr.studies.task_measures import MEASURES, measures
+from kmtr.studies.task_measures import ALL, LEVEL, MEASURES, interval_of, measures, rows_of
 from kmtr.studies.task_rows import PRETRAINED, Asked
 
 if TYPE_CHECKING:
+    from kmtr.studies.paired import Drawn
     from kmtr.studies.task_study import Study
 
 Rows = Mapping[Asked, Mapping[str, Any]]
@@ -51,12 +50,6 @@ class Aim(NamedTuple):
     tie: bool = False
     p: float = 0.0
     why: str = ""
-
-
-def interval_of(values: Float[np.ndarray, " draw"]) -> Interval:
-    """A number with its interval, from its values on the held-out subjects (first) and on draws of them."""
-    one = estimate(values[:, None])
-    return Interval(one.value, one.low, one.high)
 
 
 def aims_table(study: Study, rows: Rows, drawn: Drawn, compared: Sequence[Mapping[str, Any]]) -> IntervalTable:

@@ -12,9 +12,8 @@ from kmtr.evaluate.scores import MIN_KNOWN
 from kmtr.metrics import resample, weighted_pearson
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
-from kmtr.studies.aims import interval_of
 from kmtr.studies.contenders import title_of
-from kmtr.studies.task_measures import AREAS
+from kmtr.studies.task_measures import AREAS, interval_of
 from kmtr.studies.task_rows import FLOORS, Asked
 from kmtr.types import PHENOTYPES
 

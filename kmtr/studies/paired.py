@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,11 @@ from jaxtyping import Float
 
 from kmtr.evaluate.task_tables import DRAWS_PER_COMPARISON
 from kmtr.metrics import difference, holm
-from kmtr.studies.task_measures import MEASURES, replicates
+from kmtr.studies.task_measures import ALL, replicates
 from kmtr.studies.task_rows import Asked
 
 if TYPE_CHECKING:
     from kmtr.studies.task_study import Study
-
-ALL = "mean"
-"""Stands for the mean over R."""
-LEVEL = 0.05
-"""Level of p after Holm's correction, below which a mean over R counts as won."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +32,6 @@ class Pair:
     about: Mapping[str, Any]
     measure: str
     rows: Mapping[int, tuple[Asked, Asked]]
-
-
-def rows_of(rows: Iterable[Asked], name: str, measure: str) -> dict[int, Asked]:
-    """Seed -> row of a contender that learns the measure's task."""
-    return {one.seed: one for one in sorted(rows) if one.start == name and MEASURES[measure].task in one.tasks}
 
 
 class Drawn:

@@ -14,12 +14,23 @@ from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
 from kmtr.studies import pictures, system_figures
-from kmtr.studies.aims import aims_table, bound_table, interval_of
+from kmtr.studies.aims import aims_table, bound_table
 from kmtr.studies.contenders import contender, names_of, title_of
 from kmtr.studies.metric_tables import metric_tables
-from kmtr.studies.paired import ALL, LEVEL, Drawn, Pair, gains, rows_of
+from kmtr.studies.paired import Drawn, Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import FLOOR_SAID, MEAN, MEASURES, measures, replicates, targets_of
+from kmtr.studies.task_measures import (
+    ALL,
+    FLOOR_SAID,
+    LEVEL,
+    MEAN,
+    MEASURES,
+    interval_of,
+    measures,
+    replicates,
+    rows_of,
+    targets_of,
+)
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, Asked
 
 if TYPE_CHECKING:

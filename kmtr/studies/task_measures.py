@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,9 +29,14 @@ from kmtr.evaluate.task_tables import MEAN_DICE, scored, with_mean_dice, with_tr
 from kmtr.metrics import Estimate, estimate, resample, weighted_auroc, weighted_mean, weighted_r2
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX, masks_phenotypes
 from kmtr.metrics.resampling import Statistic
-from kmtr.studies.task_rows import Values
+from kmtr.report.intervals import Interval
+from kmtr.studies.task_rows import Asked, Values
 from kmtr.types import DISEASES, PHENOTYPES
 
+ALL = "mean"
+"""Stands for the mean over R."""
+LEVEL = 0.05
+"""Level of p after Holm's correction, below which a mean over R counts as won."""
 MASKS = "masks_"
 """Prefix of phenotypes that are measured on masks."""
 MASKS_LVEF = f"{MASKS}lvef_pct"
@@ -73,6 +78,17 @@ FLOOR_SAID = (
     "temporally shared image (masks), low-rank + sparse (images)."
 )
 """The first of `Measure.floor`."""
+
+
+def rows_of(rows: Iterable[Asked], name: str, measure: str) -> dict[int, Asked]:
+    """Seed -> row of a contender that learns the measure's task."""
+    return {one.seed: one for one in sorted(rows) if one.start == name and MEASURES[measure].task in one.tasks}
+
+
+def interval_of(values: Float[np.ndarray, " draw"]) -> Interval:
+    """A number with its interval, from its values on the held-out subjects (first) and on draws of them."""
+    one = estimate(values[:, None])
+    return Interval(one.value, one.low, one.high)
 
 
 def measures(config: RunConfig) -> list[str]:

@@ -12,9 +12,9 @@ from kmtr.evaluate.predictions import held_out_words
 from kmtr.report import figures
 from kmtr.report.html import Cell, Table
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
-from kmtr.studies.paired import ALL, Pair, gains
+from kmtr.studies.paired import Pair, gains
 from kmtr.studies.running import publish
-from kmtr.studies.task_measures import FLOOR_SAID, MEASURES, measures
+from kmtr.studies.task_measures import ALL, FLOOR_SAID, MEASURES, measures
 from kmtr.studies.task_rows import FLOORS, PRETRAINED, SCRATCH, Asked
 
 if TYPE_CHECKING:
