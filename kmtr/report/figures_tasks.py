@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -298,22 +300,36 @@ def wrapped(name: str, width: int = 20) -> str:
 
 
 def clouds(
-    panels: Mapping[str, Float[np.ndarray, "subject 3"]], groups: Mapping[str, Bool[np.ndarray, " subject"]], title: str
+    panels: Mapping[str, Float[np.ndarray, "subject 3"]],
+    groups: Mapping[str, Mapping[str, Bool[np.ndarray, " subject"]]],
+    title: str,
 ) -> Figure:
-    """Points in three dimensions, a panel per embedding and a colour per group; points of no group are left out."""
-    if not panels:
-        raise InputError("clouds: expected at least one embedding, got none")
-    figure = Figure(figsize=(4.4 * len(panels), 4.6), layout="constrained")
-    for number, (name, points) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(1, len(panels), number, projection="3d")
-        for colour, (group, inside) in zip(COLOURS * len(groups), groups.items(), strict=False):
-            axes.scatter(*points[inside].T, s=10, color=colour, alpha=0.75, linewidths=0, label=group)
-        axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
-        axes.tick_params(labelbottom=False, labelleft=False, labelright=False, labeltop=False)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=SMALL)
+    """Points in three dimensions, a column per embedding, a row per grouping and a colour per group, which are in
+    order; points of no group are left out.
+
+    Args:
+        groups: grouping -> group -> who is in it.
+    """
+    if not panels or not groups:
+        raise InputError("clouds: expected at least one embedding and one grouping, got none")
+    figure = Figure(figsize=(4.4 * len(panels), 0.4 + 3.9 * len(groups)), layout="constrained")
+    parts = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
+    for part, of in zip(parts, groups.values(), strict=True):
+        row = part.subplots(1, len(panels), squeeze=False, subplot_kw={"projection": "3d"})[0]
+        for axes, (name, points) in zip(row, panels.items(), strict=True):
+            for colour, (group, inside) in zip(ordered(len(of)), of.items(), strict=True):
+                axes.scatter(*points[inside].T, s=10, color=colour, alpha=0.75, linewidths=0, label=group)
+            axes.set_title(name, fontsize=NORMAL, color=INK, fontweight="bold")
+            axes.tick_params(labelbottom=False, labelleft=False, labelright=False, labeltop=False)
+        handles, names = row[0].get_legend_handles_labels()
+        part.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=SMALL)
     figure.suptitle(title, fontsize=LARGE, color=INK, x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def ordered(count: int) -> list[str]:
+    """So many colours in an order that the eye sees, dark to bright."""
+    return [to_hex(colormaps["viridis"](place)) for place in np.linspace(0.05, 0.9, count)]
 
 
 def image_panel(

@@ -19,7 +19,7 @@ from kmtr.studies.contenders import contender
 from kmtr.studies.shown import AFTER, BEFORE, CHOSEN_BY, EMBEDDING, WHITE, headline_of, key, middle
 from kmtr.studies.task_measures import MASKS
 from kmtr.studies.task_rows import FLOORS, Asked, Shown
-from kmtr.types import PHENOTYPES, VIEWS
+from kmtr.types import DISEASES, PHENOTYPES, VIEWS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 INTERACTIVE = "embedding.html"
 GROUPS = 3
 """Groups of the same size that a phenotype is cut into."""
+MOST_ROWS = 3
+"""Phenotypes in the picture; all are in the page."""
 
 Pictures = Mapping[str, tuple[str, "Figure"]]
 """Name of the file -> caption and figure."""
@@ -132,16 +134,18 @@ def images(study: Study, seen: Sequence[Look], who: Sequence[str], shown: Mappin
 
 
 def clouds(study: Study, shown: Mapping[str, Shown]) -> Pictures:
-    """t-SNE of k-MTR's embeddings before and after alignment, coloured by LVEF: the paper's figure 2."""
+    """t-SNE of k-MTR's embeddings before and after alignment, coloured by phenotypes: the paper's figure 2."""
     panels, groups = embeddings_of(shown), groups_of(study)
     if not panels or not groups:
         return {}
     caption = (
         f"t-SNE in three dimensions of k-MTR's embeddings of the held-out subjects at R = {headline_of(study.config)}, "
-        f"after {' and after '.join(panels)}, each by itself; colours: thirds of true LVEF. Turn it in {INTERACTIVE}. "
+        f"after {' and after '.join(panels)}, each by itself; colours: thirds of a true phenotype, a row "
+        f"each. Turn it, and choose among all phenotypes and diseases, in {INTERACTIVE}. "
         "Distances between groups of points mean little in t-SNE."
     )
-    return {"embedding.png": (caption, figures_tasks.clouds(panels, groups, "Embeddings"))}
+    few = dict([*groups.items()][:MOST_ROWS])
+    return {"embedding.png": (caption, figures_tasks.clouds(panels, few, "Embeddings"))}
 
 
 def embeddings_of(shown: Mapping[str, Shown]) -> dict[str, np.ndarray]:
@@ -151,16 +155,25 @@ def embeddings_of(shown: Mapping[str, Shown]) -> dict[str, np.ndarray]:
     return {name: points.astype(np.float32) for name, points in found.items()}
 
 
-def groups_of(study: Study) -> dict[str, Bool[np.ndarray, " subject"]]:
-    """Thirds of the held-out subjects by true LVEF, lowest first; empty: it is not known."""
-    truth = study.truth.values.get(CHOSEN_BY, np.full(len(study.truth.subjects), np.nan))
-    known = truth[np.isfinite(truth)]
-    if len(known) < GROUPS:
-        return {}
-    cuts = np.quantile(known, np.linspace(0, 1, GROUPS + 1))
-    place = np.where(np.isfinite(truth), np.searchsorted(cuts[1:-1], truth, side="right"), -1)
-    unit = PHENOTYPES[CHOSEN_BY]
-    return {f"LVEF {low:.1f} to {high:.1f} {unit}": place == i for i, (low, high) in enumerate(pairwise(cuts))}
+def groups_of(study: Study) -> dict[str, dict[str, Bool[np.ndarray, " subject"]]]:
+    """Target -> groups of held-out subjects -> who is in it: thirds by a true phenotype, lowest first, LVEF before the
+    others; a disease's without and with. Targets of the study that too few are known of are left out.
+    """
+    targets = [CHOSEN_BY, *(one for one in study.config.task.targets if one != CHOSEN_BY), *study.config.task.diseases]
+    found = {}
+    for target in (one for one in targets if one in study.truth.values):
+        truth, short = study.truth.values[target], target.split("_")[0].upper()
+        known = truth[np.isfinite(truth)]
+        if target in DISEASES and len(np.unique(known)) > 1:
+            found[target] = {f"no {target.replace('_', ' ')}": truth == 0, target.replace("_", " "): truth == 1}
+        elif target in PHENOTYPES and len(known) >= GROUPS:
+            cuts = np.quantile(known, np.linspace(0, 1, GROUPS + 1))
+            place = np.where(np.isfinite(truth), np.searchsorted(cuts[1:-1], truth, side="right"), -1)
+            unit = PHENOTYPES[target]
+            found[target] = {
+                f"{short} {low:.1f} to {high:.1f} {unit}": place == i for i, (low, high) in enumerate(pairwise(cuts))
+            }
+    return found
 
 
 def write_interactive(study: Study, rows: Mapping[Asked, object], folder: Path) -> Path | None:
@@ -175,14 +188,20 @@ def write_interactive(study: Study, rows: Mapping[Asked, object], folder: Path) 
     page = make_subplots(
         rows=1, cols=len(panels), specs=[[{"type": "scene"}] * len(panels)], subplot_titles=list(panels)
     )
-    for column, points in enumerate(panels.values(), 1):
-        for colour, (group, inside) in zip(figures_tasks.COLOURS, groups.items(), strict=False):
-            x, y, z = points[inside].T
-            marker = {"size": 3, "color": colour}
-            cloud = go.Scatter3d(
-                x=x, y=y, z=z, mode="markers", marker=marker, name=group, legendgroup=group, showlegend=column == 1
-            )
-            page.add_trace(cloud, row=1, col=column)
+    of_target: list[str] = []
+    for target, some in groups.items():
+        for column, points in enumerate(panels.values(), 1):
+            for colour, (group, inside) in zip(figures_tasks.ordered(len(some)), some.items(), strict=True):
+                x, y, z = points[inside].T
+                marker, shown = {"size": 3, "color": colour}, target == next(iter(groups))
+                same = {"name": group, "legendgroup": group, "showlegend": column == 1, "visible": shown}
+                page.add_trace(go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, **same), row=1, col=column)
+                of_target.append(target)
+    buttons = [
+        {"label": target, "method": "restyle", "args": [{"visible": [one == target for one in of_target]}]}
+        for target in groups
+    ]
+    page.update_layout(updatemenus=[{"buttons": buttons, "x": 0.0, "xanchor": "left", "y": 1.12}])
     page.update_layout(title="Embeddings of held-out subjects (t-SNE)", legend={"orientation": "h"})
     path = folder / INTERACTIVE
     page.write_html(path, include_plotlyjs=True)

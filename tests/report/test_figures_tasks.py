@@ -125,8 +125,10 @@ def test_each_system_has_its_error_below_its_image() -> None:
 
 def test_clouds_have_a_colour_for_each_group() -> None:
     points, low = np.arange(12.0).reshape(4, 3), np.array([True, False, True, False])
-    figure = figures_tasks.clouds({"before": points, "after": -points}, {"low": low, "high": ~low}, "Embeddings")
+    figure = figures_tasks.clouds(
+        {"before": points, "after": -points}, {"LVEF": {"low": low, "high": ~low}}, "Embeddings"
+    )
     assert [axes.get_title() for axes in figure.axes] == ["before", "after"]
     assert [len(cloud.get_offsets()) for cloud in figure.axes[0].collections] == [2, 2]
-    assert [text.get_text() for text in figure.legends[0].texts] == ["low", "high"]
+    assert [text.get_text() for text in figure.subfigs[0].legends[0].texts] == ["low", "high"]
     png(figure)

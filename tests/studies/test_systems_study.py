@@ -454,8 +454,12 @@ def test_what_a_row_shows_comes_back_and_a_damaged_file_is_named(made: Study, tm
 
 def test_thirds_of_lvef_hold_every_known_subject_once(made: Study) -> None:
     lvef = np.array([30.0, 40, 50, 55, 60, 65, np.nan])
-    known = replace(made, truth=replace(made.truth, subjects=tuple("abcdefg"), values={pictures.CHOSEN_BY: lvef}))
-    groups = system_figures.groups_of(known)
+    values = {pictures.CHOSEN_BY: lvef, "dcm": np.array([1.0, 0, 0, 0, 0, np.nan, 0]), "hcm": np.zeros(7)}
+    known = replace(made, truth=replace(made.truth, subjects=tuple("abcdefg"), values=values))
+    found = system_figures.groups_of(known)
+    assert list(found) == [pictures.CHOSEN_BY, "dcm"], "nobody has the other disease"
+    assert {group: inside.sum() for group, inside in found["dcm"].items()} == {"no dcm": 5, "dcm": 1}
+    groups = found[pictures.CHOSEN_BY]
     assert np.sum([*groups.values()], axis=0).tolist() == [1, 1, 1, 1, 1, 1, 0]
     assert [float(np.mean(lvef[inside])) for inside in groups.values()] == [35.0, 52.5, 62.5]
     assert next(iter(groups)) == "LVEF 30.0 to 46.7 %"
