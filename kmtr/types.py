@@ -179,8 +179,13 @@ class View:
         ):
             if array is not None and (array.shape != shape or array.dtype != dtype):
                 raise InputError(f"{name}: expected {np.dtype(dtype)} {shape}, got {array.dtype} {array.shape}")
-        if self.affine is not None and not (self.affine.shape == (4, 4) and np.isfinite(self.affine).all()):
-            raise InputError(f"affine: expected 4 x 4 finite numbers, got {self.affine.shape}")
+        if self.affine is not None and not (
+            self.affine.shape == (4, 4)
+            and np.isfinite(self.affine).all()
+            and np.array_equal(self.affine[3], (0, 0, 0, 1))
+            and np.linalg.det(self.affine)
+        ):
+            raise InputError("affine: expected 4 x 4 finite numbers that place voxels, the last row 0 0 0 1")
         drawn = range(1, len(SEGMENTATION_CLASSES))
         if self.contoured is not None and (
             list(self.contoured) != sorted(set(self.contoured)) or not set(self.contoured) <= set(drawn)

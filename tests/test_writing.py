@@ -151,7 +151,7 @@ def test_a_full_disk_stops_the_job_and_is_no_subject_s_fault(tmp_path: Path, mon
 def test_another_command_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
     in_order(writes(tmp_path, study), [0])
     other = writing.WriteShards(**vars(writes(tmp_path, study)) | {"source": "another"})
-    with pytest.raises(InputError, match="unfinished dataset of another command"):
+    with pytest.raises(InputError, match="unfinished dataset of another command or version"):
         writing.finished(other)
 
 

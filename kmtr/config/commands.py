@@ -93,7 +93,8 @@ class Predict(Section):
     )
     embeddings: bool = Field(False, description="a table of the system's vectors too")
     masks: bool = Field(
-        False, description="tables of masks and images too, and NIfTI files where the source tells the size of a pixel"
+        False,
+        description="tables of masks and images too, and NIfTI files that lie on the source",
     )
     batch: int = Field(16, gt=0, description="subjects at once")
     rows: int = Field(64, gt=0, description="subjects per part: what a killed command loses at most, for each worker")

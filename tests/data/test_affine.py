@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 from itertools import product
 
 import hearts
+import nibabel
 import numpy as np
 import pytest
 
 from kmtr.data.affine import flipped, resized
+from kmtr.evaluate.predict.dense import nifti
 from kmtr.physics.fourier import crop_or_pad, fft2c, ifft2c
+from kmtr.types import InputError, View
 
 SIZES = (12, 13, 16, 17)
 
@@ -51,3 +55,22 @@ def test_flips_turn_round_and_back() -> None:
         mirrored[axis] = count - 1 - voxel[axis]
         np.testing.assert_allclose(turned @ mirrored, affine @ voxel)
         np.testing.assert_allclose(flipped(turned, axis, count), affine, atol=1e-12)
+
+
+@pytest.mark.parametrize("shear", [0.0, 5.0])
+def test_a_file_of_a_sheared_image_has_no_qform(shear: float) -> None:
+    """Which could not say it, and would lie elsewhere."""
+    affine = hearts.affine()
+    affine[:3, 2] += np.tan(np.deg2rad(shear)) * 8.0 * hearts.DIRECTIONS[:, 0]
+    file = nibabel.Nifti1Image.from_bytes(
+        gzip.decompress(nifti(np.zeros((2, 3, 4, 5), np.uint8), (8.0, 1.0, 1.0), 0.0, affine))
+    )
+    np.testing.assert_allclose(file.affine, affine, atol=1e-4)
+    assert int(file.header["qform_code"]) == (0 if shear else 1)
+    assert int(file.header["sform_code"]) == 1
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4)), np.eye(3), np.eye(4).T + np.eye(4, k=-3), np.full((4, 4), np.nan)])
+def test_what_places_no_voxel_is_no_affine(wrong: np.ndarray) -> None:
+    with pytest.raises(InputError, match="affine: expected 4 x 4 finite numbers"):
+        View(np.ones((1, 1, 1, 2, 2), np.complex64), affine=wrong)

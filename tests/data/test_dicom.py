@@ -107,6 +107,18 @@ def test_slices_by_position_and_frames_by_trigger_time(tmp_path: Path) -> None:
     assert study.subject_id == pseudonym("P7", b"kmtr")
 
 
+@pytest.mark.parametrize(("millimetres", "kept"), [(0.0, True), (0.5, True), (20.0, False)])
+def test_slices_that_lie_on_no_line_have_no_place(tmp_path: Path, millimetres: float, kept: bool) -> None:
+    """One slice of three is planned anew, beside the others in its plane."""
+    datasets = stack()
+    for dataset in datasets[FRAMES : 2 * FRAMES]:
+        moved = np.array(dataset.ImagePositionPatient, float) + millimetres * SHORT[0]
+        dataset.ImagePositionPatient = [f"{v:.4f}" for v in moved]
+    study = read(write(tmp_path, datasets))
+    assert (study.views["sax"].affine is not None) == kept
+    assert any("slices are not on one line" in note for note in study.notes) != kept
+
+
 def test_nothing_that_identifies_is_kept(tmp_path: Path) -> None:
     study = read(write(tmp_path / "Jane", stack(Manufacturer="St. Mary's MRI of Jane Doe")))
     assert not any(word in repr(study).lower() for word in ("jane", "doe", "p7", "hospital", "mary", "1.2.3"))

@@ -185,6 +185,29 @@ def test_affines_that_nobody_wrote_or_believes_are_unknown(tmp_path: Path) -> No
     np.testing.assert_allclose(in_metres, affine, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("pixdim", "kept"), [((1.5, 1.25, 8.0), True), ((1.507, 1.256, 8.0), True), ((2.0, 2.0, 9.0), False)]
+)
+def test_affines_are_never_stretched_to_other_sizes(
+    tmp_path: Path, pixdim: tuple[float, float, float], kept: bool
+) -> None:
+    """Its origin would move with them; where another size is believed, none is kept."""
+    affine = affine_of("sax") if kept else affine_of("sax", spacing=(0.1, 0.1, 0.45))
+    affine[:3, 3] = 140.0, 150.0, 160.0
+    image = nibabel.Nifti1Image(cine(3, 0), affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["pixdim"][1:5] = (*pixdim, 0.03)
+    (tmp_path / "1").mkdir()
+    nibabel.save(image, tmp_path / "1" / "sa.nii")
+    found = read(tmp_path / "1" / "sa.nii").views["sax"]
+    assert found.spacing_mm == pytest.approx(pixdim[::-1], rel=1e-4)
+    if kept:
+        assert found.affine is not None
+        np.testing.assert_allclose(found.affine, affine, atol=1e-4)
+    else:
+        assert found.affine is None
+
+
 def test_a_class_that_a_source_never_draws_is_unknown() -> None:
     """Sunnybrook: no right ventricle at all, and no outer contour at end-systole."""
     classes = np.zeros((2, 4, 6, 6), np.uint8)

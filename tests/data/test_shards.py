@@ -409,5 +409,5 @@ def test_another_command_s_shards_are_not_gone_on_with(tmp_path: Path) -> None:
         found = shards.finished_shard(str(tmp_path), name, "one")
         assert found is not None
         assert found[1]["refused"] == (refused if name == "train-1" else [])
-        with pytest.raises(InputError, match=f"unfinished dataset of another command .shards/{name}."):
+        with pytest.raises(InputError, match=f"unfinished dataset of another command or version .shards/{name}."):
             shards.finished_shard(str(tmp_path), name, "two")

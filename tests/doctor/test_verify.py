@@ -26,7 +26,7 @@ from jobs import main
 from jobs import verify as job
 from kmtr.config import RunConfig, override
 from kmtr.config.recipes import tiny
-from kmtr.data.dataset import content, shards
+from kmtr.data.dataset import content, record, shards
 from kmtr.data.dataset.damage import damages
 from kmtr.data.dataset.manifest import digest_of, read_manifest
 from kmtr.data.dataset.reader import Dataset
@@ -299,6 +299,7 @@ def first(columns: dict[str, Any], **changes: Any) -> dict[str, Any]:
         (lambda c: first(c, kspace_sax=bytes(100)), "k-space is not of its shape: p-0"),
         (lambda c: first(c, segmentation_sax=bytes(100)), "the segmentation is not of the image's shape: p-0"),
         (lambda c: first(c, acquired_sax=bytes(3)), "the pattern is not of the k-space's shape: p-0"),
+        (lambda c: first(c, affine_sax=[1.0, 0.0]), "the affine is not of 3 x 4 finite numbers: p-0"),
         (lambda c: first(c, lvef_pct=None), "counts: lvef_pct: 1 subjects have it, the manifest says 2"),
         (lambda c: first(c, shape_sax=[3, 1, 4, 8, 32]), "counts: shards/train-00000.parquet: rows or shapes are not"),
         (
@@ -500,3 +501,21 @@ def test_frames_without_a_central_line_are_counted_and_no_doubt(tmp_path: Path) 
     inspected = verify.contents(dataset)
     assert sum(shard.centreless for _, shard in inspected) == 2
     assert not content.judge(inspected, dataset.manifests).doubtful
+
+
+@pytest.mark.parametrize(
+    ("version", "gone", "found"),
+    [
+        (4, "affine_", 4),
+        (3, "affine_", 0),
+        (3, "contoured_", 4),
+        (2, "contoured_", 0),
+        (2, "spacing_mm_", 4),
+        (1, "gcs_pct", 0),
+    ],
+)
+def test_shards_of_an_earlier_version_lack_what_came_later_alone(version: int, gone: str, found: int) -> None:
+    whole = record.schema("float32")
+    metadata = whole.metadata | {b"kmtr.schema_version": str(version).encode()}
+    some = pa.schema([field for field in whole if not field.name.startswith(gone)], metadata=metadata)
+    assert len([line for line in content.schema_errors(some) if line.startswith(f"no column {gone}")]) == found

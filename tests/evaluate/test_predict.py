@@ -245,6 +245,7 @@ def test_dense_outputs_are_tables_and_nifti_files(
         "by_heads": 0,
         "dense": 4 * 2 * 2,
         "unplaced": 2 * 2 * 2,  # one subject without geometry: views, R, outputs
+        "nowhere": 3 * 2 * 2 * 2,
         "resized": 0,
     }
     table = pq.read_table(out / "masks" / "part-00000.parquet")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kmtr.data.dataset import SCHEMA_VERSION, record, storage
+from kmtr.data.dataset import record, storage
 from kmtr.data.dataset.manifest import DamagedShard, Manifest, Shard
 from kmtr.data.dataset.tables import PLAUSIBLE
 from kmtr.physics import centre
@@ -131,7 +131,7 @@ def inspect(root: str, shard: Shard, subject_shapes: Sequence[dict[str, list[int
     try:
         with store.open_input_file(f"{base}/{shard.name}") as source:
             file = pq.ParquetFile(source, pre_buffer=False)
-            for line in _schema(file.schema_arrow):
+            for line in schema_errors(file.schema_arrow):
                 findings.wrong.setdefault("schema", []).append(f"{shard.name}: {line}")
             for group in range(file.num_row_groups):
                 table = record.current(file.read_row_group(group, use_threads=False))
@@ -240,15 +240,15 @@ def label_table(contents: Iterable[Contents]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- one subject
 
 
-def _schema(found: pa.Schema) -> Iterator[str]:
+def schema_errors(found: pa.Schema) -> Iterator[str]:
     """Columns that are not what the schema says; those of earlier versions may lack what came later."""
     metadata = found.metadata or {}
     wanted = record.schema(metadata.get(b"kmtr.dtype", b"").decode())
-    later = int(metadata.get(b"kmtr.schema_version", b"0")) < SCHEMA_VERSION
+    version = int(metadata.get(b"kmtr.schema_version", b"0"))
     for column in wanted:
         place = found.get_field_index(column.name)
         if place < 0:
-            if not later:
+            if record.added(column.name) <= version:
                 yield f"no column {column.name}"
         elif found.field(place).type != column.type:
             yield f"column {column.name}: expected {column.type}, got {found.field(place).type}"
@@ -287,11 +287,19 @@ def _views(table: pa.Table, row: int, who: str, findings: Findings) -> tuple[flo
         if spacing is not None and not all(a <= s <= b for s, (a, b) in zip(spacing, limits, strict=True)):
             kind = "spacing that no scan has"
             findings.doubtful.setdefault(kind, []).append(f"{what}: {spacing}")
+        affine = _affine(table, view, row)
+        if affine is not None and not (len(affine) == 12 and np.isfinite(affine).all()):
+            findings.wrong.setdefault("the affine is not of 3 x 4 finite numbers", []).append(what)
         time = table.column(f"frame_time_s_{view}")[row].as_py()
         longest = max(FRAME_TIME_S[1], HEARTBEAT_S / frames)
         if time is not None and not FRAME_TIME_S[0] <= time <= longest:
             findings.doubtful.setdefault(f"frame time outside of {FRAME_TIME_S} s", []).append(f"{what}: {time:.3g}")
     return worst, centreless, digest.hexdigest()
+
+
+def _affine(table: pa.Table, view: str, row: int) -> list[float] | None:
+    name = f"affine_{view}"
+    return table.column(name)[row].as_py() if name in table.column_names else None
 
 
 def _energy(stored: np.ndarray, what: str, findings: Findings) -> float | None:

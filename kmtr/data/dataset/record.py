@@ -42,6 +42,11 @@ def schema(dtype: str) -> pa.Schema:
     return pa.schema(fields, metadata={"kmtr.schema_version": str(SCHEMA_VERSION), "kmtr.dtype": dtype})
 
 
+def added(column: str) -> int:
+    """Version of the schema from which on a column must be there."""
+    return 4 if column.startswith("affine_") else 3 if column.startswith("contoured_") or column in LABELS else 1
+
+
 def current(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
     """A table of an earlier schema version with the columns that this one added, empty.
 
@@ -49,12 +54,13 @@ def current(table: pa.Table, columns: Sequence[str] | None = None) -> pa.Table:
         columns: those that were asked for; None: all.
     """
     metadata = table.schema.metadata or {}
-    if metadata.get(b"kmtr.schema_version") == str(SCHEMA_VERSION).encode():
+    version = int(metadata.get(b"kmtr.schema_version", b"0"))
+    if version == SCHEMA_VERSION:
         return table
     wanted = schema(metadata.get(b"kmtr.dtype", b"").decode())
     for column in wanted:
-        added = column.name in LABELS or column.name.startswith(("contoured_", "affine_"))
-        if added and column.name not in table.column_names and (columns is None or column.name in columns):
+        lacks = added(column.name) > version and column.name not in table.column_names
+        if lacks and (columns is None or column.name in columns):
             table = table.append_column(column, pa.nulls(len(table), column.type))
     ours = [name for name in wanted.names if name in table.column_names]
     table = table.select([*ours, *(name for name in table.column_names if name not in ours)])

@@ -176,7 +176,8 @@ def finished_shard(root: str, name: str, made: str = "") -> tuple[Shard, dict[st
     shard = shard_of(summary.pop("shard") | {"index": hashlib.sha256(content).hexdigest()})
     if made and summary.get("made") != made:
         raise InputError(
-            f"data.root: {storage.shown(root)} holds the unfinished dataset of another command (shards/{name}); choose "
+            f"data.root: {storage.shown(root)} holds the unfinished dataset of another command or "
+            f"version (shards/{name}); choose "
             "another folder, or remove that one"
         )
     return (shard, summary) if not shard.rows or storage.exists(store, f"{base}/{shard.name}") else None

@@ -10,7 +10,7 @@ simulated hearts lie too, but for their slices, which go from apex to base:
     lax_3ch   y from apex to base, x from the inferolateral wall to the anterior septum
 
 An axis-aligned affine has lost the orientation: the array is taken as stored, (x, y, z) = dimensions 1, 2, 3, slices in
-stored order.
+stored order. `View.affine` keeps it all the same, so that masks lie on their source.
 
 Contours. `View.contoured` are the classes that occur anywhere in the view's contours, so a class that a source doesn't
 draw, as Sunnybrook the right ventricle, counts as unknown and not as background. A frame without any contour is
@@ -32,7 +32,7 @@ import numpy as np
 from kmtr.data.affine import flipped, resized
 from kmtr.data.sources import Options, anatomy
 from kmtr.data.sources.anatomy import LV_CAVITY, LV_MYOCARDIUM, RV
-from kmtr.data.sources.geometry import AGREE
+from kmtr.data.sources.geometry import AGREE, SCALES
 from kmtr.physics.fourier import crop_or_pad
 from kmtr.simulation.acquisition import acquire
 from kmtr.types import MYOCARDIAL_DENSITY_G_ML, SEGMENTATION_CLASSES, UNLABELLED, VIEWS, InputError, Study, View
@@ -144,15 +144,15 @@ def _turned(
     Args:
         shape: stored, ``x y z t``.
         order, flips: `orientation`.
-        zooms: along the stored axes in mm: an affine in other units is scaled to them.
+        zooms: along the stored axes in mm: an affine in another unit is converted, and nothing else changes it.
     """
     columns = np.linalg.norm(affine[:3, :3], axis=0)
-    if not columns.all() or not np.isfinite(affine).all():
+    if not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
         return None
-    scales = np.divide(zooms, columns)
-    if np.ptp(scales) > AGREE * scales.max():
+    unit = next((unit for unit in SCALES.values() if np.allclose(columns * unit, zooms, rtol=AGREE)), None)
+    if unit is None:
         return None
-    found = np.diag((scales[0],) * 3 + (1.0,)) @ affine
+    found = np.diag((unit, unit, unit, 1.0)) @ affine
     for axis, flip in zip(order, flips, strict=True):
         found = flipped(found, axis, shape[axis]) if flip else found
     z, y, x = order

@@ -56,6 +56,9 @@ MR_IMAGES = ("1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1")
 GREY = ("MONOCHROME2", "MONOCHROME1")
 """Photometric interpretations of magnitudes; a palette has colours."""
 
+CROOKED_MM = 1.0
+"""Distance of a slice from where the first and the last have it, beyond which no affine tells its place."""
+_CROOKED = "slices are not on one line: their place in the scanner is not kept"
 MOST_FRAMES = 10_000
 """Frames of one subject at most."""
 
@@ -374,13 +377,31 @@ def _cine(stack: series.Stack, view: str, contours: list[Path], where: str, opti
     affine = np.eye(4)
     affine[:3, :3] = np.stack([first.axes[0] * by_column, first.axes[1] * by_row, step], 1)
     affine[:3, 3] = first.position
-    affine[:2] *= -1  # left, posterior -> right, anterior
     zooms = None if between_mm is None else (by_column, by_row, between_mm)
     triggers = [frame.times[0] for frame in slices[0]]
     frame_time_s = plausible_frame_time(float(np.ptp(triggers)) / max(counts[0] - 1, 1) / 1000)
+    placed = _on_one_line(slices, affine)
+    affine[:2] *= -1  # left, posterior -> right, anterior
     x_y_z_t = (3, 2, 0, 1)
     classes = None if classes is None else classes.transpose(x_y_z_t)
-    return oriented(stored.transpose(x_y_z_t), classes, affine, view, zooms, frame_time_s)
+    cine = oriented(stored.transpose(x_y_z_t), classes, affine, view, zooms, frame_time_s, placed=placed)
+    return cine if placed else replace(cine, notes=(*cine.notes, _CROOKED))
+
+
+def _on_one_line(slices: list[list[series.Frame]], affine: np.ndarray) -> bool:
+    """True if each slice's corners lie where the affine has them, to a millimetre.
+
+    Args:
+        affine: voxel (x, y, slice) -> left, posterior, superior.
+    """
+    for z, (first, *_) in enumerate(slices):
+        rows, columns = first.shape
+        by_row, by_column = first.spacing_mm
+        for x, y in ((0, 0), (columns - 1, 0), (0, rows - 1)):
+            place = first.position + first.axes[0] * by_column * x + first.axes[1] * by_row * y
+            if np.abs(affine[:3] @ (x, y, z, 1) - place).max() > CROOKED_MM:
+                return False
+    return True
 
 
 def _step(slices: list[list[series.Frame]], view: str, where: str) -> tuple[np.ndarray, float | None]:

@@ -28,7 +28,7 @@ from kmtr.train.room import refuse_missing_gpu, uses_gpus
 from kmtr.types import InputError, KmtrError
 
 BEGUN = "predict.json"
-FORMAT = 1
+FORMAT = 2
 """Format of `BEGUN` and of the marks; an output of another one is refused."""
 _DECIDE = ("split", "accelerations", "batch", "embeddings", "masks", "rows")
 """Settings that decide what is written."""
@@ -201,6 +201,11 @@ def finish(job: Job, done: Sequence[Done]) -> dict[str, Any]:
         print(f"predict: note: {resized} subjects have pixels of another size than the model was trained on")
     if by_heads := sum(one.by_heads for one in done):
         print(f"predict: note: of {by_heads} subjects {UNMEASURED}: the model's heads answer all of them")
+    if nowhere := sum(one.nowhere for one in done):
+        print(
+            f"predict: note: {nowhere} NIfTI files have no place in the scanner: the source does not tell it, or "
+            "it was ingested by an earlier version"
+        )
     if unplaced := sum(one.unplaced for one in done):
         print(f"predict: note: no NIfTI file of {unplaced} views, the size of whose pixels the source does not tell")
     if job.masks and not any(one.dense for one in done):

@@ -23,6 +23,8 @@ from kmtr.data.sources import optional
 from kmtr.types import UNLABELLED
 
 NIFTI = "nifti"
+UPRIGHT = 1e-3
+"""Largest cosine between axes that a qform, which knows no shears, may stand for."""
 _SAFE = re.compile(r"\w[\w-]{0,99}")
 
 
@@ -39,11 +41,12 @@ class Tables:
     Attributes:
         written: arrays.
         unplaced: views of subjects without a NIfTI file, since the size of a pixel is not known.
+        nowhere: NIfTI files without a place in the scanner, since the dataset does not know it.
     """
 
     def __init__(self, out: str, number: int, data: Data, files: ExitStack):
         self.out, self.number, self.data, self.files = out, number, data, files
-        self.written = self.unplaced = 0
+        self.written = self.unplaced = self.nowhere = 0
         self._writers: dict[str, pq.ParquetWriter] = {}
 
     def add(
@@ -102,7 +105,9 @@ class Tables:
             every = _on_all_slices(array[slots][:, :frames], stored["shape"][0])
             spacing = chosen_spacing_mm(stored, self.data, len(every))
             frame_time_s = (stored["frame_time_s"] or 0.0) * stored["shape"][2] / frames
-            yield view, nifti(every, spacing, frame_time_s, grid_affine(stored, self.data))
+            affine = grid_affine(stored, self.data)
+            self.nowhere += affine is None
+            yield view, nifti(every, spacing, frame_time_s, affine)
 
     def _put(self, name: str, content: bytes) -> None:
         with storage.writing(self.out, name) as sink:
@@ -132,7 +137,8 @@ def nifti(
     Args:
         spacing_mm: between slices, height and width of a pixel.
         frame_time_s: 0: unknown.
-        affine: as `View.affine`; None: unknown, and the file says so (codes of qform and sform 0).
+        affine: as `View.affine`; None: unknown, and the file says so (codes of qform and sform 0). One that shears is
+            the sform alone.
         still: the only frame, without an axis of its own.
 
     Raises:
@@ -146,7 +152,9 @@ def nifti(
     image.header.set_xyzt_units("mm", "sec")
     if affine is not None:
         image.set_sform(affine, "scanner")
-        image.set_qform(affine, "scanner")
+        directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        if np.allclose(directions.T @ directions, np.eye(3), atol=UPRIGHT):
+            image.set_qform(affine, "scanner")
     return gzip.compress(image.to_bytes(), 6, mtime=0)
 
 

@@ -97,6 +97,7 @@ class Done:
         by_heads: subjects for whom heads answer what the model knows better by the areas of its masks.
         dense: arrays written, of masks and images.
         unplaced: views without NIfTI files, since the size of a pixel is not known.
+        nowhere: NIfTI files without a place in the scanner.
         resized: subjects whose pixels have another size than those of training.
     """
 
@@ -106,6 +107,7 @@ class Done:
     by_heads: int = 0
     dense: int = 0
     unplaced: int = 0
+    nowhere: int = 0
     resized: int = 0
 
 
@@ -200,7 +202,7 @@ class PartWriter:
             sum(int(np.any([getattr(said, what) for said in one.said.values()], axis=0).sum()) for one in kept)
             for what in ("outside", "resized")
         )
-        done = Done(len(names), refused, outside, by_heads, tables.written, tables.unplaced, resized)
+        done = Done(len(names), refused, outside, by_heads, tables.written, tables.unplaced, tables.nowhere, resized)
         self._put(f"{MARKS}/{number:05d}.json", json.dumps(asdict(done), indent=1).encode())
         return done
 
