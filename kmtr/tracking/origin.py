@@ -61,13 +61,18 @@ def main() -> None:
     sys.stdout.write(json.dumps({"env_vars": given | environment()}))
 
 
+CODE = (":/*.py", ":/pyproject.toml")
+"""What decides numbers: a study that adds rows to a file of the checkout has not changed it, nor has a page."""
+
+
 def _commit() -> tuple[str, str]:
     """Commit of this code, and whether it was changed since, ``true`` or ``false``; empty: not known."""
     here = Path(__file__)
     if _git(here.parent, "ls-files", "--error-unmatch", here.name):  # else: installed inside somebody else's repository
         commit = _git(here.parent, "rev-parse", "HEAD")
         if commit:
-            return commit, str(bool(_git(here.parent, "status", "--porcelain", "--untracked-files=no"))).lower()
+            changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no", "--", *CODE)
+            return commit, str(bool(changed)).lower()
     return os.environ.get(COMMIT, ""), os.environ.get(CHANGED, "")
 
 
