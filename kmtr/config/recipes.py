@@ -45,7 +45,11 @@ def tiny() -> RunConfig:
 
 
 def base() -> RunConfig:
-    """``python jobs/pretrain.py base data.root=...``: 92 M parameters, one GPU; cost and metric not measured yet."""
+    """``python jobs/pretrain.py base data.root=...``: 92 M parameters, one GPU; cost and metric not measured yet.
+
+    The mask ratio of ViTa (.7) and the paper's image encoder as teacher; `tiny` does better with .5 and components
+    (RESULTS.md of studies), which nobody has tried at this size.
+    """
     return RunConfig(
         recipe="base",
         data=Data(root="runs/base"),
