@@ -81,7 +81,7 @@ def aims_table(study: Study, rows: Rows, drawn: Drawn, compared: Sequence[Mappin
 
 
 def verdict(aim: Aim) -> str:
-    """Whether an aim is met, in words."""
+    """Words that say if an aim is met."""
     if aim.number is None:
         return aim.why
     value, low, high = aim.number

@@ -48,7 +48,7 @@ def metric_tables(study: Study, rows: Rows) -> list[IntervalTable]:
 
 
 def told(rows: Rows, targets: Sequence[str], diseases: Sequence[str]) -> list[IntervalTable]:
-    """Of the metrics that rows hold."""
+    """Tables of the metrics that rows hold."""
     hd95, missed, spurious = np.split(np.array(DISTANCES), 3)
     kinds = (
         _Kind("phenotypes-mae", "Mean absolute error of phenotypes, each in its unit", "mae", targets, 2),

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 CODE = (":/*.py", ":/pyproject.toml")
-"""What decides numbers: a study that adds rows to a file of the checkout has not changed it, nor has a page."""
+"""Files that decide numbers: a study that adds rows to a file of the checkout has not changed it, nor has a page."""
 
 
 def _commit() -> tuple[str, str]:
