@@ -26,7 +26,8 @@ endif
 setup: .venv/.installed
 
 # torch goes first and alone, so that its pin decides before another package's looser requirement does. Bytecode is
-# compiled at the end, as pip would, but on all cores; packages hold some files that are no Python, which fail.
+# compiled at the end, as pip would, but on all cores; packages hold some files that are no Python, which fail. nnU-Net's
+# layers, which a test compares with, need torch alone; what else their package asks for would replace that.
 .venv/.installed:
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) not found: make setup PYTHON=..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -36,6 +37,8 @@ setup: .venv/.installed
 	@$(PIP) --no-compile "$(TORCH)"
 	@echo "setup: 2 of 3, kmtr and all it needs"
 	@$(PIP) --no-compile --editable '.[dev]'
+	@$(PIP) --no-compile --no-deps 'dynamic-network-architectures>=0.4,<0.5' || \
+		echo "setup: dynamic-network-architectures is left out; the test of nnU-Net's layers will be skipped" >&2
 	@echo "setup: 3 of 3, bytecode"
 	@$(PY) -m compileall -qq -j 0 .venv/lib || true
 	@echo "$(PINS)" > $@

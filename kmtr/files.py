@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -35,6 +36,19 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a local file, the whole of it or nothing, as `replacing` does; text as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Inside, no other process or thread is in such a block of the same folder; waits for one that is. For changes that
+    take moments; a dead process leaves nothing behind. (What a process owns for long: `kmtr.owner`.)
+    """
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _sync(path: Path) -> None:

@@ -154,6 +154,8 @@ def fit(config: RunConfig, reader: Reader, rows: Sequence[int], batches: Iterabl
     if len(images) >= MIN_CONTOURED:
         rows_of = np.concatenate(images[:most]), np.concatenate(masks[:most])
         found[MASK_RIDGE] = MaskRidge(*rows_of, config.data.matrix)
+        if len(images) >= most < len(rows):
+            log.warning("masks: the linear map is fitted on %d of %d training subjects, for memory", most, len(rows))
     elif contoured:
         log.warning(
             "masks: no linear map among the floors: %d training subjects are contoured in all slices at both extremes",

@@ -57,8 +57,8 @@ def low_rank_sparse(
         after, ahead = both - _combined(_image(wrong), maps), (1 + math.sqrt(1 + 4 * momentum**2)) / 2
         m = after + (momentum - 1) / ahead * (after - before)
         before, momentum = after, ahead
-    found = torch.where(mask, acquired, _kspace(before[:, :, None] * maps))
-    return _back(torch.fft.fftshift(found, -2))
+    found = _back(torch.fft.fftshift(_kspace(before[:, :, None] * maps), -2))
+    return torch.where(sampled[:, :, None, :, :, None], kspace, found)
 
 
 def _hybrid(kspace: Tensor) -> Hybrid:

@@ -139,12 +139,14 @@ def _of_bounds(study: Study, rows: Rows, drawn: Drawn, measure: str) -> Iterator
     if measure not in SHARED_MEASURES or BOUND_R not in rs or not rows_of(rows, PRETRAINED, measure):
         return
     at, said = rs.index(BOUND_R), f"{OF_BOUND:.0%} of the strongest bound"
-    found = [(b[at, 0], name, m[at], b[at]) for name, told, m, b in shares(study, rows, drawn, measure) if told]
+    found = [(b[at, 0], name, told, m[at], b[at]) for name, told, m, b in shares(study, rows, drawn, measure)]
     if not found:
-        yield Aim(said, measure, str(BOUND_R), None, OF_BOUND, why="open: no bound that converged")
+        yield Aim(said, measure, str(BOUND_R), None, OF_BOUND, why="open: no row of a bound")
         return
-    _, name, mean, bound = max(found, key=lambda one: one[0])
-    yield Aim(f"{said}: {title_of(name)}", measure, str(BOUND_R), _share(mean, bound), OF_BOUND, why="bound below 0")
+    # Not the strongest of those that converged: a share of a weaker one may be above 100 %.
+    _, name, converged, mean, bound = max(found, key=lambda one: one[0])
+    share, why = (_share(mean, bound), "bound below 0") if converged else (None, "open: it has not converged")
+    yield Aim(f"{said}: {title_of(name)}", measure, str(BOUND_R), share, OF_BOUND, why=why)
 
 
 def _of_itself(study: Study, rows: Rows, drawn: Drawn, measure: str) -> Iterator[Aim]:

@@ -117,7 +117,7 @@ CONTENDERS: dict[str, Contender] = {
         {"task.system": "kmae"},
         ("phenotypes", "diseases"),
         once=True,
-        style=(1, ":"),
+        style=(1, "--"),
     ),
     "image-full": Contender(
         "image encoder, full image (bound)",

@@ -44,6 +44,8 @@ LOOK_S = 5.0
 """Seconds after which an idle hand looks again whether a row can be made."""
 ROOM_S = 30.0
 """Seconds after which it is said that the cluster has no room for a hand yet."""
+MOST_FAILED = 2
+"""Rows whose failures leave the others going on; more are no accident, and end the study."""
 STOPPED = "study: stopped; the same command goes on, each row from its last checkpoint"
 
 Done = Mapping["Asked", Mapping[str, Any]]
@@ -164,13 +166,15 @@ def _reserved(config: RunConfig) -> tuple[room.Resources, float]:
 def side_by_side(
     study: Study, rows: Sequence[Asked], make: Make, needs: Callable[[Asked], Needs]
 ) -> Iterator[Finished]:
-    """Rows as they are made, in the order in which they end.
+    """Rows as they are made, in the order in which they end. One that fails is said; the others go on, but for those
+    that need it.
 
     Args:
         needs: of a row, asked anew each time that one has ended.
 
     Raises:
-        KmtrError: of the first row that failed, or a hand was lost too often; the others are ended.
+        KmtrError: of the first row that failed, once the others are made or more than `MOST_FAILED` have failed; or a
+            hand was lost too often.
         StoppedError: the command was asked to stop.
     """
     start_ray()
@@ -183,6 +187,7 @@ def side_by_side(
     kind = ray.remote(num_cpus=one["CPU"], num_gpus=one.get("GPU", 0))(Hand)
     waiting, lost = list(rows), 0
     running: dict[Any, tuple[Asked, Any]] = {}
+    failed: list[Exception] = []
     print(f"study: {len(rows)} row(s), {number} at once; the cluster has {described()}", flush=True)
     with Display(progress, len(rows)) as display:
         hands = [kind.remote(study, place, threads, progress) for place in range(number)]
@@ -207,17 +212,15 @@ def side_by_side(
                 try:
                     yield ray.get(ended)
                 except RayTaskError as error:
-                    if running:
-                        display.line(f"[{asked.title}] failed; the rows under way are saved, and go on next time")
+                    failed.append(_failure(error))
+                    if len(failed) > MOST_FAILED:
+                        display.line(f"[{asked.title}] failed: {_words(failed[-1])}; the rows under way are saved")
                         display.stop()
-                    raise error.cause if isinstance(error.cause, KmtrError) else error from None
+                        break
+                    waiting = _but_left_out(asked, failed[-1], waiting, needs, display)
                 except (RayActorError, OutOfMemoryError) as error:
                     lost += 1
-                    why = "was killed, since its node had no memory left" if no_memory(error) else "is gone"
-                    if display.stopping:
-                        raise StoppedError(STOPPED) from None
-                    _refuse_more(study, lost, why)
-                    display.line(f"[{asked.title}] lost: its process {why}; it goes on from its last checkpoint")
+                    _tell_lost(study, asked, lost, error, display)
                     waiting.insert(0, asked)
                     hand = kind.remote(study, number + lost, threads, progress)
                     hands.append(hand)
@@ -231,14 +234,51 @@ def side_by_side(
                 ray.wait(list(running), num_returns=len(running), timeout=STOP_S)
             for hand in hands:
                 ray.kill(hand)
+    if failed:
+        raise failed[0]
 
 
-def _refuse_more(study: Study, lost: int, why: str) -> None:
-    """End a study that has lost too many hands."""
+def left_out(failed: Sequence[Asked], waiting: Sequence[Asked], needs: Callable[[Asked], Needs]) -> list[Asked]:
+    """The waiting rows that need one that failed, or one that is left out, in their order."""
+    found = list(failed)
+    while more := [one for one in waiting if one not in found and needs(one).after & {*found}]:
+        found += more
+    return [one for one in waiting if one in found]
+
+
+def _but_left_out(
+    asked: Asked, error: Exception, waiting: Sequence[Asked], needs: Callable[[Asked], Needs], display: Display
+) -> list[Asked]:
+    """The rows that still wait when one has failed, with lines about that one and those that need it."""
+    display.line(f"[{asked.title}] failed, and is left out: {_words(error)}")
+    without = left_out([asked], waiting, needs)
+    for other in without:
+        display.line(f"[{other.title}] is left out: it needs the row that failed")
+    return [one for one in waiting if one not in without]
+
+
+def _failure(error: Any) -> Exception:
+    """The error of a row that failed, as it was raised; one that was told to stop has not."""
+    if isinstance(error.cause, StoppedError):
+        raise error.cause from None
+    return error.cause if isinstance(error.cause, KmtrError) else error
+
+
+def _words(error: Exception) -> str:
+    """A failure in one line: what is told to a user, or the last line of a traceback."""
+    return str(error).strip().split("\n")[-1]
+
+
+def _tell_lost(study: Study, asked: Asked, lost: int, error: Exception, display: Display) -> None:
+    """A line about a hand that is gone; ends a study that is asked to stop, or has lost too many."""
+    if display.stopping:
+        raise StoppedError(STOPPED) from None
+    why = "was killed, since its node had no memory left" if no_memory(error) else "is gone"
     if lost > (most := study.config.train.max_failures):
         raise KmtrError(
             f"study: the process of a row {why}; {lost} were lost, expected at most train.max_failures={most}"
         ) from None
+    display.line(f"[{asked.title}] lost: its process {why}; it goes on from its last checkpoint")
 
 
 def _ended(running: Mapping[Any, Any], coming: dict[Any, Any], idle: list[Any], waiting: Sequence[Asked]) -> Any | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kmtr.evaluate.probes import readers_of
 from kmtr.evaluate.scores import MIN_KNOWN
-from kmtr.metrics import resample, weighted_pearson
+from kmtr.metrics import resample, weighted_auroc, weighted_pearson
 from kmtr.metrics.dense import DICE, DISTANCES, IMAGES, IN_BOX
 from kmtr.report.intervals import Column, Interval, IntervalTable, Value
+from kmtr.simulation.labels import RISK, risk
+from kmtr.simulation.phantom import SOURCE
 from kmtr.studies.contenders import title_of
 from kmtr.studies.task_measures import AREAS, interval_of
 from kmtr.studies.task_rows import FLOORS, Asked
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from kmtr.studies.task_study import Study
 
 Rows = Mapping[Asked, Mapping[str, Any]]
+AUROC, OF_RISK = "diseases-auroc", "the risk that diseases were drawn by"
 BY = (", areas of masks", ", masks")
 """Parts of a system's name that say by what it answers, where not by a head."""
 
@@ -44,7 +49,28 @@ def metric_tables(study: Study, rows: Rows) -> list[IntervalTable]:
     """
     config = study.config
     tables = [*told(rows, config.task.targets, config.task.diseases), correlations(study, rows)]
+    drawn = risks(study)
+    if any(drawn.values()):
+        line = (OF_RISK, "any", *(drawn.get(disease) for disease in config.task.diseases))
+        tables = [replace(one, rows=(*one.rows, line)) if one.name == AUROC else one for one in tables]
     return [table for table in tables if table.rows]
+
+
+def risks(study: Study) -> dict[str, Interval]:
+    """AUROC of the simulation's own risk of each disease (`simulation.labels.risk`), which a system can beat by chance
+    alone; nothing where held-out subjects come from elsewhere.
+    """
+    meta = readers_of(study.dataset, study.config, "study")["test"].samples(study.rows.places).meta
+    if {*meta.column("source").to_pylist()} != {SOURCE}:
+        return {}
+    found = {}
+    for disease in (one for one in study.config.task.diseases if one in study.truth.values and one in RISK):
+        needed = ("male", *RISK[disease][1])
+        known = zip(*(meta.column(label).to_pylist() for label in needed), strict=True)
+        said = np.array([risk(disease, dict(zip(needed, one, strict=True))) for one in known])
+        area = partial(weighted_auroc, study.truth.values[disease], said)
+        found[disease] = interval_of(resample([area], len(said), study.config.evaluate.bootstrap)[:, 0])
+    return found
 
 
 def told(rows: Rows, targets: Sequence[str], diseases: Sequence[str]) -> list[IntervalTable]:
@@ -53,7 +79,7 @@ def told(rows: Rows, targets: Sequence[str], diseases: Sequence[str]) -> list[In
     kinds = (
         _Kind("phenotypes-mae", "Mean absolute error of phenotypes, each in its unit", "mae", targets, 2),
         _Kind("phenotypes-r2", "R2 of phenotypes", "r2", targets),
-        _Kind("diseases-auroc", "AUROC of diseases", "auroc", diseases),
+        _Kind(AUROC, "AUROC of diseases", "auroc", diseases),
         _Kind(
             *("diseases-precision", "Average precision of diseases", "average_precision", diseases),
             note="That of the mean is the prevalence.",

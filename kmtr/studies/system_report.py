@@ -187,11 +187,21 @@ def cost_table(rows: Rows) -> Table:
             continue
         means = [_mean([row.get(key) for row in some]) for key in ("steps", "training_s", "pretraining_s", "best_step")]
         converged = "" if "converged" not in some[0] else "yes" if all(row["converged"] for row in some) else "no"
-        where = ", ".join(sorted({row["device"] for row in some}))
-        cells.append((title_of(name), len(some), some[0]["parameters"], *means, converged, where))
-    names = ("system", "seeds", "weights", "steps", "training (s)", "pretraining (s)", "best step", "converged")
+        where, clocks = (", ".join(sorted({row[key] for row in some if key in row})) for key in ("device", "clock"))
+        cells.append((title_of(name), len(some), some[0]["parameters"], *means, clocks, converged, where))
+    names = (
+        "system",
+        "seeds",
+        "weights",
+        "steps",
+        "training (s)",
+        "pretraining (s)",
+        "best step",
+        "clock",
+        "converged",
+    )
     return Table(
-        "Cost of a row: seconds of its steps (on CPUs of the processor), mean over seeds",
+        "Cost of a row: seconds of its steps, by the clock that is named, mean over seeds",
         (*names, "device"),
         tuple(cells),
         digits=0,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from kmtr.files import write_atomic
+from kmtr.files import one_at_a_time, write_atomic
 from kmtr.types import DISEASES, InputError
 
 FILE, SHOWN = "rows.jsonl", "-shown.parquet"
@@ -108,8 +108,14 @@ class Rows:
         return {asked: row for asked, row in found.items() if asked not in lost}
 
     def add(self, asked: Asked, said: Mapping[str, Any], values: Values, shown: Shown | None = None) -> None:
-        """Keep a finished row, in place of one of its key: its values first, so that a row that is there has them."""
+        """Keep a finished row, in place of one of its key: its values first, so that a row that is there has them.
+        Studies of other settings may add to the same folder meanwhile.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(self.folder):
+            self._add(asked, said, values, shown)
+
+    def _add(self, asked: Asked, said: Mapping[str, Any], values: Values, shown: Shown | None) -> None:
         key = {"digest": self.digest, **json.loads(json.dumps(asked._asdict()))}
         others = [line for line in self._lines() if not key.items() <= json.loads(line).items()]
         if len(others) < len(self._lines()):

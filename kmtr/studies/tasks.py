@@ -50,12 +50,12 @@ from kmtr.studies.task_study import (
     pretraining,
 )
 from kmtr.train import start
-from kmtr.train.folder import Outcome
+from kmtr.train.folder import SPEED_CPU, Outcome
 from kmtr.train.resolve import resolve
 from kmtr.types import InputError
 
 TRIAL, TRIAL_EVERY = 60, 10
-"""Steps of a run that measures a speed, and between its measurements."""
+"""Steps of a run that measures a speed (no more than k-MTR's own have), and between its measurements."""
 KIND = Kind("tasks", order, task_report.report)
 
 
@@ -131,8 +131,10 @@ def needs(study: Study, asked: Asked) -> hands.Needs:
     """Things that a row shares with others: rows that it takes models from, its pretraining, the speed of k-MTR."""
     row, makes = contender(asked.start), set[str]()
     after = {asked._replace(start=PRETRAINED)} if asked.start == FLOORS else set()
-    after |= {asked._replace(start=row.then)} if row.then else set()
-    after |= {first_of(asked)} if row.first in CONTENDERS else set()
+    taken = {asked._replace(start=row.then)} if row.then else set()
+    taken |= {first_of(asked)} if row.first in CONTENDERS else set()
+    # Rows that came from elsewhere are done, but their models have to be trained anew: by one row, while others wait.
+    makes |= {f"model of {one.title}" for one in taken if not there(study, one)}
     if row.pretrained or row.long:
         own = pretraining(study.config, asked._replace(start=PRETRAINED) if row.long else asked)
         makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
@@ -142,7 +144,22 @@ def needs(study: Study, asked: Asked) -> hands.Needs:
             if not contender(one.start).pretrained:
                 own = speed_run(study, one, start.NONE)
                 makes |= {own.run_name(study.dataset.digest)} if finished(own, study.dataset) is None else set()
-    return hands.Needs(frozenset(after), frozenset(makes))
+    return hands.Needs(frozenset(after | taken), frozenset(makes))
+
+
+def there(study: Study, asked: Asked) -> bool:
+    """The model of a row that begins from no other is trained."""
+    steps = known_steps(study, asked) or 0
+    return finished(study.settings(asked, start.NONE, steps), study.dataset) is not None
+
+
+def known_steps(study: Study, asked: Asked) -> int | None:
+    """Steps of the model of a finished row that are not those of the settings, as the row has them, so that the model
+    is the same when it is trained anew on another machine; None: the row is not finished, or the settings say them.
+    """
+    own = asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound
+    row = None if own else study.rows.read().get(asked)
+    return None if row is None else int(row["steps"])
 
 
 def expected(done: Mapping[Asked, Mapping[str, Any]], left: Sequence[Asked]) -> float:
@@ -297,6 +314,8 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
     """
     if asked.start in (PRETRAINED, SCRATCH) or contender(asked.start).bound:
         return 0
+    if known := known_steps(study, asked):
+        return known
 
     def trial(one: Asked, begun: str) -> Outcome:
         own = speed_run(study, one, begun)
@@ -308,11 +327,12 @@ def equal_steps(study: Study, asked: Asked, encoder: str) -> int:
         assert before is not None
         by = clock(ours, before)
         seconds_before = pretraining_s(study.config, before, by) or 0.0
-        return round(steps + seconds_before * rate(ours, TRIAL_EVERY, TRIAL, by) / study.config.data.global_batch)
+        speed = rate(ours, TRIAL_EVERY, trial_steps(study.config), by)
+        return round(steps + seconds_before * speed / study.config.data.global_batch)
     first = study.config.study.seeds[0]
     paced = trial(asked._replace(seed=first, start=contender(asked.start).paced or asked.start), encoder)
     by = clock(ours, paced)
-    theirs, own = (rate(one, TRIAL_EVERY, TRIAL, by) for one in (paced, ours))
+    theirs, own = (rate(one, TRIAL_EVERY, trial_steps(study.config), by) for one in (paced, ours))
     return max(1, round(steps * theirs / own))
 
 
@@ -323,7 +343,13 @@ def our_own(study: Study, asked: Asked) -> Asked:
 
 def speed_run(study: Study, asked: Asked, encoder: str) -> RunConfig:
     """Settings of the short run that measures a row's speed."""
-    return study.settings(asked, encoder, TRIAL, **{"train.log_every": TRIAL_EVERY, "train.eval_every": TRIAL})
+    steps = trial_steps(study.config)
+    return study.settings(asked, encoder, steps, **{"train.log_every": TRIAL_EVERY, "train.eval_every": steps})
+
+
+def trial_steps(config: RunConfig) -> int:
+    """Steps of the short run that measures a row's speed: its first speeds are left out."""
+    return min(TRIAL, max(config.task.steps, 2 * TRIAL_EVERY))
 
 
 def standing(config: RunConfig, found: Mapping[Name, Values]) -> dict[str, np.ndarray]:
@@ -353,8 +379,9 @@ def times(config: RunConfig, own: RunConfig, outcome: Outcome, before: Outcome |
     """Seconds of the steps of a training and of its pretraining, by the speed that they logged (a run may have been
     killed and resumed), on CPUs of the processor; None: nothing was logged, or there was no pretraining.
     """
-    trained = seconds(config, outcome, 0, min(own.total_steps, int(outcome.metrics["step"])), clock(outcome))
-    said: dict[str, Any] = {"training_s": trained}
+    by = clock(outcome)
+    trained = seconds(config, outcome, 0, min(own.total_steps, int(outcome.metrics["step"])), by)
+    said: dict[str, Any] = {"training_s": trained, "clock": "processor" if by == SPEED_CPU else "wall"}
     if before is not None:
         said["pretraining_s"] = pretraining_s(config, before, clock(before))
         if "align_stopped" in before.metrics:

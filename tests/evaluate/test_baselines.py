@@ -106,6 +106,17 @@ def test_probes_of_the_baselines(small: RunConfig) -> None:
     assert found == known
 
 
+def test_subjects_that_the_linear_map_of_masks_has_no_memory_for_are_said(
+    small: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(masks, "MOST_BYTES", 1)
+    config = override(small, {"evaluate.accelerations": (4,), "evaluate.subjects": 3})
+    masks.score_masks(config, Dataset.open(config.data), lambda done, total: None)
+    assert [one.message for one in caplog.records if one.name == masks.log.name] == [
+        "masks: the linear map is fitted on 3 of 24 training subjects, for memory"
+    ]
+
+
 def _each(count: int) -> list[list[int]]:
     return [[row] for row in range(count)]
 

@@ -41,6 +41,13 @@ def test_a_row_waits_for_those_that_it_needs_and_for_what_another_one_is_making(
     assert ready([B], same, [C]) == B
 
 
+def test_what_needs_a_row_that_failed_is_left_out_with_what_needs_that() -> None:
+    needs = {A: Needs(), B: Needs(after=frozenset([A])), C: Needs(after=frozenset([B]))}
+    assert hands.left_out([A], [C, B], needs.__getitem__) == [C, B]
+    assert hands.left_out([A], ROWS[1:], lambda _: Needs()) == []
+    assert hands.left_out([B], [C], needs.__getitem__) == [C]
+
+
 def test_lines_are_passed_on_whole() -> None:
     said: list[str] = []
     stream = hands._Lines(said.append)
@@ -132,6 +139,17 @@ def meeting(study: Study, asked: Asked, done: Done) -> Finished:
     return Finished(asked, {}, {})
 
 
+def failing_alone(study: Study, asked: Asked, done: Done) -> Finished:
+    """The second row fails; the first one ends after that."""
+    root = Path(study.config.storage.root)
+    (root / asked.start).touch()
+    if asked.start == "b":
+        raise KmtrError("row b: no more")
+    while not (root / "b").exists():
+        time.sleep(0.1)
+    return Finished(asked, {}, {})
+
+
 def failing_beside(study: Study, asked: Asked, done: Done) -> Finished:
     """The second row fails once the first one is under way; that one goes on until it is told to stop."""
     root = Path(study.config.storage.root)
@@ -198,17 +216,38 @@ def test_a_row_is_begun_as_soon_as_what_it_needs_is_there_not_when_the_row_that_
 
 
 @pytest.mark.ray
-def test_rows_under_way_are_saved_when_another_one_fails(
+def test_a_row_that_fails_leaves_the_others_going_on_but_for_those_that_need_it(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study: Any = SimpleNamespace(
+        config=override(config, {"storage.root": str(tmp_path)}), rows=SimpleNamespace(read=dict)
+    )
+    monkeypatch.setattr(hands, "Hand", Plain)
+    after = {C: Needs(after=frozenset([B]))}
+    last = Asked(0, "d", ("segmentation",), 0)
+    found = hands.side_by_side(study, [A, B, C, last], failing_alone, lambda one: after.get(one, Needs()))
+    ended = []
+    with pytest.raises(KmtrError, match=r"^row b: no more$"):
+        ended.extend(one.asked for one in found)
+    assert sorted(ended) == [A, last]
+    said = capsys.readouterr().out
+    assert f"[{B.title}] failed, and is left out: row b: no more" in said
+    assert f"[{C.title}] is left out: it needs the row that failed" in said
+
+
+@pytest.mark.ray
+def test_rows_under_way_are_saved_when_too_many_fail(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study: Any = SimpleNamespace(
         config=override(config, {"storage.root": str(tmp_path)}), rows=SimpleNamespace(read=dict)
     )
     monkeypatch.setattr(hands, "Hand", Listening)
+    monkeypatch.setattr(hands, "MOST_FAILED", 0)
     with pytest.raises(KmtrError, match="row b: no more"):
         list(hands.side_by_side(study, [A, B], failing_beside, lambda _: Needs()))
     assert (tmp_path / "saved").exists()
-    assert f"[{B.title}] failed; the rows under way are saved" in capsys.readouterr().out
+    assert f"[{B.title}] failed: row b: no more; the rows under way are saved" in capsys.readouterr().out
 
 
 @pytest.mark.slow

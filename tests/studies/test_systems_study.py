@@ -15,9 +15,11 @@ import pytest
 
 from jobs import study
 from kmtr.config import RunConfig, from_json, override
+from kmtr.data.dataset import record
 from kmtr.data.dataset.reader import Dataset
 from kmtr.evaluate.task_tables import MEAN_DICE
 from kmtr.report.intervals import Interval
+from kmtr.simulation.labels import risk
 from kmtr.studies import aims, metric_tables, pictures, system_figures, system_report, task_measures, task_rows, tasks
 from kmtr.studies.contenders import CONTENDERS, decided
 from kmtr.studies.paired import Drawn
@@ -198,6 +200,11 @@ def test_rows_of_a_study_are_those_that_learn_its_tasks(config: RunConfig) -> No
             asked_for(override(config, {"study.systems": tuple(asked.split(",")), "masked.steps": 0}))
 
 
+def test_no_two_contenders_of_a_task_look_alike_in_figures(config: RunConfig) -> None:
+    shown = [(task, one.style) for one in CONTENDERS.values() for task in (one.tasks or ("phenotypes", "segmentation"))]
+    assert len(shown) == len({*shown})
+
+
 def test_from_scratch_for_pretraining_s_seconds_too(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +267,12 @@ def test_making_the_image_that_a_network_sees_costs_it_no_steps(
     assert measured[:2] == measured[2:] == [("kspace", ""), ("unet", "shared")]
     assert tasks.needs(one, shared).makes == tasks.needs(one, lowrank).makes, "one of them measures, the other waits"
     assert one.settings(lowrank, "none").task.input == "lowrank"
+
+
+def test_short_runs_of_speed_are_no_longer_than_training(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "TRIAL", 60)
+    monkeypatch.setattr(tasks, "TRIAL_EVERY", 10)
+    assert [tasks.trial_steps(override(config, {"task.steps": steps})) for steps in (3000, 40, 1)] == [60, 40, 20]
 
 
 @pytest.fixture
@@ -331,7 +344,15 @@ def test_aims_are_met_missed_tied_or_open(made: Study, monkeypatch: pytest.Monke
     assert found["90% of its own at R = 2"] == "met"
     assert found[f"beaten at equal seconds: {opponent}"] == "met"
     assert found[f"at least tied at equal seconds: {CONTENDERS['tokens-zerofilled'].title}"] == "open: no row"
-    assert verdicts(rows, compared)["95% of the strongest bound"] == "open: no bound that converged"
+    assert verdicts(rows, compared)[bound] == "open: it has not converged"
+    without = {one: row for one, row in told.items() if one.start != "unet-full"}
+    assert verdicts(without, compared)["95% of the strongest bound"] == "open: no row of a bound"
+    weaker = Asked(0, "image-full", ("segmentation",), 0), Asked(1, "image-full", ("segmentation",), 0)
+    ours = [one for one in rows if one.start == PRETRAINED]
+    both = rows | {one: told[other] | {"converged": True} for one, other in zip(weaker, ours, strict=True)}
+    for one, other in zip(weaker, ours, strict=True):
+        made.rows.add(one, both[one], made.rows.values(other))
+    assert verdicts(both, compared)[bound] == "open: it has not converged", "whatever a weaker one has"
     doubtful = [one | {"p_holm": 0.2} for one in compared]
     assert verdicts(told, doubtful)[f"beaten at equal seconds: {opponent}"] == "tie"
 
@@ -351,6 +372,23 @@ def test_aims_are_met_missed_tied_or_open(made: Study, monkeypatch: pytest.Monke
 )
 def test_verdicts(number: tuple[float, float, float], tie: bool, said: str) -> None:
     assert aims.verdict(aims.Aim("", "dice", "8", Interval(*number), 0.0, tie)) == said
+
+
+def test_a_model_whose_row_came_from_elsewhere_is_trained_anew_by_one_row_with_as_many_steps(
+    made: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xf, bound = Asked(0, "xf", ("reconstruction",), 0), Asked(0, "unet-full", ("segmentation",), 0)
+    both = [bound._replace(start=name) for name in ("xf-unet", "lowrank-unet")]
+    assert tasks.needs(made, both[0]).after == {xf, bound}
+    made.rows.add(xf, {"steps": 17}, {})
+    monkeypatch.setattr(tasks, "fit", lambda *_: pytest.fail("no speed is measured anew"))
+    assert tasks.equal_steps(made, xf, "none") == 17
+    assert made.settings(xf, "none", tasks.known_steps(made, xf) or 0).total_steps == 17
+    trains = [tasks.needs(made, one).makes for one in both]
+    assert trains[0] & trains[1] == {f"model of {bound.title}"}
+    assert f"model of {xf.title}" in trains[0]
+    monkeypatch.setattr(tasks, "finished", lambda *_: Outcome("", "", "", "", {}))
+    assert not tasks.needs(made, both[0]).makes, "both are here"
 
 
 def test_correlations_are_those_of_the_values_that_rows_keep(made: Study) -> None:
@@ -397,6 +435,21 @@ def test_all_metrics_of_rows_are_tables_with_what_a_system_answers_by() -> None:
     ]
     assert [row[3] for row in mae.rows] == [None] * 3
     assert mae.csv().splitlines()[1] == "k-MTR,4,4.5,3.0,5.0,"
+
+
+def test_the_risk_that_diseases_were_drawn_by_is_told_beside_them(made: Study) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    found = metric_tables.risks(made)
+    assert set(found) == {*made.config.task.diseases} != set()
+    reader = made.dataset.reader("test", made.config.data)
+    studies = [record.to_study(reader.read([place])) for place in made.rows.places]
+    for disease, area in found.items():
+        truth = np.array([study.labels[disease] for study in studies])
+        score = np.array([risk(disease, study.labels) for study in studies])
+        wanted = roc_auc_score(truth, score) if len({*truth}) == 2 else math.nan
+        assert area.value == pytest.approx(wanted, nan_ok=True)
+    assert not all(math.isnan(area.value) for area in found.values())
 
 
 def test_masks_have_failed_where_their_interval_reaches_the_mean_masks(made: Study) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_rows_of_a_large_study_stay_small_and_precise(made: Callable[..., Study]
     (rows.folder / task_rows.FILE).write_text("[1")
     with pytest.raises(InputError, match=r"expected a row as JSON, got '\[1' in line 1"):
         rows.read()
+
+
+def test_studies_of_several_settings_add_to_one_folder_at_a_time(tmp_path: Path) -> None:
+    studies = [Rows(tmp_path, str(number) * 8, (4,), (0, 1)) for number in range(4)]
+    every = [Asked(seed, PRETRAINED, BOTH, 0) for seed in range(10)]
+
+    def add(rows: Rows) -> None:
+        for asked in every:
+            rows.add(asked, {}, {"lvef_pct": np.full((1, 2), float(asked.seed))})
+
+    with ThreadPoolExecutor(len(studies)) as pool:
+        list(pool.map(add, studies))
+    assert [list(rows.read()) for rows in studies] == [every] * len(studies)
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan

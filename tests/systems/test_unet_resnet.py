@@ -127,23 +127,61 @@ def test_its_maps_are_those_of_dyn_unet() -> None:
     assert found.deepest.shape == (2, 512, 4, 4)
 
 
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d, nn.LeakyReLU)
+
+
+def run_through(network: nn.Module, run: Any) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
+    """What `run` passes through in a network without its heads: each layer's properties, in the data's order, and the
+    layers.
+    """
+    said: list[tuple[Any, ...]] = []
+    passed: list[nn.Module] = []
+
+    def note(layer: Any, *_: object) -> None:
+        passed.append(layer)
+        names = {
+            nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+            nn.ConvTranspose2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding"),
+            nn.InstanceNorm2d: ("num_features", "eps", "affine", "track_running_stats"),
+            nn.LeakyReLU: ("negative_slope",),
+        }[type(layer)]
+        said.append((type(layer).__name__, *(getattr(layer, name) for name in names)))
+
+    heads = {layer for name, part in network.named_modules() if name.endswith("seg_layers") for layer in part.modules()}
+    hooks = [m.register_forward_hook(note) for m in network.modules() if isinstance(m, LAYERS) and m not in heads]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return said, passed
+
+
+@torch.no_grad()
 def test_its_layers_are_those_of_nnu_net() -> None:
-    """Kernels, strides, channels, norms and slopes in the order of the data's way, against PlainConvUNet."""
+    """PlainConvUNet's, one by one in the data's order; with the same weights, the same masks. nnU-Net's convolutions
+    have biases, which the norms behind them remove, and its transposed ones too.
+    """
     architectures = pytest.importorskip(
         "dynamic_network_architectures.architectures.unet", reason="needs nnU-Net's dynamic-network-architectures"
     )
-    widths, strides = unet.plan((128, 128), 32)
+    torch.manual_seed(0)
+    ours, (widths, strides) = unet.PlainUNet((128, 128), 32), unet.plan((128, 128), 32)
     theirs = architectures.PlainConvUNet(
         *(1, 6, widths, nn.Conv2d, 3, strides, 2, 6, 2, True, nn.InstanceNorm2d, {"eps": 1e-5, "affine": True}),
         *(None, None, nn.LeakyReLU, {"inplace": True}),
     )
-
-    def layers(module: nn.Module) -> list[tuple[Any, ...]]:
-        found = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-        return sorted((type(m).__name__, m.in_channels, m.out_channels, *m.kernel_size, *m.stride) for m in found)
-
-    heads = [one for one in layers(theirs) if one[2] == 6]
-    assert layers(unet.PlainUNet((128, 128), 32)) == [one for one in layers(theirs) if one not in heads]
+    images, maps = torch.randn(2, 1, 128, 128), list[Tensor]()
+    wanted, from_them = run_through(theirs, lambda: theirs(images))
+    found, to_us = run_through(ours, lambda: ours.maps(images))
+    assert found == wanted
+    assert len(found) == 6 * 6 + 5 * (1 + 6), "two convolutions a stage with norm and slope, one upwards"
+    for mine, other in zip(to_us, from_them, strict=True):
+        if isinstance(mine, nn.Conv2d | nn.ConvTranspose2d):
+            assert not other.bias.zero_().any()
+            mine.weight.copy_(other.weight)
+    head = theirs.decoder.seg_layers[-1]
+    head.register_forward_hook(lambda layer, seen, out: maps.append(seen[0]))
+    theirs(images)
+    torch.testing.assert_close(ours.maps(images)[0][0], maps[0], rtol=1e-4, atol=1e-4)
 
 
 def test_it_begins_at_the_mean_mask_and_its_loss_is_that_of_deep_supervision(
@@ -466,7 +504,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "tasks", "title", "kinds"),
     [
-        ("unet", "segmentation", "U-Net", ("one",)),
+        ("unet", "segmentation", "U-Net", ("one", "same", "other")),
         pytest.param("unet", "segmentation", "U-Net", tuple(KINDS), marks=pytest.mark.full),
         ("linet", "segmentation", "LI-Net-style", ("one",)),
         pytest.param("linet", "segmentation", "LI-Net-style", tuple(KINDS), marks=pytest.mark.full),
