@@ -185,6 +185,26 @@ def test_dice_and_hd95_are_those_of_monai() -> None:
         assert dice_at(one_frame(a), one_frame(b), [0])[0, 0] == pytest.approx(float(overlap))
 
 
+def test_dice_is_that_of_monai_on_random_masks_with_empty_classes() -> None:
+    """A class in neither mask has none here, and 1 there."""
+    monai = pytest.importorskip("monai.metrics", reason="MONAI is no dependency; closed forms are tested above")
+    import torch
+
+    rng, empty = np.random.default_rng(1), [0, 0, 0]
+    for _ in range(30):
+        drawn = [rng.choice(rng.choice(6, rng.integers(1, 7), replace=False), (3, 1, 9, 8)) for _ in range(2)]
+        truth, predicted = (one.astype(np.uint8) for one in drawn)
+        ours = dice_at(truth, predicted, [0])[0]
+        one_hot = [torch.from_numpy(one[None, ..., None] == np.arange(6)).movedim(-1, 1).float() for one in drawn]
+        theirs = monai.compute_dice(one_hot[1], one_hot[0], include_background=False, ignore_empty=False)[0].numpy()
+        there = np.array([[(one == value).any() for value in CLASSES] for one in drawn])
+        np.testing.assert_array_equal(np.isnan(ours), ~there.any(0))
+        np.testing.assert_allclose(ours[there.any(0)], theirs[there.any(0)], rtol=1e-6)
+        for kind, seen in enumerate((there.all(0), there[0] & ~there[1], ~there.any(0))):
+            empty[kind] += int(seen.sum())
+    assert min(empty) > 10, "both have it, one of them, neither"
+
+
 def test_views_of_atria_alone_have_phases_too() -> None:
     """As in UK Biobank's long axes: the atrium is smallest at end-diastole."""
     truth = np.zeros((1, 4, 8, 8), np.uint8)
