@@ -43,7 +43,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Of a shell in the project's environment, without what tests set for a Ray of their own."""
+    """Variables of a shell in the project's environment, without what tests set for a Ray of their own."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     kept.pop("MLFLOW_TRACKING_URI", None)
     kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -84,7 +84,7 @@ def _wait_for(port: int, node: subprocess.Popen[bytes]) -> None:
 
 
 def submitted(words: list[str], address: str, environment: dict[str, str]) -> tuple[dict[str, Any], str]:
-    """What the last line of a job's stdout says, and all that it printed."""
+    """The JSON line that a job ends with, and all that it printed."""
     asked = ["make", "submit", f"JOB={shlex.join(words)}", f"ADDRESS={address}"]
     done = subprocess.run(asked, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=JOB_S)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

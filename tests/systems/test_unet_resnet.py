@@ -131,8 +131,8 @@ LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.InstanceNorm2d, nn.LeakyReLU)
 
 
 def run_through(network: nn.Module, run: Any) -> tuple[list[tuple[Any, ...]], list[nn.Module]]:
-    """What `run` passes through in a network without its heads: each layer's properties, in the data's order, and the
-    layers.
+    """Layers of a network without its heads that `run` passes through, in the data's order: properties of each, and
+    the layers.
     """
     said: list[tuple[Any, ...]] = []
     passed: list[nn.Module] = []
